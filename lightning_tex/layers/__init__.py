@@ -1,0 +1,18 @@
+"""Layers that the strategy cuts over the tensor axis. Alone, in one process, each is the plain dense layer."""
+
+from lightning_tex.layers.attention import ParallelAttention
+from lightning_tex.layers.linear import ColumnParallelLinear, RowParallelLinear
+from lightning_tex.layers.mlp import ParallelMLP
+from lightning_tex.layers.norm import RMSNorm
+from lightning_tex.layers.vocab import VocabParallelCrossEntropy, VocabParallelEmbedding, VocabParallelHead
+
+__all__ = [
+    "ColumnParallelLinear",
+    "ParallelAttention",
+    "ParallelMLP",
+    "RMSNorm",
+    "RowParallelLinear",
+    "VocabParallelCrossEntropy",
+    "VocabParallelEmbedding",
+    "VocabParallelHead",
+]

@@ -1,0 +1,126 @@
+"""Causal self-attention with rotary embedding and grouped-query heads, cut over the tensor axis by heads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_tex.collectives import enter
+from lightning_tex.layers.linear import ColumnParallelLinear, RowParallelLinear, require_divisible
+from lightning_tex.placement import TexModule, stable_hash
+from lightning_tex.topology import Axis, Layout
+
+# B sequences, S positions, D model width, H heads, K key/value heads, d head width (per rank: H/tensor, K/tensor)
+
+
+class ParallelAttention(TexModule):
+    """Self-attention with its heads cut over the tensor axis: [B, S, D] -> [B, S, D].
+
+    Query, key and value are column parallel, the output row parallel: one all-reduce forward, one backward.
+
+    Args:
+        dim: model width; divisible by num_heads.
+        num_heads: query heads; divisible by the tensor axis.
+        num_kv_heads: key/value heads, each shared by num_heads/num_kv_heads query heads; divisible by the tensor axis.
+            ``None``: num_heads.
+        bias: biases in all four projections.
+        rope_base: base of the rotary embedding's wavelengths.
+        causal: position t sees positions up to t.
+        dropout: probability with which attention weights are zeroed in training. Ranks draw different masks.
+
+    Raises:
+        ValueError: sizes that do not divide.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        bias: bool = False,
+        rope_base: float = 10000.0,
+        causal: bool = True,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if dim % num_heads or dim // num_heads % 2:
+            raise ValueError(f"dim={dim} must be an even multiple of num_heads={num_heads} (rotary embedding pairs)")
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_heads={num_heads} is not divisible by num_kv_heads={num_kv_heads}")
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, dim // num_heads
+        self.rope_base, self.causal, self.dropout = rope_base, causal, dropout
+        self.query = ColumnParallelLinear(dim, dim, bias)
+        self.key = ColumnParallelLinear(dim, num_kv_heads * self.head_dim, bias)
+        self.value = ColumnParallelLinear(dim, num_kv_heads * self.head_dim, bias)
+        self.out = RowParallelLinear(dim, dim, bias)
+
+    def check(self, name: str, layout: Layout) -> None:
+        require_divisible(name, "num_heads", self.num_heads, layout)
+        require_divisible(name, "num_kv_heads", self.num_kv_heads, layout)
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Attend.
+
+        Args:
+            x: [B, S, D].
+            attention_mask: boolean, True where a position may be seen: [B, S] over keys, or anything that broadcasts
+                to [B, H, S, S] with a head dim of 1.
+
+        Returns:
+            [B, S, D]
+        """
+        x = enter(x, self.tensor)
+        query, key, value = (self._heads(project.columns(x)) for project in (self.query, self.key, self.value))
+        query, key = self._rotate(query), self._rotate(key)
+        with rank_random_state(self.tensor, enabled=self.training and self.dropout > 0):
+            y = F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=self._mask(attention_mask, x.shape[-2]),
+                dropout_p=self.dropout if self.training else 0.0,
+                is_causal=self.causal and attention_mask is None,
+                enable_gqa=self.num_kv_heads != self.num_heads,
+            )
+        return self.out(y.transpose(-3, -2).flatten(-2))
+
+    def _heads(self, x: Tensor) -> Tensor:  # [B, S, h*d] -> [B, h, S, d]
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(-3, -2)
+
+    def _rotate(self, x: Tensor) -> Tensor:  # [B, h, S, d], pairs (i, i + d/2) turn by position / wavelength
+        half = self.head_dim // 2
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        rate = self.rope_base ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
+        angle = torch.arange(x.shape[-2], device=x.device, dtype=dtype)[:, None] * rate
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        first, second = x.split(half, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+    def _mask(self, mask: Tensor | None, length: int) -> Tensor | None:
+        if mask is None:
+            return None
+        mask = mask.bool()
+        if mask.dim() == 2:
+            mask = mask[:, None, None, :]
+        if self.causal:
+            mask = mask & torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+        # A query that may see nothing (padding) sees itself, or the softmax would be 0/0.
+        return mask | torch.eye(length, dtype=torch.bool, device=mask.device)
+
+
+@contextmanager
+def rank_random_state(axis: Axis, enabled: bool = True) -> Iterator[None]:
+    """Random numbers that differ over an axis, inside a region cut over it; outside, the state moves on alike."""
+    if not enabled or axis.size == 1:
+        yield
+        return
+    seed = stable_hash(int(torch.randint(2**62, ())), axis.rank)
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,137 @@
+"""Embedding, head and cross-entropy with the vocabulary cut over the tensor axis: full logits are never gathered.
+
+A vocabulary that the tensor axis does not divide is padded inside; the padding is never seen, learned or saved.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_tex.collectives import all_reduce, enter, gather, reduce
+from lightning_tex.placement import TexModule, by_index, draw_normal_
+from lightning_tex.topology import Axis
+
+# V vocabulary, v rows stored here = ceil(V / tensor), D model width
+
+
+class _Vocabulary(TexModule):
+    cuts = {"weight": {"tensor": 0}}
+
+    def __init__(self, size: int, dim: int, std: float) -> None:
+        super().__init__()
+        self.size, self.dim, self.std = size, dim, std
+        self.weight = nn.Parameter(torch.empty(size, dim))
+        self.reset_parameters()
+
+    @by_index
+    def reset_parameters(self) -> None:
+        """Draw every row from a normal distribution."""
+        draw_normal_(self.weight, self.std, self.boxes()["weight"])
+
+    def extra_repr(self) -> str:
+        return f"{self.size}, {self.dim}"
+
+
+class VocabParallelEmbedding(_Vocabulary):
+    """Embedding table with its rows cut over the tensor axis: [..] integer -> [.., dim].
+
+    Alone in one process it is ``torch.nn.Embedding``. Forward all-reduces over tensor, backward communicates nothing.
+
+    Args:
+        num_embeddings: size of the vocabulary, V.
+        embedding_dim: width of a row, D.
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+        super().__init__(num_embeddings, embedding_dim, std=1.0)
+
+    def forward(self, ids: Tensor) -> Tensor:  # [..] -> [.., D]
+        if self.tensor.size == 1:
+            return F.embedding(ids, self.weight)
+        local = ids - self.boxes()["weight"].offsets[0]
+        absent = (local < 0) | (local >= self.weight.shape[0])
+        rows = F.embedding(local.masked_fill(absent, 0), self.weight)
+        return reduce(rows.masked_fill(absent[..., None], 0), self.tensor)
+
+
+class VocabParallelHead(_Vocabulary):
+    """Output projection with the vocabulary cut over the tensor axis: [.., dim] -> [.., ceil(vocab/tensor)].
+
+    Padding columns, where the vocabulary does not divide, are -inf. To tie it with an embedding assign
+    ``head.weight = embedding.weight``.
+
+    Args:
+        dim: width of the input, D.
+        vocab_size: V.
+        gather_output: all-gather the logits over tensor: [.., dim] -> [.., vocab].
+    """
+
+    def __init__(self, dim: int, vocab_size: int, gather_output: bool = False) -> None:
+        self.gather_output = gather_output
+        super().__init__(vocab_size, dim, std=dim**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:  # [.., D] -> [.., v]
+        logits = F.linear(enter(x, self.tensor), self.weight)
+        rows = self.boxes()["weight"].sizes[0]
+        if rows < self.weight.shape[0]:
+            padding = torch.arange(self.weight.shape[0], device=x.device) >= rows
+            logits = logits.masked_fill(padding, float("-inf"))
+        return gather(logits, -1, self.tensor)[..., : self.size] if self.gather_output else logits
+
+
+class VocabParallelCrossEntropy(TexModule):
+    """Cross-entropy of logits whose last dim is cut over the tensor axis. Computed in fp32 (fp64 for fp64 logits).
+
+    Alone in one process it is ``torch.nn.CrossEntropyLoss`` over the last dim. Forward exchanges two numbers per
+    token over tensor (maximum; sum and target), backward nothing.
+
+    Args:
+        ignore_index: targets with this value cost nothing and are not counted.
+        reduction: ``"mean"`` over counted targets (0 when there are none), ``"sum"`` or ``"none"``.
+
+    Raises:
+        ValueError: unknown reduction.
+    """
+
+    def __init__(self, ignore_index: int = -100, reduction: Literal["mean", "sum", "none"] = "mean") -> None:
+        super().__init__()
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction={reduction!r}; legal: 'mean', 'sum', 'none'")
+        self.ignore_index, self.reduction = ignore_index, reduction
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:  # [.., v], [..] -> scalar, or [..] for "none"
+        counted = target != self.ignore_index
+        losses: Tensor = _CrossEntropy.apply(logits, target.masked_fill(~counted, 0), self.tensor)
+        losses = losses.masked_fill(~counted, 0)
+        if self.reduction == "none":
+            return losses
+        return losses.sum() if self.reduction == "sum" else losses.sum() / counted.sum().clamp(min=1)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """log(sum(exp(logits))) - logits[target] per token. Saves the softmax of its own columns only."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, axis: Axis) -> Tensor:
+        ctx.dtype = logits.dtype
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        local = target - axis.rank * logits.shape[-1]
+        absent = (local < 0) | (local >= logits.shape[-1])
+        local = local.masked_fill(absent, 0)[..., None]
+        shifted = logits - all_reduce(logits.amax(-1), axis, "max")[..., None]
+        at_target = shifted.gather(-1, local)[..., 0].masked_fill(absent, 0)
+        exp = shifted.exp_()
+        total, at_target = all_reduce(torch.stack([exp.sum(-1), at_target]), axis).unbind()
+        ctx.save_for_backward(exp.div_(total[..., None]), local, absent)
+        return total.log() - at_target
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        softmax, local, absent = ctx.saved_tensors
+        d_logits = softmax * grad[..., None]
+        d_logits.scatter_add_(-1, local, -grad.masked_fill(absent, 0)[..., None])
+        return d_logits.to(ctx.dtype), None, None

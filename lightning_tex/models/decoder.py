@@ -1,0 +1,159 @@
+"""A decoder-only transformer with mixture-of-experts layers, built of TEX layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_tex.layers import ParallelAttention, ParallelMLP, RMSNorm, VocabParallelEmbedding, VocabParallelHead
+from lightning_tex.layers.mlp import Activation
+from lightning_tex.moe import MoE
+
+# B sequences, S positions, D model width, V vocabulary
+
+
+@dataclass
+class DecoderConfig:
+    """Sizes of a :class:`Decoder`.
+
+    Args:
+        vocab_size: V; any size, padded inside where the tensor axis does not divide it.
+        dim: model width D.
+        num_layers: blocks.
+        num_heads: attention heads.
+        num_kv_heads: key/value heads; ``None``: num_heads.
+        hidden_dim: hidden width of MLPs and of each expert; ``None``: 4 * dim.
+        max_sequence_length: longest sequence the model is made for, in tokens.
+        num_experts: experts of a MoE layer; 1: every layer is a plain MLP.
+        top_k: experts per token.
+        capacity_factor: see :class:`lightning_tex.moe.MoE`; ``None``: dropless.
+        moe_every: every n-th block has experts, the last of each n (2: blocks 1, 3, 5, ..).
+        activation: ``"gelu"`` or ``"swiglu"``.
+        norm_topk_prob: rescale a token's weights to sum to 1.
+        load_balance_coefficient: weight of the load-balance loss.
+        z_loss_coefficient: weight of the router's z-loss.
+        rope_base: base of the rotary embedding.
+        dropout: dropout of attention weights and of each residual branch.
+        tie_embeddings: embedding and head share one matrix.
+
+    Raises:
+        ValueError: sizes that are not positive.
+    """
+
+    vocab_size: int = 32000
+    dim: int = 512
+    num_layers: int = 8
+    num_heads: int = 8
+    num_kv_heads: int | None = None
+    hidden_dim: int | None = None
+    max_sequence_length: int = 2048
+    num_experts: int = 1
+    top_k: int = 1
+    capacity_factor: float | None = None
+    moe_every: int = 2
+    activation: Activation = "swiglu"
+    norm_topk_prob: bool = False
+    load_balance_coefficient: float = 0.01
+    z_loss_coefficient: float = 0.0
+    rope_base: float = 10000.0
+    dropout: float = 0.0
+    tie_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "dim", "num_layers", "num_heads", "max_sequence_length", "num_experts", "moe_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether block ``layer`` (from 0) has experts."""
+        return self.num_experts > 1 and layer % self.moe_every == self.moe_every - 1
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each normed before and added after: [B, S, D] -> [B, S, D]."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        c = config
+        hidden = c.hidden_dim or 4 * c.dim
+        self.attention_norm = RMSNorm(c.dim, eps=1e-5)
+        self.attention = ParallelAttention(
+            c.dim, c.num_heads, c.num_kv_heads, rope_base=c.rope_base, dropout=c.dropout
+        )
+        self.mlp_norm = RMSNorm(c.dim, eps=1e-5)
+        self.mlp: nn.Module
+        if c.has_experts(layer):
+            self.mlp = MoE(
+                c.dim,
+                hidden,
+                c.num_experts,
+                c.top_k,
+                c.capacity_factor,
+                c.activation,
+                norm_topk_prob=c.norm_topk_prob,
+                load_balance_coefficient=c.load_balance_coefficient,
+                z_loss_coefficient=c.z_loss_coefficient,
+            )
+        else:
+            self.mlp = ParallelMLP(c.dim, hidden, c.activation)
+        self.dropout = nn.Dropout(c.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x)))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class Decoder(nn.Module):
+    """Token ids to next-token logits: [B, S] -> [B, S, V], the last dim cut over tensor as VocabParallelHead leaves it.
+
+    Args:
+        config: the sizes.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = VocabParallelEmbedding(config.vocab_size, config.dim)
+        self.embedding.std = config.dim**-0.5
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.dim, eps=1e-5)
+        self.head = VocabParallelHead(config.dim, config.vocab_size)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        else:
+            self.embedding.reset_parameters()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Score next tokens.
+
+        Args:
+            ids: [B, S] integer, S at most ``max_sequence_length``.
+
+        Raises:
+            ValueError: a longer sequence.
+        """
+        if ids.shape[-1] > self.config.max_sequence_length:
+            raise ValueError(
+                f"sequence of {ids.shape[-1]} tokens is longer than max_sequence_length={self.config.max_sequence_length}"
+            )
+        x = self.embedding(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+    def moe_layers(self) -> Iterator[tuple[int, MoE]]:
+        """The MoE layers with their block's number."""
+        for layer, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            if isinstance(block.mlp, MoE):
+                yield layer, block.mlp
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor) -> Tensor:
+        """Whole logits on every rank of the tensor axis: [B, S] -> [B, S, V]. For generation; costs a gather."""
+        from lightning_tex.collectives import gather
+
+        return gather(self(ids), -1, self.head.tensor)[..., : self.config.vocab_size]

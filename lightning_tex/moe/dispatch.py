@@ -1,0 +1,231 @@
+"""Tokens to their experts' ranks and back (paper section 3 and 5.1).
+
+Three axes say everything: ``expert``, over which tokens travel; ``split``, over which equal tokens are split before
+they travel (duplicate-token dropping; size 1 without it); ``gather``, over which what arrived is put together again
+(size 1 where the experts are whole on each rank).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from math import ceil
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_tex import collectives
+from lightning_tex.collectives import exchange, gather, split
+from lightning_tex.moe.permute import group_by_expert, invert, take
+from lightning_tex.moe.router import Route
+from lightning_tex.topology import Axis
+
+# T tokens, D model width, E experts, e experts held here, P = E/e ranks on the expert axis, C capacity, c = C/split,
+# k choices per token, N rows at the experts
+
+
+class Arrived(NamedTuple):
+    """Rows at the experts held here: [N, D], grouped by expert, with the number of rows of each of the e experts."""
+
+    rows: Tensor
+    sizes: list[int]
+
+
+@dataclass(frozen=True)
+class Dispatcher(ABC):
+    """The way to the experts and back.
+
+    Args:
+        num_experts: E.
+        expert: the axis the experts are spread over.
+        split: the axis equal tokens are split over.
+        gather: the axis arrived tokens are gathered over.
+    """
+
+    num_experts: int
+    expert: Axis
+    split: Axis
+    gather: Axis
+
+    @abstractmethod
+    def dispatch(self, x: Tensor, route: Route) -> tuple[Arrived, Any]:
+        """Send [T, D] tokens to their experts. Returns what arrived here and what the way back needs."""
+
+    @abstractmethod
+    def combine(self, rows: Tensor, journey: Any) -> Tensor:
+        """Bring [N, D] expert outputs back and sum them by their weights: [T, D]. An overflowed choice adds 0."""
+
+    @abstractmethod
+    def overflow(self, journey: Any) -> Tensor:
+        """How many choices overflowed their expert's capacity: a scalar, of this rank's tokens."""
+
+
+# --- capacity
+
+
+class Slots(NamedTuple):
+    """Places of choices in a buffer of E x C rows.
+
+    slot:    [T, k] the row of each choice; E * C where it overflowed or is masked.
+    choice:  [E * C] the choice t * k + i in each row; T * k where the row is empty.
+    overflowed: scalar count, masked choices not included.
+    """
+
+    slot: Tensor
+    choice: Tensor
+    overflowed: Tensor
+
+
+def assign_slots(indices: Tensor, num_experts: int, capacity: int, rows: int) -> Slots:
+    """Give choices places: all first choices in token order, then all second choices, until an expert is full.
+
+    Args:
+        indices: [T, k] expert of each choice, E where masked.
+        num_experts: E.
+        capacity: choices an expert takes.
+        rows: rows of the buffer per expert, at least ``capacity``.
+    """
+    tokens, top_k = indices.shape
+    order = group_by_expert(indices.t().flatten(), num_experts)
+    place = torch.arange(tokens * top_k, device=indices.device) - order.starts[order.experts]
+    fits = (place < capacity) & (order.experts < num_experts)
+    row = torch.where(fits, order.experts * rows + place, num_experts * rows)
+    # Choice j of the first-choices-first list is token j % T, choice j // T.
+    choice = order.sorted % max(tokens, 1) * top_k + order.sorted // max(tokens, 1)
+    slot = torch.empty_like(row)
+    slot[choice] = row
+    filled = row.new_full((num_experts * rows + 1,), tokens * top_k)
+    filled[row] = torch.where(fits, choice, tokens * top_k)
+    return Slots(slot.view(tokens, top_k), filled[:-1], order.starts[-1] - fits.sum())
+
+
+@dataclass(frozen=True)
+class CapacityJourney:
+    """What the way back needs: the slots, each choice's weight [T, k], the dtype of the tokens."""
+
+    slots: Slots
+    weights: Tensor
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class CapacityDispatcher(Dispatcher):
+    """Every expert takes up to ceil(factor * k * T / E) choices of each rank's T tokens; shapes are static.
+
+    Ranks of an expert group may hold different T: buffers take the largest capacity, overflow the own.
+    """
+
+    factor: float
+
+    def capacity(self, tokens: int, top_k: int) -> int:
+        """Choices one expert takes of ``tokens`` tokens of one rank."""
+        return ceil(self.factor * top_k * tokens / self.num_experts)
+
+    def dispatch(self, x: Tensor, route: Route) -> tuple[Arrived, CapacityJourney]:
+        tokens, top_k = route.indices.shape
+        capacity = self.capacity(tokens, top_k)
+        largest = torch.tensor([capacity], device=x.device)
+        rows = _round_up(int(collectives.all_reduce(largest, self.expert, "max")), self.split.size)
+        slots = assign_slots(route.indices, self.num_experts, capacity, rows)
+        token = slots.choice // top_k
+        buffer = take(x, token, slots.slot).view(self.num_experts, rows, -1)  # [E, C, D]
+        part = exchange(split(buffer, 1, self.split), self.expert)  # [P * e, c, D]
+        by_expert = part.view(self.expert.size, -1, *part.shape[1:]).transpose(0, 1)  # [e, P, c, D]
+        arrived = gather(by_expert, 2, self.gather)
+        sizes = [arrived.shape[1] * arrived.shape[2]] * arrived.shape[0]
+        journey = CapacityJourney(slots, route.weights, x.dtype)
+        return Arrived(arrived.reshape(-1, x.shape[-1]), sizes), journey
+
+    def combine(self, rows: Tensor, journey: CapacityJourney) -> Tensor:
+        slots, weights = journey.slots, journey.weights
+        held = self.num_experts // self.expert.size
+        by_expert = rows.view(held, self.expert.size, -1, rows.shape[-1])
+        part = split(by_expert, 2, self.gather).transpose(0, 1).flatten(0, 1)  # [P * e, c, D]
+        buffer = gather(exchange(part, self.expert), 1, self.split)  # [E, C, D]
+        outputs = take(buffer.flatten(0, 1), slots.slot.flatten(), slots.choice[:, None])
+        return _weighted_sum(outputs.view(*weights.shape, -1), weights, journey.dtype)
+
+    def overflow(self, journey: CapacityJourney) -> Tensor:
+        return journey.slots.overflowed
+
+
+# --- dropless
+
+
+@dataclass(frozen=True)
+class DroplessJourney:
+    """What the way back needs.
+
+    row: [t, k] place of each own choice among the rows sent; choice: [n, 1] its inverse; leave, arrive: rows sent to
+    and received from each rank of the expert axis; gathered: rows each rank of the gather axis received;
+    by_expert: order of the gathered rows at the experts; tokens: tokens of each rank of the split axis;
+    weights: [t, k] of the own tokens.
+    """
+
+    row: Tensor
+    choice: Tensor
+    leave: list[int]
+    arrive: list[int]
+    gathered: list[int]
+    by_expert: Tensor
+    tokens: list[int]
+    weights: Tensor
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class DroplessDispatcher(Dispatcher):
+    """Every choice is served: rows travel by uneven all-to-all with exchanged sizes."""
+
+    def dispatch(self, x: Tensor, route: Route) -> tuple[Arrived, DroplessJourney]:
+        top_k = route.indices.shape[1]
+        tokens = _shares(len(x), self.split.size)
+        own = split(x, 0, self.split, tokens)  # [t, D]
+        weights = split(route.weights, 0, self.split, tokens)
+        indices = route.indices.split(tokens)[self.split.rank]
+        order = group_by_expert(indices.flatten(), self.num_experts)
+        counts = order.starts.diff()  # [E] choices of own tokens
+        received = collectives.all_to_all(counts.view(self.expert.size, -1), self.expert)  # [P, e]
+        everywhere = collectives.all_gather(received[None], 0, self.gather)  # [gather, P, e]
+        leave = counts.view(self.expert.size, -1).sum(1).tolist()
+        arrive = received.sum(1).tolist()
+        gathered = everywhere.sum((1, 2)).tolist()
+
+        choice = order.sorted[: sum(leave)]
+        row = torch.full_like(order.sorted, sum(leave))
+        row[choice] = torch.arange(sum(leave), device=x.device)
+        row = row.view(-1, top_k)
+        sent = take(own, choice // top_k, row)
+        part = exchange(sent, self.expert, arrive, leave)  # by sender, then by expert
+        rows = gather(part, 0, self.gather, gathered)
+        expert = torch.arange(everywhere.shape[-1], device=x.device).expand_as(everywhere).flatten()
+        by_expert = expert.repeat_interleave(everywhere.flatten()).sort(stable=True).indices
+        rows = take(rows, by_expert, invert(by_expert)[:, None])
+        journey = DroplessJourney(
+            row, choice[:, None], leave, arrive, gathered, by_expert, tokens, weights, x.dtype
+        )
+        return Arrived(rows, everywhere.sum((0, 1)).tolist()), journey
+
+    def combine(self, rows: Tensor, journey: DroplessJourney) -> Tensor:
+        by_sender = take(rows, invert(journey.by_expert), journey.by_expert[:, None])
+        part = split(by_sender, 0, self.gather, journey.gathered)
+        back = exchange(part, self.expert, journey.leave, journey.arrive)
+        outputs = take(back, journey.row.flatten(), journey.choice)
+        own = _weighted_sum(outputs.view(*journey.weights.shape, -1), journey.weights, journey.dtype)
+        return gather(own, 0, self.split, journey.tokens)
+
+    def overflow(self, journey: DroplessJourney) -> Tensor:
+        return journey.row.new_zeros(())
+
+
+def _weighted_sum(outputs: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:  # [t, k, D], [t, k] -> [t, D]
+    return (outputs * weights[..., None]).sum(1).to(dtype)
+
+
+def _shares(total: int, parts: int) -> list[int]:
+    return [total // parts + (i < total % parts) for i in range(parts)]
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple

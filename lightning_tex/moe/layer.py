@@ -1,0 +1,120 @@
+"""The mixture-of-experts layer: route, dispatch, experts, combine."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_tex.layers.mlp import Activation
+from lightning_tex.moe.dispatch import CapacityDispatcher, Dispatcher, DroplessDispatcher
+from lightning_tex.moe.experts import Experts
+from lightning_tex.moe.losses import ExpertLoad, LossLedger, count_choices, routing_losses
+from lightning_tex.moe.router import Route, Router, make_router
+from lightning_tex.placement import TexModule
+from lightning_tex.recompute import recomputing
+from lightning_tex.topology import Axis, Layout, Topology
+
+# T tokens, D model width, E experts, k choices per token
+
+
+class MoE(TexModule):
+    """A feed-forward layer of E experts of which each token uses k: [.., dim] -> [.., dim].
+
+    Alone in one process it is the plain layer; the strategy spreads its experts over the expert axis and cuts them
+    over the expert_tensor axis. A token's output is the sum of its chosen experts' outputs times their weights; an
+    overflowed choice adds nothing (add the residual outside).
+
+    Args:
+        dim: model width D.
+        hidden_dim: hidden width of one expert; divisible by the expert_tensor axis.
+        num_experts: E; divisible by the expert axis.
+        top_k: experts per token, k.
+        capacity_factor: an expert takes ceil(factor * k * T / E) choices of a data rank's T tokens in a micro-step,
+            first choices first, earlier tokens first; further ones overflow. ``None``: dropless, every choice is served.
+        activation: ``"gelu"`` or ``"swiglu"``.
+        router: ``"softmax"``, a :class:`Router` subclass, or an instance.
+        norm_topk_prob: rescale a token's k weights to sum to 1.
+        load_balance_coefficient: weight of E * sum_e f_e P_e.
+        z_loss_coefficient: weight of the mean of logsumexp(logits)^2.
+
+    Raises:
+        ValueError: sizes or names that are not legal.
+    """
+
+    axes = ("tensor", "data", "expert", "expert_tensor")
+    data: Axis
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        num_experts: int,
+        top_k: int = 1,
+        capacity_factor: float | None = None,
+        activation: Activation = "gelu",
+        router: str | Router | type[Router] = "softmax",
+        norm_topk_prob: bool = False,
+        load_balance_coefficient: float = 0.01,
+        z_loss_coefficient: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if capacity_factor is not None and capacity_factor <= 0:
+            raise ValueError(f"capacity_factor={capacity_factor} must be positive, or None for dropless routing")
+        self.hidden_dim, self.num_experts, self.top_k = hidden_dim, num_experts, top_k
+        self.capacity_factor = capacity_factor
+        self.load_balance_coefficient, self.z_loss_coefficient = load_balance_coefficient, z_loss_coefficient
+        self.router = make_router(router, dim, num_experts, top_k, norm_topk_prob)
+        self.experts = Experts(dim, hidden_dim, num_experts, activation)
+        self.dispatcher = self._dispatcher(Topology.single())
+        self.ledger = LossLedger()
+        self.load = ExpertLoad()
+
+    def check(self, name: str, layout: Layout) -> None:
+        if self.num_experts % layout.expert:
+            legal = Layout.legal_expert_sizes(layout.world, layout.expert_tensor, [self.num_experts])
+            raise ValueError(
+                f"{name}: num_experts={self.num_experts} is not divisible by expert_parallel_size={layout.expert}; "
+                f"legal sizes on {layout.world} ranks: {', '.join(map(str, legal))}"
+            )
+        if self.hidden_dim % layout.expert_tensor:
+            raise ValueError(
+                f"{name}: hidden_dim={self.hidden_dim} is not divisible by expert_tensor_parallel_size="
+                f"{layout.expert_tensor}; choose a tensor_parallel_size that divides it, or "
+                "expert_tensor_parallel_size=1"
+            )
+
+    def bind(self, topology: Topology) -> None:
+        super().bind(topology)
+        self.dispatcher = self._dispatcher(topology)
+
+    def _dispatcher(self, topology: Topology) -> Dispatcher:
+        split, gather = Axis("tensor"), Axis("expert_tensor")
+        if topology.split_duplicates:
+            split, gather = topology.tensor, topology.expert_tensor
+        if self.capacity_factor is None:
+            return DroplessDispatcher(self.num_experts, topology.expert, split, gather)
+        return CapacityDispatcher(self.num_experts, topology.expert, split, gather, self.capacity_factor)
+
+    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        """Mix experts.
+
+        Args:
+            x: [.., D].
+            token_mask: boolean, shaped as x without its last dim; False for padding, which uses no expert, takes no
+                capacity, counts in no routing loss, and gives 0.
+        """
+        tokens = x.reshape(-1, x.shape[-1])
+        mask = None if token_mask is None else token_mask.reshape(-1).bool()
+        route = self.router(tokens, mask)
+        arrived, journey = self.dispatcher.dispatch(tokens, route)
+        y = self.dispatcher.combine(self.experts(arrived), journey).view_as(x)
+        self._record(route, mask, self.dispatcher.overflow(journey), y)
+        return y
+
+    def _record(self, route: Route, mask: Tensor | None, overflowed: Tensor, y: Tensor) -> None:
+        if not self.training or recomputing():
+            return
+        self.load.add(count_choices(route.indices, self.num_experts), overflowed)
+        if torch.is_grad_enabled() and (self.load_balance_coefficient or self.z_loss_coefficient):
+            balance, z = routing_losses(route, mask, self.data)
+            self.ledger.record(self.load_balance_coefficient * balance + self.z_loss_coefficient * z, y)

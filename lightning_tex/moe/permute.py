@@ -1,0 +1,69 @@
+"""Moving rows by index, with a gather in both directions: no atomics, so that runs repeat."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# n rows in, m rows out, D width, r outputs that one input row may go to
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return _rows(x, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        if inverse.shape[1] == 1:
+            return _rows(grad, inverse[:, 0]), None, None
+        return _rows(grad, inverse.flatten()).view(*inverse.shape, -1).sum(1), None, None
+
+
+def take(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    """Row ``index[i]`` of ``x`` as row i; zeros where ``index[i]`` is n. [n, D] -> [m, D].
+
+    Args:
+        x: [n, D].
+        index: [m] in 0..n.
+        inverse: [n, r] in 0..m: the output rows that input row j went to, m where there are fewer than r.
+    """
+    return _Take.apply(x, index, inverse)
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    if x.shape[0] == 0:
+        return x.new_zeros(index.shape[0], x.shape[1])
+    out = x.index_select(0, index.clamp(max=x.shape[0] - 1))
+    return out.masked_fill_((index == x.shape[0])[:, None], 0)
+
+
+class Order(NamedTuple):
+    """Choices grouped by expert, in their given order within each expert.
+
+    sorted:   [n] choice at each place.
+    experts:  [n] expert at each place.
+    starts:   [E + 1] first place of each expert; the last entry is the number of choices that fell on an expert.
+    """
+
+    sorted: Tensor
+    experts: Tensor
+    starts: Tensor
+
+
+def group_by_expert(choices: Tensor, num_experts: int) -> Order:  # [n] in 0..E
+    """Stable grouping of choices; those equal to E (masked) come last, outside every group."""
+    experts, order = choices.sort(stable=True)
+    bounds = torch.arange(num_experts + 1, device=choices.device, dtype=experts.dtype)
+    return Order(order, experts, torch.searchsorted(experts, bounds))
+
+
+def invert(permutation: Tensor) -> Tensor:  # [n] -> [n]
+    """The inverse of a permutation."""
+    inverse = torch.empty_like(permutation)
+    inverse[permutation] = torch.arange(len(permutation), device=permutation.device)
+    return inverse

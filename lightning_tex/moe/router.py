@@ -1,0 +1,120 @@
+"""Which experts each token goes to, and with what weight."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_tex import collectives
+from lightning_tex.placement import TexModule, by_index, draw_uniform_
+
+# T tokens, D model width, E experts, k choices per token
+
+
+class Route(NamedTuple):
+    """A router's decision.
+
+    indices: [T, k] int64, the chosen experts, best first; E where the token is masked out.
+    weights: [T, k], what the chosen experts' outputs are multiplied with; 0 where masked.
+    scores:  [T, E], non-negative, rows sum to 1 for a softmax: what the load-balance loss pushes on.
+    logits:  [T, E], what the z-loss pushes on.
+    """
+
+    indices: Tensor
+    weights: Tensor
+    scores: Tensor
+    logits: Tensor
+
+
+class Router(TexModule):
+    """Base of all routers: linear logits in fp32, scores, top-k. A subclass defines :meth:`score`, or all of forward.
+
+    Ranks of one tensor group hold the same tokens and must decide alike: the decision of tensor rank 0 is theirs.
+    Indices come from detached scores.
+
+    Args:
+        dim: model width D.
+        num_experts: E.
+        top_k: choices per token, k.
+        norm_topk_prob: rescale a token's k weights to sum to 1.
+
+    Raises:
+        ValueError: ``top_k`` outside 1..num_experts.
+    """
+
+    def __init__(self, dim: int, num_experts: int, top_k: int = 1, norm_topk_prob: bool = False) -> None:
+        super().__init__()
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k={top_k} must be between 1 and num_experts={num_experts}")
+        self.dim, self.num_experts, self.top_k, self.norm_topk_prob = dim, num_experts, top_k, norm_topk_prob
+        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        self.reset_parameters()
+
+    @by_index
+    def reset_parameters(self) -> None:
+        """Draw as ``torch.nn.Linear`` does: uniform within 1/sqrt(dim)."""
+        draw_uniform_(self.weight, 1 / math.sqrt(self.dim), self.boxes()["weight"])
+
+    @abstractmethod
+    def score(self, logits: Tensor) -> Tensor:  # [T, E] -> [T, E]
+        """Non-negative scores from logits."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Route:
+        """Route tokens.
+
+        Args:
+            x: [T, D], any floating dtype; computed in fp32, or fp64 for fp64.
+            token_mask: [T] boolean, False for tokens that go to no expert (padding).
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            logits = F.linear(x.to(dtype), self.weight.to(dtype))
+            scores = self.score(logits)
+            chosen = scores.detach().topk(self.top_k, dim=-1).indices
+            indices = collectives.broadcast(chosen, self.tensor)
+            weights = scores.gather(-1, indices)
+            if self.norm_topk_prob:
+                weights = weights / weights.sum(-1, keepdim=True)
+            if token_mask is not None:
+                indices = indices.masked_fill(~token_mask[:, None], self.num_experts)
+                weights = weights.masked_fill(~token_mask[:, None], 0)
+        return Route(indices, weights, scores, logits)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, num_experts={self.num_experts}, top_k={self.top_k}"
+
+
+class SoftmaxRouter(Router):
+    """Softmax over all experts, then the k largest (Switch, GShard, Mixtral with ``norm_topk_prob``)."""
+
+    def score(self, logits: Tensor) -> Tensor:
+        return logits.softmax(-1)
+
+
+ROUTERS: dict[str, type[Router]] = {"softmax": SoftmaxRouter}
+
+
+def make_router(router: str | Router | type[Router], dim: int, num_experts: int, top_k: int, norm: bool) -> Router:
+    """The router a user asked for by name, class or instance.
+
+    Raises:
+        ValueError: unknown name, or an instance made for other sizes.
+    """
+    if isinstance(router, Router):
+        if (router.dim, router.num_experts, router.top_k) != (dim, num_experts, top_k):
+            raise ValueError(
+                f"router is made for dim={router.dim}, num_experts={router.num_experts}, top_k={router.top_k}; "
+                f"the MoE layer has dim={dim}, num_experts={num_experts}, top_k={top_k}"
+            )
+        return router
+    if isinstance(router, str):
+        if router not in ROUTERS:
+            raise ValueError(f"router={router!r}; legal: {', '.join(map(repr, ROUTERS))}, or a Router class or instance")
+        router = ROUTERS[router]
+    return router(dim, num_experts, top_k, norm)
