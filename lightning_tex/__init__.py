@@ -1,0 +1,16 @@
+"""Tensor x expert x data parallel training of mixture-of-experts models, as a PyTorch Lightning strategy."""
+
+from lightning.pytorch.strategies import StrategyRegistry
+
+from lightning_tex.strategy import TexMoEStrategy
+
+__version__ = "0.1.0"
+
+if TexMoEStrategy.strategy_name not in StrategyRegistry:
+    StrategyRegistry.register(
+        TexMoEStrategy.strategy_name,
+        TexMoEStrategy,
+        description="Tensor x expert x data parallelism for mixture-of-experts models (TED, arXiv 2303.06318)",
+    )
+
+__all__ = ["TexMoEStrategy"]

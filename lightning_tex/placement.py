@@ -105,7 +105,8 @@ class Placement:
         cuts: the axes it is cut over, each with its tensor dim.
         replicas: the axis whose ranks hold equal copies and reduce gradients: ``data``, or ``expert_data`` for experts.
         divisor: the summed gradient is divided by this, the size of the data axis.
-        counted: whether this rank's copy enters sums over the world; exactly one copy per element and replica does.
+        repeated: whether ranks outside ``replicas`` hold equal copies too.
+        counted: whether this rank's copy enters sums over the world; of repeated copies only the first does.
     """
 
     name: str
@@ -113,19 +114,22 @@ class Placement:
     cuts: tuple[tuple[Axis, int], ...]
     replicas: Axis
     divisor: int
+    repeated: bool
     counted: bool
 
     @classmethod
     def of(cls, name: str, box: Box, cut: Mapping[str, int], topology: Topology) -> Placement:
         expert = "expert" in cut
         mesh = ("expert", "expert_tensor") if expert else ("tensor",)
+        uncut = [topology.axis(axis) for axis in mesh if axis not in cut]
         return cls(
             name,
             box,
             tuple((topology.axis(axis), dim) for axis, dim in cut.items()),
             topology.expert_data if expert else topology.data,
             topology.data.size,
-            all(topology.axis(axis).rank == 0 for axis in mesh if axis not in cut),
+            any(axis.size > 1 for axis in uncut),
+            all(axis.rank == 0 for axis in uncut),
         )
 
     def gather(self, stored: Tensor) -> Tensor:

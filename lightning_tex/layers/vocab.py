@@ -44,10 +44,11 @@ class VocabParallelEmbedding(_Vocabulary):
     Args:
         num_embeddings: size of the vocabulary, V.
         embedding_dim: width of a row, D.
+        std: standard deviation of the initial weights.
     """
 
-    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
-        super().__init__(num_embeddings, embedding_dim, std=1.0)
+    def __init__(self, num_embeddings: int, embedding_dim: int, std: float = 1.0) -> None:
+        super().__init__(num_embeddings, embedding_dim, std)
 
     def forward(self, ids: Tensor) -> Tensor:  # [..] -> [.., D]
         if self.tensor.size == 1:

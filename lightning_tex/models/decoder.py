@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_tex.collectives import all_gather
 from lightning_tex.layers import ParallelAttention, ParallelMLP, RMSNorm, VocabParallelEmbedding, VocabParallelHead
 from lightning_tex.layers.mlp import Activation
 from lightning_tex.moe import MoE
@@ -116,15 +117,12 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = VocabParallelEmbedding(config.vocab_size, config.dim)
-        self.embedding.std = config.dim**-0.5
+        self.embedding = VocabParallelEmbedding(config.vocab_size, config.dim, std=config.dim**-0.5)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.dim, eps=1e-5)
         self.head = VocabParallelHead(config.dim, config.vocab_size)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
-        else:
-            self.embedding.reset_parameters()
 
     def forward(self, ids: Tensor) -> Tensor:
         """Score next tokens.
@@ -154,6 +152,4 @@ class Decoder(nn.Module):
     @torch.no_grad()
     def logits(self, ids: Tensor) -> Tensor:
         """Whole logits on every rank of the tensor axis: [B, S] -> [B, S, V]. For generation; costs a gather."""
-        from lightning_tex.collectives import gather
-
-        return gather(self(ids), -1, self.head.tensor)[..., : self.config.vocab_size]
+        return all_gather(self(ids), -1, self.head.tensor)[..., : self.config.vocab_size]

@@ -1,0 +1,175 @@
+"""Which sample is read when, and by whom: pure functions of (seed, epoch, fingerprint) and a global sample counter.
+
+G samples in one micro-step over the whole data axis (``global_batch_size``), n data ranks, s the micro-step in its epoch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data.distributed import DistributedSampler
+
+PADDING = -1  # the index of a row that holds no sample
+
+
+def sample_order(size: int, seed: int, epoch: int, fingerprint: str) -> np.ndarray:
+    """The permutation of ``range(size)`` in which one epoch reads its samples.
+
+    Sorts the samples by an integer hash of their index, so that the order depends on no library's random streams and is
+    the same on every machine and version.
+
+    Returns:
+        int64 array ``[size]``.
+    """
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{fingerprint}".encode(), digest_size=8).digest()
+    key = np.uint64(int.from_bytes(digest, "little"))
+    keys = _splitmix64(_splitmix64(np.arange(size, dtype=np.uint64)) ^ key)
+    return np.argsort(keys, kind="stable").astype(np.int64)
+
+
+def _splitmix64(x: np.ndarray) -> np.ndarray:
+    # A bijection of 64-bit integers (Steele, Lea, Flood 2014): distinct samples never tie.
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@dataclass(frozen=True)
+class Share:
+    """What part of every global batch one data rank reads.
+
+    Args:
+        global_batch_size: G, samples of one micro-step over the whole data axis.
+        num_replicas: n, size of the data axis.
+        rank: this process's coordinate on it.
+
+    Raises:
+        ValueError: G is not positive or not a multiple of n.
+    """
+
+    global_batch_size: int
+    num_replicas: int = 1
+    rank: int = 0
+
+    def __post_init__(self) -> None:
+        size, n = self.global_batch_size, self.num_replicas
+        if size < 1 or size % n:
+            lower = max(n, size // n * n)
+            raise ValueError(
+                f"global_batch_size={size} cannot be shared by a data axis of size {n}; "
+                f"legal are the multiples of {n}, the nearest {lower} and {lower + n}"
+            )
+
+    @property
+    def rows(self) -> int:
+        """Samples of one batch of this rank, G / n."""
+        return self.global_batch_size // self.num_replicas
+
+    @property
+    def slice(self) -> slice:
+        """This rank's contiguous part ``[rank G/n, (rank + 1) G/n)`` of a global batch."""
+        return slice(self.rank * self.rows, (self.rank + 1) * self.rows)
+
+
+class GlobalBatchSampler(DistributedSampler):
+    """Yields, micro-step by micro-step, the list of sample indices of one data rank.
+
+    Micro-step s of an epoch consumes ``order[s G : (s + 1) G]``; the rank takes its contiguous slice of that. So the order
+    of samples is the same on every layout. It is a ``DistributedSampler`` because Lightning leaves those alone and would
+    otherwise wrap it once more. Give it to a ``DataLoader`` as ``sampler`` with ``batch_size=None``.
+
+    Args:
+        dataset: sized; of its samples the indices ``0 .. len(dataset) - 1`` are yielded.
+        share: G and the place on the data axis.
+        seed: of the shuffle.
+        fingerprint: of the data set; enters the shuffle.
+        shuffle: by :func:`sample_order`, else in the order of the data set.
+        pad: end with a batch filled up by index ``PADDING``, so that no sample is lost and all ranks have equally many
+            batches; else the last incomplete global batch is left out.
+    """
+
+    def __init__(
+        self, dataset: Dataset, share: Share, seed: int = 0, fingerprint: str = "", shuffle: bool = True, pad: bool = False
+    ) -> None:
+        super().__init__(
+            dataset, num_replicas=share.num_replicas, rank=share.rank, shuffle=shuffle, seed=seed, drop_last=not pad
+        )
+        self.share = share
+        self.fingerprint = fingerprint
+        self.start = 0
+
+    def seek(self, epoch: int, batch: int) -> None:
+        """Lets the next iteration yield epoch ``epoch`` from its micro-step ``batch`` on."""
+        self.epoch, self.start = epoch, batch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Selects the epoch to yield; another one than the present starts at its first micro-step."""
+        if epoch != self.epoch:
+            self.seek(epoch, 0)
+
+    def __len__(self) -> int:
+        """Micro-steps of a whole epoch, also when the iteration starts in its middle."""
+        size, batch = len(self.dataset), self.share.global_batch_size  # type: ignore[arg-type]
+        return size // batch if self.drop_last else -(-size // batch)
+
+    def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]
+        order, batch = self._order(), self.share.global_batch_size
+        first, self.start = self.start, 0
+        for step in range(first, len(self)):
+            yield order[step * batch : (step + 1) * batch][self.share.slice].tolist()
+
+    def _order(self) -> np.ndarray:
+        size, batch = len(self.dataset), self.share.global_batch_size  # type: ignore[arg-type]
+        order = sample_order(size, self.seed, self.epoch, self.fingerprint) if self.shuffle else np.arange(size)
+        return order if self.drop_last else np.pad(order, (0, -size % batch), constant_values=PADDING)
+
+
+class FixedBatchSampler(GlobalBatchSampler, SequentialSampler):
+    """The same samples in the same order in every epoch.
+
+    A ``SequentialSampler`` too, so that Lightning's ``overfit_batches`` keeps it.
+    """
+
+    def set_epoch(self, epoch: int) -> None:
+        """Does nothing: every epoch is alike."""
+
+
+@dataclass
+class Cursor:
+    """Where training stands: the epoch and the micro-steps of it that have been *consumed*, not merely fetched.
+
+    Args:
+        steps_done: returns a count that grows by one with every finished training step.
+        steps_per_epoch: returns the micro-steps of an epoch, or infinity while that is unknown.
+        epoch: to begin with.
+        batch: micro-steps of that epoch to skip.
+    """
+
+    steps_done: Callable[[], int]
+    steps_per_epoch: Callable[[], float]
+    epoch: int = 0
+    batch: int = 0
+    _origin: int | None = None  # steps_done when the present epoch's first batch was asked for
+
+    def position(self) -> tuple[int, int]:
+        """The next micro-step to train on, as (epoch, micro-step in it)."""
+        batch = self.batch + self._steps()
+        return (self.epoch + 1, 0) if batch and batch >= self.steps_per_epoch() else (self.epoch, batch)
+
+    def begin(self) -> tuple[int, int]:
+        """Called when the first batch of an iteration is asked for; returns the micro-step to start at.
+
+        An iteration that follows a trained one starts the next epoch, even if that one ended early (``limit_train_batches``).
+        """
+        if self._steps():
+            self.epoch, self.batch = self.epoch + 1, 0
+        self._origin = self.steps_done()
+        return self.epoch, self.batch
+
+    def _steps(self) -> int:
+        return 0 if self._origin is None else self.steps_done() - self._origin

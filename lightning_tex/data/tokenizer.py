@@ -1,0 +1,113 @@
+"""The tokenizer: a ``tokenizers`` file, or a byte-level BPE trained on the corpus."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_tex.data.corpus import fingerprint
+
+if TYPE_CHECKING:
+    import tokenizers
+
+END_OF_DOCUMENT = "<|endoftext|>"
+SMALLEST_VOCABULARY = 257  # every byte and the end of a document
+TRAINING_BYTES = 50_000_000  # a vocabulary does not get better by more text than this
+_KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]", "<|im_end|>")
+
+
+class TextTokenizer:
+    """A ``tokenizers.Tokenizer`` with an end-of-document token.
+
+    Args:
+        tokenizer: the tokenizer itself.
+        end_of_document: its token that ends a document; None: the first it has of the usual ones.
+
+    Raises:
+        ValueError: the tokenizer has no such token.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, end_of_document: str | None = None) -> None:
+        # A document that spells out a special token must not be able to end itself.
+        tokenizer.encode_special_tokens = True
+        self.tokenizer = tokenizer
+        self.end_of_document_id = _end_id(tokenizer, end_of_document)
+        self.size: int = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.fingerprint = fingerprint([tokenizer.to_str(), str(self.end_of_document_id)])
+
+    @classmethod
+    def from_file(cls, path: str | Path, end_of_document: str | None = None) -> TextTokenizer:
+        """Reads a ``tokenizers`` JSON file, or ``tokenizer.json`` in a folder."""
+        import tokenizers
+
+        file = Path(path).expanduser()
+        file = file / "tokenizer.json" if file.is_dir() else file
+        if not file.is_file():
+            raise FileNotFoundError(f"tokenizer={str(path)!r} is neither a tokenizers JSON file nor a folder with tokenizer.json")
+        return cls(tokenizers.Tokenizer.from_file(str(file)), end_of_document)
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of one text, without an end of document. Safe in a forked worker."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_documents(self, texts: list[str]) -> list[list[int]]:
+        """The tokens of each text, followed by the end of document; uses all cores."""
+        encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+        quiet_forks()
+        return [[*encoding.ids, self.end_of_document_id] for encoding in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of some tokens, end-of-document tokens spelled out; padding (negative ids) is left out."""
+        return self.tokenizer.decode([int(i) for i in ids if int(i) >= 0], skip_special_tokens=False)
+
+
+def _end_id(tokenizer: tokenizers.Tokenizer, wanted: str | None) -> int:
+    candidates = (wanted,) if wanted else _KNOWN_ENDS
+    ids = [tokenizer.token_to_id(token) for token in candidates]
+    found = [i for i in ids if i is not None]
+    if not found:
+        special = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+        raise ValueError(
+            f"the tokenizer has no end-of-document token {' or '.join(candidates)}; "
+            f"set end_of_document to one of its tokens, e.g. one of its special tokens: {', '.join(special) or 'none'}"
+        )
+    return found[0]
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
+    """A byte-level BPE of at most ``vocab_size`` tokens, deterministic, from the first ``TRAINING_BYTES`` of the texts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_first_bytes(texts, TRAINING_BYTES), trainer)
+    quiet_forks()
+    return tokenizer
+
+
+def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
+    for text in texts:
+        if limit <= 0:
+            return
+        limit -= len(text.encode("utf-8", "replace"))
+        yield text
+
+
+def texts_of(documents: Any) -> Iterator[str]:
+    """The texts of a ``datasets`` object, one by one."""
+    for batch in documents.iter(batch_size=256):
+        yield from batch["text"]
+
+
+def quiet_forks() -> None:
+    # tokenizers prints a warning in every process forked after it has used its threads, unless this is set.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,0 +1,209 @@
+"""The sharded (ZeRO-1), tiled optimizer that the strategy puts in the place of the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_tex import collectives
+from lightning_tex.optim.engine import Engine, fastest, require_elementwise
+from lightning_tex.optim.flat import ALIGNMENT, FlatBuffer
+from lightning_tex.placement import Placement
+from lightning_tex.topology import Axis
+
+DEFAULT_TILE_SIZE = 1 << 23
+
+
+class Shard:
+    """This rank's part of one buffer: its master, and the windows (tiles) that a step walks.
+
+    The master is the parameters' own part where they are fp32 or fp64, else an fp32 copy. Tiles are persistent views
+    of it, because torch keys optimizer state by tensor.
+
+    Args:
+        buffer: the buffer.
+        group: the optimizer group it belongs to; its options are read at every step.
+        tile_size: elements in a tile, a multiple of 64.
+    """
+
+    def __init__(self, buffer: FlatBuffer, group: dict[str, Any], tile_size: int) -> None:
+        self.buffer, self.group = buffer, group
+        self.low_precision = buffer.parameters.dtype in (torch.bfloat16, torch.float16)
+        self.master = buffer.shard.float() if self.low_precision else buffer.shard
+        self.tiles = [nn.Parameter(tile, requires_grad=False) for tile in self.master.split(tile_size)]
+        self.tile_size = tile_size
+        self._versions = self._current_versions()
+
+    def step(self, engine: Engine, scale: float) -> None:
+        """Update the own part: gradient times ``scale``, upcast, one tile at a time."""
+        self.refresh()
+        options = fastest(engine.optimizer, self.group)
+        gradients = self.buffer.gradient_shard.split(self.tile_size)
+        for tile, stored, gradient in zip(self.tiles, self.buffer.shard.split(self.tile_size), gradients, strict=True):
+            gradient = gradient.to(tile.dtype)
+            engine.step(tile, gradient.mul_(scale) if scale != 1 else gradient, options)
+            if self.low_precision:
+                stored.copy_(tile)
+
+    def refresh(self) -> None:
+        """Take up parameters that somebody else wrote since the last step (a loaded state dict, a callback)."""
+        versions = self._current_versions()
+        if self.low_precision and versions != self._versions:
+            self.master.copy_(self.buffer.shard)
+        self._versions = versions
+
+    def _current_versions(self) -> list[int]:
+        # Our own writes go through the buffer and do not count here.
+        return [entry.parameter._version for entry in self.buffer.entries]
+
+
+class TiledOptimizer(Optimizer):
+    """An elementwise torch optimizer, with its states sharded over replicas and stepped tile by tile.
+
+    Non-expert states are sharded over the data axis, expert states over expert_data (paper section 2). Group dicts
+    are those of the user's optimizer, so schedulers and whoever reads learning rates act on what is used. A parameter
+    without gradient counts as one with gradient zero.
+
+    Args:
+        optimizer: the user's optimizer over the cut model's parameters.
+        placements: parameter -> placement.
+        world: all ranks, over which norms are summed.
+        tile_size: elements in one tile, rounded down to a multiple of 64; ``None``: 8M.
+
+    Raises:
+        ValueError: the optimizer is not elementwise, or holds a parameter that is not the model's.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        placements: dict[nn.Parameter, Placement],
+        world: Axis,
+        tile_size: int | None = None,
+    ) -> None:
+        require_elementwise(optimizer)
+        self.inner, self.world, self.placements = optimizer, world, placements
+        self.tile_size = max(ALIGNMENT, (tile_size or DEFAULT_TILE_SIZE) // ALIGNMENT * ALIGNMENT)
+        self.engine = Engine(optimizer)
+        self.shards: list[Shard] = []
+        self.gradient_scale = 1.0
+        self.reduced = False
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        self.param_groups = optimizer.param_groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as ``torch.optim.Optimizer`` does, and lay its parameters out in buffers."""
+        known = any(param_group is group for group in self.inner.param_groups)
+        if not known:
+            self.inner.add_param_group(param_group)
+            param_group = self.inner.param_groups[-1]
+        else:
+            self.param_groups.append(param_group)
+        kinds: dict[tuple[str, torch.dtype, torch.device], list[tuple[nn.Parameter, Placement]]] = {}
+        for parameter in param_group["params"]:
+            placement = self.placements.get(parameter)
+            if placement is None:
+                raise ValueError(
+                    f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not a parameter of the "
+                    "LightningModule; register it there, so that it is placed and saved"
+                )
+            if parameter.requires_grad:
+                kind = (placement.replicas.name, parameter.dtype, parameter.device)
+                kinds.setdefault(kind, []).append((parameter, placement))
+        for members in kinds.values():
+            self.shards.append(Shard(FlatBuffer(members), param_group, self.tile_size))
+
+    # --- gradients
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Zero the gradient buffers. ``.grad`` stays a view of them, whatever ``set_to_none`` says."""
+        for shard in self.shards:
+            shard.buffer.zero_gradients()
+        self.gradient_scale, self.reduced = 1.0, False
+
+    def reduce_gradients(self, whole: bool = False) -> None:
+        """Combine gradients over replicas, once per step; collective.
+
+        Args:
+            whole: make every ``.grad`` the combined gradient, not only this rank's shard of it.
+        """
+        if not self.reduced:
+            for shard in self.shards:
+                shard.buffer.reduce_gradients(whole)
+            self.reduced = True
+
+    def gradient_norm(self) -> Tensor:
+        """The 2-norm of all gradients, each parameter counted once, whatever the layout: an fp64 scalar; collective."""
+        self.reduce_gradients()
+        squares = [shard.buffer.squared_norm() for shard in self.shards]
+        total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
+        return collectives.all_reduce(total, self.world).sqrt() * self.gradient_scale
+
+    def clip_by_norm(self, max_norm: float) -> Tensor:
+        """Scale all gradients so that their norm is at most ``max_norm``. Returns the norm before; collective."""
+        norm = self.gradient_norm()
+        self.gradient_scale *= min(1.0, max_norm / (float(norm) + 1e-6))
+        return norm
+
+    def clip_by_value(self, max_value: float) -> None:
+        """Clamp every gradient element to [-max_value, max_value]."""
+        self.reduce_gradients()
+        for shard in self.shards:
+            shard.buffer.gradient_shard.clamp_(-max_value / self.gradient_scale, max_value / self.gradient_scale)
+
+    # --- the step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Combine gradients if that has not happened, update the own shards, gather the parameters; collective."""
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        self.reduce_gradients()
+        for shard in self.shards:
+            shard.step(self.engine, self.gradient_scale)
+        for shard in self.shards:
+            shard.buffer.gather_parameters()
+        self.gradient_scale, self.reduced = 1.0, False
+        # Schedulers look here to warn about being stepped before the optimizer.
+        self.inner._opt_called = True  # type: ignore[attr-defined]
+        return result
+
+    def refresh_masters(self) -> None:
+        """Take up parameters that were written from outside, whatever wrote them."""
+        for shard in self.shards:
+            if shard.low_precision:
+                shard.master.copy_(shard.buffer.shard)
+
+    # --- state, in pieces
+
+    def pieces(self) -> Iterator[Piece]:
+        """Every piece of every parameter that this rank's tiles hold."""
+        for shard in self.shards:
+            starts = range(shard.buffer.shard_start, shard.buffer.shard_start + len(shard.master), shard.tile_size)
+            for tile, tile_start in zip(shard.tiles, starts, strict=True):
+                for entry in shard.buffer.entries:
+                    start, stop = max(entry.start, tile_start), min(entry.stop, tile_start + len(tile))
+                    if start < stop:
+                        own = slice(start - tile_start, stop - tile_start)
+                        yield Piece(entry.placement, entry.parameter, start - entry.start, stop - entry.start, tile, own)
+
+
+class Piece:
+    """Elements ``start`` to ``stop`` of a parameter's stored, flattened part, held as ``tile[own]``."""
+
+    def __init__(
+        self, placement: Placement, parameter: nn.Parameter, start: int, stop: int, tile: nn.Parameter, own: slice
+    ) -> None:
+        self.placement, self.parameter = placement, parameter
+        self.start, self.stop, self.tile, self.own = start, stop, tile, own
+
+
+def parameter_names(groups: Iterable[dict[str, Any]], placements: dict[nn.Parameter, Placement]) -> list[list[str]]:
+    """Names of each group's parameters, in their order."""
+    return [[placements[p].name for p in group["params"]] for group in groups]

@@ -1,0 +1,26 @@
+"""Random numbers: alike over tensor, where activations are replicated; different over data."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+
+from lightning_tex import collectives
+from lightning_tex.placement import stable_hash
+from lightning_tex.topology import Axis
+
+
+def shared_seed(world: Axis, device: torch.device) -> int:
+    """Rank 0's initial seed, on every rank; collective."""
+    seed = torch.tensor([torch.initial_seed() & (2**62 - 1)], device=device)
+    return int(collectives.broadcast(seed, world))
+
+
+def data_rank_random_state(seed: int, data: Axis) -> None:
+    """Seed torch, NumPy and Python by (seed, data rank)."""
+    own = stable_hash(seed, "data", data.rank)
+    torch.manual_seed(own)
+    np.random.seed(own % 2**32)  # noqa: NPY002: the global state is what user code draws from
+    random.seed(own)

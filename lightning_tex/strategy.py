@@ -1,0 +1,345 @@
+"""The Lightning strategy: cuts the model, shards the optimizer, and runs both through Lightning's own loops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning import LightningModule, Trainer
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.fabric.utilities.distributed import (
+    _get_default_process_group_backend_for_device,
+    _init_dist_connection,
+    _sync_ddp_if_available,
+)
+from lightning.fabric.utilities.seed import pl_worker_init_function, reset_seed
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.strategies.parallel import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only as utilities_rank_zero_only
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torchmetrics import Metric
+
+from lightning_tex import placement
+from lightning_tex.agreement import agreed_loader, require_same_batch
+from lightning_tex.evaluation import run_until_all_are_done
+from lightning_tex.moe import MoE, auxiliary_loss
+from lightning_tex.optim import TiledOptimizer
+from lightning_tex.precision import tex_precision
+from lightning_tex.random_state import data_rank_random_state, shared_seed
+from lightning_tex.topology import Layout, Topology, build_mesh
+
+# Steps whose batches are compared over the tensor axis, from the start of every stage.
+_COMPARED_STEPS = 3
+
+
+class TexMoEStrategy(ParallelStrategy):
+    """Train a LightningModule built of TEX layers with tensor x expert x data parallelism (arXiv 2303.06318).
+
+    Use it as ``Trainer(strategy="tex_moe")`` or with arguments. The world is split twice (Eq. 1):
+    ``tensor x data`` for ordinary parameters, ``expert_tensor x expert x expert_data`` for experts. TEX layers are cut
+    in place, everything else is replicated; the module's torch optimizer is sharded over replicas (ZeRO-1) and
+    stepped in tiles.
+
+    Args:
+        accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin: as Lightning's own.
+        tensor_parallel_size: ranks that share each matrix; divides the world.
+        expert_parallel_size: ranks over which a layer's experts are spread; ``"auto"``: the largest legal value.
+        expert_tensor_parallel_size: ranks that share one expert's matrices: ``None`` (the tensor size, TED) or 1
+            (folding: experts stay whole and spread over tensor ranks too).
+        sequence_parallel: not supported yet; must be False.
+        zero_stage: not supported yet except 1: optimizer states are sharded over replicas.
+        tile_size: elements the optimizer updates at once, which bounds its temporary memory; ``None``: 8M.
+        optimizer_state_format: not supported yet except ``"fp32"``.
+        duplicate_token_dropping: split the tokens that tensor ranks hold alike before the all-to-all (section 5.1).
+        activation_checkpointing: not supported yet; must be None.
+        activation_checkpointing_policy: not supported yet; must be None.
+        save_distributed_checkpoint: True: a checkpoint is a directory, each rank writing its part. False: one plain
+            file that ``strategy="auto"`` and ``torch.load`` read.
+        process_group_backend: ``None``: nccl on GPUs, gloo on CPUs.
+        timeout: of collectives.
+
+    Raises:
+        ValueError: a layout that the world or the model does not allow, naming the option and the legal values.
+        MisconfigurationException: something of the Trainer that the strategy cannot do, by name.
+    """
+
+    strategy_name = "tex_moe"
+
+    def __init__(
+        self,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        tensor_parallel_size: int = 1,
+        expert_parallel_size: int | Literal["auto"] = "auto",
+        expert_tensor_parallel_size: int | None = None,
+        sequence_parallel: bool = False,
+        zero_stage: Literal[0, 1, 2] = 1,
+        tile_size: int | None = None,
+        optimizer_state_format: Literal["fp32", "split", "int8", "stochastic"] = "fp32",
+        duplicate_token_dropping: bool = True,
+        activation_checkpointing: Literal["full", "communication_aware"] | None = None,
+        activation_checkpointing_policy: set[type[nn.Module]] | None = None,
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        super().__init__(accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
+        for option, value, only in (
+            ("sequence_parallel", sequence_parallel, False),
+            ("zero_stage", zero_stage, 1),
+            ("optimizer_state_format", optimizer_state_format, "fp32"),
+            ("activation_checkpointing", activation_checkpointing, None),
+            ("activation_checkpointing_policy", activation_checkpointing_policy, None),
+        ):
+            if value != only:
+                raise ValueError(f"{option}={value!r} is not supported yet; legal in this version: {only!r}")
+        if tile_size is not None and tile_size < 64:
+            raise ValueError(f"tile_size={tile_size} elements is too small; legal: 64 or more, or None")
+        self._sizes = partial(
+            Layout.resolve,
+            tensor_parallel_size=tensor_parallel_size,
+            expert_parallel_size=expert_parallel_size,
+            expert_tensor_parallel_size=expert_tensor_parallel_size,
+            duplicate_token_dropping=duplicate_token_dropping,
+        )
+        self._expert_size_given = expert_parallel_size != "auto"
+        self._split_duplicates = duplicate_token_dropping
+        self._tile_size = tile_size
+        self._save_distributed_checkpoint = save_distributed_checkpoint
+        self._process_group_backend = process_group_backend
+        self._timeout = timeout
+        self._mesh: DeviceMesh | None = None
+        self._topology: Topology | None = None
+        self._compared = 0
+        self.num_nodes = 1
+
+    # --- what the world is
+
+    @property
+    def is_distributed(self) -> bool:
+        """Lightning asks this before it adds samplers and syncs logs."""
+        return True
+
+    @property
+    def root_device(self) -> torch.device:
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def num_processes(self) -> int:
+        """Processes on this node."""
+        return len(self.parallel_devices) if self.parallel_devices is not None else 0
+
+    @property
+    def device_mesh(self) -> DeviceMesh:
+        """The (data, tensor) mesh; also ``LightningModule.device_mesh``."""
+        if self._mesh is None:
+            raise RuntimeError("The device mesh exists only after the Trainer has set up its processes")
+        return self._mesh
+
+    @property
+    def topology(self) -> Topology:
+        """All axes of the run. Exists from ``setup`` on."""
+        if self._topology is None:
+            raise RuntimeError("The topology exists only after the Trainer has set up the strategy")
+        return self._topology
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Samplers split data over the data axis: ranks of one tensor group see one batch."""
+        layout = self._topology.layout if self._topology else self._sizes(self.world_size)
+        return {"num_replicas": layout.data, "rank": layout.coordinates(self.global_rank)["data"]}
+
+    def set_world_ranks(self) -> None:
+        """Called when the Trainer is built: the first moment the world is known, so a wrong layout ends here."""
+        if self.cluster_environment is not None:
+            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+            self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+        rank_zero_only.rank = utilities_rank_zero_only.rank = self.global_rank
+        self._sizes(self.world_size)
+
+    # --- Lightning's precision and launcher
+
+    @property
+    def precision_plugin(self) -> Precision:
+        return super().precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Precision | None) -> None:
+        self._precision_plugin = None if plugin is None else tex_precision(plugin)
+
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        if not self.cluster_environment.creates_processes_externally:
+            self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+    # --- setting up
+
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        if self.root_device.type not in ("cpu", "cuda"):
+            raise MisconfigurationException(
+                f"TexMoEStrategy does not run on {self.root_device.type!r}; legal accelerators: 'cpu', 'cuda'"
+            )
+        reset_seed()
+        self.set_world_ranks()
+        layout = self._sizes(self.world_size, num_experts=self._num_experts())
+        backend = self._process_group_backend or _get_default_process_group_backend_for_device(self.root_device)
+        self._process_group_backend = backend
+        assert self.cluster_environment is not None
+        device_id = self.root_device if self.root_device.type == "cuda" else None
+        _init_dist_connection(self.cluster_environment, backend, timeout=self._timeout, device_id=device_id)
+        if self._mesh is None:
+            self._mesh = build_mesh(layout, self.root_device.type)
+        assert self.lightning_module is not None
+        self.lightning_module._device_mesh = self._mesh
+
+    def setup(self, trainer: Trainer) -> None:
+        """Cut the model for this rank, give it its memory and its optimizer. Idempotent over stages."""
+        assert self.accelerator is not None and self.model is not None
+        self.accelerator.setup(trainer)
+        if self._layer_sync is not None:
+            raise MisconfigurationException("Trainer(sync_batchnorm=True) is not supported by TexMoEStrategy")
+        experts = self._num_experts()
+        layout = self._sizes(self.world_size, num_experts=experts)
+        if self._expert_size_given:
+            layout.require_experts(experts)
+        placement.check(self.model, layout)
+        if self._topology is None:
+            self._topology = Topology.build(layout, self.root_device.type, self._mesh, self._split_duplicates)
+        seed = shared_seed(self.topology.world, self.root_device)
+        self._move_to_device()
+        placement.synchronise(self.model, self.topology.world)
+        placement.cut(self.model, self.topology)
+        self.model = self.precision_plugin.convert_module(self.model)
+        placement.materialise(self.model, self.root_device, seed)
+        for metric in self.model.modules():
+            if isinstance(metric, Metric) and metric.process_group is None:
+                metric.process_group = self.topology.data.group
+        data_rank_random_state(seed, self.topology.data)
+        self.barrier()
+        self._compared = 0
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        """Build the user's optimizer over the cut model and put the sharded, tiled one in its place."""
+        self._reset_optimizers_and_schedulers()
+        super().setup_optimizers(trainer)
+        if len(self.optimizers) > 1:
+            raise MisconfigurationException(
+                f"configure_optimizers returned {len(self.optimizers)} optimizers; TexMoEStrategy drives exactly one: "
+                "give it one parameter group for each set of options"
+            )
+        assert self.model is not None
+        parameters = dict(self.model.named_parameters())
+        placed = {parameters[name]: p for name, p in placement.placements(self.model, self.topology).items()}
+        if self.optimizers and self.optimizers[0].param_groups and type(self.optimizers[0]).__name__ != "_MockOptimizer":
+            self.optimizers = [TiledOptimizer(self.optimizers[0], placed, self.topology.world, self._tile_size)]
+
+    def model_to_device(self) -> None:
+        """Nothing: ``setup`` moves what exists and draws the rest where it belongs."""
+
+    def _move_to_device(self) -> None:
+        def move(tensor: Tensor) -> Tensor:
+            return tensor if tensor.is_meta else tensor.to(self.root_device)
+
+        assert self.model is not None
+        self.model._apply(move)
+
+    def _num_experts(self) -> list[int]:
+        assert self.model is not None
+        return [module.num_experts for module in self.model.modules() if isinstance(module, MoE)]
+
+    # --- steps
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """Seed workers by data rank, and let training loaders end together."""
+        if getattr(dataloader, "worker_init_fn", False) is None:
+            rank = self.distributed_sampler_kwargs["rank"]
+            with suppress(ValueError, AttributeError):
+                dataloader.worker_init_fn = partial(_seed_worker, rank=rank)  # type: ignore[attr-defined]
+        assert self.lightning_module is not None
+        if self.lightning_module.trainer.training:
+            return agreed_loader(dataloader, self.topology.world, self.root_device)
+        return dataloader
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.model is not None
+        self._compare_batch(args, kwargs)
+        auxiliary_loss(self.model)  # what an aborted step left behind
+        return super().training_step(*args, **kwargs)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._evaluate(super().validation_step, *args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._evaluate(super().test_step, *args, **kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._evaluate(super().predict_step, *args, **kwargs)
+
+    def _evaluate(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._compare_batch(args, kwargs)
+        output = step(*args, **kwargs)
+        assert self.lightning_module is not None
+        loader = args[2] if len(args) > 2 else 0  # (batch, batch_idx[, dataloader_idx])
+        again = partial(step, *args, **kwargs)
+        run_until_all_are_done(self.lightning_module, again, loader, self.topology.world, self.root_device)
+        return output
+
+    def _compare_batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._compared < _COMPARED_STEPS and self.topology.tensor.size > 1:
+            self._compared += 1
+            require_same_batch((args, kwargs), self.topology.tensor, self.topology.world, self.root_device)
+
+    # --- communication for Lightning
+
+    def barrier(self, name: str | None = None) -> None:
+        if dist.is_initialized():
+            dist.barrier(device_ids=[self.root_device.index] if dist.get_backend() == "nccl" else None)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if not dist.is_initialized():
+            return obj
+        objects = [obj]
+        dist.broadcast_object_list(objects, src)
+        return objects[0]
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Reduce over the data axis: ranks of one tensor group hold equal values, which count once."""
+        if not isinstance(tensor, Tensor):
+            return tensor
+        return _sync_ddp_if_available(tensor, group or self._data_group(), reduce_op=reduce_op)
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """Gather over the data axis: [..] -> [data, ..]."""
+        return super().all_gather(tensor, group or self._data_group(), sync_grads)
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        votes = torch.tensor(int(decision), device=self.root_device)
+        votes = _sync_ddp_if_available(votes, reduce_op="sum")
+        return bool(votes == self.world_size) if all else bool(votes)
+
+    def _data_group(self) -> Any:
+        return self._mesh.get_group("data") if self._mesh is not None else None
+
+
+def _seed_worker(worker_id: int, rank: int) -> None:
+    pl_worker_init_function(worker_id, rank)

@@ -1,0 +1,80 @@
+"""Run a function on forked ranks: a multi-process test in a second or two."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+    """``[function(*args) on rank r for r in range(world)]``. Each rank runs in a process of its own.
+
+    ``RANK`` and so on are set so that ``Trainer(devices=world)`` finds itself already launched; process groups are the
+    function's business. A rank that fails fails the test with that rank's traceback; one that hangs is ended.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = mp.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [
+            context.Process(target=_rank, args=(rank, world, port, folder, function, args)) for rank in range(world)
+        ]
+        for process in ranks:
+            process.start()
+        try:
+            for process in ranks:
+                process.join(timeout)
+        finally:
+            hung = [rank for rank, process in enumerate(ranks) if process.is_alive()]
+            for process in ranks:
+                if process.is_alive():
+                    process.kill()
+                process.join()
+        outcomes = [_outcome(Path(folder, str(rank))) for rank in range(world)]
+    failures = [f"--- rank {rank}\n{text}" for rank, (ok, text) in enumerate(outcomes) if not ok]
+    if hung:
+        failures.append(f"--- ranks {hung} were still running after {timeout} s")
+    if failures:
+        raise AssertionError("\n".join(failures))
+    return [value for _, value in outcomes]
+
+
+def _outcome(path: Path) -> tuple[bool, Any]:
+    if not path.exists():
+        return False, "ended without a result"
+    return pickle.loads(path.read_bytes())
+
+
+def _rank(rank: int, world: int, port: int, folder: str, function: Callable[..., Any], args: Any) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        NODE_RANK="0",
+        WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        GLOO_SOCKET_IFNAME="lo",
+        TORCH_DISTRIBUTED_DEBUG="DETAIL",
+    )
+    torch.set_num_threads(1)
+    try:
+        outcome = True, function(*args)
+    except BaseException:
+        outcome = False, traceback.format_exc()
+    temporary = Path(folder, f"{rank}.tmp")
+    temporary.write_bytes(pickle.dumps(outcome))
+    temporary.rename(Path(folder, str(rank)))
+    if dist.is_initialized() and outcome[0]:
+        dist.destroy_process_group()
+    os._exit(0 if outcome[0] else 1)
