@@ -62,7 +62,9 @@ def reduce_scatter(x: Tensor, dim: int, axis: Axis) -> Tensor:
     return out.movedim(0, dim)
 
 
-def all_to_all(x: Tensor, axis: Axis, arrive: Sequence[int] | None = None, leave: Sequence[int] | None = None) -> Tensor:
+def all_to_all(
+    x: Tensor, axis: Axis, arrive: Sequence[int] | None = None, leave: Sequence[int] | None = None
+) -> Tensor:
     """Rows to their rank: the first dim is cut into ``size`` parts, part i goes to rank i. [n, ..] -> [m, ..].
 
     Args:

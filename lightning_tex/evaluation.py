@@ -37,7 +37,7 @@ def run_until_all_are_done(
     if world.size == 1:
         return
     trainer = module.trainer
-    loop = trainer.predict_loop if trainer.predicting else trainer._evaluation_loop
+    loop: Any = trainer.predict_loop if trainer.predicting else trainer._evaluation_loop
     last = bool(loop.batch_progress.is_last_batch)
     while True:
         states = gather_numbers([int(last), loader], world, device)

@@ -31,6 +31,9 @@ class TexModule(nn.Module):
     axes: ClassVar[tuple[str, ...]] = ("tensor",)
     cuts: ClassVar[Mapping[str, Mapping[str, int]]] = {}
     tensor: Axis
+    data: Axis
+    expert: Axis
+    expert_tensor: Axis
 
     def __init__(self) -> None:
         super().__init__()
@@ -307,7 +310,10 @@ def _fill(parameter: Tensor, box: Box, value: Callable[[Tensor, int], Tensor]) -
         for start, size, stride in zip(box.offsets, box.sizes, strides, strict=True)
     ]
     # Slabs along the first dim bound the temporaries, which are 64 bits wide.
-    inner = sum((s.view(-1, *[1] * (len(steps) - 1 - d)) for d, s in enumerate(steps[1:], 1)), torch.zeros((), dtype=torch.int64, device=parameter.device))
+    inner = sum(
+        (s.view(-1, *[1] * (len(steps) - 1 - d)) for d, s in enumerate(steps[1:], 1)),
+        torch.zeros((), dtype=torch.int64, device=parameter.device),
+    )
     slab = max(1, (1 << 20) // max(1, inner.numel()))
     for start in range(0, rows.shape[0], slab):
         first = steps[0][start : start + slab].view(-1, *[1] * (len(steps) - 1))

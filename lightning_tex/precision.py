@@ -28,7 +28,7 @@ _NORMS = (
 class _TrainStep(Precision):
     """The order of a train step: closure (forward, zero_grad, backward); reduce gradients; hooks; clip; step."""
 
-    def pre_backward(self, tensor: Tensor, module: LightningModule) -> Tensor:
+    def pre_backward(self, tensor: Tensor, module: LightningModule) -> Tensor:  # type: ignore[override]
         """Add the auxiliary losses nobody collected, divided by the accumulation as Lightning divides the loss."""
         if module.automatic_optimization:
             tensor = tensor + auxiliary_loss(module) / module.trainer.accumulate_grad_batches
@@ -70,7 +70,7 @@ class TexDoublePrecision(_TrainStep, DoublePrecision):
     """``64-true``: everything in fp64."""
 
 
-class TexMixedPrecision(_TrainStep, MixedPrecision):
+class TexMixedPrecision(_TrainStep, MixedPrecision):  # type: ignore[misc]
     """``bf16-mixed``: bf16 parameters with fp32 masters in the optimizer, autocast active; routers and norms fp32.
 
     This differs from Lightning's own meaning (fp32 parameters, autocast only): parameters take half the memory.

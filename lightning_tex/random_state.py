@@ -22,5 +22,5 @@ def data_rank_random_state(seed: int, data: Axis) -> None:
     """Seed torch, NumPy and Python by (seed, data rank)."""
     own = stable_hash(seed, "data", data.rank)
     torch.manual_seed(own)
-    np.random.seed(own % 2**32)  # noqa: NPY002: the global state is what user code draws from
+    np.random.seed(own % 2**32)  # noqa: NPY002  # user code draws from the global state
     random.seed(own)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
@@ -16,10 +16,10 @@ from lightning.fabric.plugins.collectives.torch_collective import default_pg_tim
 from lightning.fabric.utilities.distributed import (
     _get_default_process_group_backend_for_device,
     _init_dist_connection,
-    _sync_ddp_if_available,
 )
 from lightning.fabric.utilities.seed import pl_worker_init_function, reset_seed
 from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.strategies.parallel import ParallelStrategy
@@ -28,7 +28,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_utilities.core.rank_zero import rank_zero_only as utilities_rank_zero_only
 from torch import Tensor, nn
+from torch.distributed import ReduceOp
 from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from lightning_tex import placement
@@ -38,6 +40,7 @@ from lightning_tex.moe import MoE, auxiliary_loss
 from lightning_tex.optim import TiledOptimizer
 from lightning_tex.precision import tex_precision
 from lightning_tex.random_state import data_rank_random_state, shared_seed
+from lightning_tex.saving import Checkpoints
 from lightning_tex.topology import Layout, Topology, build_mesh
 
 # Steps whose batches are compared over the tensor axis, from the start of every stage.
@@ -170,7 +173,7 @@ class TexMoEStrategy(ParallelStrategy):
         if self.cluster_environment is not None:
             self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
             self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
-        rank_zero_only.rank = utilities_rank_zero_only.rank = self.global_rank
+        rank_zero_only.rank = utilities_rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
         self._sizes(self.world_size)
 
     # --- Lightning's precision and launcher
@@ -250,7 +253,7 @@ class TexMoEStrategy(ParallelStrategy):
         assert self.model is not None
         parameters = dict(self.model.named_parameters())
         placed = {parameters[name]: p for name, p in placement.placements(self.model, self.topology).items()}
-        if self.optimizers and self.optimizers[0].param_groups and type(self.optimizers[0]).__name__ != "_MockOptimizer":
+        if not isinstance(self.optimizers[0], _MockOptimizer):  # configure_optimizers returned None
             self.optimizers = [TiledOptimizer(self.optimizers[0], placed, self.topology.world, self._tile_size)]
 
     def model_to_device(self) -> None:
@@ -309,6 +312,50 @@ class TexMoEStrategy(ParallelStrategy):
             self._compared += 1
             require_same_batch((args, kwargs), self.topology.tensor, self.topology.world, self.root_device)
 
+    # --- checkpoints
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Weights are read into the parts that ``setup`` cut."""
+        return True
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """``load_checkpoint`` does."""
+        return False
+
+    def _checkpoints(self) -> Checkpoints:
+        assert self.model is not None
+        optimizer = next((o for o in self.optimizers if isinstance(o, TiledOptimizer)), None)
+        distributed = self._save_distributed_checkpoint
+        return Checkpoints(self.model, self.topology, optimizer, distributed, self.broadcast, self.checkpoint_io)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Weights for a checkpoint: described globally, or whole on rank 0 and empty elsewhere; collective."""
+        return self._checkpoints().model_state()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Optimizer states for a checkpoint, in the same two forms; collective."""
+        return self._checkpoints().optimizer_state() if isinstance(optimizer, TiledOptimizer) else {}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint: a directory, or one plain file if ``save_distributed_checkpoint=False``; collective."""
+        if storage_options is not None:
+            raise TypeError("TexMoEStrategy.save_checkpoint(storage_options=...) is not supported; use a CheckpointIO")
+        self._checkpoints().save(checkpoint, filepath)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint of either form, from any layout, into the cut model and the sharded optimizer."""
+        assert self.lightning_module is not None
+        return self._checkpoints().load(checkpoint_path, weights_only, self.lightning_module.strict_loading)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Cut the weights of a plain file; those of a directory are in place already."""
+        self._checkpoints().load_whole_model(checkpoint, strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Nothing: ``load_checkpoint`` has done it."""
+
     # --- communication for Lightning
 
     def barrier(self, name: str | None = None) -> None:
@@ -323,18 +370,24 @@ class TexMoEStrategy(ParallelStrategy):
         return objects[0]
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Reduce over the data axis: ranks of one tensor group hold equal values, which count once."""
-        if not isinstance(tensor, Tensor):
+        """Reduce over the data axis, in place: ranks of one tensor group hold equal values, which count once."""
+        if not isinstance(tensor, Tensor) or not dist.is_initialized():
             return tensor
-        return _sync_ddp_if_available(tensor, group or self._data_group(), reduce_op=reduce_op)
+        group = group or self._data_group()
+        mean = reduce_op in ("mean", "avg")
+        op = reduce_op if isinstance(reduce_op, ReduceOp) else getattr(ReduceOp, "SUM" if mean else reduce_op.upper())
+        dist.all_reduce(tensor, op=op, group=group)
+        if not mean:
+            return tensor
+        size = dist.get_world_size(group)
+        return tensor.div_(size) if tensor.is_floating_point() else tensor.copy_(tensor / size)
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         """Gather over the data axis: [..] -> [data, ..]."""
         return super().all_gather(tensor, group or self._data_group(), sync_grads)
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        votes = torch.tensor(int(decision), device=self.root_device)
-        votes = _sync_ddp_if_available(votes, reduce_op="sum")
+        votes = self.reduce(torch.tensor(int(decision), device=self.root_device), dist.group.WORLD, "sum")
         return bool(votes == self.world_size) if all else bool(votes)
 
     def _data_group(self) -> Any:

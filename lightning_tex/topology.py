@@ -88,7 +88,8 @@ class Layout:
         legal_tensor = _divisors(world)
         if tensor not in legal_tensor:
             raise ValueError(
-                f"tensor_parallel_size={tensor} does not divide the world of {world} ranks; legal: {_list(legal_tensor)}"
+                f"tensor_parallel_size={tensor} does not divide the world of {world} ranks; "
+                f"legal: {_list(legal_tensor)}"
             )
         expert_tensor = tensor if expert_tensor_parallel_size is None else expert_tensor_parallel_size
         if expert_tensor not in (1, tensor):
@@ -107,12 +108,13 @@ class Layout:
         legal = cls.legal_expert_sizes(world, expert_tensor, num_experts)
         if expert == "auto":
             expert = max(legal) if num_experts else 1
-        elif not isinstance(expert, int) or expert not in by_world:
+        if not isinstance(expert, int) or expert not in by_world:
             raise ValueError(f"expert_parallel_size={expert!r} is not possible {where}; legal sizes: {_list(by_world)}")
         for n in num_experts:
             if n % expert:
                 raise ValueError(
-                    f"num_experts={n} is not divisible by expert_parallel_size={expert}; legal sizes {where}: {_list(legal)}"
+                    f"num_experts={n} is not divisible by expert_parallel_size={expert}; "
+                    f"legal sizes {where}: {_list(legal)}"
                 )
         return cls(world, tensor, expert, expert_tensor)
 
@@ -185,7 +187,7 @@ class Topology:
     @classmethod
     def single(cls) -> Topology:
         """The topology of one process without process groups: every axis has size 1."""
-        return cls(Layout(1), *(Axis(name) for name in (*AXES, "world")))
+        return cls(Layout(1), *map(Axis, (*AXES, "world")))  # type: ignore[arg-type]
 
     @classmethod
     def build(
@@ -210,8 +212,18 @@ class Topology:
             members = tuple(dist.get_process_group_ranks(group))
             return Axis(name, len(members), members.index(rank), members, group)
 
-        world = Axis("world", layout.world, rank, tuple(range(layout.world)), dist.group.WORLD)
-        return cls(layout, *(axis(name) for name in AXES), world, mesh, expert_mesh, split_duplicates)
+        return cls(
+            layout,
+            tensor=axis("tensor"),
+            data=axis("data"),
+            expert_tensor=axis("expert_tensor"),
+            expert=axis("expert"),
+            expert_data=axis("expert_data"),
+            world=Axis("world", layout.world, rank, tuple(range(layout.world)), dist.group.WORLD),
+            mesh=mesh,
+            expert_mesh=expert_mesh,
+            split_duplicates=split_duplicates,
+        )
 
 
 def build_mesh(layout: Layout, device_type: str) -> DeviceMesh:

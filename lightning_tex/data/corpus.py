@@ -15,9 +15,8 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 # Tests, other people's packages, and tables that are no text anyone wrote.
-_LEFT_OUT = {
-    "test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data", "_bundled",
-}  # fmt: skip
+_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_LEFT_OUT |= {"encodings", "pydoc_data", "_bundled"}
 _LARGEST_SHARE = 20  # no file may be more than 1/20 of the corpus
 _BUILDERS = {
     "text": {".txt", ".md", ".rst", ".text"},
@@ -47,7 +46,7 @@ class Source:
             raise ValueError(f"validation_fraction={self.validation_fraction} is not in (0, 0.5]")
         if self.path is None and (self.streaming or self.name or self.data_files):
             raise ValueError(
-                "streaming, name and data_files need a path: a folder, a builder ('text', 'json', ...) or a data set's name"
+                "streaming, name and data_files need a path: a folder, a builder ('text', 'json', ...) or a data set"
             )
 
     def load(self, cache_dir: Path, hub_cache_dir: Path | None = None) -> Documents:
@@ -80,7 +79,7 @@ class Documents:
 
 
 def held_out(count: int, fraction: float) -> list[int]:
-    """Positions of about ``fraction`` of ``count`` documents, evenly spread, at least one; all of ``range(count)`` if 1."""
+    """Positions of about ``fraction`` of ``count`` documents, evenly spread and at least one."""
     stride = _stride(fraction)
     return list(range(stride // 2, count, stride)) or list(range(count // 2, count))[:1]
 
@@ -112,7 +111,9 @@ def _standard_library(source: Source) -> Documents:
 
     texts = [_read(path) for path in standard_library_files(source.max_bytes)]
     if len(texts) < 2:
-        raise ValueError(f"max_bytes={source.max_bytes} holds {len(texts)} files of the standard library; at least 2 needed")
+        raise ValueError(
+            f"max_bytes={source.max_bytes} holds {len(texts)} files of the standard library; at least 2 needed"
+        )
     train, validation = _divide(Dataset.from_dict({"text": texts}), source.validation_fraction)
     return Documents(train, validation, None, fingerprint(texts))
 
@@ -133,7 +134,7 @@ def _divide(documents: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
         documents = Dataset.from_dict({"text": cut_at_lines(documents[0]["text"], _stride(fraction))})
     if len(documents) < 2:
         raise ValueError(
-            f"{len(documents)} documents leave nothing to hold out for validation; give 2 or more, or a validation_split"
+            f"{len(documents)} documents leave nothing to hold out for validation; give 2, or a validation_split"
         )
     validation = held_out(len(documents), fraction)
     kept = set(validation)
@@ -141,7 +142,7 @@ def _divide(documents: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
 
 
 def cut_at_lines(text: str, pieces: int) -> list[str]:
-    """Cuts a text at line ends into at most ``pieces`` consecutive parts of about equal length; joined they are the text."""
+    """Cuts a text at line ends into at most ``pieces`` consecutive parts of about equal length."""
     lines, size = text.splitlines(keepends=True), math.ceil(len(text) / pieces)
     parts, start, length = [], 0, 0
     for i, line in enumerate(lines, start=1):
@@ -182,7 +183,7 @@ def _call(path: str, name: str | None, data_files: Any, split: str | None, optio
 
 
 def _builder(source: Source) -> tuple[str, Any, dict[str, Any]]:
-    """The path, data files and options for ``load_dataset``: folders and single files of text are found by their names."""
+    """The path, data files and options for ``load_dataset``; what a local path holds is told by the names of files."""
     path, data_files = str(source.path), source.data_files
     local = Path(path).expanduser()
     if data_files is None and local.exists():

@@ -1,12 +1,12 @@
 """Which sample is read when, and by whom: pure functions of (seed, epoch, fingerprint) and a global sample counter.
 
-G samples in one micro-step over the whole data axis (``global_batch_size``), n data ranks, s the micro-step in its epoch.
+G samples in one micro-step over the whole data axis (``global_batch_size``), n data ranks, s micro-step in its epoch.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,9 +79,9 @@ class Share:
 class GlobalBatchSampler(DistributedSampler):
     """Yields, micro-step by micro-step, the list of sample indices of one data rank.
 
-    Micro-step s of an epoch consumes ``order[s G : (s + 1) G]``; the rank takes its contiguous slice of that. So the order
-    of samples is the same on every layout. It is a ``DistributedSampler`` because Lightning leaves those alone and would
-    otherwise wrap it once more. Give it to a ``DataLoader`` as ``sampler`` with ``batch_size=None``.
+    Micro-step s of an epoch consumes ``order[s G : (s + 1) G]``; the rank takes its contiguous slice of that. So the
+    order of samples is the same on every layout. It is a ``DistributedSampler`` because Lightning leaves those alone
+    and would otherwise wrap it once more. Give it to a ``DataLoader`` as ``sampler`` with ``batch_size=None``.
 
     Args:
         dataset: sized; of its samples the indices ``0 .. len(dataset) - 1`` are yielded.
@@ -94,7 +94,13 @@ class GlobalBatchSampler(DistributedSampler):
     """
 
     def __init__(
-        self, dataset: Dataset, share: Share, seed: int = 0, fingerprint: str = "", shuffle: bool = True, pad: bool = False
+        self,
+        dataset: Dataset,
+        share: Share,
+        seed: int = 0,
+        fingerprint: str = "",
+        shuffle: bool = True,
+        pad: bool = False,
     ) -> None:
         super().__init__(
             dataset, num_replicas=share.num_replicas, rank=share.rank, shuffle=shuffle, seed=seed, drop_last=not pad
@@ -102,10 +108,17 @@ class GlobalBatchSampler(DistributedSampler):
         self.share = share
         self.fingerprint = fingerprint
         self.start = 0
+        self.period: int | None = None
 
-    def seek(self, epoch: int, batch: int) -> None:
-        """Lets the next iteration yield epoch ``epoch`` from its micro-step ``batch`` on."""
-        self.epoch, self.start = epoch, batch
+    def seek(self, epoch: int, batch: int, period: int | None = None) -> None:
+        """Lets the next iteration yield epoch ``epoch`` from its micro-step ``batch`` on.
+
+        Args:
+            epoch: selects the order.
+            batch: micro-steps to skip.
+            period: go on with the next epoch, and so on, after this many micro-steps of each; None: end with it.
+        """
+        self.epoch, self.start, self.period = epoch, batch, period
 
     def set_epoch(self, epoch: int) -> None:
         """Selects the epoch to yield; another one than the present starts at its first micro-step."""
@@ -117,59 +130,33 @@ class GlobalBatchSampler(DistributedSampler):
         size, batch = len(self.dataset), self.share.global_batch_size  # type: ignore[arg-type]
         return size // batch if self.drop_last else -(-size // batch)
 
-    def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]
-        order, batch = self._order(), self.share.global_batch_size
-        first, self.start = self.start, 0
-        for step in range(first, len(self)):
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, first, period = self.epoch, self.start, self.period
+        self.start = 0
+        yield from self._epoch(epoch, first, period or len(self))
+        while period is not None:
+            epoch += 1
+            yield from self._epoch(epoch, 0, period)
+
+    def _epoch(self, epoch: int, first: int, end: int) -> Iterator[list[int]]:
+        order, batch = self._order(epoch), self.share.global_batch_size
+        for step in range(first, end):
             yield order[step * batch : (step + 1) * batch][self.share.slice].tolist()
 
-    def _order(self) -> np.ndarray:
+    def _order(self, epoch: int) -> np.ndarray:
         size, batch = len(self.dataset), self.share.global_batch_size  # type: ignore[arg-type]
-        order = sample_order(size, self.seed, self.epoch, self.fingerprint) if self.shuffle else np.arange(size)
+        order = sample_order(size, self.seed, epoch, self.fingerprint) if self.shuffle else np.arange(size)
         return order if self.drop_last else np.pad(order, (0, -size % batch), constant_values=PADDING)
 
 
-class FixedBatchSampler(GlobalBatchSampler, SequentialSampler):
+class FixedBatchSampler(GlobalBatchSampler, SequentialSampler):  # type: ignore[misc]
     """The same samples in the same order in every epoch.
 
     A ``SequentialSampler`` too, so that Lightning's ``overfit_batches`` keeps it.
     """
 
+    def _order(self, epoch: int) -> np.ndarray:
+        return super()._order(0)
+
     def set_epoch(self, epoch: int) -> None:
         """Does nothing: every epoch is alike."""
-
-
-@dataclass
-class Cursor:
-    """Where training stands: the epoch and the micro-steps of it that have been *consumed*, not merely fetched.
-
-    Args:
-        steps_done: returns a count that grows by one with every finished training step.
-        steps_per_epoch: returns the micro-steps of an epoch, or infinity while that is unknown.
-        epoch: to begin with.
-        batch: micro-steps of that epoch to skip.
-    """
-
-    steps_done: Callable[[], int]
-    steps_per_epoch: Callable[[], float]
-    epoch: int = 0
-    batch: int = 0
-    _origin: int | None = None  # steps_done when the present epoch's first batch was asked for
-
-    def position(self) -> tuple[int, int]:
-        """The next micro-step to train on, as (epoch, micro-step in it)."""
-        batch = self.batch + self._steps()
-        return (self.epoch + 1, 0) if batch and batch >= self.steps_per_epoch() else (self.epoch, batch)
-
-    def begin(self) -> tuple[int, int]:
-        """Called when the first batch of an iteration is asked for; returns the micro-step to start at.
-
-        An iteration that follows a trained one starts the next epoch, even if that one ended early (``limit_train_batches``).
-        """
-        if self._steps():
-            self.epoch, self.batch = self.epoch + 1, 0
-        self._origin = self.steps_done()
-        return self.epoch, self.batch
-
-    def _steps(self) -> int:
-        return 0 if self._origin is None else self.steps_done() - self._origin

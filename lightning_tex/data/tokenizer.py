@@ -45,7 +45,9 @@ class TextTokenizer:
         file = Path(path).expanduser()
         file = file / "tokenizer.json" if file.is_dir() else file
         if not file.is_file():
-            raise FileNotFoundError(f"tokenizer={str(path)!r} is neither a tokenizers JSON file nor a folder with tokenizer.json")
+            raise FileNotFoundError(
+                f"tokenizer={str(path)!r} is neither a tokenizers JSON file nor a folder with tokenizer.json"
+            )
         return cls(tokenizers.Tokenizer.from_file(str(file)), end_of_document)
 
     def encode(self, text: str) -> list[int]:
@@ -55,7 +57,6 @@ class TextTokenizer:
     def encode_documents(self, texts: list[str]) -> list[list[int]]:
         """The tokens of each text, followed by the end of document; uses all cores."""
         encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
-        quiet_forks()
         return [[*encoding.ids, self.end_of_document_id] for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -77,7 +78,7 @@ def _end_id(tokenizer: tokenizers.Tokenizer, wanted: str | None) -> int:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
-    """A byte-level BPE of at most ``vocab_size`` tokens, deterministic, from the first ``TRAINING_BYTES`` of the texts."""
+    """A byte-level BPE of at most ``vocab_size`` tokens, from the first ``TRAINING_BYTES`` of the texts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -90,7 +91,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(_first_bytes(texts, TRAINING_BYTES), trainer)
-    quiet_forks()
     return tokenizer
 
 

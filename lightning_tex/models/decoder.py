@@ -81,9 +81,7 @@ class Block(nn.Module):
         c = config
         hidden = c.hidden_dim or 4 * c.dim
         self.attention_norm = RMSNorm(c.dim, eps=1e-5)
-        self.attention = ParallelAttention(
-            c.dim, c.num_heads, c.num_kv_heads, rope_base=c.rope_base, dropout=c.dropout
-        )
+        self.attention = ParallelAttention(c.dim, c.num_heads, c.num_kv_heads, rope_base=c.rope_base, dropout=c.dropout)
         self.mlp_norm = RMSNorm(c.dim, eps=1e-5)
         self.mlp: nn.Module
         if c.has_experts(layer):
@@ -135,7 +133,8 @@ class Decoder(nn.Module):
         """
         if ids.shape[-1] > self.config.max_sequence_length:
             raise ValueError(
-                f"sequence of {ids.shape[-1]} tokens is longer than max_sequence_length={self.config.max_sequence_length}"
+                f"sequence of {ids.shape[-1]} tokens is longer than "
+                f"max_sequence_length={self.config.max_sequence_length}"
             )
         x = self.embedding(ids)
         for block in self.blocks:

@@ -202,9 +202,7 @@ class DroplessDispatcher(Dispatcher):
         expert = torch.arange(everywhere.shape[-1], device=x.device).expand_as(everywhere).flatten()
         by_expert = expert.repeat_interleave(everywhere.flatten()).sort(stable=True).indices
         rows = take(rows, by_expert, invert(by_expert)[:, None])
-        journey = DroplessJourney(
-            row, choice[:, None], leave, arrive, gathered, by_expert, tokens, weights, x.dtype
-        )
+        journey = DroplessJourney(row, choice[:, None], leave, arrive, gathered, by_expert, tokens, weights, x.dtype)
         return Arrived(rows, everywhere.sum((0, 1)).tolist()), journey
 
     def combine(self, rows: Tensor, journey: DroplessJourney) -> Tensor:

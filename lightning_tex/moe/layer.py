@@ -30,7 +30,7 @@ class MoE(TexModule):
         num_experts: E; divisible by the expert axis.
         top_k: experts per token, k.
         capacity_factor: an expert takes ceil(factor * k * T / E) choices of a data rank's T tokens in a micro-step,
-            first choices first, earlier tokens first; further ones overflow. ``None``: dropless, every choice is served.
+            first choices first, earlier tokens first; further ones overflow. ``None``: dropless, all are served.
         activation: ``"gelu"`` or ``"swiglu"``.
         router: ``"softmax"``, a :class:`Router` subclass, or an instance.
         norm_topk_prob: rescale a token's k weights to sum to 1.
@@ -42,7 +42,6 @@ class MoE(TexModule):
     """
 
     axes = ("tensor", "data", "expert", "expert_tensor")
-    data: Axis
 
     def __init__(
         self,

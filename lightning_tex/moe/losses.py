@@ -106,7 +106,7 @@ def auxiliary_loss(module: nn.Module) -> Tensor:
     calling this is optional: what nobody collected is added before the backward. In other strategies add it to the
     loss. Without MoE layers, or when nothing was recorded, it is 0.
     """
-    ledgers = [m.ledger for m in module.modules() if isinstance(getattr(m, "ledger", None), LossLedger)]
+    ledgers = [vars(m)["ledger"] for m in module.modules() if isinstance(vars(m).get("ledger"), LossLedger)]
     losses = [loss for ledger in ledgers for loss in ledger.collect()]
     if losses:
         return torch.stack(losses).sum()

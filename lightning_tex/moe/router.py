@@ -115,6 +115,7 @@ def make_router(router: str | Router | type[Router], dim: int, num_experts: int,
         return router
     if isinstance(router, str):
         if router not in ROUTERS:
-            raise ValueError(f"router={router!r}; legal: {', '.join(map(repr, ROUTERS))}, or a Router class or instance")
+            known = ", ".join(map(repr, ROUTERS))
+            raise ValueError(f"router={router!r}; legal: {known}, or a Router class or instance")
         router = ROUTERS[router]
     return router(dim, num_experts, top_k, norm)

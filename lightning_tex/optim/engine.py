@@ -66,7 +66,7 @@ def require_elementwise(optimizer: Optimizer) -> None:
         ValueError: naming the optimizer and the reason.
     """
     name = type(optimizer).__name__
-    need = "the sharded step updates windows of flat buffers, so it needs one that is elementwise (Adam, AdamW, SGD, ..)"
+    need = "the sharded step updates windows of flat buffers and needs an elementwise one (Adam, AdamW, SGD, ..)"
     generator = torch.Generator().manual_seed(0)
     for group in optimizer.param_groups:
         start, *gradients = torch.randn(4, 16, 16, generator=generator)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,10 @@ class Shard:
         if self.low_precision and versions != self._versions:
             self.master.copy_(self.buffer.shard)
         self._versions = versions
+
+    def keep_master(self) -> None:
+        """Hold the master for newer than the parameters, whoever wrote those."""
+        self._versions = self._current_versions()
 
     def _current_versions(self) -> list[int]:
         # Our own writes go through the buffer and do not count here.
@@ -158,7 +162,7 @@ class TiledOptimizer(Optimizer):
     # --- the step
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Combine gradients if that has not happened, update the own shards, gather the parameters; collective."""
         result = None
         if closure is not None:
@@ -174,11 +178,17 @@ class TiledOptimizer(Optimizer):
         self.inner._opt_called = True  # type: ignore[attr-defined]
         return result
 
-    def refresh_masters(self) -> None:
-        """Take up parameters that were written from outside, whatever wrote them."""
+    def refresh(self) -> None:
+        """Take up parameters that were written from outside since the last step."""
         for shard in self.shards:
-            if shard.low_precision:
-                shard.master.copy_(shard.buffer.shard)
+            shard.refresh()
+
+    def keep_masters(self) -> None:
+        """Hold the own shards' fp32 values for newer than the parameters; collective."""
+        for shard in self.shards:
+            shard.keep_master()
+            if not shard.low_precision:
+                shard.buffer.gather_parameters()
 
     # --- state, in pieces
 
@@ -190,18 +200,20 @@ class TiledOptimizer(Optimizer):
                 for entry in shard.buffer.entries:
                     start, stop = max(entry.start, tile_start), min(entry.stop, tile_start + len(tile))
                     if start < stop:
+                        within = (start - entry.start, stop - entry.start)
                         own = slice(start - tile_start, stop - tile_start)
-                        yield Piece(entry.placement, entry.parameter, start - entry.start, stop - entry.start, tile, own)
+                        yield Piece(entry.placement, entry.parameter, *within, tile, own)
 
 
-class Piece:
+class Piece(NamedTuple):
     """Elements ``start`` to ``stop`` of a parameter's stored, flattened part, held as ``tile[own]``."""
 
-    def __init__(
-        self, placement: Placement, parameter: nn.Parameter, start: int, stop: int, tile: nn.Parameter, own: slice
-    ) -> None:
-        self.placement, self.parameter = placement, parameter
-        self.start, self.stop, self.tile, self.own = start, stop, tile, own
+    placement: Placement
+    parameter: nn.Parameter
+    start: int
+    stop: int
+    tile: nn.Parameter
+    own: slice
 
 
 def parameter_names(groups: Iterable[dict[str, Any]], placements: dict[nn.Parameter, Placement]) -> list[list[str]]:

@@ -1,0 +1,123 @@
+"""What a run did, where it lies and how to go on: printed when training ends."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from rich.console import Console
+from rich.table import Table
+
+from lightning_tex.placement import placements
+
+
+class RunSummary(Callback):
+    """Print a closing summary: what was trained, on which layout, how well, where it lies, how to resume.
+
+    With a language model and a text data module it also compares the validation loss with a unigram model's on the
+    same held-out tokens and prints a short generated sample.
+
+    Args:
+        sample_tokens: tokens to generate; 0: no sample.
+        prompt: text the sample continues.
+        temperature: of the sampling.
+    """
+
+    def __init__(self, sample_tokens: int = 48, prompt: str = "def ", temperature: float = 0.7) -> None:
+        self.sample_tokens, self.prompt, self.temperature = sample_tokens, prompt, temperature
+        self._started = 0.0
+        self._rows: list[tuple[str, str]] = []
+        self._sampled = ""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started = time.perf_counter()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Sampling needs all ranks and the model on its devices; printing waits until the progress bar is gone.
+        self._rows = [
+            ("model", f"{type(pl_module).__name__}, {_global_parameters(trainer, pl_module):,} parameters"),
+            ("layout", _layout(trainer)),
+            ("trained", f"{trainer.global_step} optimizer steps in {time.perf_counter() - self._started:.0f} s"),
+        ]
+        self._sampled = self._sample(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        rows = [*self._rows, *_losses(trainer), *_places(trainer), ("resume", _resume_command())]
+        table = Table(title="Training finished", show_header=False, title_justify="left", box=None, padding=(0, 2))
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, text in [*rows, *([("sample", self._sampled)] if self._sampled else [])]:
+            table.add_row(name, text)
+        console = Console(markup=False, highlight=False)
+        console.print()
+        console.print(table)
+
+    def _sample(self, trainer: Trainer, module: LightningModule) -> str:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if self.sample_tokens == 0 or not hasattr(module, "generate") or not hasattr(data, "decode"):
+            return ""
+        ids = torch.tensor([data.encode(self.prompt)], device=module.device)
+        with trainer.precision_plugin.forward_context():
+            return data.decode(module.generate(ids, self.sample_tokens, self.temperature)[0].tolist())  # type: ignore[operator]
+
+
+def _global_parameters(trainer: Trainer, module: LightningModule) -> int:
+    topology = getattr(trainer.strategy, "topology", None)
+    if topology is None:
+        return sum(p.numel() for p in module.parameters())
+    return sum(prod(placement.box.whole) for placement in placements(module, topology).values())
+
+
+def _layout(trainer: Trainer) -> str:
+    topology = getattr(trainer.strategy, "topology", None)
+    return str(topology.layout) if topology else f"{trainer.world_size} rank(s), {type(trainer.strategy).__name__}"
+
+
+def _losses(trainer: Trainer) -> list[tuple[str, str]]:
+    metrics = trainer.callback_metrics
+    rows = []
+    if "train_loss" in metrics:
+        rows.append(("train loss", f"{metrics['train_loss']:.3f} nats per token"))
+    if "val_loss" in metrics:
+        text = f"{metrics['val_loss']:.3f} nats per token, perplexity {metrics['val_loss'].exp():.1f}"
+        rows.append(("validation loss", text))
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        unigram = data.unigram_loss() if hasattr(data, "unigram_loss") else None
+        if unigram is not None:
+            rows.append(
+                (
+                    "unigram loss",
+                    f"{unigram:.3f} nats per token on the same held-out tokens: the model is "
+                    f"{unigram - float(metrics['val_loss']):.2f} nats better",
+                )
+            )
+    return rows
+
+
+def _places(trainer: Trainer) -> list[tuple[str, str]]:
+    rows = []
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            rows += [("best checkpoint", callback.best_model_path)] if callback.best_model_path else []
+            rows += [("last checkpoint", callback.last_model_path)] if callback.last_model_path else []
+    rows += [("logs", str(Path(logger.log_dir).resolve())) for logger in trainer.loggers[:1] if logger.log_dir]
+    return rows
+
+
+def _resume_command() -> str:
+    program = Path(sys.argv[0]).name
+    if program not in ("lightning-tex", "__main__.py"):
+        return "trainer.fit(model, data, ckpt_path='last')"
+    words = ["lightning-tex" if program == "lightning-tex" else "python -m lightning_tex", *sys.argv[1:]]
+    if "--ckpt_path" not in words:
+        words += ["--ckpt_path", "last"]
+    return f"{words[0]} {shlex.join(words[1:])}"

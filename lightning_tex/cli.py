@@ -1,0 +1,82 @@
+"""Floor 7: the command line, ``lightning-tex`` = ``python -m lightning_tex``. A LightningCLI."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial, update_wrapper
+from types import MethodType
+from typing import Any
+
+from lightning import LightningModule
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, ReduceLROnPlateau, instantiate_class
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning_utilities import module_available
+
+import lightning_tex  # registers the strategy
+from lightning_tex.data import TextDataModule
+from lightning_tex.language_model import LanguageModel
+
+
+class TexCLI(LightningCLI):
+    """LightningCLI with this package's defaults.
+
+    The model is a :class:`LanguageModel` and the data a :class:`TextDataModule` unless ``class_path`` says otherwise;
+    the model's vocabulary is the data's. ``--optimizer`` and ``--lr_scheduler`` are instantiated when the Trainer asks
+    for them, over the parameters that exist then: the model may be built in ``configure_model``, and is cut by then.
+    The scheduler is stepped after every optimizer step (ReduceLROnPlateau: after every validation).
+    """
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.link_arguments("data.vocab_size", "model.init_args.config.vocab_size", apply_on="instantiate")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        given = self._get(self.config_init, "trainer")
+        if given.get("logger") in (None, True):
+            kwargs["logger"] = _default_loggers(given.get("default_root_dir") or ".")
+        return super().instantiate_trainer(**kwargs)
+
+    def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:
+        optimizer = self._get(self.config_init, "optimizer")
+        if not optimizer:
+            return
+        scheduler = self._get(self.config_init, "lr_scheduler")
+        configure = partial(_configure_optimizers, optimizer=optimizer, scheduler=scheduler)
+        update_wrapper(configure, _configure_optimizers)  # Lightning tells by the name whether a hook is overridden
+        self.model.configure_optimizers = MethodType(configure, self.model)
+
+
+def _configure_optimizers(module: LightningModule, optimizer: Any, scheduler: Any) -> Any:
+    built = instantiate_class(module.parameters(), optimizer)
+    if not scheduler:
+        return built
+    schedule = instantiate_class(built, scheduler)
+    if isinstance(schedule, ReduceLROnPlateau):
+        return LightningCLI.configure_optimizers(module, built, schedule)
+    return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _default_loggers(root: str) -> list[Any]:
+    csv = CSVLogger(root, name="logs")
+    if not module_available("tensorboard") and not module_available("tensorboardX"):
+        return [csv]
+    return [csv, TensorBoardLogger(root, name="logs", version=csv.version)]
+
+
+def main(args: ArgsType = None) -> None:
+    """Run ``lightning-tex fit|validate|test|predict``.
+
+    Args:
+        args: command-line words; ``None``: the process's own.
+    """
+    # Lightning 2.6's own call, deprecated by torch 2.13; nothing a user could act on.
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    TexCLI(
+        LanguageModel,
+        TextDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults={"strategy": lightning_tex.TexMoEStrategy.strategy_name},
+        seed_everything_default=True,
+        args=args,
+    )

@@ -1,0 +1,233 @@
+"""Documents to blocks: one stream of tokens, cut into blocks that overlap by one token.
+
+S sequence_length, b samples of a batch. Block i holds tokens ``[i S, i S + S + 1)`` of the stream, so that every token
+but the stream's first is predicted exactly once, whatever S.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+from lightning_tex.data.order import PADDING, Share
+from lightning_tex.data.tokenizer import TextTokenizer, texts_of
+
+if TYPE_CHECKING:
+    import datasets
+
+IGNORE_INDEX = -100  # the label of a position that predicts nothing
+Batch = dict[str, Tensor]
+
+
+class Packer:
+    """Cuts a stream of tokens, given piece by piece, into blocks.
+
+    Args:
+        sequence_length: S.
+    """
+
+    def __init__(self, sequence_length: int) -> None:
+        self.sequence_length = sequence_length
+        self._rest: list[int] = []
+        self._digest = hashlib.blake2b(digest_size=16)
+
+    def push(self, tokens: list[int]) -> list[np.ndarray]:
+        """Appends tokens; returns the int32 blocks ``[S + 1]`` that are now complete."""
+        length, stream = self.sequence_length, self._rest + tokens
+        self._digest.update(np.asarray(tokens, dtype="<i4").tobytes())
+        count = max(0, (len(stream) - 1) // length)
+        self._rest = stream[count * length :]
+        return [np.asarray(stream[i * length : i * length + length + 1], dtype=np.int32) for i in range(count)]
+
+    def flush(self) -> list[np.ndarray]:
+        """The last, incomplete block filled up with ``IGNORE_INDEX``; none if it would predict nothing."""
+        rest, self._rest = self._rest, []
+        missing = self.sequence_length + 1 - len(rest)
+        return [np.asarray(rest + [IGNORE_INDEX] * missing, dtype=np.int32)] if len(rest) > 1 else []
+
+    def fingerprint(self) -> str:
+        """A digest of all tokens so far and of S, 32 hexadecimal digits."""
+        digest = self._digest.copy()
+        digest.update(self.sequence_length.to_bytes(8, "little"))
+        return digest.hexdigest()
+
+
+def write_blocks(
+    documents: datasets.Dataset, tokenizer: TextTokenizer, sequence_length: int, file: Path, keep_tail: bool
+) -> str:
+    """Tokenises and packs documents into an Arrow file of one column ``tokens``, ``[S + 1]`` int32 a row.
+
+    Args:
+        documents: with a column ``text``.
+        tokenizer: encodes them, each followed by its end-of-document token.
+        sequence_length: S.
+        file: to be written.
+        keep_tail: write the last, incomplete block too, padded with ``IGNORE_INDEX``.
+
+    Returns:
+        The fingerprint of the tokens.
+    """
+    from datasets import Features, Sequence, Value
+
+    packer, last = Packer(sequence_length), len(documents) - 1
+
+    def pack(texts: dict[str, list[str]], indices: list[int]) -> dict[str, list[np.ndarray]]:
+        stream = [token for document in tokenizer.encode_documents(texts["text"]) for token in document]
+        blocks = packer.push(stream)
+        return {"tokens": blocks + (packer.flush() if keep_tail and indices[-1] == last else [])}
+
+    documents.map(
+        pack,
+        batched=True,
+        batch_size=256,
+        with_indices=True,
+        remove_columns=documents.column_names,
+        features=Features({"tokens": Sequence(Value("int32"), length=sequence_length + 1)}),
+        cache_file_name=str(file),
+        load_from_cache_file=False,
+        new_fingerprint="packed",  # the function holds state, which datasets must not hash
+        desc=f"Packing {file.stem}",
+    )
+    return packer.fingerprint()
+
+
+def as_batch(blocks: np.ndarray, samples: list[int], end_of_document_id: int) -> Batch:
+    """Blocks ``[b, S + 1]`` and their indices to int64 input_ids ``[b, S]``, labels ``[b, S]`` and sample ``[b]``."""
+    tokens = torch.from_numpy(blocks.astype(np.int64))
+    inputs = tokens[:, :-1]
+    return {
+        "input_ids": inputs.masked_fill(inputs == IGNORE_INDEX, end_of_document_id),
+        "labels": tokens[:, 1:].contiguous(),
+        "sample": torch.tensor(samples, dtype=torch.int64),
+    }
+
+
+class Blocks(Dataset):
+    """A memory-mapped file of blocks; indexed by a list of samples it gives a batch.
+
+    The index ``PADDING`` gives a row of labels ``IGNORE_INDEX``.
+
+    Args:
+        file: written by :func:`write_blocks`.
+        end_of_document_id: what input_ids hold where there is no token.
+    """
+
+    def __init__(self, file: Path, end_of_document_id: int) -> None:
+        from datasets import Dataset as ArrowDataset
+
+        self.rows = ArrowDataset.from_file(str(file)).with_format("numpy")
+        self.end_of_document_id = end_of_document_id
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, samples: list[int]) -> Batch:
+        present = [i for i in samples if i != PADDING]
+        width = self.rows.features["tokens"].length
+        blocks = np.full((len(samples), width), IGNORE_INDEX, dtype=np.int32)
+        blocks[[i != PADDING for i in samples]] = self._read(present, width)
+        return as_batch(blocks, samples, self.end_of_document_id)
+
+    def tokens(self, batch_size: int = 4096) -> Iterator[np.ndarray]:
+        """All blocks in order, as int32 arrays ``[up to batch_size, S + 1]``."""
+        width = self.rows.features["tokens"].length
+        for start in range(0, len(self), batch_size):
+            yield self._read(list(range(start, min(start + batch_size, len(self)))), width)
+
+    def _read(self, samples: list[int], width: int) -> np.ndarray:
+        return np.asarray(self.rows[samples]["tokens"], dtype=np.int32).reshape(len(samples), width)
+
+
+class StreamedBlocks(IterableDataset):
+    """Tokenises and packs a stream while it is read; gives one data rank's batches.
+
+    Block i of the stream belongs to micro-step ``i // G``, and there to the rank whose slice holds ``i % G``. Every
+    rank reads and tokenises the whole stream; a resumed run does so from the stream's start, too.
+
+    Args:
+        documents: a streamed data set with a column ``text``.
+        tokenizer: encodes them.
+        sequence_length: S.
+        share: G and the place on the data axis.
+        pad: end with a padded batch, so that no token is lost; else leave the incomplete global batch out.
+    """
+
+    def __init__(
+        self,
+        documents: datasets.IterableDataset,
+        tokenizer: TextTokenizer,
+        sequence_length: int,
+        share: Share,
+        pad: bool = False,
+    ) -> None:
+        self.documents = documents
+        self.tokenizer = tokenizer
+        self.sequence_length = sequence_length
+        self.share = share
+        self.pad = pad
+        self.epoch = 0
+        self.start = 0
+
+    def seek(self, epoch: int, batch: int, period: int | None = None) -> None:
+        """Lets the next iteration yield epoch ``epoch`` from its micro-step ``batch`` on; it ends with the stream."""
+        self.epoch, self.start = epoch, batch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Selects the epoch to yield; another one than the present starts at its first micro-step."""
+        if epoch != self.epoch:
+            self.seek(epoch, 0)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.documents.set_epoch(self.epoch)
+        first, self.start = self.start, 0
+        batch: list[np.ndarray] = []
+        step = 0
+        for block in self._blocks():
+            batch.append(block)
+            if len(batch) == self.share.global_batch_size:
+                if step >= first:
+                    yield self._share_of(batch, step)
+                batch, step = [], step + 1
+        if batch and self.pad and step >= first:
+            yield self._share_of(batch, step)
+
+    def _blocks(self) -> Iterator[np.ndarray]:
+        packer, end = Packer(self.sequence_length), self.tokenizer.end_of_document_id
+        for text in texts_of(self.documents):
+            yield from packer.push([*self.tokenizer.encode(text), end])
+        if self.pad:
+            yield from packer.flush()
+
+    def _share_of(self, batch: list[np.ndarray], step: int) -> Batch:
+        missing = self.share.global_batch_size - len(batch)
+        first = step * self.share.global_batch_size
+        samples = [*range(first, first + len(batch)), *[PADDING] * missing]
+        rows = batch + [np.full(self.sequence_length + 1, IGNORE_INDEX, dtype=np.int32)] * missing
+        mine = self.share.slice
+        return as_batch(np.stack(rows[mine]), samples[mine], self.tokenizer.end_of_document_id)
+
+
+def unigram_loss(train: Blocks, held_out: Blocks, vocab_size: int) -> float:
+    """Loss of the model that knows only how frequent each token is.
+
+    Add-one smoothed counts over the training tokens, on the labels of the held-out blocks (padding left out).
+
+    Returns:
+        nats per token.
+    """
+    counts = np.ones(vocab_size)
+    for blocks in train.tokens():
+        counts += np.bincount(blocks[:, :-1].ravel(), minlength=vocab_size)
+    nats = np.log(counts.sum()) - np.log(counts)
+    total, tokens = 0.0, 0
+    for blocks in held_out.tokens():
+        labels = blocks[:, 1:][blocks[:, 1:] != IGNORE_INDEX]
+        total, tokens = total + nats[labels].sum(), tokens + labels.size
+    return float(total / tokens)

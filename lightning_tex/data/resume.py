@@ -1,0 +1,134 @@
+"""Where training stands, and whether a checkpoint's position means the same samples here."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_tex.data.loader import ResumableLoader
+
+
+@dataclass
+class Cursor:
+    """Where training stands: the epoch and the micro-steps of it that have been *consumed*, not merely fetched.
+
+    Args:
+        steps_done: returns a count that grows by one with every finished training step.
+        steps_per_epoch: returns the micro-steps of an epoch, infinity while that is unknown, 0 when it is over.
+        epoch: to begin with.
+        batch: micro-steps of that epoch to skip.
+    """
+
+    steps_done: Callable[[], int]
+    steps_per_epoch: Callable[[], float]
+    epoch: int = 0
+    batch: int = 0
+    _origin: int | None = None  # steps_done when the present epoch's first batch was asked for
+
+    def position(self) -> tuple[int, int]:
+        """The next micro-step to train on, as (epoch, micro-step in it)."""
+        batch, length = self.batch + self._steps(), self.steps_per_epoch()
+        if batch == 0 or batch < length:
+            return self.epoch, batch
+        epochs, batch = divmod(batch, int(length)) if length else (1, 0)
+        return self.epoch + epochs, batch
+
+    def begin(self) -> tuple[int, int]:
+        """Called when the first batch of an iteration is asked for; returns the micro-step to start at."""
+        self.epoch, self.batch = self.position()
+        self._origin = self.steps_done()
+        return self.epoch, self.batch
+
+    def period(self) -> int | None:
+        """Micro-steps after which an iteration goes on with the next epoch; None: it ends with its epoch."""
+        length = self.steps_per_epoch()
+        return None if length == float("inf") else int(length)
+
+    def _steps(self) -> int:
+        return 0 if self._origin is None else self.steps_done() - self._origin
+
+
+@dataclass
+class SamplerCursor(Cursor):
+    """The cursor of a loop without a Trainer: every iteration reads the epoch that ``set_epoch`` selected.
+
+    Args:
+        order: what is iterated, with ``epoch`` and ``start``.
+    """
+
+    order: Any = None
+
+    def begin(self) -> tuple[int, int]:
+        """As :meth:`Cursor.begin`, with the epoch left to the caller's ``set_epoch``."""
+        self.epoch, self.batch = self.order.epoch, self.order.start
+        self._origin = self.steps_done()
+        return self.epoch, self.batch
+
+    def period(self) -> None:
+        """An iteration ends with its epoch."""
+        return None
+
+
+def trainer_cursor(trainer: Any, epoch: int, batch: int) -> Cursor:
+    """A cursor that reads from a Lightning Trainer's loops how many micro-steps are done."""
+    return Cursor(functools.partial(_steps_done, trainer), functools.partial(_steps_per_epoch, trainer), epoch, batch)
+
+
+def loader_cursor(loader: ResumableLoader, epoch: int, batch: int) -> Cursor:
+    """A cursor for a plain loop over the loader, in which a fetched batch counts as trained on."""
+    loader.order.seek(epoch, batch)
+    length = float("inf") if loader.sampler is not loader.order else len(loader)
+    return SamplerCursor(lambda: loader.batches_fetched, lambda: length, epoch, batch, order=loader.order)
+
+
+def _steps_done(trainer: Any) -> int:
+    # `total` also survives a restart; `current` is reset late, and `fetched` runs ahead of what was trained on.
+    return trainer.fit_loop.epoch_loop.batch_progress.total.processed
+
+
+def _steps_per_epoch(trainer: Any) -> float:
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    # Only a stream has no length; it ends with the batch that Lightning found to be the last.
+    ended = progress.is_last_batch and progress.current.processed == progress.current.ready
+    length = trainer.num_training_batches
+    return 0 if length == float("inf") and ended else length
+
+
+def check_tokenizer(state: dict[str, Any], mine: dict[str, Any]) -> None:
+    """Raises ``ValueError`` if a checkpoint's token ids mean other text than here."""
+    before, now = state["tokenizer_fingerprint"], mine["tokenizer_fingerprint"]
+    if before != now:
+        raise ValueError(
+            f"the tokenizer has changed: fingerprint {now}, in the checkpoint {before}; "
+            "give the checkpoint's as tokenizer=..., since token ids would mean other text"
+        )
+
+
+def check_same(state: dict[str, Any], mine: dict[str, Any]) -> None:
+    """Raises ``ValueError`` if a checkpoint's position means other samples than here.
+
+    Args:
+        state: of the data module, from the checkpoint.
+        mine: what this run has under the same keys.
+    """
+    check_tokenizer(state, mine)
+    for option in ("sequence_length", "seed"):
+        if state[option] != mine[option]:
+            raise ValueError(
+                f"{option}={mine[option]} but the checkpoint was trained with {option}={state[option]}; "
+                "only the latter continues with the next sample"
+            )
+    before, now = state["dataset_fingerprint"], mine["dataset_fingerprint"]
+    if before != now:
+        raise ValueError(
+            f"the data set has changed: fingerprint {now}, in the checkpoint {before}; "
+            "resume with the checkpoint's data, or start a new run from its weights"
+        )
+    if state["samples"] and state["global_batch_size"] != mine["global_batch_size"]:
+        raise ValueError(
+            f"global_batch_size={mine['global_batch_size']} but the checkpoint stands {state['samples']} samples into "
+            f"an epoch of global_batch_size={state['global_batch_size']}; change it at an epoch's end only"
+        )

@@ -1,0 +1,201 @@
+"""What the strategy's checkpoint methods do, for both forms of a checkpoint.
+
+Directory: each rank writes its part, tensors described globally, so that any layout reads them.
+Plain file: Lightning's own format, gathered on rank 0. Both are read on any layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from lightning_tex.optim import TiledOptimizer
+from lightning_tex.saving import directory, plain, state
+from lightning_tex.saving.directory import Broadcast, Directory
+from lightning_tex.saving.random_streams import random_streams, restore_random_streams
+from lightning_tex.saving.sharded import GlobalTensor
+from lightning_tex.topology import Topology
+
+# Our own entry beside Lightning's, and the random states beside weights and optimizer states.
+OWN = "lightning_tex"
+RANDOM = "random"
+FORMAT = 1
+
+
+class Checkpoints:
+    """Saves and loads one cut model and its optimizer.
+
+    Args:
+        module: the cut model.
+        topology: the layout it is cut for.
+        optimizer: the sharded optimizer; ``None`` when there is nothing to train.
+        distributed: whether to save a directory or one plain file.
+        broadcast: sends rank 0's object to all ranks.
+        io: Lightning's plugin, which writes and reads plain files.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        topology: Topology,
+        optimizer: TiledOptimizer | None,
+        distributed: bool,
+        broadcast: Broadcast,
+        io: CheckpointIO,
+    ) -> None:
+        self.module, self.topology, self.optimizer = module, topology, optimizer
+        self.distributed, self.broadcast, self.io = distributed, broadcast, io
+
+    # --- saving
+
+    def model_state(self) -> dict[str, Any]:
+        """The checkpoint's ``state_dict``: described globally, or whole on rank 0; collective."""
+        if self.distributed:
+            return dict(state.model_state(self.module, self.topology))
+        return dict(plain.whole_model_state(self.module, self.topology, self.optimizer))
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """One entry of the checkpoint's ``optimizer_states``: described globally, or whole on rank 0; collective."""
+        assert self.optimizer is not None
+        if not self.distributed:
+            return plain.whole_optimizer_state(self.optimizer, self.topology)
+        return {
+            "state": state.optimizer_state(self.optimizer),
+            "param_groups": state.group_options(self.optimizer),
+            "numbers": state.number_keys(self.optimizer),
+        }
+
+    def save(self, checkpoint: dict[str, Any], filepath: Any) -> None:
+        """Write what Lightning collected; collective.
+
+        Raises:
+            MisconfigurationException: a directory is asked for with a plugin that only writes files, or not locally.
+            RuntimeError: on all ranks, when one of them cannot write.
+        """
+        path = Path(self.broadcast(filepath) if self.distributed else filepath)
+        if self.distributed:
+            self._refuse_what_writes_no_directory(filepath)
+            self._save_directory(dict(checkpoint), path)
+        else:
+            directory.on_first_rank(lambda: self._save_plain(checkpoint, filepath), self.topology.world, self.broadcast)
+
+    def _save_plain(self, checkpoint: dict[str, Any], filepath: Any) -> None:
+        path = Path(filepath)
+        if path.is_dir() and not path.is_symlink() and not directory.is_directory_checkpoint(path):
+            raise IsADirectoryError(f"{path} is a directory, and not a checkpoint that could be replaced")
+        if path.is_dir():
+            directory.remove(path)
+        self.io.save_checkpoint(checkpoint, filepath)
+
+    def _refuse_what_writes_no_directory(self, filepath: Any) -> None:
+        if type(self.io) is not TorchCheckpointIO:
+            raise MisconfigurationException(
+                f"{type(self.io).__name__} writes single files, so it would be ignored: use it with "
+                "TexMoEStrategy(save_distributed_checkpoint=False)"
+            )
+        if not _is_local_file_protocol(str(filepath)):
+            raise MisconfigurationException(
+                f"{filepath} is not on a mounted file system, where a checkpoint directory must be; "
+                "TexMoEStrategy(save_distributed_checkpoint=False) writes one file, to remote places too"
+            )
+
+    def _save_directory(self, checkpoint: dict[str, Any], path: Path) -> None:
+        tensors: dict[str, Any] = {state.MODEL: self._described(checkpoint.pop("state_dict"))}
+        own: dict[str, Any] = {"format": FORMAT, "layout": asdict(self.topology.layout)}
+        optimizers = checkpoint.pop("optimizer_states", [])
+        if optimizers and "numbers" in optimizers[0]:
+            tensors[state.OPTIMIZER] = {"state": optimizers[0]["state"]}
+            own["optimizer"] = {key: value for key, value in optimizers[0].items() if key != "state"}
+            tensors[RANDOM] = directory.random_rows(random_streams(), self.topology.world)
+        directory.write(path, tensors, {**checkpoint, OWN: own}, self.topology.world, self.broadcast)
+
+    def _described(self, weights: Mapping[str, Any]) -> dict[str, Any]:
+        replaced = [name for name, value in weights.items() if not isinstance(value, GlobalTensor)]
+        if replaced:
+            raise MisconfigurationException(
+                f"a hook replaced entries of checkpoint['state_dict'] by other tensors ({', '.join(replaced[:4])}); "
+                "they would be this rank's part only. Use TexMoEStrategy(save_distributed_checkpoint=False)"
+            )
+        return dict(weights)
+
+    # --- loading
+
+    def load(self, filepath: Any, weights_only: bool | None, strict: bool) -> dict[str, Any]:
+        """Read a checkpoint of either form, written on any layout; collective.
+
+        From a directory everything is read here. From a plain file the optimizer states are; its weights follow in
+        :meth:`load_whole_model`, so that ``on_load_checkpoint`` hooks may change them before.
+
+        Returns:
+            what Lightning restores itself.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it does not fit the model or the optimizer.
+        """
+        path = Path(self.broadcast(filepath))
+        if path.is_dir():
+            return self._load_directory(path, strict)
+        checkpoint: dict[str, Any]
+        if type(self.io) is TorchCheckpointIO and path.is_file():
+            # Mapped, not read: each rank touches only its boxes.
+            checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+        else:
+            checkpoint = self.io.load_checkpoint(filepath, weights_only=weights_only)
+        if self.optimizer is not None and checkpoint.get("optimizer_states"):
+            self._load_whole_optimizer(checkpoint)
+        return checkpoint
+
+    def _load_directory(self, path: Path, strict: bool) -> dict[str, Any]:
+        if not directory.is_directory_checkpoint(path):
+            raise ValueError(f"{path} is not a checkpoint: a checkpoint directory holds meta.pt and .metadata")
+        rest = directory.read_rest(path)
+        source = Directory(path)
+        state.load_model(self.module, self.topology, source, strict)
+        own = rest.get(OWN, {})
+        if self.optimizer is not None and "optimizer" in own:
+            saved = own["optimizer"]
+            state.load_optimizer(self.optimizer, source, saved["param_groups"], saved["numbers"])
+        if self.optimizer is not None:
+            state.load_masters(self.optimizer, source)
+            if own.get("layout") == asdict(self.topology.layout):
+                self._load_random(source)
+        return rest
+
+    def _load_random(self, source: Directory) -> None:
+        streams = {
+            path[1]: torch.empty(saved.shape[1], dtype=saved.dtype)
+            for path, saved in source.saved.items()
+            if path[0] == RANDOM
+        }
+        rows = directory.random_rows(streams, self.topology.world)
+        source.fill({(RANDOM, name): row for name, row in rows.items()})
+        if streams:
+            restore_random_streams(streams)
+
+    def _load_whole_optimizer(self, checkpoint: Mapping[str, Any]) -> None:
+        assert self.optimizer is not None
+        saved = checkpoint["optimizer_states"][0]
+        if "param_groups" in saved:
+            states, groups, numbers = plain.states_by_name(saved, self.optimizer)
+        else:  # a consolidated directory: by name already
+            own = checkpoint[OWN]["optimizer"]
+            states, groups, numbers = saved["state"], own["param_groups"], own["numbers"]
+        state.load_optimizer(self.optimizer, plain.PlainFile.of_optimizer(states), groups, numbers)
+
+    def load_whole_model(self, checkpoint: Mapping[str, Any], strict: bool) -> None:
+        """Cut the whole weights of a plain file; nothing if they came from a directory."""
+        if "state_dict" not in checkpoint:
+            return
+        weights = plain.PlainFile.of_model(checkpoint["state_dict"])
+        state.load_model(self.module, self.topology, weights, strict)
+        if self.optimizer is not None:
+            state.load_masters(self.optimizer, weights)

@@ -1,0 +1,214 @@
+"""A checkpoint as one plain file, as Lightning's own strategies write it: whole tensors, gathered on rank 0."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_tex import collectives
+from lightning_tex.optim import TiledOptimizer
+from lightning_tex.optim.tiled import Piece, parameter_names
+from lightning_tex.placement import Placement
+from lightning_tex.saving.sharded import GlobalTensor
+from lightning_tex.saving.state import (
+    MASTER,
+    MODEL,
+    OPTIMIZER,
+    Path,
+    Saved,
+    group_options,
+    has_master,
+    holds_first_element,
+    is_window,
+    placed_parameters,
+    state_dict_tensors,
+    window_states,
+)
+from lightning_tex.topology import Topology
+
+# --- writing
+
+
+@torch.no_grad()
+def whole_model_state(module: nn.Module, topology: Topology, optimizer: TiledOptimizer | None) -> dict[str, Tensor]:
+    """``state_dict`` of whole tensors in host memory on rank 0, empty elsewhere; gathered one by one, collective.
+
+    16-bit parameters come as their fp32 masters where there is an optimizer, so that nothing is lost.
+    """
+    known = placed_parameters(module, topology)
+    pieces, mastered = _pieces(optimizer), _mastered(optimizer)
+    first = topology.world.rank == 0
+    gathered: dict[int, Tensor] = {}  # ties stay ties
+    whole: dict[str, Tensor] = {}
+    for name, value in state_dict_tensors(module).items():
+        if id(value) not in gathered:
+            tensor, placement = value.detach(), known.get(id(value))
+            if placement is not None and placement.name in mastered:
+                own = [(piece, piece.tile) for piece in pieces.get(placement.name, [])]
+                tensor = _gather_windows(placement, own, torch.float32, _device(optimizer))
+            elif placement is not None:
+                # After a fit Lightning has moved the module to the host, where the group may have no backend.
+                tensor = placement.gather(tensor.to(_device(optimizer) or tensor.device))
+            gathered[id(value)] = _host(tensor) if first else tensor.new_empty(0)
+        if first:
+            whole[name] = gathered[id(value)]
+    return whole
+
+
+def _mastered(optimizer: TiledOptimizer | None) -> set[str]:
+    """Names of the parameters that have a master, on whatever rank."""
+    if optimizer is None:
+        return set()
+    optimizer.refresh()
+    shards = [shard for shard in optimizer.shards if shard.low_precision]
+    return {entry.placement.name for shard in shards for entry in shard.buffer.entries}
+
+
+@torch.no_grad()
+def whole_optimizer_state(optimizer: TiledOptimizer, topology: Topology) -> dict[str, Any]:
+    """Optimizer state in torch's own form, whole, in host memory on rank 0, empty elsewhere; collective.
+
+    Returns:
+        ``{"state": {parameter number: {key: tensor}}, "param_groups": [.. "params": [parameter number]]}``.
+    """
+    pieces = _pieces(optimizer)
+    placed = {placement.name: placement for placement in optimizer.placements.values()}
+    keys = _agreed_keys(optimizer, topology)
+    groups = group_options(optimizer)
+    numbers = {name: index for index, name in enumerate(name for group in groups for name in group["params"])}
+    state: dict[int, dict[str, Any]] = {}
+    for name, kinds in keys.items():
+        values = {}
+        for key, kind in kinds.items():
+            if isinstance(kind, torch.dtype):
+                held = [(p, optimizer.engine.state[p.tile][key]) for p in pieces.get(name, [])]
+                values[key] = _host(_gather_windows(placed[name], held, kind, _device(optimizer)))
+            else:
+                values[key] = kind
+        state[numbers[name]] = values
+    if topology.world.rank != 0:
+        return {}
+    plain_groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in groups]
+    return {"state": dict(sorted(state.items())), "param_groups": plain_groups}
+
+
+def _agreed_keys(optimizer: TiledOptimizer, topology: Topology) -> dict[str, dict[str, Any]]:
+    """Per parameter and key: the dtype of a state with one value per element, or the value of a scalar."""
+    own: dict[str, dict[str, Any]] = {}
+    for piece in optimizer.pieces():
+        for key, value in window_states(optimizer, piece).items():
+            if key == MASTER and has_master(piece):
+                continue
+            kinds = own.setdefault(piece.placement.name, {})
+            if is_window(value, piece):
+                kinds[key] = value.dtype
+            elif holds_first_element(piece):
+                kinds[key] = value.cpu().clone() if isinstance(value, Tensor) else value
+    every: list[Any] = [own]
+    if topology.world.size > 1:
+        every = [None] * topology.world.size
+        dist.all_gather_object(every, own)
+    agreed: dict[str, dict[str, Any]] = {}
+    for kept in every:
+        for name, kinds in kept.items():
+            agreed.setdefault(name, {}).update(kinds)
+    return {name: dict(sorted(kinds.items())) for name, kinds in sorted(agreed.items())}
+
+
+def _pieces(optimizer: TiledOptimizer | None) -> dict[str, list[Piece]]:
+    by_name: dict[str, list[Piece]] = {}
+    for piece in optimizer.pieces() if optimizer is not None else ():
+        by_name.setdefault(piece.placement.name, []).append(piece)
+    return by_name
+
+
+def _gather_windows(
+    placement: Placement, held: Sequence[tuple[Piece, Tensor]], dtype: torch.dtype, device: torch.device | None
+) -> Tensor:
+    """A whole tensor from the windows the ranks hold of it; collective over replicas and cut axes."""
+    stored = torch.zeros(placement.box.stored, dtype=dtype, device=device)
+    for piece, window in held:
+        stored.view(-1)[piece.start : piece.stop] = window[piece.own]
+    # Each element is in one rank's window, so a sum of bytes brings them together bit for bit.
+    joined = collectives.all_reduce(stored.view(-1).view(torch.uint8), placement.replicas)
+    return placement.gather(joined.view(dtype).view(stored.shape))
+
+
+def _device(optimizer: TiledOptimizer | None) -> torch.device | None:
+    return optimizer.shards[0].master.device if optimizer is not None and optimizer.shards else None
+
+
+def _host(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().contiguous()
+    return tensor.cpu() if tensor.device.type != "cpu" else tensor.clone()
+
+
+# --- reading
+
+
+class PlainFile:
+    """The tensors of a plain checkpoint; a :class:`lightning_tex.saving.state.Source`."""
+
+    def __init__(self, tensors: Mapping[Path, Tensor]) -> None:
+        self.tensors = tensors
+        self.saved = {path: Saved(tuple(tensor.shape), tensor.dtype) for path, tensor in tensors.items()}
+
+    @classmethod
+    def of_model(cls, state_dict: Mapping[str, Any]) -> PlainFile:
+        """The weights of a ``state_dict``."""
+        return cls({(MODEL, name): value for name, value in state_dict.items() if isinstance(value, Tensor)})
+
+    @classmethod
+    def of_optimizer(cls, state: Mapping[str, Mapping[str, Any]]) -> PlainFile:
+        """Optimizer states by parameter name and key."""
+        return cls(
+            {
+                (OPTIMIZER, "state", name, key): torch.as_tensor(value)
+                for name, values in state.items()
+                for key, value in values.items()
+                if value is not None
+            }
+        )
+
+    def fill(self, request: Mapping[Path, GlobalTensor]) -> None:
+        for path, wanted in request.items():
+            whole = self.tensors[path]
+            if whole.shape != wanted.shape:
+                raise ValueError(
+                    f"{'.'.join(path)} has shape {list(whole.shape)} in the checkpoint, not {list(wanted.shape)}"
+                )
+            for part in wanted.parts:
+                box = tuple(slice(a, a + n) for a, n in zip(part.offsets, part.tensor.shape, strict=True))
+                part.tensor.copy_(whole[box])
+
+
+def states_by_name(
+    saved: Mapping[str, Any], optimizer: TiledOptimizer
+) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]], list[str]]:
+    """torch's form of optimizer state, with parameters by name instead of by number.
+
+    Returns:
+        states by name; groups with names; keys whose values are Python numbers.
+
+    Raises:
+        ValueError: groups of other sizes than the optimizer's.
+    """
+    names = parameter_names(optimizer.param_groups, optimizer.placements)
+    sizes = [len(group["params"]) for group in saved["param_groups"]]
+    if sizes != [len(own) for own in names]:
+        raise ValueError(
+            f"the checkpoint's optimizer has groups of {sizes} parameters, this one of {[len(own) for own in names]}"
+        )
+    groups = [{**group, "params": own} for group, own in zip(saved["param_groups"], names, strict=True)]
+    by_number = {
+        number: name
+        for group, own in zip(saved["param_groups"], names, strict=True)
+        for number, name in zip(group["params"], own, strict=True)
+    }
+    state = {by_number[number]: dict(values) for number, values in saved["state"].items()}
+    numbers = {key for values in state.values() for key, v in values.items() if isinstance(v, (int, float))}
+    return state, groups, sorted(numbers)

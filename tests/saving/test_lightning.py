@@ -1,0 +1,227 @@
+"""Lightning's own ways to checkpoints: ModelCheckpoint, ckpt_path words, hooks, and what is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from checkpoint_runs import Data, Model, fit, trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import AsyncCheckpointIO, TorchCheckpointIO
+from ranks import run_ranks
+from torch import nn
+
+import lightning_tex as tex
+
+TED = {"tensor_parallel_size": 2, "expert_parallel_size": 2}
+PLAIN = {**TED, "save_distributed_checkpoint": False}
+
+
+class Remembers(L.Callback):
+    """Keeps a path and a tensor in its state."""
+
+    def __init__(self) -> None:
+        self.state: dict[str, Any] = {"path": Path("a/b"), "best": torch.tensor(1.5)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.state = state_dict
+
+
+class Hooked(Model):
+    """Keeps something of its own in the checkpoint."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["mine"] = {"answer": 42}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.found = checkpoint["mine"]
+
+
+class Wider(Model):
+    """Another model: one parameter of another shape and one more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+        self.more = nn.Parameter(torch.ones(2))
+
+
+class Larger(Model):
+    """One more parameter, and that is all right."""
+
+    strict_loading = False
+
+    def __init__(self) -> None:
+        super().__init__(seed=4)
+        self.more = nn.Parameter(torch.full((2,), 7.0))
+
+
+def callbacks(folder: str, save_last: Any) -> list[L.Callback]:
+    best = ModelCheckpoint(folder, "{epoch}", monitor="val_loss", save_top_k=1, save_last=save_last, mode="max")
+    return [best, Remembers()]
+
+
+def run_callbacks(folder: str, layout: dict[str, Any], save_last: Any) -> dict[str, Any]:
+    used = callbacks(folder, save_last)
+
+    def evaluate(run: L.Trainer, module: Model) -> dict[str, float]:
+        last = float(run.callback_metrics["val_loss"])
+        (best,) = run.test(module, Data(), ckpt_path="best", verbose=False)
+        (again,) = run.validate(module, Data(), ckpt_path="last", verbose=False)
+        return {"best": float(used[0].best_model_score), "test": best["test_loss"], "last": last, **again}
+
+    options = {"model": {"dropout": 0.1}, "limit_val_batches": 1.0}
+    first = fit(layout, 4, 2, callbacks=used, then=evaluate, **options)
+    resumed = fit(layout, 4, 3, ckpt_path="last", callbacks=callbacks(folder, save_last), seed=6, **options)
+    return {**first["then"], "resumed": resumed, "first": first}
+
+
+def everything(folder: str) -> dict[str, Any]:
+    cases = {"copy": (TED, True), "link": (TED, "link"), "plain": (PLAIN, "link")}
+    found: dict[str, Any] = {
+        name: run_callbacks(f"{folder}/{name}", layout, last) for name, (layout, last) in cases.items()
+    }
+    found["unbroken"] = fit(TED, 4, 3, model={"dropout": 0.1}, limit_val_batches=1.0)
+    found["hooks"] = [hooks(f"{folder}/hooks {i}", layout) for i, layout in enumerate((TED, PLAIN))]
+    found["refused"] = refused(folder)
+    return found
+
+
+def hooks(path: str, layout: dict[str, Any]) -> tuple[Any, Any]:
+    run = trainer(tex.TexMoEStrategy(**layout), 4, callbacks=[Remembers()])
+    run.fit(Hooked(), Data())
+    run.save_checkpoint(path)
+    run.save_checkpoint(path)  # over itself
+    module, memory = Hooked(), Remembers()
+    run = trainer(tex.TexMoEStrategy(**layout), 4, callbacks=[memory])
+    run.fit(module, Data(), ckpt_path=path)
+    return module.found, memory.state
+
+
+def refused(folder: str) -> dict[str, str]:
+    path = f"{folder}/weights.ckpt"
+    run = trainer(tex.TexMoEStrategy(**TED), 4)
+    module = Model()
+    run.fit(module, Data())
+    run.save_checkpoint(path, weights_only=True)
+    larger = Larger()
+    trainer(tex.TexMoEStrategy(**TED), 4).test(larger, Data(), ckpt_path=path, verbose=False)
+    assert all(torch.equal(p, dict(larger.named_parameters())[n]) for n, p in module.named_parameters())
+    assert larger.more.tolist() == [7.0, 7.0]
+
+    run.strategy.checkpoint_io = AsyncCheckpointIO(TorchCheckpointIO())
+    said = {"async": message(lambda: run.save_checkpoint(path))}
+    run.strategy.checkpoint_io = TorchCheckpointIO()
+    fresh = trainer(tex.TexMoEStrategy(**TED), 4)
+    return said | {
+        "weights only": message(lambda: fresh.fit(Model(), Data(), ckpt_path=path)),
+        "storage options": message(lambda: run.save_checkpoint(path, storage_options={})),
+        "remote": message(lambda: run.save_checkpoint("s3://bucket/a.ckpt")),
+        "shapes": message(lambda: fresh.test(Wider(), Data(), ckpt_path=path)),
+        "no checkpoint": message(lambda: fresh.test(Model(), Data(), ckpt_path=folder)),
+        "nothing there": message(lambda: fresh.test(Model(), Data(), ckpt_path=f"{folder}/nothing")),
+        "cannot write": message(lambda: run.save_checkpoint(f"{path}/meta.pt/below.ckpt")),
+    }
+
+
+def message(act: Callable[[], object]) -> str:
+    try:
+        act()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("lightning")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> list[dict[str, Any]]:
+    return run_ranks(4, everything, str(folder))
+
+
+@pytest.mark.parametrize("case", ["copy", "link", "plain"])
+def test_best_and_last_name_the_checkpoints_of_those_epochs(ranks: list[dict[str, Any]], case: str) -> None:
+    for found in (rank[case] for rank in ranks):
+        assert found["test"] == pytest.approx(found["best"], rel=1e-6)
+        assert found["val_loss"] == pytest.approx(found["last"], rel=1e-6)
+        assert found["best"] > found["last"]
+
+
+@pytest.mark.parametrize("case", ["copy", "link"])
+def test_resume_from_last_is_bit_equal(ranks: list[dict[str, Any]], case: str) -> None:
+    for rank in ranks:
+        assert rank[case]["resumed"]["losses"] == rank["unbroken"]["losses"][12:]
+        assert torch.equal(rank[case]["resumed"]["own"], rank["unbroken"]["own"])
+
+
+@pytest.mark.parametrize(("case", "linked", "directory"), [("copy", 0, 1), ("link", 1, 1), ("plain", 1, 0)])
+def test_what_is_on_disk(folder: Path, ranks: object, case: str, linked: int, directory: int) -> None:
+    entries = sorted((folder / case).iterdir())
+    assert len(entries) <= 3
+    assert [entry.name for entry in entries if entry.name.startswith(".")] == []
+    last = folder / case / "last.ckpt"
+    assert (last.is_symlink(), last.is_dir()) == (bool(linked), bool(directory))
+
+
+def test_hooks_and_callbacks_keep_their_state(ranks: list[dict[str, Any]]) -> None:
+    for mine, remembered in ranks[-1]["hooks"]:
+        assert mine == {"answer": 42}
+        assert str(remembered["path"]) == "a/b"
+        assert remembered["best"] == 1.5
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("async", "MisconfigurationException: AsyncCheckpointIO writes single files"),
+        ("weights only", "only the model"),
+        ("storage options", "TypeError: TexMoEStrategy.save_checkpoint(storage_options=...)"),
+        ("remote", "s3://bucket/a.ckpt is not on a mounted file system"),
+        ("shapes", "missing from the checkpoint: more; of another shape: scale (saved [], model [3])"),
+        ("no checkpoint", "is not a checkpoint"),
+        ("nothing there", "FileNotFoundError"),
+        ("cannot write", "NotADirectoryError"),
+    ],
+)
+def test_what_cannot_be_done_is_said_on_every_rank(ranks: list[dict[str, Any]], case: str, words: str) -> None:
+    for rank in ranks:
+        assert words in rank["refused"][case]
+
+
+@dataclass
+class Options:
+    """A type that torch does not load safely."""
+
+    width: int = 3
+
+
+def test_an_object_that_cannot_be_loaded_safely_is_announced_when_saving(tmp_path: Path) -> None:
+    found = run_ranks(1, _unsafe, str(tmp_path))[0]
+    assert "Options" in found["warned"]
+    assert "add_safe_globals" in found["warned"]
+    assert "ValueError" in found["refused"]
+    assert found["loaded"] == "nothing was raised"
+
+
+def _unsafe(folder: str) -> dict[str, str]:
+    run = trainer(tex.TexMoEStrategy(), 1)
+    module = Model()
+    module.hparams["options"] = Options()
+    run.fit(module, Data())
+    with pytest.warns(UserWarning, match="Options") as warned:
+        run.save_checkpoint(f"{folder}/unsafe.ckpt")
+    refusal = message(lambda: run.test(Model(), Data(), ckpt_path=f"{folder}/unsafe.ckpt", verbose=False))
+    torch.serialization.add_safe_globals([Options])
+    loaded = message(lambda: run.test(Model(), Data(), ckpt_path=f"{folder}/unsafe.ckpt", verbose=False))
+    return {"warned": str(warned[0].message), "refused": refusal, "loaded": loaded}

@@ -1,0 +1,155 @@
+"""Layouts, the options that vary over them, and a deterministic choice of cases that covers all pairs."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from dataclasses import dataclass, fields, replace
+
+WORLDS = (1, 2, 4, 8)
+EXPERTS = 8
+
+
+@dataclass(frozen=True, order=True)
+class Sizes:
+    """A layout as the user writes it."""
+
+    world: int
+    tensor: int
+    expert: int
+    expert_tensor: int
+
+    @property
+    def data(self) -> int:
+        return self.world // self.tensor
+
+    @property
+    def folded(self) -> bool:
+        return self.expert_tensor < self.tensor
+
+    def __str__(self) -> str:
+        return f"w{self.world}-t{self.tensor}-e{self.expert}-et{self.expert_tensor}"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything else that varies. ``True`` is always the less usual one."""
+
+    capacity: bool = False
+    top_2: bool = False
+    no_dtd: bool = False
+    adamw: bool = False
+    accumulate: bool = False
+    clip: bool = False
+    swiglu: bool = False
+    tied: bool = False
+    small_tiles: bool = False
+    z_loss: bool = False
+    collect: bool = False
+
+    def __str__(self) -> str:
+        return "-".join(
+            (
+                "cap" if self.capacity else "dropless",
+                "k2" if self.top_2 else "k1",
+                "nodtd" if self.no_dtd else "dtd",
+                "adamw" if self.adamw else "sgd",
+                "acc2" if self.accumulate else "acc1",
+                "clip" if self.clip else "noclip",
+                "swiglu" if self.swiglu else "gelu",
+                "tied" if self.tied else "untied",
+                "tile64" if self.small_tiles else "tile8M",
+                "z" if self.z_loss else "noz",
+                "collect" if self.collect else "auto",
+            )
+        )
+
+    def mathematics(self) -> Options:
+        """The options without those that must not change any number: what a reference depends on."""
+        return replace(self, no_dtd=False, small_tiles=False, collect=False)
+
+
+@dataclass(frozen=True)
+class Case:
+    sizes: Sizes
+    options: Options
+
+    def __str__(self) -> str:
+        return f"{self.sizes}-{self.options}"
+
+
+NAMES = tuple(field.name for field in fields(Options))
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def layouts() -> list[Sizes]:
+    """Every legal layout of the worlds for a model of 8 experts and 8 heads."""
+    return [
+        Sizes(world, tensor, expert, expert_tensor)
+        for world in WORLDS
+        for tensor in divisors(world)
+        for expert_tensor in sorted({1, tensor}, reverse=True)
+        for expert in divisors(world // expert_tensor)
+        if EXPERTS % expert == 0
+    ]
+
+
+def legal(case: Case) -> bool:
+    return not (case.sizes.folded and case.options.no_dtd)
+
+
+def all_options() -> list[Options]:
+    return [Options(*values) for values in itertools.product((False, True), repeat=len(NAMES))]
+
+
+def option_pairs(options: Options) -> set[tuple[object, ...]]:
+    """All pairs of option values that a set of options covers."""
+    return set(itertools.combinations(_values(options), 2))
+
+
+def pairwise() -> list[Case]:
+    """Greedy: per layout the options that cover most pairs not covered yet, until all its option values are seen.
+
+    Covers every legal (layout, option value) and every (option value, option value).
+    """
+    candidates = {options: option_pairs(options) for options in all_options()}
+    open_pairs = set().union(*candidates.values())
+    used: Counter[Options] = Counter()
+    chosen: list[Case] = []
+    for sizes in layouts():
+        legal_options = [o for o in candidates if legal(Case(sizes, o))]
+        open_values = set().union(*map(_values, legal_options))
+        while open_values:
+            best = max(
+                legal_options,
+                key=lambda o: (
+                    len(open_values.intersection(_values(o))) + len(candidates[o] & open_pairs if open_pairs else ()),
+                    -used[o],
+                    _mixed(sizes, o),
+                ),
+            )
+            chosen.append(Case(sizes, best))
+            used[best] += 1
+            open_values -= set(_values(best))
+            open_pairs -= candidates[best]
+    assert not open_pairs
+    return chosen
+
+
+def _values(options: Options) -> tuple[tuple[str, bool], ...]:
+    return tuple((name, getattr(options, name)) for name in NAMES)
+
+
+def _mixed(sizes: Sizes, options: Options) -> int:
+    """A fixed number that looks random: breaks ties so that layouts do not all get the same two option sets."""
+    bits = sum(getattr(options, name) << i for i, name in enumerate(NAMES))
+    layout = sizes.world * 64 + sizes.tensor * 16 + sizes.expert * 4 + sizes.expert_tensor
+    return (bits * 2654435761 + layout * 40503) % 1000003
+
+
+def pairs_of_layouts(case: Case) -> set[tuple[object, ...]]:
+    """All pairs of a layout with an option value that a case covers."""
+    return {(case.sizes, value) for value in _values(case.options)}
