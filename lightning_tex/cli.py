@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import traceback
 import warnings
 from functools import partial, update_wrapper
 from types import MethodType
@@ -10,6 +12,8 @@ from typing import Any
 from lightning import LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, ReduceLROnPlateau, instantiate_class
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_utilities import module_available
 
 import lightning_tex  # registers the strategy
@@ -25,6 +29,10 @@ class TexCLI(LightningCLI):
     for them, over the parameters that exist then: the model may be built in ``configure_model``, and is cut by then.
     The scheduler is stepped after every optimizer step (ReduceLROnPlateau: after every validation).
     """
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        # The list of all options belongs to --help: printed before every error it hides the error.
+        return super().init_parser(usage="%(prog)s [--config RECIPE] [--OPTION VALUE ...]", **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("data.vocab_size", "model.init_args.config.vocab_size", apply_on="instantiate")
@@ -65,18 +73,37 @@ def _default_loggers(root: str) -> list[Any]:
 def main(args: ArgsType = None) -> None:
     """Run ``lightning-tex fit|validate|test|predict``.
 
+    What the user can put right (a wrong option, layout or file) ends in one line per failing rank and exit code 2, as
+    the parser's own errors do; everything else keeps its traceback.
+
     Args:
         args: command-line words; ``None``: the process's own.
     """
     # Lightning 2.6's own call, deprecated by torch 2.13; nothing a user could act on.
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
-    TexCLI(
-        LanguageModel,
-        TextDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        save_config_kwargs={"overwrite": True},
-        trainer_defaults={"strategy": lightning_tex.TexMoEStrategy.strategy_name},
-        seed_everything_default=True,
-        args=args,
-    )
+    try:
+        TexCLI(
+            LanguageModel,
+            TextDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={"strategy": lightning_tex.TexMoEStrategy.strategy_name},
+            seed_everything_default=True,
+            args=args,
+        )
+    except (ValueError, TypeError, FileNotFoundError, MisconfigurationException) as error:
+        if not _raised_on_purpose(error):
+            raise
+        # Every rank tells: the fault may be one rank's own, or rank 0 already ended by its launcher.
+        rank = getattr(rank_zero_only, "rank", 0)
+        print(f"[rank {rank}] error: {error}" if rank else f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+def _raised_on_purpose(error: Exception) -> bool:
+    """Whether a ``raise`` statement of this package or of Lightning says what is wrong, and no code went astray."""
+    frame, _ = list(traceback.walk_tb(error.__traceback__))[-1]
+    package = frame.f_globals.get("__name__", "").partition(".")[0]
+    line = traceback.extract_tb(error.__traceback__)[-1].line or ""
+    return package in ("lightning_tex", "lightning") and line.startswith("raise ")

@@ -177,13 +177,16 @@ def check(root: nn.Module, layout: Layout) -> None:
         module.check(name or type(module).__name__, layout)
 
 
-def synchronise(root: nn.Module, world: Axis) -> None:
-    """Give every rank rank 0's weights and buffers, for what is not on the meta device and not cut already."""
+def synchronise(root: nn.Module, world: Axis, device: torch.device) -> None:
+    """Give every rank rank 0's weights and buffers, for what is not on the meta device and not cut already.
+
+    Tensors travel one by one by way of ``device`` and stay where they are: a whole model need not fit there.
+    """
     cut = {id(p) for _, m in tex_modules(root) if m.bound for p in m.parameters(recurse=False)}
     tensors = [*root.parameters(), *root.buffers()]
     for tensor in tensors:
         if not tensor.is_meta and id(tensor) not in cut:
-            tensor.data.copy_(collectives.broadcast(tensor.data, world))
+            tensor.data.copy_(collectives.broadcast(tensor.data.to(device), world))
 
 
 @torch.no_grad()

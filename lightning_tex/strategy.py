@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from lightning import LightningModule, Trainer
+from lightning import Trainer
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.utilities.distributed import (
@@ -226,10 +226,10 @@ class TexMoEStrategy(ParallelStrategy):
         if self._topology is None:
             self._topology = Topology.build(layout, self.root_device.type, self._mesh, self._split_duplicates)
         seed = shared_seed(self.topology.world, self.root_device)
-        self._move_to_device()
-        placement.synchronise(self.model, self.topology.world)
+        placement.synchronise(self.model, self.topology.world, self.root_device)
         placement.cut(self.model, self.topology)
         self.model = self.precision_plugin.convert_module(self.model)
+        self._move_to_device()
         placement.materialise(self.model, self.root_device, seed)
         for metric in self.model.modules():
             if isinstance(metric, Metric) and metric.process_group is None:

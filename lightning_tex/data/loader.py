@@ -38,12 +38,15 @@ class ResumableLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         # A generator: Lightning makes iterators before it knows the epoch, and workers must not read ahead by then.
-        if self.cursor is not None:
-            # Lightning counts the batches of an epoch itself, and after some restarts its epochs begin within ours.
-            self.order.seek(*self.cursor.begin(), period=self.cursor.period())
+        assert self.cursor is not None
+        epoch, step = self.cursor.begin()
+        # Lightning counts the batches of an epoch itself, and after some restarts its epochs begin within ours.
+        self.order.seek(epoch, step, period=self.cursor.period())
         for batch in super().__iter__():
+            step += 1
             self.batches_fetched += 1
             yield batch
+        self.cursor.run_out(step)
 
     def state_dict(self) -> dict[str, int]:
         """Epoch and micro-step to go on with. Having this method tells Lightning that the loader can resume."""

@@ -17,7 +17,7 @@ class Cursor:
 
     Args:
         steps_done: returns a count that grows by one with every finished training step.
-        steps_per_epoch: returns the micro-steps of an epoch, infinity while that is unknown, 0 when it is over.
+        steps_per_epoch: returns the micro-steps of an epoch, or infinity while that is unknown.
         epoch: to begin with.
         batch: micro-steps of that epoch to skip.
     """
@@ -26,21 +26,28 @@ class Cursor:
     steps_per_epoch: Callable[[], float]
     epoch: int = 0
     batch: int = 0
-    _origin: int | None = None  # steps_done when the present epoch's first batch was asked for
+    _origin: int | None = None  # steps_done when the present iteration's first batch was asked for
+    _end: float = float("inf")  # micro-steps of the present epoch, once the data has run out
 
     def position(self) -> tuple[int, int]:
         """The next micro-step to train on, as (epoch, micro-step in it)."""
-        batch, length = self.batch + self._steps(), self.steps_per_epoch()
+        batch, length = self.batch + self._steps(), min(self.steps_per_epoch(), self._end)
         if batch == 0 or batch < length:
             return self.epoch, batch
-        epochs, batch = divmod(batch, int(length)) if length else (1, 0)
+        epochs, batch = divmod(batch, int(length))
         return self.epoch + epochs, batch
 
     def begin(self) -> tuple[int, int]:
         """Called when the first batch of an iteration is asked for; returns the micro-step to start at."""
-        self.epoch, self.batch = self.position()
-        self._origin = self.steps_done()
-        return self.epoch, self.batch
+        return self._start(*self.position())
+
+    def run_out(self, batch: int) -> None:
+        """Called when the data of the present epoch has run out after its micro-step ``batch - 1``."""
+        self._end = batch
+
+    def _start(self, epoch: int, batch: int) -> tuple[int, int]:
+        self.epoch, self.batch, self._origin, self._end = epoch, batch, self.steps_done(), float("inf")
+        return epoch, batch
 
     def period(self) -> int | None:
         """Micro-steps after which an iteration goes on with the next epoch; None: it ends with its epoch."""
@@ -63,9 +70,7 @@ class SamplerCursor(Cursor):
 
     def begin(self) -> tuple[int, int]:
         """As :meth:`Cursor.begin`, with the epoch left to the caller's ``set_epoch``."""
-        self.epoch, self.batch = self.order.epoch, self.order.start
-        self._origin = self.steps_done()
-        return self.epoch, self.batch
+        return self._start(self.order.epoch, self.order.start)
 
     def period(self) -> None:
         """An iteration ends with its epoch."""
@@ -74,7 +79,7 @@ class SamplerCursor(Cursor):
 
 def trainer_cursor(trainer: Any, epoch: int, batch: int) -> Cursor:
     """A cursor that reads from a Lightning Trainer's loops how many micro-steps are done."""
-    return Cursor(functools.partial(_steps_done, trainer), functools.partial(_steps_per_epoch, trainer), epoch, batch)
+    return Cursor(functools.partial(_steps_done, trainer), lambda: trainer.num_training_batches, epoch, batch)
 
 
 def loader_cursor(loader: ResumableLoader, epoch: int, batch: int) -> Cursor:
@@ -87,14 +92,6 @@ def loader_cursor(loader: ResumableLoader, epoch: int, batch: int) -> Cursor:
 def _steps_done(trainer: Any) -> int:
     # `total` also survives a restart; `current` is reset late, and `fetched` runs ahead of what was trained on.
     return trainer.fit_loop.epoch_loop.batch_progress.total.processed
-
-
-def _steps_per_epoch(trainer: Any) -> float:
-    progress = trainer.fit_loop.epoch_loop.batch_progress
-    # Only a stream has no length; it ends with the batch that Lightning found to be the last.
-    ended = progress.is_last_batch and progress.current.processed == progress.current.ready
-    length = trainer.num_training_batches
-    return 0 if length == float("inf") and ended else length
 
 
 def check_tokenizer(state: dict[str, Any], mine: dict[str, Any]) -> None:

@@ -110,7 +110,8 @@ class ParallelAttention(TexModule):
         if self.causal:
             mask = mask & torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
         # A query that may see nothing (padding) sees itself, or the softmax would be 0/0.
-        return mask | torch.eye(length, dtype=torch.bool, device=mask.device)
+        blind = ~mask.any(-1, keepdim=True)
+        return mask | blind & torch.eye(length, dtype=torch.bool, device=mask.device)
 
 
 @contextmanager

@@ -129,9 +129,9 @@ class CapacityDispatcher(Dispatcher):
         rows = _round_up(int(collectives.all_reduce(largest, self.expert, "max")), self.split.size)
         slots = assign_slots(route.indices, self.num_experts, capacity, rows)
         token = slots.choice // top_k
-        buffer = take(x, token, slots.slot).view(self.num_experts, rows, -1)  # [E, C, D]
+        buffer = take(x, token, slots.slot).view(self.num_experts, rows, x.shape[-1])  # [E, C, D]
         part = exchange(split(buffer, 1, self.split), self.expert)  # [P * e, c, D]
-        by_expert = part.view(self.expert.size, -1, *part.shape[1:]).transpose(0, 1)  # [e, P, c, D]
+        by_expert = part.unflatten(0, (self.expert.size, -1)).transpose(0, 1)  # [e, P, c, D]
         arrived = gather(by_expert, 2, self.gather)
         sizes = [arrived.shape[1] * arrived.shape[2]] * arrived.shape[0]
         journey = CapacityJourney(slots, route.weights, x.dtype)
@@ -144,7 +144,7 @@ class CapacityDispatcher(Dispatcher):
         part = split(by_expert, 2, self.gather).transpose(0, 1).flatten(0, 1)  # [P * e, c, D]
         buffer = gather(exchange(part, self.expert), 1, self.split)  # [E, C, D]
         outputs = take(buffer.flatten(0, 1), slots.slot.flatten(), slots.choice[:, None])
-        return _weighted_sum(outputs.view(*weights.shape, -1), weights, journey.dtype)
+        return _weighted_sum(outputs, weights, journey.dtype)
 
     def overflow(self, journey: CapacityJourney) -> Tensor:
         return journey.slots.overflowed
@@ -210,15 +210,15 @@ class DroplessDispatcher(Dispatcher):
         part = split(by_sender, 0, self.gather, journey.gathered)
         back = exchange(part, self.expert, journey.leave, journey.arrive)
         outputs = take(back, journey.row.flatten(), journey.choice)
-        own = _weighted_sum(outputs.view(*journey.weights.shape, -1), journey.weights, journey.dtype)
+        own = _weighted_sum(outputs, journey.weights, journey.dtype)
         return gather(own, 0, self.split, journey.tokens)
 
     def overflow(self, journey: DroplessJourney) -> Tensor:
         return journey.row.new_zeros(())
 
 
-def _weighted_sum(outputs: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:  # [t, k, D], [t, k] -> [t, D]
-    return (outputs * weights[..., None]).sum(1).to(dtype)
+def _weighted_sum(outputs: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:  # [t * k, D], [t, k] -> [t, D]
+    return (outputs.view(*weights.shape, outputs.shape[-1]) * weights[..., None]).sum(1).to(dtype)
 
 
 def _shares(total: int, parts: int) -> list[int]:

@@ -21,7 +21,7 @@ class _Take(torch.autograd.Function):
         (inverse,) = ctx.saved_tensors
         if inverse.shape[1] == 1:
             return _rows(grad, inverse[:, 0]), None, None
-        return _rows(grad, inverse.flatten()).view(*inverse.shape, -1).sum(1), None, None
+        return _rows(grad, inverse.flatten()).view(*inverse.shape, grad.shape[1]).sum(1), None, None
 
 
 def take(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -65,6 +66,20 @@ class Shard:
         return [entry.parameter._version for entry in self.buffer.entries]
 
 
+@dataclass
+class Pending:
+    """What has been done to the gradients since the last step: combined over replicas; to be scaled by this.
+
+    An object of its own, because Lightning's wrapper forwards reads to the optimizer but keeps what is assigned.
+    """
+
+    reduced: bool = False
+    scale: float = 1.0
+
+    def clear(self) -> None:
+        self.reduced, self.scale = False, 1.0
+
+
 class TiledOptimizer(Optimizer):
     """An elementwise torch optimizer, with its states sharded over replicas and stepped tile by tile.
 
@@ -94,8 +109,7 @@ class TiledOptimizer(Optimizer):
         self.tile_size = max(ALIGNMENT, (tile_size or DEFAULT_TILE_SIZE) // ALIGNMENT * ALIGNMENT)
         self.engine = Engine(optimizer)
         self.shards: list[Shard] = []
-        self.gradient_scale = 1.0
-        self.reduced = False
+        self.pending = Pending()
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.param_groups = optimizer.param_groups
 
@@ -127,7 +141,7 @@ class TiledOptimizer(Optimizer):
         """Zero the gradient buffers. ``.grad`` stays a view of them, whatever ``set_to_none`` says."""
         for shard in self.shards:
             shard.buffer.zero_gradients()
-        self.gradient_scale, self.reduced = 1.0, False
+        self.pending.clear()
 
     def reduce_gradients(self, whole: bool = False) -> None:
         """Combine gradients over replicas, once per step; collective.
@@ -135,29 +149,30 @@ class TiledOptimizer(Optimizer):
         Args:
             whole: make every ``.grad`` the combined gradient, not only this rank's shard of it.
         """
-        if not self.reduced:
+        if not self.pending.reduced:
             for shard in self.shards:
                 shard.buffer.reduce_gradients(whole)
-            self.reduced = True
+            self.pending.reduced = True
 
     def gradient_norm(self) -> Tensor:
         """The 2-norm of all gradients, each parameter counted once, whatever the layout: an fp64 scalar; collective."""
         self.reduce_gradients()
         squares = [shard.buffer.squared_norm() for shard in self.shards]
         total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
-        return collectives.all_reduce(total, self.world).sqrt() * self.gradient_scale
+        return collectives.all_reduce(total, self.world).sqrt() * self.pending.scale
 
     def clip_by_norm(self, max_norm: float) -> Tensor:
         """Scale all gradients so that their norm is at most ``max_norm``. Returns the norm before; collective."""
         norm = self.gradient_norm()
-        self.gradient_scale *= min(1.0, max_norm / (float(norm) + 1e-6))
+        self.pending.scale *= min(1.0, max_norm / (float(norm) + 1e-6))
         return norm
 
     def clip_by_value(self, max_value: float) -> None:
         """Clamp every gradient element to [-max_value, max_value]."""
         self.reduce_gradients()
         for shard in self.shards:
-            shard.buffer.gradient_shard.clamp_(-max_value / self.gradient_scale, max_value / self.gradient_scale)
+            limit = max_value / self.pending.scale
+            shard.buffer.gradient_shard.clamp_(-limit, limit)
 
     # --- the step
 
@@ -170,10 +185,10 @@ class TiledOptimizer(Optimizer):
                 result = closure()
         self.reduce_gradients()
         for shard in self.shards:
-            shard.step(self.engine, self.gradient_scale)
+            shard.step(self.engine, self.pending.scale)
         for shard in self.shards:
             shard.buffer.gather_parameters()
-        self.gradient_scale, self.reduced = 1.0, False
+        self.pending.clear()
         # Schedulers look here to warn about being stepped before the optimizer.
         self.inner._opt_called = True  # type: ignore[attr-defined]
         return result

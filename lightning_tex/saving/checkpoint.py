@@ -93,7 +93,7 @@ class Checkpoints:
             raise IsADirectoryError(f"{path} is a directory, and not a checkpoint that could be replaced")
         if path.is_dir():
             directory.remove(path)
-        self.io.save_checkpoint(checkpoint, filepath)
+        self.io.save_checkpoint(directory.plain_data(checkpoint), filepath)
 
     def _refuse_what_writes_no_directory(self, filepath: Any) -> None:
         if type(self.io) is not TorchCheckpointIO:
@@ -144,10 +144,9 @@ class Checkpoints:
         path = Path(self.broadcast(filepath))
         if path.is_dir():
             return self._load_directory(path, strict)
-        checkpoint: dict[str, Any]
         if type(self.io) is TorchCheckpointIO and path.is_file():
             # Mapped, not read: each rank touches only its boxes.
-            checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+            checkpoint = directory.read_file(path, weights_only, mmap=True)
         else:
             checkpoint = self.io.load_checkpoint(filepath, weights_only=weights_only)
         if self.optimizer is not None and checkpoint.get("optimizer_states"):

