@@ -30,9 +30,10 @@ class TexCLI(LightningCLI):
     The scheduler is stepped after every optimizer step (ReduceLROnPlateau: after every validation).
     """
 
-    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         # The list of all options belongs to --help: printed before every error it hides the error.
-        return super().init_parser(usage="%(prog)s [--config RECIPE] [--OPTION VALUE ...]", **kwargs)
+        usage = f"lightning-tex {subcommand} [--config RECIPE] [--OPTION VALUE ...]"
+        return super()._prepare_subcommand_parser(klass, subcommand, usage=usage, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("data.vocab_size", "model.init_args.config.vocab_size", apply_on="instantiate")
@@ -92,7 +93,7 @@ def main(args: ArgsType = None) -> None:
             seed_everything_default=True,
             args=args,
         )
-    except (ValueError, TypeError, FileNotFoundError, MisconfigurationException) as error:
+    except (ValueError, TypeError, RuntimeError, OSError, MisconfigurationException) as error:
         if not _raised_on_purpose(error):
             raise
         # Every rank tells: the fault may be one rank's own, or rank 0 already ended by its launcher.
@@ -102,8 +103,8 @@ def main(args: ArgsType = None) -> None:
 
 
 def _raised_on_purpose(error: Exception) -> bool:
-    """Whether a ``raise`` statement of this package or of Lightning says what is wrong, and no code went astray."""
+    """Whether a ``raise`` statement of this package or one it drives says what is wrong: no code went astray."""
     frame, _ = list(traceback.walk_tb(error.__traceback__))[-1]
     package = frame.f_globals.get("__name__", "").partition(".")[0]
     line = traceback.extract_tb(error.__traceback__)[-1].line or ""
-    return package in ("lightning_tex", "lightning") and line.startswith("raise ")
+    return package in ("lightning_tex", "lightning", "datasets") and line.startswith("raise ")

@@ -299,12 +299,14 @@ class TexMoEStrategy(ParallelStrategy):
         return self._evaluate(super().predict_step, *args, **kwargs)
 
     def _evaluate(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._compare_batch(args, kwargs)
-        output = step(*args, **kwargs)
+        def compared_step() -> Any:  # a rank that repeats its last batch takes part in the comparison, too
+            self._compare_batch(args, kwargs)
+            return step(*args, **kwargs)
+
+        output = compared_step()
         assert self.lightning_module is not None
         loader = args[2] if len(args) > 2 else 0  # (batch, batch_idx[, dataloader_idx])
-        again = partial(step, *args, **kwargs)
-        run_until_all_are_done(self.lightning_module, again, loader, self.topology.world, self.root_device)
+        run_until_all_are_done(self.lightning_module, compared_step, loader, self.topology.world, self.root_device)
         return output
 
     def _compare_batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -111,9 +111,14 @@ class MoE(TexModule):
         return y
 
     def _record(self, route: Route, mask: Tensor | None, overflowed: Tensor, y: Tensor) -> None:
-        if not self.training or recomputing():
+        if not self.training:
             return
-        self.load.add(count_choices(route.indices, self.num_experts), overflowed)
+        first = not recomputing()
+        if first:
+            self.load.add(count_choices(route.indices, self.num_experts), overflowed)
         if torch.is_grad_enabled() and (self.load_balance_coefficient or self.z_loss_coefficient):
+            # Computed again in a recomputation, which must save what the first forward saved, but recorded once.
             balance, z = routing_losses(route, mask, self.data)
-            self.ledger.record(self.load_balance_coefficient * balance + self.z_loss_coefficient * z, y)
+            loss = self.load_balance_coefficient * balance + self.z_loss_coefficient * z
+            if first:
+                self.ledger.record(loss, y)

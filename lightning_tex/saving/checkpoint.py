@@ -18,7 +18,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_tex.optim import TiledOptimizer
-from lightning_tex.saving import directory, plain, state
+from lightning_tex.saving import directory, optimizer_state, plain, state
 from lightning_tex.saving.directory import Broadcast, Directory
 from lightning_tex.saving.random_streams import random_streams, restore_random_streams
 from lightning_tex.saving.sharded import GlobalTensor
@@ -68,9 +68,9 @@ class Checkpoints:
         if not self.distributed:
             return plain.whole_optimizer_state(self.optimizer, self.topology)
         return {
-            "state": state.optimizer_state(self.optimizer),
-            "param_groups": state.group_options(self.optimizer),
-            "numbers": state.number_keys(self.optimizer),
+            "state": optimizer_state.optimizer_state(self.optimizer),
+            "param_groups": optimizer_state.group_options(self.optimizer),
+            "numbers": optimizer_state.number_keys(self.optimizer),
         }
 
     def save(self, checkpoint: dict[str, Any], filepath: Any) -> None:
@@ -162,9 +162,9 @@ class Checkpoints:
         own = rest.get(OWN, {})
         if self.optimizer is not None and "optimizer" in own:
             saved = own["optimizer"]
-            state.load_optimizer(self.optimizer, source, saved["param_groups"], saved["numbers"])
+            optimizer_state.load_optimizer(self.optimizer, source, saved["param_groups"], saved["numbers"])
         if self.optimizer is not None:
-            state.load_masters(self.optimizer, source)
+            optimizer_state.load_masters(self.optimizer, source)
             if own.get("layout") == asdict(self.topology.layout):
                 self._load_random(source)
         return rest
@@ -188,7 +188,7 @@ class Checkpoints:
         else:  # a consolidated directory: by name already
             own = checkpoint[OWN]["optimizer"]
             states, groups, numbers = saved["state"], own["param_groups"], own["numbers"]
-        state.load_optimizer(self.optimizer, plain.PlainFile.of_optimizer(states), groups, numbers)
+        optimizer_state.load_optimizer(self.optimizer, plain.PlainFile.of_optimizer(states), groups, numbers)
 
     def load_whole_model(self, checkpoint: Mapping[str, Any], strict: bool) -> None:
         """Cut the whole weights of a plain file; nothing if they came from a directory."""
@@ -197,4 +197,4 @@ class Checkpoints:
         weights = plain.PlainFile.of_model(checkpoint["state_dict"])
         state.load_model(self.module, self.topology, weights, strict)
         if self.optimizer is not None:
-            state.load_masters(self.optimizer, weights)
+            optimizer_state.load_masters(self.optimizer, weights)

@@ -13,21 +13,15 @@ from lightning_tex import collectives
 from lightning_tex.optim import TiledOptimizer
 from lightning_tex.optim.tiled import Piece, parameter_names
 from lightning_tex.placement import Placement
-from lightning_tex.saving.sharded import GlobalTensor
-from lightning_tex.saving.state import (
-    MASTER,
-    MODEL,
-    OPTIMIZER,
-    Path,
-    Saved,
+from lightning_tex.saving.optimizer_state import (
     group_options,
     has_master,
     holds_first_element,
     is_window,
-    placed_parameters,
-    state_dict_tensors,
     window_states,
 )
+from lightning_tex.saving.sharded import GlobalTensor
+from lightning_tex.saving.state import MASTER, MODEL, OPTIMIZER, Path, Saved, placed_parameters, state_dict_tensors
 from lightning_tex.topology import Topology
 
 # --- writing

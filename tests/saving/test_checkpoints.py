@@ -10,9 +10,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from checkpoint_runs import VOCABULARY, Model, fit, largest_difference
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from ranks import run_ranks
-from checkpoint_runs import VOCABULARY, Model, fit, largest_difference
 
 TED = {"tensor_parallel_size": 2, "expert_parallel_size": 2, "tile_size": 256}
 OTHERS: dict[str, dict[str, Any]] = {
