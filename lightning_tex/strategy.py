@@ -9,45 +9,35 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from lightning import Trainer
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.fabric.utilities.distributed import (
-    _get_default_process_group_backend_for_device,
-    _init_dist_connection,
-)
-from lightning.fabric.utilities.seed import pl_worker_init_function, reset_seed
+from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.plugins import Precision
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
-from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from lightning_utilities.core.rank_zero import rank_zero_only as utilities_rank_zero_only
 from torch import Tensor, nn
-from torch.distributed import ReduceOp
-from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from lightning_tex import placement
 from lightning_tex.agreement import agreed_loader, require_same_batch
 from lightning_tex.evaluation import run_until_all_are_done
+from lightning_tex.mesh_strategy import MeshStrategy
 from lightning_tex.moe import MoE, auxiliary_loss
 from lightning_tex.optim import TiledOptimizer
 from lightning_tex.precision import tex_precision
 from lightning_tex.random_state import data_rank_random_state, shared_seed
 from lightning_tex.saving import Checkpoints
-from lightning_tex.topology import Layout, Topology, build_mesh
+from lightning_tex.topology import Layout, Topology
 
 # Steps whose batches are compared over the tensor axis, from the start of every stage.
 _COMPARED_STEPS = 3
 
 
-class TexMoEStrategy(ParallelStrategy):
+class TexMoEStrategy(MeshStrategy):
     """Train a LightningModule built of TEX layers with tensor x expert x data parallelism (arXiv 2303.06318).
 
     Use it as ``Trainer(strategy="tex_moe")`` or with arguments. The world is split twice (Eq. 1):
@@ -101,7 +91,8 @@ class TexMoEStrategy(ParallelStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
-        super().__init__(accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
+        lightnings = (accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
+        super().__init__(process_group_backend, timeout, *lightnings)
         for option, value, only in (
             ("sequence_parallel", sequence_parallel, False),
             ("zero_stage", zero_stage, 1),
@@ -124,36 +115,10 @@ class TexMoEStrategy(ParallelStrategy):
         self._split_duplicates = duplicate_token_dropping
         self._tile_size = tile_size
         self._save_distributed_checkpoint = save_distributed_checkpoint
-        self._process_group_backend = process_group_backend
-        self._timeout = timeout
-        self._mesh: DeviceMesh | None = None
         self._topology: Topology | None = None
         self._compared = 0
-        self.num_nodes = 1
 
-    # --- what the world is
-
-    @property
-    def is_distributed(self) -> bool:
-        """Lightning asks this before it adds samplers and syncs logs."""
-        return True
-
-    @property
-    def root_device(self) -> torch.device:
-        assert self.parallel_devices is not None
-        return self.parallel_devices[self.local_rank]
-
-    @property
-    def num_processes(self) -> int:
-        """Processes on this node."""
-        return len(self.parallel_devices) if self.parallel_devices is not None else 0
-
-    @property
-    def device_mesh(self) -> DeviceMesh:
-        """The (data, tensor) mesh; also ``LightningModule.device_mesh``."""
-        if self._mesh is None:
-            raise RuntimeError("The device mesh exists only after the Trainer has set up its processes")
-        return self._mesh
+    # --- layout and precision
 
     @property
     def topology(self) -> Topology:
@@ -168,15 +133,8 @@ class TexMoEStrategy(ParallelStrategy):
         layout = self._topology.layout if self._topology else self._sizes(self.world_size)
         return {"num_replicas": layout.data, "rank": layout.coordinates(self.global_rank)["data"]}
 
-    def set_world_ranks(self) -> None:
-        """Called when the Trainer is built: the first moment the world is known, so a wrong layout ends here."""
-        if self.cluster_environment is not None:
-            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
-            self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
-        rank_zero_only.rank = utilities_rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
-        self._sizes(self.world_size)
-
-    # --- Lightning's precision and launcher
+    def resolve_layout(self) -> Layout:
+        return self._sizes(self.world_size, num_experts=self._num_experts())
 
     @property
     def precision_plugin(self) -> Precision:
@@ -186,31 +144,7 @@ class TexMoEStrategy(ParallelStrategy):
     def precision_plugin(self, plugin: Precision | None) -> None:
         self._precision_plugin = None if plugin is None else tex_precision(plugin)
 
-    def _configure_launcher(self) -> None:
-        assert self.cluster_environment is not None
-        if not self.cluster_environment.creates_processes_externally:
-            self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
-
     # --- setting up
-
-    def setup_environment(self) -> None:
-        super().setup_environment()
-        if self.root_device.type not in ("cpu", "cuda"):
-            raise MisconfigurationException(
-                f"TexMoEStrategy does not run on {self.root_device.type!r}; legal accelerators: 'cpu', 'cuda'"
-            )
-        reset_seed()
-        self.set_world_ranks()
-        layout = self._sizes(self.world_size, num_experts=self._num_experts())
-        backend = self._process_group_backend or _get_default_process_group_backend_for_device(self.root_device)
-        self._process_group_backend = backend
-        assert self.cluster_environment is not None
-        device_id = self.root_device if self.root_device.type == "cuda" else None
-        _init_dist_connection(self.cluster_environment, backend, timeout=self._timeout, device_id=device_id)
-        if self._mesh is None:
-            self._mesh = build_mesh(layout, self.root_device.type)
-        assert self.lightning_module is not None
-        self.lightning_module._device_mesh = self._mesh
 
     def setup(self, trainer: Trainer) -> None:
         """Cut the model for this rank, give it its memory and its optimizer. Idempotent over stages."""
@@ -218,10 +152,9 @@ class TexMoEStrategy(ParallelStrategy):
         self.accelerator.setup(trainer)
         if self._layer_sync is not None:
             raise MisconfigurationException("Trainer(sync_batchnorm=True) is not supported by TexMoEStrategy")
-        experts = self._num_experts()
-        layout = self._sizes(self.world_size, num_experts=experts)
+        layout = self.resolve_layout()
         if self._expert_size_given:
-            layout.require_experts(experts)
+            layout.require_experts(self._num_experts())
         placement.check(self.model, layout)
         if self._topology is None:
             self._topology = Topology.build(layout, self.root_device.type, self._mesh, self._split_duplicates)
@@ -267,8 +200,8 @@ class TexMoEStrategy(ParallelStrategy):
         self.model._apply(move)
 
     def _num_experts(self) -> list[int]:
-        assert self.model is not None
-        return [module.num_experts for module in self.model.modules() if isinstance(module, MoE)]
+        modules = [] if self.model is None else self.model.modules()
+        return [module.num_experts for module in modules if isinstance(module, MoE)]
 
     # --- steps
 
@@ -357,43 +290,6 @@ class TexMoEStrategy(ParallelStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Nothing: ``load_checkpoint`` has done it."""
-
-    # --- communication for Lightning
-
-    def barrier(self, name: str | None = None) -> None:
-        if dist.is_initialized():
-            dist.barrier(device_ids=[self.root_device.index] if dist.get_backend() == "nccl" else None)
-
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        if not dist.is_initialized():
-            return obj
-        objects = [obj]
-        dist.broadcast_object_list(objects, src)
-        return objects[0]
-
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Reduce over the data axis, in place: ranks of one tensor group hold equal values, which count once."""
-        if not isinstance(tensor, Tensor) or not dist.is_initialized():
-            return tensor
-        group = group or self._data_group()
-        mean = reduce_op in ("mean", "avg")
-        op = reduce_op if isinstance(reduce_op, ReduceOp) else getattr(ReduceOp, "SUM" if mean else reduce_op.upper())
-        dist.all_reduce(tensor, op=op, group=group)
-        if not mean:
-            return tensor
-        size = dist.get_world_size(group)
-        return tensor.div_(size) if tensor.is_floating_point() else tensor.copy_(tensor / size)
-
-    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        """Gather over the data axis: [..] -> [data, ..]."""
-        return super().all_gather(tensor, group or self._data_group(), sync_grads)
-
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        votes = self.reduce(torch.tensor(int(decision), device=self.root_device), dist.group.WORLD, "sum")
-        return bool(votes == self.world_size) if all else bool(votes)
-
-    def _data_group(self) -> Any:
-        return self._mesh.get_group("data") if self._mesh is not None else None
 
 
 def _seed_worker(worker_id: int, rank: int) -> None:
