@@ -75,7 +75,7 @@ def main(args: ArgsType = None) -> None:
     """Run ``lightning-tex fit|validate|test|predict``.
 
     What the user can put right (a wrong option, layout or file) ends in one line per failing rank and exit code 2, as
-    the parser's own errors do; everything else keeps its traceback.
+    the parser's own errors do; everything else keeps its traceback. A rank that another one left says only that.
 
     Args:
         args: command-line words; ``None``: the process's own.
@@ -94,12 +94,23 @@ def main(args: ArgsType = None) -> None:
             args=args,
         )
     except (ValueError, TypeError, RuntimeError, OSError, MisconfigurationException) as error:
-        if not _raised_on_purpose(error):
-            raise
         # Every rank tells: the fault may be one rank's own, or rank 0 already ended by its launcher.
         rank = getattr(rank_zero_only, "rank", 0)
+        if _left_by_another_rank(error):
+            print(
+                f"[rank {rank}] ended: another rank has closed its connection; see that rank's error", file=sys.stderr
+            )
+            raise SystemExit(1) from None
+        if not _raised_on_purpose(error):
+            raise
         print(f"[rank {rank}] error: {error}" if rank else f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+
+
+def _left_by_another_rank(error: Exception) -> bool:
+    """Whether gloo or torch's store says so. NCCL does not notice: its launcher or its watchdog ends the process."""
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("losed by peer" in text or "reset by peer" in text)
 
 
 def _raised_on_purpose(error: Exception) -> bool:

@@ -14,8 +14,9 @@ from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.core.optimizer import _MockOptimizer
-from lightning.pytorch.plugins import Precision
+from lightning.pytorch.plugins import Precision, TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -146,12 +147,30 @@ class TexMoEStrategy(MeshStrategy):
 
     # --- setting up
 
+    def setup_environment(self) -> None:
+        assert self.lightning_module is not None
+        self._refuse_what_is_not_supported(self.lightning_module.trainer)
+        super().setup_environment()
+
+    def _refuse_what_is_not_supported(self, trainer: Trainer) -> None:
+        if self._layer_sync is not None:
+            raise MisconfigurationException("Trainer(sync_batchnorm=True) is not supported by TexMoEStrategy")
+        if type(self.checkpoint_io) is not TorchCheckpointIO and self._save_distributed_checkpoint:
+            raise MisconfigurationException(
+                f"{type(self.checkpoint_io).__name__} would not be used: distributed checkpoints are written by all "
+                "ranks; legal: no checkpoint_io, or TexMoEStrategy(save_distributed_checkpoint=False)"
+            )
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
+                raise MisconfigurationException(
+                    f"callback {type(callback).__name__} is not supported by TexMoEStrategy: it averages and saves "
+                    "whole models, and a rank holds parts"
+                )
+
     def setup(self, trainer: Trainer) -> None:
         """Cut the model for this rank, give it its memory and its optimizer. Idempotent over stages."""
         assert self.accelerator is not None and self.model is not None
         self.accelerator.setup(trainer)
-        if self._layer_sync is not None:
-            raise MisconfigurationException("Trainer(sync_batchnorm=True) is not supported by TexMoEStrategy")
         layout = self.resolve_layout()
         if self._expert_size_given:
             layout.require_experts(self._num_experts())

@@ -1,6 +1,11 @@
 """Its presence makes the helper modules beside it importable from every test folder."""
 
 import torch
+from hypothesis import HealthCheck, settings
 
 # Tests fork ranks, which must not inherit a started thread pool.
 torch.set_num_threads(1)
+
+# Other jobs share the machine: a slow example is no failure.
+settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared machine")

@@ -3,6 +3,8 @@
 ``numbers(rank, *shape)`` gives every rank every other rank's input, so that each computes what it should get.
 """
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
@@ -87,6 +89,11 @@ def test_plain_collectives():
 # --- with a backward
 
 
+def cut_product(x, weight, axis):
+    own = slice(4 * axis.rank, 4 * axis.rank + 4)
+    return c.reduce(c.enter(x, axis)[:, own] @ weight[own], axis)
+
+
 def enter_and_reduce():
     for axis in axes():
         me = dist.get_rank()
@@ -94,23 +101,22 @@ def enter_and_reduce():
         grads = torch.stack([numbers(10 + r, 2, 5) for r in axis.ranks])
         x, grad = numbers(me, 2, 5), numbers(10 + me, 2, 5)
 
-        y, dx = run_backward(lambda t: c.enter(t, axis), x, grad)
+        y, dx = run_backward(partial(c.enter, axis=axis), x, grad)
         same(y, x)
         same(dx, grads.sum(0))
 
-        y, dx = run_backward(lambda t: c.reduce(t, axis), x, grad)
+        y, dx = run_backward(partial(c.reduce, axis=axis), x, grad)
         same(y, xs.sum(0))
         same(dx, grad)
 
-        y, dx = run_backward(lambda t: c.sum_over(t, axis), x, grad)
+        y, dx = run_backward(partial(c.sum_over, axis=axis), x, grad)
         same(y, xs.sum(0))
         same(dx, grad * axis.size)
 
         # Between them a product cut over the axis is the whole product, for operands that all ranks hold alike.
         inner = 4 * axis.size
         shared, weight, upstream = numbers(50, 3, inner), numbers(51, inner, 6), numbers(52, 3, 6)
-        own = slice(4 * axis.rank, 4 * axis.rank + 4)
-        y, dx = run_backward(lambda t: c.reduce(c.enter(t, axis)[:, own] @ weight[own], axis), shared, upstream)
+        y, dx = run_backward(partial(cut_product, weight=weight, axis=axis), shared, upstream)
         same(y, shared @ weight)
         same(dx, upstream @ weight.T)
 

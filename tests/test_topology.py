@@ -167,29 +167,29 @@ def test_resolve_accepts_exactly_what_is_legal(world, tensor, expert, expert_ten
 
 ERRORS = [
     (
-        dict(world=8, tensor_parallel_size=3),
+        {"world": 8, "tensor_parallel_size": 3},
         "tensor_parallel_size=3 does not divide the world of 8 ranks; legal: 1, 2, 4, 8",
     ),
     (
-        dict(world=8, expert_parallel_size=4, num_experts=[6]),
+        {"world": 8, "expert_parallel_size": 4, "num_experts": [6]},
         "num_experts=6 is not divisible by expert_parallel_size=4; "
         "legal sizes on 8 ranks with tensor_parallel_size=1: 1, 2",
     ),
     (
-        dict(world=8, tensor_parallel_size=2, expert_parallel_size=8, num_experts=[8]),
+        {"world": 8, "tensor_parallel_size": 2, "expert_parallel_size": 8, "num_experts": [8]},
         "expert_parallel_size=8 is not possible on 8 ranks with tensor_parallel_size=2; legal sizes: 1, 2, 4",
     ),
     (
-        dict(world=8, expert_parallel_size="all", num_experts=[8]),
+        {"world": 8, "expert_parallel_size": "all", "num_experts": [8]},
         "expert_parallel_size='all' is not possible on 8 ranks with tensor_parallel_size=1; legal sizes: 1, 2, 4, 8",
     ),
     (
-        dict(world=8, tensor_parallel_size=4, expert_tensor_parallel_size=2),
+        {"world": 8, "tensor_parallel_size": 4, "expert_tensor_parallel_size": 2},
         "expert_tensor_parallel_size=2 with tensor_parallel_size=4; legal: "
         "4 (experts cut like the rest, TED) or 1 (experts uncut, folding)",
     ),
     (
-        dict(world=8, tensor_parallel_size=2, expert_tensor_parallel_size=1, duplicate_token_dropping=False),
+        {"world": 8, "tensor_parallel_size": 2, "expert_tensor_parallel_size": 1, "duplicate_token_dropping": False},
         "duplicate_token_dropping=False is not possible with expert_tensor_parallel_size=1 and tensor_parallel_size=2",
     ),
 ]

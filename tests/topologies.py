@@ -7,9 +7,7 @@ import torch.distributed as dist
 from lightning_tex.topology import Layout, Topology
 
 
-def join(
-    tensor: int = 1, expert: int = 1, expert_tensor: int | None = None, split_duplicates: bool = True
-) -> Topology:
+def join(tensor: int = 1, expert: int = 1, expert_tensor: int | None = None, split_duplicates: bool = True) -> Topology:
     """This rank's topology over the whole world; makes the world on the first call. Collective."""
     if not dist.is_initialized():
         dist.init_process_group("gloo")
