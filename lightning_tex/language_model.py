@@ -12,10 +12,10 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from lightning_tex.callbacks import ExpertMonitor, Throughput
+from lightning_tex.drawing import materialise
 from lightning_tex.layers import VocabParallelCrossEntropy
 from lightning_tex.models import Decoder, DecoderConfig
 from lightning_tex.moe import auxiliary_loss
-from lightning_tex.placement import materialise
 
 # B sequences, S positions
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from lightning_tex import collectives
-from lightning_tex.placement import stable_hash
+from lightning_tex.drawing import stable_hash
 from lightning_tex.topology import Axis
 
 

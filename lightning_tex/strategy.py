@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
-from lightning_tex import placement
+from lightning_tex import drawing, placement
 from lightning_tex.agreement import agreed_loader, require_same_batch
 from lightning_tex.evaluation import run_until_all_are_done
 from lightning_tex.mesh_strategy import MeshStrategy
@@ -182,7 +182,7 @@ class TexMoEStrategy(MeshStrategy):
         placement.cut(self.model, self.topology)
         self.model = self.precision_plugin.convert_module(self.model)
         self._move_to_device()
-        placement.materialise(self.model, self.root_device, seed)
+        drawing.materialise(self.model, self.root_device, seed)
         for metric in self.model.modules():
             if isinstance(metric, Metric) and metric.process_group is None:
                 metric.process_group = self.topology.data.group

@@ -9,7 +9,7 @@ from ranks import run_ranks
 from topologies import join
 from torch import nn
 
-from lightning_tex import placement
+from lightning_tex import drawing, placement
 from lightning_tex.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, VocabParallelHead
 from lightning_tex.models import Decoder, DecoderConfig
 from lightning_tex.placement import Box, TexModule
@@ -157,8 +157,8 @@ def test_synchronise_gives_every_rank_the_first_ones_weights_and_buffers():
 # --- drawing
 
 DRAWS = [
-    lambda p, box: placement.draw_normal_(p, 0.3, box),
-    lambda p, box: placement.draw_uniform_(p, 0.3, box),
+    lambda p, box: drawing.draw_normal_(p, 0.3, box),
+    lambda p, box: drawing.draw_uniform_(p, 0.3, box),
 ]
 
 
@@ -198,7 +198,7 @@ def drawn(draw, n, seed=0):
 
 def test_normal_draws_look_normal():
     n = 200_000
-    x = drawn(lambda p, box: placement.draw_normal_(p, 2.0, box), n) / 2
+    x = drawn(lambda p, box: drawing.draw_normal_(p, 2.0, box), n) / 2
     within = 5 / n**0.5  # five standard errors
     assert abs(x.mean()) < within
     assert abs(x.var() - 1) < within * 2**0.5
@@ -211,7 +211,7 @@ def test_normal_draws_look_normal():
 
 def test_uniform_draws_look_uniform():
     n = 200_000
-    x = drawn(lambda p, box: placement.draw_uniform_(p, 3.0, box), n) / 3
+    x = drawn(lambda p, box: drawing.draw_uniform_(p, 3.0, box), n) / 3
     within = 5 / n**0.5
     assert x.abs().max() <= 1
     assert x.max() > 0.999 and x.min() < -0.999
@@ -223,7 +223,7 @@ def test_uniform_draws_look_uniform():
 
 def test_draws_depend_on_the_seed_and_consume_one_number():
     def normal(p, box):
-        placement.draw_normal_(p, 1.0, box)
+        drawing.draw_normal_(p, 1.0, box)
 
     assert not torch.equal(drawn(normal, 50, 0), drawn(normal, 50, 1))
     drawn(normal, 50, 0)
@@ -235,9 +235,9 @@ def test_draws_depend_on_the_seed_and_consume_one_number():
 
 
 def test_stable_hash_is_the_same_on_every_machine():
-    assert placement.stable_hash(0, "a") == 1634810781263791882
-    assert placement.stable_hash("1", "2") != placement.stable_hash("12")
-    assert 0 <= placement.stable_hash("anything") < 2**62
+    assert drawing.stable_hash(0, "a") == 1634810781263791882
+    assert drawing.stable_hash("1", "2") != drawing.stable_hash("12")
+    assert 0 <= drawing.stable_hash("anything") < 2**62
 
 
 # --- materialise
@@ -289,10 +289,10 @@ def materialise_on_ranks():
     cpu = torch.device("cpu")
     alone = on_meta(Mixed)
     placement.cut(alone, Topology.single())
-    placement.materialise(alone, cpu, seed=5)
+    drawing.materialise(alone, cpu, seed=5)
     wholes = dict(alone.named_parameters())
     never_cut = on_meta(Mixed)
-    placement.materialise(never_cut, cpu, seed=5)
+    drawing.materialise(never_cut, cpu, seed=5)
     for name, parameter in never_cut.named_parameters():
         assert torch.equal(parameter, wholes[name]), name
     for layout in LAYOUTS:
@@ -302,7 +302,7 @@ def materialise_on_ranks():
         model = on_meta(Mixed)
         placement.cut(model, topology)
         assert all(p.is_meta for p in model.parameters())
-        placement.materialise(model, cpu, seed=5)
+        drawing.materialise(model, cpu, seed=5)
         assert torch.equal(torch.get_rng_state(), state)
         assert model.head.weight is model.embedding.weight
         assert model.decoder.head.weight is model.decoder.embedding.weight
@@ -322,7 +322,7 @@ def test_a_meta_model_is_drawn_alike_on_every_layout_bit_for_bit():
 def test_values_depend_on_seed_and_name():
     def made(seed):
         model = on_meta(lambda: nn.ModuleList(ColumnParallelLinear(16, 16) for _ in range(2)))
-        placement.materialise(model, torch.device("cpu"), seed)
+        drawing.materialise(model, torch.device("cpu"), seed)
         return model
 
     first, second = made(0), made(1)
@@ -338,7 +338,7 @@ def test_materialised_layers_have_the_spread_of_torch_nn():
             {"linear": RowParallelLinear(64, 300), "embedding": VocabParallelEmbedding(300, 64, std=0.5)}
         )
     )
-    placement.materialise(model, torch.device("cpu"), 0)
+    drawing.materialise(model, torch.device("cpu"), 0)
     reference = nn.Linear(64, 300)
     for own, theirs in ((model["linear"].weight, reference.weight), (model["linear"].bias, reference.bias)):
         assert own.abs().max() <= 1 / 8
@@ -349,7 +349,7 @@ def test_materialised_layers_have_the_spread_of_torch_nn():
 def test_what_is_not_on_meta_keeps_its_value():
     model = nn.Sequential(WithReal(), nn.Linear(2, 2))
     weight = model[1].weight.detach().clone()
-    placement.materialise(model, torch.device("cpu"), 0)
+    drawing.materialise(model, torch.device("cpu"), 0)
     assert torch.equal(model[0].made, torch.arange(4.0))
     assert torch.equal(model[0].drawn, torch.full((4,), 7.0))
     assert not model[0].drawn.requires_grad
@@ -362,7 +362,7 @@ def test_a_tie_with_a_real_parameter_survives():
     head.weight = embedding.weight
     model = nn.ModuleList([head, embedding, on_meta(lambda: nn.Linear(4, 4))])
     weight = embedding.weight.detach().clone()
-    placement.materialise(model, torch.device("cpu"), 0)
+    drawing.materialise(model, torch.device("cpu"), 0)
     assert model[0].weight is model[1].weight
     assert torch.equal(model[0].weight, weight)
 
@@ -378,4 +378,4 @@ def test_a_module_that_cannot_draw_itself_is_named():
 
     model = nn.Sequential(nn.Linear(2, 3), nn.Sequential(on_meta(Scale)))
     with pytest.raises(TypeError, match=r"1\.0 \(Scale\) has parameters or buffers on the meta device but no reset"):
-        placement.materialise(model, torch.device("cpu"), 0)
+        drawing.materialise(model, torch.device("cpu"), 0)

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_tex.collectives import enter
+from lightning_tex.drawing import stable_hash
 from lightning_tex.layers.linear import ColumnParallelLinear, RowParallelLinear, require_divisible
-from lightning_tex.placement import TexModule, stable_hash
+from lightning_tex.placement import TexModule
 from lightning_tex.topology import Axis, Layout
 
 # B sequences, S positions, D model width, H heads, K key/value heads, d head width (per rank: H/tensor, K/tensor)

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_tex.collectives import enter, gather, reduce
-from lightning_tex.placement import TexModule, by_index, draw_uniform_
+from lightning_tex.drawing import by_index, draw_uniform_
+from lightning_tex.placement import TexModule
 from lightning_tex.topology import Layout
 
 

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_tex.collectives import all_reduce, enter, gather, reduce
-from lightning_tex.placement import TexModule, by_index, draw_normal_
+from lightning_tex.drawing import by_index, draw_normal_
+from lightning_tex.placement import TexModule
 from lightning_tex.topology import Axis
 
 # V vocabulary, v rows stored here = ceil(V / tensor), D model width

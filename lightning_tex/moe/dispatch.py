@@ -120,7 +120,8 @@ class CapacityDispatcher(Dispatcher):
 
     def capacity(self, tokens: int, top_k: int) -> int:
         """Choices one expert takes of ``tokens`` tokens of one rank."""
-        return ceil(self.factor * top_k * tokens / self.num_experts)
+        # A product like 1.1 * 10 lies an ulp above 11 and must not take another slot for it.
+        return ceil(self.factor * top_k * tokens / self.num_experts - 1e-9)
 
     def dispatch(self, x: Tensor, route: Route) -> tuple[Arrived, CapacityJourney]:
         tokens, top_k = route.indices.shape

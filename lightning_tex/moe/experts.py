@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_tex.collectives import enter, reduce
+from lightning_tex.drawing import by_index, draw_uniform_
 from lightning_tex.layers.mlp import Activation, require_activation
 from lightning_tex.moe.dispatch import Arrived
-from lightning_tex.placement import TexModule, by_index, draw_uniform_
+from lightning_tex.placement import TexModule
 
 # N rows, D model width, H hidden width, E experts, e experts held here (per rank: H/expert_tensor)
 

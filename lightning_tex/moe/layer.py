@@ -11,7 +11,7 @@ from lightning_tex.moe.experts import Experts
 from lightning_tex.moe.losses import ExpertLoad, LossLedger, count_choices, routing_losses
 from lightning_tex.moe.router import Route, Router, make_router
 from lightning_tex.placement import TexModule
-from lightning_tex.recompute import recomputing
+from lightning_tex.recompute import kept, recomputing
 from lightning_tex.topology import Axis, Layout, Topology
 
 # T tokens, D model width, E experts, k choices per token
@@ -111,14 +111,11 @@ class MoE(TexModule):
         return y
 
     def _record(self, route: Route, mask: Tensor | None, overflowed: Tensor, y: Tensor) -> None:
-        if not self.training:
+        if not self.training or recomputing():
             return
-        first = not recomputing()
-        if first:
-            self.load.add(count_choices(route.indices, self.num_experts), overflowed)
+        self.load.add(count_choices(route.indices, self.num_experts), overflowed)
         if torch.is_grad_enabled() and (self.load_balance_coefficient or self.z_loss_coefficient):
-            # Computed again in a recomputation, which must save what the first forward saved, but recorded once.
-            balance, z = routing_losses(route, mask, self.data)
-            loss = self.load_balance_coefficient * balance + self.z_loss_coefficient * z
-            if first:
-                self.ledger.record(loss, y)
+            with kept():  # a recomputation does not come here and must not miss what is saved here
+                balance, z = routing_losses(route, mask, self.data)
+                loss = self.load_balance_coefficient * balance + self.z_loss_coefficient * z
+            self.ledger.record(loss, y)

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_tex import collectives
-from lightning_tex.placement import TexModule, by_index, draw_uniform_
+from lightning_tex.drawing import by_index, draw_uniform_
+from lightning_tex.placement import TexModule
 
 # T tokens, D model width, E experts, k choices per token
 

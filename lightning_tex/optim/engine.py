@@ -56,11 +56,11 @@ def fastest(optimizer: Optimizer, group: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def require_elementwise(optimizer: Optimizer) -> None:
-    """Refuse an optimizer whose update of an element depends on other elements.
+def require_elementwise(optimizer: Optimizer, group: dict[str, Any]) -> None:
+    """Refuse an optimizer whose update of an element depends on other elements, under a group's options.
 
     Probes it: a random matrix stepped whole, as the user's optimizer would, and stepped in windows of its flattened
-    elements must agree, for each parameter group's options.
+    elements must agree.
 
     Raises:
         ValueError: naming the optimizer and the reason.
@@ -68,31 +68,30 @@ def require_elementwise(optimizer: Optimizer) -> None:
     name = type(optimizer).__name__
     need = "the sharded step updates windows of flat buffers and needs an elementwise one (Adam, AdamW, SGD, ..)"
     generator = torch.Generator().manual_seed(0)
-    for group in optimizer.param_groups:
-        start, *gradients = torch.randn(4, 16, 16, generator=generator)
-        options = fastest(optimizer, group)
-        if "lr" in options:
-            options["lr"] = 0 * options["lr"] + 1e-2  # a warm-up that begins at 0 would hide every difference
-        try:
-            engine = Engine(optimizer)
-            flat = start.flatten().clone()
-            windows = [nn.Parameter(window) for window in flat.split(64)]
-            for gradient in gradients:
-                for window, part in zip(windows, gradient.flatten().split(64), strict=True):
-                    engine.step(window, part.clone(), options)
-            whole = nn.Parameter(start.clone())
-            reference = Engine(optimizer).optimizer
-            reference.param_groups = [{**options, "params": [whole]}]
-            for gradient in gradients:
-                whole.grad = gradient.clone()
-                reference.step()
-        except Exception as error:
-            raise ValueError(
-                f"optimizer {name} cannot be driven window by window ({type(error).__name__}: {error}); {need}"
-            ) from error
-        windowed = torch.cat([window.detach() for window in windows])
-        if not torch.allclose(windowed, whole.detach().flatten(), rtol=1e-5, atol=1e-7):
-            raise ValueError(
-                f"optimizer {name} is not elementwise: a random matrix stepped whole and in windows differ by up to "
-                f"{(windowed - whole.detach().flatten()).abs().max():.1e}; {need}"
-            )
+    start, *gradients = torch.randn(4, 16, 16, generator=generator)
+    options = fastest(optimizer, group)
+    if "lr" in options:
+        options["lr"] = 0 * options["lr"] + 1e-2  # a warm-up that begins at 0 would hide every difference
+    try:
+        engine = Engine(optimizer)
+        flat = start.flatten().clone()
+        windows = [nn.Parameter(window) for window in flat.split(64)]
+        for gradient in gradients:
+            for window, part in zip(windows, gradient.flatten().split(64), strict=True):
+                engine.step(window, part.clone(), options)
+        whole = nn.Parameter(start.clone())
+        reference = Engine(optimizer).optimizer
+        reference.param_groups = [{**options, "params": [whole]}]
+        for gradient in gradients:
+            whole.grad = gradient.clone()
+            reference.step()
+    except Exception as error:
+        raise ValueError(
+            f"optimizer {name} cannot be driven window by window ({type(error).__name__}: {error}); {need}"
+        ) from error
+    windowed = torch.cat([window.detach() for window in windows])
+    if not torch.allclose(windowed, whole.detach().flatten(), rtol=1e-5, atol=1e-7):
+        raise ValueError(
+            f"optimizer {name} is not elementwise: a random matrix stepped whole and in windows differ by up to "
+            f"{(windowed - whole.detach().flatten()).abs().max():.1e}; {need}"
+        )

@@ -104,7 +104,6 @@ class TiledOptimizer(Optimizer):
         world: Axis,
         tile_size: int | None = None,
     ) -> None:
-        require_elementwise(optimizer)
         self.inner, self.world, self.placements = optimizer, world, placements
         self.tile_size = max(ALIGNMENT, (tile_size or DEFAULT_TILE_SIZE) // ALIGNMENT * ALIGNMENT)
         self.engine = Engine(optimizer)
@@ -121,6 +120,7 @@ class TiledOptimizer(Optimizer):
             param_group = self.inner.param_groups[-1]
         else:
             self.param_groups.append(param_group)
+        require_elementwise(self.inner, param_group)
         kinds: dict[tuple[str, torch.dtype, torch.device], list[tuple[nn.Parameter, Placement]]] = {}
         for parameter in param_group["params"]:
             placement = self.placements.get(parameter)

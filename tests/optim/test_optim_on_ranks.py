@@ -11,7 +11,7 @@ from ranks import run_ranks
 from topologies import join
 from torch import nn
 
-from lightning_tex import placement
+from lightning_tex import drawing, placement
 from lightning_tex.collectives import all_reduce
 from lightning_tex.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from lightning_tex.moe import MoE
@@ -34,7 +34,7 @@ class Model(nn.Module):
 
 
 def made(name, replica, step, shape):
-    seed = placement.stable_hash(name, replica, step) % 2**31
+    seed = drawing.stable_hash(name, replica, step) % 2**31
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 

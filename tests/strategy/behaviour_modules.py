@@ -12,7 +12,7 @@ from layout_runs import FLAGS, quiet
 from lightning.pytorch.loggers.logger import Logger
 from ranks import run_ranks
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_tex as tex
 from lightning_tex import collectives, placement
@@ -98,12 +98,22 @@ def batches(count: int, samples: int = 8, seed: int = 0) -> list[list[Tensor]]:
     return [[batch[:, :-1], batch[:, 1:]] for batch in ids]
 
 
-def on_data_axis(trainer: L.Trainer, given: list[list[Tensor]]) -> list[list[Tensor]]:
+def loader(given: list[list[Tensor]]) -> DataLoader:
+    """A data loader of ready batches; Lightning would take a bare list for a collection of loaders."""
+    return DataLoader(given, batch_size=None)
+
+
+def own_slices(trainer: L.Trainer, given: list[list[Tensor]]) -> list[list[Tensor]]:
     """This data rank's slice of every batch."""
     if not isinstance(trainer.strategy, tex.TexMoEStrategy):
         return given
     kwargs = trainer.distributed_sampler_kwargs
     return [[part.chunk(kwargs["num_replicas"])[kwargs["rank"]] for part in batch] for batch in given]
+
+
+def on_data_axis(trainer: L.Trainer, given: list[list[Tensor]]) -> DataLoader:
+    """Its loader."""
+    return loader(own_slices(trainer, given))
 
 
 def new_trainer(layout: dict[str, Any] | None, **flags: Any) -> L.Trainer:

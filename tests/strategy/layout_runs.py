@@ -140,8 +140,9 @@ class Recorded(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         if self.adamw:
-            return torch.optim.AdamW(self.parameters(), lr=1e-2)
-        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.5)
+            # The default eps of 1e-8 would let rounding decide the direction of elements whose gradient is nearly 0.
+            return torch.optim.AdamW(self.parameters(), lr=3e-3, eps=1e-6)
+        return torch.optim.SGD(self.parameters(), lr=0.03, momentum=0.5)
 
 
 class SlicedCapacity(CapacityDispatcher):
@@ -173,7 +174,9 @@ def decide_overflow_as(root: nn.Module, slices: int) -> None:
 
 
 def token_blocks(samples: int, seed: int = 0) -> TensorDataset:
-    ids = torch.randint(0, 61, (samples, LENGTH + 1), generator=torch.Generator().manual_seed(seed))
+    """Random tokens, which repeat after two micro-steps so that there is something to learn."""
+    ids = torch.randint(0, 61, (2 * SAMPLES, LENGTH + 1), generator=torch.Generator().manual_seed(seed))
+    ids = ids.repeat(-(-samples // len(ids)), 1)[:samples]
     return TensorDataset(ids[:, :-1], ids[:, 1:])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -13,18 +13,28 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from behaviour_modules import DictLogger, PublicNames, Unequal, batches, gathered, new_trainer, on_data_axis, on_ranks
-from layout_runs import distance, quiet
+from behaviour_modules import (
+    DictLogger,
+    PublicNames,
+    Unequal,
+    batches,
+    gathered,
+    loader,
+    new_trainer,
+    on_data_axis,
+    on_ranks,
+    own_slices,
+)
+from layout_runs import distance
 from lightning.pytorch.callbacks import LearningRateMonitor
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchmetrics import MeanMetric
 
-import lightning_tex as tex
-from lightning_tex import placement
+from lightning_tex import drawing, placement
 from lightning_tex.models import Decoder, DecoderConfig
-from lightning_tex.moe import MoE, Router, auxiliary_loss
+from lightning_tex.moe import Router, auxiliary_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance\\(treespec, LeafSpec\\).*")
 
@@ -40,7 +50,9 @@ def assert_equal_to_one_process(function: Callable[..., dict[str, Tensor]], *arg
         assert got.keys() == reference.keys()
         for name, value in reference.items():
             error = distance(got[name].double(), value.double())
-            assert error <= 1e-10, f"rank {rank}, {name}: {error:.1e}"
+            # torchmetrics keeps its states in fp32 whatever the module's precision is.
+            tolerance = 1e-6 if value.dtype == torch.float32 else 1e-10
+            assert error <= tolerance, f"rank {rank}, {name}: {error:.1e}"
 
 
 # --- a module that knows public names only
@@ -76,7 +88,7 @@ def test_gradient_clipping(function: Any) -> None:
 def fit_one_device(strategy: str) -> dict[str, Tensor]:
     module = PublicNames()
     trainer = new_trainer(None, strategy=strategy)
-    trainer.fit(module, batches(8))
+    trainer.fit(module, loader(batches(8)))
     return {name: p.detach().clone() for name, p in module.named_parameters()}
 
 
@@ -171,7 +183,7 @@ def fit_scheduled(layout: Any) -> dict[str, Tensor]:
     module, logger = Scheduled(), DictLogger()
     trainer = new_trainer(layout, logger=logger, callbacks=[LearningRateMonitor("step")], log_every_n_steps=1)
     trainer.fit(module, on_data_axis(trainer, batches(4)))
-    rates = torch.tensor([value for name, value in logger.logged if name.startswith("lr-")])
+    rates = torch.tensor([value for name, value in logger.logged if name == "lr-SGD"])
     return gathered(module, trainer) | {"rates": trainer.strategy.broadcast(rates)}
 
 
@@ -225,11 +237,11 @@ def evaluate_unequal(layout: Any, iterable: bool) -> dict[str, Any]:
     # Data rank 0 has batches 0 to 3, data rank 1 only batch 4.
     rank = trainer.distributed_sampler_kwargs["rank"] if layout else None
     own = everything if rank is None else everything[:4] if rank == 0 else everything[4:]
-    loader = DataLoader(Unequal(own), batch_size=None) if iterable else own
+    given = DataLoader(Unequal(own), batch_size=None) if iterable else loader(own)
     found: dict[str, Any] = {}
     for stage in ("validate", "test"):
-        (found[stage],) = getattr(trainer, stage)(module, loader, verbose=False)
-    predictions = trainer.predict(module, loader)
+        (found[stage],) = getattr(trainer, stage)(module, given, verbose=False)
+    predictions = trainer.predict(module, given)
     found["predictions"] = torch.cat(predictions)
     found["count"] = len(predictions)
     return found
@@ -254,7 +266,7 @@ def train_unequal(layout: Any, iterable: bool) -> dict[str, Any]:
     own = batches(5)[: (5, 3)[trainer.distributed_sampler_kwargs["rank"]]]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer.fit(module, DataLoader(Unequal(own), batch_size=None) if iterable else own)
+        trainer.fit(module, DataLoader(Unequal(own), batch_size=None) if iterable else loader(own))
     texts = [str(w.message) for w in caught]
     return {"steps": trainer.global_step, "warned": any("end" in t and "rank" in t for t in texts), "texts": texts}
 
@@ -270,10 +282,10 @@ def fit_short_last_batch(layout: Any, uneven: bool) -> dict[str, Tensor]:
     module = PublicNames(capacity_factor=None if not uneven else 1.0)
     trainer = new_trainer(layout)
     data = [*batches(3), [part[:4] for part in batches(1, seed=9)[0]]]
-    mine = on_data_axis(trainer, data)
+    mine = own_slices(trainer, data)
     if uneven and trainer.strategy.distributed_sampler_kwargs["rank"]:
         mine[-1] = [part[:1] for part in mine[-1]]
-    trainer.fit(module, mine)
+    trainer.fit(module, loader(mine))
     return gathered(module, trainer) | {"steps": torch.tensor(trainer.global_step)}
 
 
@@ -346,11 +358,11 @@ def test_workers_draw_alike_over_tensor_and_differently_over_data(seeded: bool) 
 def fit_differing(layout: Any, odd: int) -> str:
     module = PublicNames()
     trainer = new_trainer(layout)
-    data = on_data_axis(trainer, batches(4))
+    data = own_slices(trainer, batches(4))
     if trainer.global_rank == odd:
         data[0] = [data[0][0].flip(0), data[0][1]]
     try:
-        trainer.fit(module, data)
+        trainer.fit(module, loader(data))
     except RuntimeError as error:
         return str(error)
     return "nothing was raised"
@@ -384,7 +396,7 @@ def fit_dropout(layout: Any) -> dict[str, Any]:
     L.seed_everything(3, verbose=False)
     module = Dropout()
     trainer = new_trainer(layout)
-    trainer.fit(module, batches(3))  # the same batches on every data rank
+    trainer.fit(module, loader(batches(3)))  # the same batches on every data rank
     return {"activations": torch.cat(module.activations), "state": torch.random.get_rng_state()}
 
 
@@ -462,13 +474,13 @@ def fit_lazily(layout: Any) -> dict[str, Any]:
     L.seed_everything(11, verbose=False)
     module = Lazy()
     trainer = new_trainer(layout)
-    largest, materialise = Largest(), placement.materialise
+    largest, materialise = Largest(), drawing.materialise
 
     def watched(*args: Any) -> None:
         with largest:
             materialise(*args)
 
-    placement.materialise = watched
+    drawing.materialise = watched
     configure = module.configure_model
 
     def watched_configure() -> None:
@@ -657,11 +669,3 @@ def test_bf16_mixed(layout: dict[str, int]) -> None:
         assert found["masters"] == {torch.float32}
         assert found["losses"][-1] < 0.6 * found["losses"][0]
         assert distance(found["losses"], exact) < 0.02, (found["losses"], exact)
-
-
-def test_own_modules_are_public() -> None:
-    """The module of these tests needs nothing private, so that what they show holds for users."""
-    assert isinstance(PublicNames().moe, MoE)
-    assert tex.TexMoEStrategy.strategy_name == "tex_moe"
-    assert isinstance(iter(Unequal([1])), Iterator)
-    quiet()
