@@ -207,6 +207,8 @@ class TexMoEStrategy(MeshStrategy):
         placed = {parameters[name]: p for name, p in placement.placements(self.model, self.topology).items()}
         if not isinstance(self.optimizers[0], _MockOptimizer):  # configure_optimizers returned None
             self.optimizers = [TiledOptimizer(self.optimizers[0], placed, self.topology.world, self._tile_size)]
+            for config in self.lr_scheduler_configs:  # or a learning-rate monitor would find two optimizers
+                config.scheduler.optimizer = self.optimizers[0]
 
     def model_to_device(self) -> None:
         """Nothing: ``setup`` moves what exists and draws the rest where it belongs."""

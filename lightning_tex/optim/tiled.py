@@ -189,8 +189,8 @@ class TiledOptimizer(Optimizer):
         for shard in self.shards:
             shard.buffer.gather_parameters()
         self.pending.clear()
-        # Schedulers look here to warn about being stepped before the optimizer.
-        self.inner._opt_called = True  # type: ignore[attr-defined]
+        # Schedulers look here, to warn about being stepped before the optimizer.
+        self.inner._opt_called = self._opt_called = True  # type: ignore[attr-defined]
         return result
 
     def refresh(self) -> None:
@@ -218,6 +218,10 @@ class TiledOptimizer(Optimizer):
                         within = (start - entry.start, stop - entry.start)
                         own = slice(start - tile_start, stop - tile_start)
                         yield Piece(entry.placement, entry.parameter, *within, tile, own)
+
+
+# Schedulers are told of our step as they are of one they wrapped themselves.
+TiledOptimizer.step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
 
 class Piece(NamedTuple):
