@@ -51,7 +51,7 @@ class RunSummary(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        rows = [*self._rows, *_losses(trainer), *_places(trainer), ("resume", _resume_command())]
+        rows = [*self._rows, *_losses(trainer), *_places(trainer), ("resume", _resume_command(trainer))]
         table = Table(title="Training finished", show_header=False, title_justify="left", box=None, padding=(0, 2))
         table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold")
@@ -113,11 +113,14 @@ def _places(trainer: Trainer) -> list[tuple[str, str]]:
     return rows
 
 
-def _resume_command() -> str:
+def _resume_command(trainer: Trainer) -> str:
     program = Path(sys.argv[0]).name
     if program not in ("lightning-tex", "__main__.py"):
         return "trainer.fit(model, data, ckpt_path='last')"
-    words = ["lightning-tex" if program == "lightning-tex" else "python -m lightning_tex", *sys.argv[1:]]
-    if "--ckpt_path" not in words:
-        words += ["--ckpt_path", "last"]
-    return f"{words[0]} {shlex.join(words[1:])}"
+    words = sys.argv[1:] + ([] if "--ckpt_path" in sys.argv else ["--ckpt_path", "last"])
+    # A later word wins: as it stands, the command would find nothing left to do.
+    if trainer.max_steps > 0 and trainer.global_step >= trainer.max_steps:
+        words += ["--trainer.max_steps", str(2 * trainer.max_steps)]
+    elif trainer.max_epochs and trainer.max_epochs > 0:
+        words += ["--trainer.max_epochs", str(trainer.max_epochs + 1)]
+    return f"{'lightning-tex' if program == 'lightning-tex' else 'python -m lightning_tex'} {shlex.join(words)}"
