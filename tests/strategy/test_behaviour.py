@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchmetrics import MeanMetric
 
-from lightning_tex import drawing, placement
+from lightning_tex import drawing
 from lightning_tex.models import Decoder, DecoderConfig
 from lightning_tex.moe import Router, auxiliary_loss
 
