@@ -6,7 +6,10 @@ gives both directions. All of them are called by every rank of the axis, whateve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -14,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_tex.meter import Sent
 from lightning_tex.topology import Axis
 
 # torch 2.13 renamed the single-tensor collectives; 2.11 has only the old names.
@@ -21,49 +25,180 @@ _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+# --- recording and counting
+
+
+class Tape(ABC):
+    """What a recomputed block keeps of its collectives. :mod:`lightning_tex.recompute` has the one that exists."""
+
+    replaying: bool
+    recomputing: bool = False
+
+    @abstractmethod
+    def record(self, key: str, result: Tensor) -> None:
+        """Keep what a collective gave."""
+
+    @abstractmethod
+    def next(self, key: str) -> Tensor:
+        """What the same collective gave in the first forward."""
+
+
+# The tapes of the blocks that are being run, outermost first.
+active_tapes: ContextVar[tuple[Tape, ...]] = ContextVar("active_tapes", default=())
+_inside: ContextVar[bool] = ContextVar("_inside", default=False)
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Collectives inside are on no tape: a recomputation does not come here."""
+    token = _inside.set(True)
+    try:
+        yield
+    finally:
+        _inside.reset(token)
+
+
+def recorded(name: str, like: Tensor, run: Callable[[], Tensor]) -> Tensor:
+    """``run()``, or what it gave in the first forward of the block that is being recomputed.
+
+    Collectives inside ``run`` are not recorded one by one: only what comes out at the end takes memory.
+
+    Args:
+        name: operation and axis; with the input's shape and dtype it is compared at the replay.
+        like: the input.
+        run: what communicates.
+    """
+    tapes = active_tapes.get()
+    if not tapes or _inside.get():
+        return run()
+    key = f"{name} of {like.dtype} {tuple(like.shape)}"
+    player = next((tape for tape in tapes if tape.replaying), None)
+    if player is not None:
+        result = player.next(key)
+    else:
+        with unrecorded():
+            result = run()
+    for tape in tapes:
+        if not tape.replaying:
+            tape.record(key, result)
+    return result
+
+
+def _count(operation: str, axis: Axis, scaled_bytes: int) -> None:
+    meter = axis.meter
+    if meter is None or not meter.on:
+        return
+    if meter.optimizing:
+        during = "optimizer"
+    elif any(tape.recomputing for tape in active_tapes.get()):
+        during = "recompute"
+    else:
+        during = "forward" if torch._C._current_graph_task_id() == -1 else "backward"
+    meter.add(Sent(operation, axis.name, during), scaled_bytes, axis.size)
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
 # --- plain collectives: no autograd, new output unless said otherwise
 
 
-def all_reduce(x: Tensor, axis: Axis, op: str = "sum") -> Tensor:
-    """Sum (or ``op``: ``max``, ``min``) of ``x`` over the axis. Any shape; a new tensor."""
+def all_reduce(x: Tensor, axis: Axis, op: str = "sum", operation: str = "all_reduce") -> Tensor:
+    """Sum (or ``op``: ``max``, ``min``) of ``x`` over the axis. Any shape; a new tensor.
+
+    Here and below, ``operation`` is the name it is counted under.
+    """
     if axis.size == 1:
         return x
-    x = x.contiguous().clone()
-    dist.all_reduce(x, op=getattr(dist.ReduceOp, op.upper()), group=axis.group)
-    return x
+
+    def run() -> Tensor:
+        out = x.contiguous().clone()
+        dist.all_reduce(out, op=getattr(dist.ReduceOp, op.upper()), group=axis.group)
+        _count(operation, axis, 2 * (axis.size - 1) * _bytes(x))
+        return out
+
+    return recorded(f"{operation} over {axis.name}", x, run)
 
 
 def broadcast(x: Tensor, axis: Axis) -> Tensor:
-    """``x`` of the axis's rank 0, on every rank. In place where ``x`` is contiguous."""
+    """``x`` of the axis's rank 0, on every rank; a new tensor."""
     if axis.size == 1:
         return x
-    x = x.contiguous()
-    dist.broadcast(x, src=axis.ranks[0], group=axis.group)
-    return x
+
+    def run() -> Tensor:
+        out = x.contiguous().clone()
+        dist.broadcast(out, src=axis.ranks[0], group=axis.group)
+        _count("broadcast", axis, (axis.size - 1) * _bytes(x))
+        return out
+
+    return recorded(f"broadcast over {axis.name}", x, run)
 
 
-def all_gather(x: Tensor, dim: int, axis: Axis) -> Tensor:
-    """``x`` of every rank concatenated along ``dim``: [.., n, ..] -> [.., n * size, ..]. Equal shapes."""
+def all_gather(
+    x: Tensor, dim: int, axis: Axis, sizes: Sequence[int] | None = None, operation: str = "all_gather"
+) -> Tensor:
+    """``x`` of every rank concatenated along ``dim``: [.., n, ..] -> [.., sum of n, ..].
+
+    Args:
+        sizes: each rank's extent along ``dim`` where they are not equal.
+    """
     if axis.size == 1:
         return x
-    moved = x.movedim(dim, 0).contiguous()
-    out = moved.new_empty((moved.shape[0] * axis.size, *moved.shape[1:]))
-    _all_gather_single(out, moved, group=axis.group)
-    return out.movedim(0, dim)
+
+    def run() -> Tensor:
+        moved = x.movedim(dim, 0)
+        longest = moved.shape[0] if sizes is None else max(sizes)
+        padded = _padded(moved, longest).contiguous()
+        out = padded.new_empty((longest * axis.size, *padded.shape[1:]))
+        _all_gather_single(out, padded, group=axis.group)
+        _count(operation, axis, (axis.size - 1) * _bytes(out))
+        if sizes is not None and min(sizes) < longest:
+            out = torch.cat([part[:n] for part, n in zip(out.split(longest), sizes, strict=True)])
+        return out.movedim(0, dim)
+
+    return recorded(f"{operation} over {axis.name}", x, run)
 
 
-def reduce_scatter(x: Tensor, dim: int, axis: Axis) -> Tensor:
-    """This rank's equal part along ``dim`` of the sum over the axis: [.., n, ..] -> [.., n / size, ..]."""
+def reduce_scatter(x: Tensor, dim: int, axis: Axis, sizes: Sequence[int] | None = None) -> Tensor:
+    """This rank's part along ``dim`` of the sum over the axis: [.., sum of n, ..] -> [.., n, ..].
+
+    Args:
+        sizes: each rank's extent along ``dim`` where they are not equal.
+    """
     if axis.size == 1:
         return x
-    moved = x.movedim(dim, 0).contiguous()
-    out = moved.new_empty((moved.shape[0] // axis.size, *moved.shape[1:]))
-    _reduce_scatter_single(out, moved, group=axis.group)
-    return out.movedim(0, dim)
+
+    def run() -> Tensor:
+        moved = x.movedim(dim, 0)
+        longest = moved.shape[0] // axis.size if sizes is None else max(sizes)
+        if sizes is not None and min(sizes) < longest:
+            moved = torch.cat([_padded(part, longest) for part in moved.split(list(sizes))])
+        out = moved.new_empty((longest, *moved.shape[1:]))
+        _reduce_scatter_single(out, moved.contiguous(), group=axis.group)
+        _count("reduce_scatter", axis, (axis.size - 1) * _bytes(moved))
+        return (out if sizes is None else out[: sizes[axis.rank]]).movedim(0, dim)
+
+    return recorded(f"reduce_scatter over {axis.name}", x, run)
+
+
+def own_slice(x: Tensor, dim: int, axis: Axis, sizes: Sequence[int] | None = None) -> Tensor:
+    """This rank's part of ``x`` along ``dim``, a view; equal parts unless ``sizes`` says otherwise."""
+    parts = [x.shape[dim] // axis.size] * axis.size if sizes is None else list(sizes)
+    return x.narrow(dim, sum(parts[: axis.rank]), parts[axis.rank])
+
+
+def _padded(x: Tensor, length: int) -> Tensor:
+    # Gloo and NCCL have no uneven all-gather: pad to the longest, cut the padding out afterwards.
+    return x if x.shape[0] == length else F.pad(x, [0, 0] * (x.dim() - 1) + [0, length - x.shape[0]])
 
 
 def all_to_all(
-    x: Tensor, axis: Axis, arrive: Sequence[int] | None = None, leave: Sequence[int] | None = None
+    x: Tensor,
+    axis: Axis,
+    arrive: Sequence[int] | None = None,
+    leave: Sequence[int] | None = None,
+    operation: str = "all_to_all",
 ) -> Tensor:
     """Rows to their rank: the first dim is cut into ``size`` parts, part i goes to rank i. [n, ..] -> [m, ..].
 
@@ -73,23 +208,32 @@ def all_to_all(
     """
     if axis.size == 1:
         return x
-    rows = x.shape[0] if arrive is None else sum(arrive)
-    out = x.new_empty((rows, *x.shape[1:]))
-    to = None if arrive is None else list(arrive)
-    dist.all_to_all_single(out, x.contiguous(), to, None if leave is None else list(leave), group=axis.group)
-    return out
+
+    def run() -> Tensor:
+        rows = x.shape[0] if arrive is None else sum(arrive)
+        out = x.new_empty((rows, *x.shape[1:]))
+        to = None if arrive is None else list(arrive)
+        dist.all_to_all_single(out, x.contiguous(), to, None if leave is None else list(leave), group=axis.group)
+        own = x.shape[0] // axis.size if leave is None else leave[axis.rank]
+        row_bytes = x[:1].numel() * x.element_size() if x.shape[0] else 0
+        _count(operation, axis, axis.size * (x.shape[0] - own) * row_bytes)
+        return out
+
+    return recorded(f"{operation} over {axis.name}", x, run)
 
 
 def gather_in_place(buffer: Tensor, axis: Axis) -> None:
     """Fill a flat buffer from the ranks' own equal parts of it, each already in its place."""
     if axis.size > 1:
         _all_gather_single(buffer, own_part(buffer, axis), group=axis.group)
+        _count("all_gather", axis, (axis.size - 1) * _bytes(buffer))
 
 
 def reduce_scatter_in_place(buffer: Tensor, axis: Axis) -> None:
     """Sum a flat buffer over the axis into this rank's own equal part of it; the other parts are left undefined."""
     if axis.size > 1:
         _reduce_scatter_single(own_part(buffer, axis), buffer, group=axis.group)
+        _count("reduce_scatter", axis, (axis.size - 1) * _bytes(buffer))
 
 
 def own_part(buffer: Tensor, axis: Axis) -> Tensor:
@@ -135,35 +279,24 @@ class _SumOver(torch.autograd.Function):
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, sizes: tuple[int, ...], axis: Axis) -> Tensor:
-        ctx.dim, ctx.sizes, ctx.axis = dim, sizes, axis
-        return _gather_uneven(x, dim, sizes, axis)
+    def forward(ctx: Any, x: Tensor, dim: int, sizes: tuple[int, ...] | None, axis: Axis) -> Tensor:
+        ctx.arguments = dim, axis, sizes
+        return all_gather(x, dim, axis, sizes)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return grad.split(ctx.sizes, ctx.dim)[ctx.axis.rank].contiguous(), None, None, None
+        return own_slice(grad, *ctx.arguments).contiguous(), None, None, None
 
 
 class _Split(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, sizes: tuple[int, ...], axis: Axis) -> Tensor:
-        ctx.dim, ctx.sizes, ctx.axis = dim, sizes, axis
-        return x.split(sizes, dim)[axis.rank].contiguous()
+    def forward(ctx: Any, x: Tensor, dim: int, sizes: tuple[int, ...] | None, axis: Axis) -> Tensor:
+        ctx.arguments = dim, axis, sizes
+        return own_slice(x, dim, axis, sizes).contiguous()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _gather_uneven(grad, ctx.dim, ctx.sizes, ctx.axis), None, None, None
-
-
-class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, arrive: Sequence[int] | None, leave: Sequence[int] | None) -> Tensor:
-        ctx.axis, ctx.arrive, ctx.leave = axis, arrive, leave
-        return all_to_all(x, axis, arrive, leave)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return all_to_all(grad, ctx.axis, ctx.leave, ctx.arrive), None, None, None
+        return all_gather(grad, *ctx.arguments), None, None, None
 
 
 def enter(x: Tensor, axis: Axis) -> Tensor:
@@ -191,9 +324,7 @@ def gather(x: Tensor, dim: int, axis: Axis, sizes: Sequence[int] | None = None) 
     Args:
         sizes: each rank's extent along ``dim`` where they are not equal.
     """
-    if axis.size == 1:
-        return x
-    return _Gather.apply(x, dim, tuple(sizes or [x.shape[dim]] * axis.size), axis)
+    return x if axis.size == 1 else _Gather.apply(x, dim, _even(sizes), axis)
 
 
 def split(x: Tensor, dim: int, axis: Axis, sizes: Sequence[int] | None = None) -> Tensor:
@@ -204,23 +335,9 @@ def split(x: Tensor, dim: int, axis: Axis, sizes: Sequence[int] | None = None) -
     """
     if axis.size == 1:
         return x
-    if sizes is None:
-        assert x.shape[dim] % axis.size == 0
-        sizes = [x.shape[dim] // axis.size] * axis.size
-    return _Split.apply(x, dim, tuple(sizes), axis)
+    assert sizes is not None or x.shape[dim] % axis.size == 0
+    return _Split.apply(x, dim, _even(sizes), axis)
 
 
-def exchange(x: Tensor, axis: Axis, arrive: Sequence[int] | None = None, leave: Sequence[int] | None = None) -> Tensor:
-    """Rows to their rank (see :func:`all_to_all`). All-to-all forward, the reverse all-to-all backward."""
-    return x if axis.size == 1 else _AllToAll.apply(x, axis, arrive, leave)
-
-
-def _gather_uneven(x: Tensor, dim: int, sizes: tuple[int, ...], axis: Axis) -> Tensor:
-    longest = max(sizes)
-    if min(sizes) == longest:
-        return all_gather(x, dim, axis)
-    # Gloo has no uneven all-gather: pad to the longest, cut the padding out afterwards.
-    moved = x.movedim(dim, 0)
-    padding = [0, 0] * (moved.dim() - 1) + [0, longest - moved.shape[0]]
-    parts = all_gather(F.pad(moved, padding), 0, axis).split(longest)
-    return torch.cat([part[:n] for part, n in zip(parts, sizes, strict=True)]).movedim(0, dim)
+def _even(sizes: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if sizes is None else tuple(sizes)

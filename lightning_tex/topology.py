@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+
+from lightning_tex.meter import ByteMeter
 
 AXES = ("tensor", "data", "expert_tensor", "expert", "expert_data")
 
@@ -23,6 +25,7 @@ class Axis:
         rank: this rank's coordinate on the axis, ``0 <= rank < size``.
         ranks: the global ranks of this rank's group, in axis order.
         group: their process group; ``None`` only where no processes exist.
+        meter: counts what is sent over the axis; all axes of a topology share one.
     """
 
     name: str
@@ -30,6 +33,7 @@ class Axis:
     rank: int = 0
     ranks: tuple[int, ...] = (0,)
     group: dist.ProcessGroup | None = None
+    meter: ByteMeter | None = field(default=None, compare=False, repr=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Axis:
         # A process group can be shared but not copied, and modules that hold an axis get deep-copied (EMA).
@@ -161,7 +165,8 @@ class Topology:
 
     ``mesh`` is (data, tensor), for everything but experts; ``expert_mesh`` is (expert_data, expert, expert_tensor).
     Both are ``None`` in a single process that has no process group. ``split_duplicates`` says whether tokens that all
-    ranks of the tensor axis hold alike are split over it before they travel (duplicate-token dropping).
+    ranks of the tensor axis hold alike are split over it before they travel (duplicate-token dropping); ``fused``
+    whether an all-reduce followed by a split is one reduce-scatter.
     """
 
     layout: Layout
@@ -174,6 +179,7 @@ class Topology:
     mesh: DeviceMesh | None = None
     expert_mesh: DeviceMesh | None = None
     split_duplicates: bool = True
+    fused: bool = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Topology:
         return self
@@ -191,7 +197,12 @@ class Topology:
 
     @classmethod
     def build(
-        cls, layout: Layout, device_type: str, mesh: DeviceMesh | None = None, split_duplicates: bool = True
+        cls,
+        layout: Layout,
+        device_type: str,
+        mesh: DeviceMesh | None = None,
+        split_duplicates: bool = True,
+        fused: bool = True,
     ) -> Topology:
         """Make the process groups of a layout. Collective: every rank of the world calls it.
 
@@ -200,17 +211,19 @@ class Topology:
             device_type: ``"cpu"`` or ``"cuda"``.
             mesh: the (data, tensor) mesh if it exists already; the expert mesh is built beside it.
             split_duplicates: split equal tokens over tensor before the all-to-all.
+            fused: one reduce-scatter instead of an all-reduce and a split.
         """
         mesh = mesh or build_mesh(layout, device_type)
         ranks = torch.arange(layout.world).view(layout.expert_data, layout.expert, layout.expert_tensor)
         expert_mesh = DeviceMesh(device_type, ranks, mesh_dim_names=("expert_data", "expert", "expert_tensor"))
         rank = dist.get_rank()
+        meter = ByteMeter()
 
         def axis(name: str) -> Axis:
             of = mesh if name in ("tensor", "data") else expert_mesh
             group = of.get_group(name)
             members = tuple(dist.get_process_group_ranks(group))
-            return Axis(name, len(members), members.index(rank), members, group)
+            return Axis(name, len(members), members.index(rank), members, group, meter)
 
         return cls(
             layout,
@@ -219,10 +232,11 @@ class Topology:
             expert_tensor=axis("expert_tensor"),
             expert=axis("expert"),
             expert_data=axis("expert_data"),
-            world=Axis("world", layout.world, rank, tuple(range(layout.world)), dist.group.WORLD),
+            world=Axis("world", layout.world, rank, tuple(range(layout.world)), dist.group.WORLD, meter),
             mesh=mesh,
             expert_mesh=expert_mesh,
             split_duplicates=split_duplicates,
+            fused=fused,
         )
 
 

@@ -170,7 +170,7 @@ def test_gather_and_split_even_uneven_and_empty():
     run_ranks(4, gather_and_split)
 
 
-def exchange():
+def rows_to_ranks():
     axis = whole_axis()
     me = axis.rank
     for traffic in (TRAFFIC, [[0] * 4] * 4, None):
@@ -179,8 +179,8 @@ def exchange():
         sent = [numbers(r, sum(rows[r]), 3) for r in range(4)]
         expected = torch.cat([sent[i].split(rows[i])[me] for i in range(4)])
         grads = [numbers(40 + r, sum(rows[i][r] for i in range(4)), 3) for r in range(4)]
-        arguments = (arrive, leave) if traffic else (None, None)
-        y, dx = run_backward(lambda t, a=arguments: c.exchange(t, axis, *a), sent[me], grads[me])
+        there, back_again = ((arrive, leave), (leave, arrive)) if traffic else ((None, None), (None, None))
+        y, dx = c.all_to_all(sent[me], axis, *there), c.all_to_all(grads[me], axis, *back_again)
         same(y, expected)
         back = [grads[j].split([rows[i][j] for i in range(4)])[me] for j in range(4)]
         same(dx, torch.cat(back))
@@ -192,14 +192,14 @@ def exchange():
     same(c.all_to_all(strided, axis), torch.cat([numbers(i, 3, 8).T.chunk(4)[me] for i in range(4)]))
 
 
-def test_exchange_even_uneven_and_empty():
-    run_ranks(4, exchange)
+def test_all_to_all_even_uneven_and_empty_and_its_transpose():
+    run_ranks(4, rows_to_ranks)
 
 
 def test_on_an_axis_of_size_one_all_are_the_identity():
     axis = Axis("tensor")
     x = numbers(0, 4, 2)
-    for function in (c.enter, c.reduce, c.sum_over, c.exchange, c.all_reduce, c.broadcast, c.all_to_all):
+    for function in (c.enter, c.reduce, c.sum_over, c.all_reduce, c.broadcast, c.all_to_all):
         assert function(x, axis) is x
     for function in (c.gather, c.split, c.all_gather, c.reduce_scatter):
         assert function(x, 0, axis) is x

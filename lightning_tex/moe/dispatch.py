@@ -1,9 +1,4 @@
-"""Tokens to their experts' ranks and back (paper section 3 and 5.1).
-
-Three axes say everything: ``expert``, over which tokens travel; ``split``, over which equal tokens are split before
-they travel (duplicate-token dropping; size 1 without it); ``gather``, over which what arrived is put together again
-(size 1 where the experts are whole on each rank).
-"""
+"""Tokens to their experts and back: what is sent where, and how it is put together again (paper sections 3 and 5.1)."""
 
 from __future__ import annotations
 
@@ -15,14 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_tex import collectives
-from lightning_tex.collectives import exchange, gather, split
+from lightning_tex.collectives import all_gather, all_reduce, all_to_all, gather, split
 from lightning_tex.moe.permute import group_by_expert, invert, take
 from lightning_tex.moe.router import Route
-from lightning_tex.topology import Axis
+from lightning_tex.moe.travel import CapacityWay, DroplessWay, Lanes, bring, send
 
-# T tokens, D model width, E experts, e experts held here, P = E/e ranks on the expert axis, C capacity, c = C/split,
-# k choices per token, N rows at the experts
+# T tokens, D model width, E experts, e experts held here, P = E/e ranks on the expert axis, C capacity,
+# k choices per token, t own tokens, n own choices, N rows at the experts
 
 
 class Arrived(NamedTuple):
@@ -38,15 +32,11 @@ class Dispatcher(ABC):
 
     Args:
         num_experts: E.
-        expert: the axis the experts are spread over.
-        split: the axis equal tokens are split over.
-        gather: the axis arrived tokens are gathered over.
+        lanes: the axes of the way.
     """
 
     num_experts: int
-    expert: Axis
-    split: Axis
-    gather: Axis
+    lanes: Lanes
 
     @abstractmethod
     def dispatch(self, x: Tensor, route: Route) -> tuple[Arrived, Any]:
@@ -54,7 +44,10 @@ class Dispatcher(ABC):
 
     @abstractmethod
     def combine(self, rows: Tensor, journey: Any) -> Tensor:
-        """Bring [N, D] expert outputs back and sum them by their weights: [T, D]. An overflowed choice adds 0."""
+        """Bring [N, D] expert outputs back and sum them by their weights: [T, D]. An overflowed choice adds 0.
+
+        The outputs are partial sums over the axis the experts are cut over; they are summed on the way.
+        """
 
     @abstractmethod
     def overflow(self, journey: Any) -> Tensor:
@@ -102,8 +95,9 @@ def assign_slots(indices: Tensor, num_experts: int, capacity: int, rows: int) ->
 
 @dataclass(frozen=True)
 class CapacityJourney:
-    """What the way back needs: the slots, each choice's weight [T, k], the dtype of the tokens."""
+    """What the way back needs: the way, the slots, each choice's weight [T, k], the dtype of the tokens."""
 
+    way: CapacityWay
     slots: Slots
     weights: Tensor
     dtype: torch.dtype
@@ -127,25 +121,21 @@ class CapacityDispatcher(Dispatcher):
         tokens, top_k = route.indices.shape
         capacity = self.capacity(tokens, top_k)
         largest = torch.tensor([capacity], device=x.device)
-        rows = _round_up(int(collectives.all_reduce(largest, self.expert, "max")), self.split.size)
+        rows = _round_up(int(all_reduce(largest, self.lanes.expert, "max", "exchange_counts")), self.lanes.split.size)
         slots = assign_slots(route.indices, self.num_experts, capacity, rows)
-        token = slots.choice // top_k
-        buffer = take(x, token, slots.slot).view(self.num_experts, rows, x.shape[-1])  # [E, C, D]
-        part = exchange(split(buffer, 1, self.split), self.expert)  # [P * e, c, D]
-        by_expert = part.unflatten(0, (self.expert.size, -1)).transpose(0, 1)  # [e, P, c, D]
-        arrived = gather(by_expert, 2, self.gather)
+        buffer = take(x, slots.choice // top_k, slots.slot).view(self.num_experts, rows, x.shape[-1])  # [E, C, D]
+        way = CapacityWay(self.lanes)
+        arrived = send(buffer, way)  # [e, P, C', D]
         sizes = [arrived.shape[1] * arrived.shape[2]] * arrived.shape[0]
-        journey = CapacityJourney(slots, route.weights, x.dtype)
+        journey = CapacityJourney(way, slots, route.weights, x.dtype)
         return Arrived(arrived.reshape(-1, x.shape[-1]), sizes), journey
 
     def combine(self, rows: Tensor, journey: CapacityJourney) -> Tensor:
-        slots, weights = journey.slots, journey.weights
-        held = self.num_experts // self.expert.size
-        by_expert = rows.view(held, self.expert.size, -1, rows.shape[-1])
-        part = split(by_expert, 2, self.gather).transpose(0, 1).flatten(0, 1)  # [P * e, c, D]
-        buffer = gather(exchange(part, self.expert), 1, self.split)  # [E, C, D]
+        slots, expert = journey.slots, self.lanes.expert
+        by_sender = rows.view(self.num_experts // expert.size, expert.size, -1, rows.shape[-1])
+        buffer = bring(by_sender, journey.way)  # [E, C, D]
         outputs = take(buffer.flatten(0, 1), slots.slot.flatten(), slots.choice[:, None])
-        return _weighted_sum(outputs, weights, journey.dtype)
+        return _weighted_sum(outputs, journey.weights, journey.dtype)
 
     def overflow(self, journey: CapacityJourney) -> Tensor:
         return journey.slots.overflowed
@@ -158,17 +148,13 @@ class CapacityDispatcher(Dispatcher):
 class DroplessJourney:
     """What the way back needs.
 
-    row: [t, k] place of each own choice among the rows sent; choice: [n, 1] its inverse; leave, arrive: rows sent to
-    and received from each rank of the expert axis; gathered: rows each rank of the gather axis received;
-    by_expert: order of the gathered rows at the experts; tokens: tokens of each rank of the split axis;
-    weights: [t, k] of the own tokens.
+    way: the way; row: [t, k] place of each own choice among the n rows sent; choice: [n, 1] its inverse; by_expert: [N]
+    order of the arrived rows at the experts; tokens: tokens of each rank of the split axis; weights: [t, k] of the own.
     """
 
+    way: DroplessWay
     row: Tensor
     choice: Tensor
-    leave: list[int]
-    arrive: list[int]
-    gathered: list[int]
     by_expert: Tensor
     tokens: list[int]
     weights: Tensor
@@ -180,39 +166,34 @@ class DroplessDispatcher(Dispatcher):
     """Every choice is served: rows travel by uneven all-to-all with exchanged sizes."""
 
     def dispatch(self, x: Tensor, route: Route) -> tuple[Arrived, DroplessJourney]:
-        top_k = route.indices.shape[1]
-        tokens = _shares(len(x), self.split.size)
-        own = split(x, 0, self.split, tokens)  # [t, D]
-        weights = split(route.weights, 0, self.split, tokens)
-        indices = route.indices.split(tokens)[self.split.rank]
+        lanes, top_k = self.lanes, route.indices.shape[1]
+        tokens = _shares(len(x), lanes.split.size)
+        own = split(x, 0, lanes.split, tokens)  # [t, D]
+        weights = split(route.weights, 0, lanes.split, tokens)
+        indices = route.indices.split(tokens)[lanes.split.rank]
         order = group_by_expert(indices.flatten(), self.num_experts)
         counts = order.starts.diff()  # [E] choices of own tokens
-        received = collectives.all_to_all(counts.view(self.expert.size, -1), self.expert)  # [P, e]
-        everywhere = collectives.all_gather(received[None], 0, self.gather)  # [gather, P, e]
-        leave = counts.view(self.expert.size, -1).sum(1).tolist()
-        arrive = received.sum(1).tolist()
-        gathered = everywhere.sum((1, 2)).tolist()
+        received = all_to_all(counts.view(lanes.expert.size, -1), lanes.expert, operation="exchange_counts")  # [P, e]
+        everywhere = all_gather(received[None], 0, lanes.gather, operation="exchange_counts")  # [gather, P, e]
+        leave = counts.view(lanes.expert.size, -1).sum(1).tolist()
+        way = DroplessWay(lanes, leave, received.sum(1).tolist(), everywhere.sum((1, 2)).tolist())
 
         choice = order.sorted[: sum(leave)]
         row = torch.full_like(order.sorted, sum(leave))
         row[choice] = torch.arange(sum(leave), device=x.device)
         row = row.view(-1, top_k)
-        sent = take(own, choice // top_k, row)
-        part = exchange(sent, self.expert, arrive, leave)  # by sender, then by expert
-        rows = gather(part, 0, self.gather, gathered)
+        arrived = send(take(own, choice // top_k, row), way)  # [N, D] by sender, then by expert
         expert = torch.arange(everywhere.shape[-1], device=x.device).expand_as(everywhere).flatten()
         by_expert = expert.repeat_interleave(everywhere.flatten()).sort(stable=True).indices
-        rows = take(rows, by_expert, invert(by_expert)[:, None])
-        journey = DroplessJourney(row, choice[:, None], leave, arrive, gathered, by_expert, tokens, weights, x.dtype)
+        rows = take(arrived, by_expert, invert(by_expert)[:, None])
+        journey = DroplessJourney(way, row, choice[:, None], by_expert, tokens, weights, x.dtype)
         return Arrived(rows, everywhere.sum((0, 1)).tolist()), journey
 
     def combine(self, rows: Tensor, journey: DroplessJourney) -> Tensor:
         by_sender = take(rows, invert(journey.by_expert), journey.by_expert[:, None])
-        part = split(by_sender, 0, self.gather, journey.gathered)
-        back = exchange(part, self.expert, journey.leave, journey.arrive)
-        outputs = take(back, journey.row.flatten(), journey.choice)
+        outputs = take(bring(by_sender, journey.way), journey.row.flatten(), journey.choice)
         own = _weighted_sum(outputs, journey.weights, journey.dtype)
-        return gather(own, 0, self.split, journey.tokens)
+        return gather(own, 0, self.lanes.split, journey.tokens)
 
     def overflow(self, journey: DroplessJourney) -> Tensor:
         return journey.row.new_zeros(())

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_tex.collectives import enter, reduce
 from lightning_tex.drawing import by_index, draw_uniform_
 from lightning_tex.layers.mlp import Activation, require_activation
 from lightning_tex.moe.dispatch import Arrived
@@ -20,6 +19,9 @@ from lightning_tex.placement import TexModule
 
 class Experts(TexModule):
     """E feed-forward blocks as stacked matrices: [N, D] rows grouped by expert -> [N, D].
+
+    Cut over expert_tensor, each rank gives partial sums; the dispatcher sums them on the way home, and the input's
+    partial gradients likewise.
 
     Args:
         dim: D.
@@ -54,13 +56,13 @@ class Experts(TexModule):
             draw_uniform_(parameter, 1 / math.sqrt(boxes[name].whole[-1]), boxes[name])
 
     def forward(self, arrived: Arrived) -> Tensor:  # [N, D] -> [N, D]
-        rows = enter(arrived.rows, self.expert_tensor)
+        rows = arrived.rows
         up = grouped_product(rows, self.up, arrived.sizes)
         if self.gate is None:
             hidden = F.gelu(up)
         else:
             hidden = F.silu(grouped_product(rows, self.gate, arrived.sizes)) * up
-        return reduce(grouped_product(hidden, self.down, arrived.sizes), self.expert_tensor)
+        return grouped_product(hidden, self.down, arrived.sizes)
 
     def extra_repr(self) -> str:
         kind = "gelu" if self.gate is None else "swiglu"

@@ -10,6 +10,7 @@ from lightning_tex.moe.dispatch import CapacityDispatcher, Dispatcher, DroplessD
 from lightning_tex.moe.experts import Experts
 from lightning_tex.moe.losses import ExpertLoad, LossLedger, count_choices, routing_losses
 from lightning_tex.moe.router import Route, Router, make_router
+from lightning_tex.moe.travel import Lanes
 from lightning_tex.placement import TexModule
 from lightning_tex.recompute import kept, recomputing
 from lightning_tex.topology import Axis, Layout, Topology
@@ -90,9 +91,10 @@ class MoE(TexModule):
         split, gather = Axis("tensor"), Axis("expert_tensor")
         if topology.split_duplicates:
             split, gather = topology.tensor, topology.expert_tensor
+        lanes = Lanes(topology.expert, split, gather, topology.expert_tensor, topology.fused)
         if self.capacity_factor is None:
-            return DroplessDispatcher(self.num_experts, topology.expert, split, gather)
-        return CapacityDispatcher(self.num_experts, topology.expert, split, gather, self.capacity_factor)
+            return DroplessDispatcher(self.num_experts, lanes)
+        return CapacityDispatcher(self.num_experts, lanes, self.capacity_factor)
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """Mix experts.

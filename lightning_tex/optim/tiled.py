@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -152,8 +153,9 @@ class TiledOptimizer(Optimizer):
             whole: make every ``.grad`` the combined gradient, not only this rank's shard of it.
         """
         if not self.pending.reduced:
-            for shard in self.shards:
-                shard.buffer.reduce_gradients(whole)
+            with self._counted():
+                for shard in self.shards:
+                    shard.buffer.reduce_gradients(whole)
             self.pending.reduced = True
 
     def gradient_norm(self) -> Tensor:
@@ -161,7 +163,8 @@ class TiledOptimizer(Optimizer):
         self.reduce_gradients()
         squares = [shard.buffer.squared_norm() for shard in self.shards]
         total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
-        return collectives.all_reduce(total, self.world).sqrt() * self.pending.scale
+        with self._counted():
+            return collectives.all_reduce(total, self.world).sqrt() * self.pending.scale
 
     def clip_by_norm(self, max_norm: float) -> Tensor:
         """Scale all gradients so that their norm is at most ``max_norm``. Returns the norm before; collective."""
@@ -176,6 +179,10 @@ class TiledOptimizer(Optimizer):
             limit = max_value / self.pending.scale
             shard.buffer.gradient_shard.clamp_(-limit, limit)
 
+    def _counted(self) -> AbstractContextManager[None]:
+        """What is sent inside counts as the optimizer's."""
+        return nullcontext() if self.world.meter is None else self.world.meter.optimizer_pass()
+
     # --- the step
 
     @torch.no_grad()
@@ -188,8 +195,9 @@ class TiledOptimizer(Optimizer):
         self.reduce_gradients()
         for shard in self.shards:
             shard.step(self.engine, self.pending.scale)
-        for shard in self.shards:
-            shard.buffer.gather_parameters()
+        with self._counted():
+            for shard in self.shards:
+                shard.buffer.gather_parameters()
         self.pending.clear()
         # Schedulers look here, to warn about being stepped before the optimizer.
         self.inner._opt_called = self._opt_called = True  # type: ignore[attr-defined]

@@ -10,6 +10,7 @@ from lightning_tex.moe.dispatch import Arrived, CapacityDispatcher, DroplessDisp
 from lightning_tex.moe.experts import grouped_product
 from lightning_tex.moe.permute import group_by_expert, invert, take
 from lightning_tex.moe.router import Route
+from lightning_tex.moe.travel import Lanes
 from lightning_tex.topology import Axis
 
 
@@ -83,12 +84,12 @@ def loop(x, route, experts, capacity):
 @given(choices(), st.sampled_from([None, 0.3, 0.75, 1.0, 1.25, 4.0]))
 def test_dispatch_and_combine_are_the_plain_loop(case, factor):
     indices, experts = case
-    alone = [Axis(name) for name in ("expert", "tensor", "expert_tensor")]
+    alone = Lanes(*map(Axis, ("expert", "tensor", "expert_tensor", "expert_tensor")))
     x, route = worked_route(indices, experts)
     if factor is None:
-        dispatcher, capacity = DroplessDispatcher(experts, *alone), None
+        dispatcher, capacity = DroplessDispatcher(experts, alone), None
     else:
-        dispatcher = CapacityDispatcher(experts, *alone, factor)
+        dispatcher = CapacityDispatcher(experts, alone, factor)
         capacity = math.ceil(factor * indices.shape[1] * indices.shape[0] / experts)
     arrived, journey = dispatcher.dispatch(x, route)
     y = dispatcher.combine(transform(arrived), journey)

@@ -24,6 +24,7 @@ from lightning_tex.moe import MoE, Router, auxiliary_loss
 from lightning_tex.moe.dispatch import Arrived, CapacityDispatcher
 from lightning_tex.moe.experts import Experts
 from lightning_tex.moe.router import Route
+from lightning_tex.moe.travel import Lanes
 from lightning_tex.topology import Axis
 
 STEPS = 20
@@ -169,7 +170,8 @@ def decide_overflow_as(root: nn.Module, slices: int) -> None:
     for module in root.modules():
         if isinstance(module, MoE) and module.capacity_factor is not None:
             one = Axis("one")
-            module.dispatcher = SlicedCapacity(module.num_experts, one, one, one, module.capacity_factor)
+            lanes = Lanes(one, one, one, one)
+            module.dispatcher = SlicedCapacity(module.num_experts, lanes, module.capacity_factor)
             object.__setattr__(module.dispatcher, "slices", slices)  # the base is a frozen dataclass
 
 
