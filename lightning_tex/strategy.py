@@ -31,6 +31,7 @@ from lightning_tex.moe import MoE, auxiliary_loss
 from lightning_tex.optim import TiledOptimizer
 from lightning_tex.precision import tex_precision
 from lightning_tex.random_state import data_rank_random_state, shared_seed
+from lightning_tex.recompute import recompute
 from lightning_tex.saving import Checkpoints
 from lightning_tex.topology import Layout, Topology
 
@@ -57,8 +58,10 @@ class TexMoEStrategy(MeshStrategy):
         tile_size: elements the optimizer updates at once, which bounds its temporary memory; ``None``: 8M.
         optimizer_state_format: not supported yet except ``"fp32"``.
         duplicate_token_dropping: split the tokens that tensor ranks hold alike before the all-to-all (section 5.1).
-        activation_checkpointing: not supported yet; must be None.
-        activation_checkpointing_policy: not supported yet; must be None.
+        activation_checkpointing: recompute the blocks' activations in the backward. ``"full"`` repeats their
+            collectives; ``"communication_aware"`` replays what they gave in the first forward (section 5.2).
+        activation_checkpointing_policy: module classes of the blocks; ``None``: elements of nn.ModuleLists that hold
+            TEX layers.
         save_distributed_checkpoint: True: a checkpoint is a directory, each rank writing its part. False: one plain
             file that ``strategy="auto"`` and ``torch.load`` read.
         process_group_backend: ``None``: nccl on GPUs, gloo on CPUs.
@@ -98,8 +101,6 @@ class TexMoEStrategy(MeshStrategy):
             ("sequence_parallel", sequence_parallel, False),
             ("zero_stage", zero_stage, 1),
             ("optimizer_state_format", optimizer_state_format, "fp32"),
-            ("activation_checkpointing", activation_checkpointing, None),
-            ("activation_checkpointing_policy", activation_checkpointing_policy, None),
         ):
             if value != only:
                 raise ValueError(f"{option}={value!r} is not supported yet; legal in this version: {only!r}")
@@ -115,6 +116,10 @@ class TexMoEStrategy(MeshStrategy):
         self._expert_size_given = expert_parallel_size != "auto"
         self._split_duplicates = duplicate_token_dropping
         self._tile_size = tile_size
+        if activation_checkpointing not in (None, "full", "communication_aware"):
+            legal = "None, 'full', 'communication_aware'"
+            raise ValueError(f"activation_checkpointing={activation_checkpointing!r}; legal: {legal}")
+        self._recompute = partial(recompute, mode=activation_checkpointing, policy=activation_checkpointing_policy)
         self._save_distributed_checkpoint = save_distributed_checkpoint
         self._topology: Topology | None = None
         self._compared = 0
@@ -180,6 +185,7 @@ class TexMoEStrategy(MeshStrategy):
         seed = shared_seed(self.topology.world, self.root_device)
         placement.synchronise(self.model, self.topology.world, self.root_device)
         placement.cut(self.model, self.topology)
+        self._recompute(self.model)
         self.model = self.precision_plugin.convert_module(self.model)
         self._move_to_device()
         drawing.materialise(self.model, self.root_device, seed)
