@@ -20,13 +20,36 @@ def gather_numbers(numbers: list[int], axis: Axis, device: torch.device) -> list
     return collectives.all_gather(torch.tensor([numbers], device=device), 0, axis).tolist()
 
 
-def agreed_loader(loader: Any, world: Axis, device: torch.device) -> Any:
-    """A training loader that ends on all ranks when it ends on the first one; ``loader`` itself if lengths agree."""
+def _lengths(loader: Any, world: Axis, device: torch.device) -> list[int]:
+    """Every rank's number of batches, -1 where it is not known."""
     try:
         length = len(loader)
     except (TypeError, NotImplementedError):
         length = -1
-    lengths = [n for (n,) in gather_numbers([length], world, device)]
+    return [n for (n,) in gather_numbers([length], world, device)]
+
+
+def evaluation_loader(loader: Any, world: Axis, device: torch.device) -> Any:
+    """An evaluation loader that refuses, on all ranks, to leave some of them without any batch to repeat."""
+    lengths = _lengths(loader, world, device)
+    if min(lengths) < 0:
+        return _BeginTogether(loader, world, device)
+    _require_batches([n > 0 for n in lengths])
+    return loader
+
+
+def _require_batches(has: list[bool]) -> None:
+    if any(has) and not all(has):
+        without = ", ".join(str(rank) for rank, some in enumerate(has) if not some)
+        raise RuntimeError(
+            f"rank(s) {without} have no batch to evaluate while others have; give every rank at least one "
+            "(ranks with fewer batches than others are fine)"
+        )
+
+
+def agreed_loader(loader: Any, world: Axis, device: torch.device) -> Any:
+    """A training loader that ends on all ranks when it ends on the first one; ``loader`` itself if lengths agree."""
+    lengths = _lengths(loader, world, device)
     if min(lengths) < 0:
         return _EndTogether(loader, world, device)
     if min(lengths) == max(lengths):
@@ -61,6 +84,21 @@ class _Shortened(_Wrapped):
     def __iter__(self) -> Iterator[Any]:
         for _, batch in zip(range(self.length), self.loader, strict=False):
             yield batch
+
+
+class _BeginTogether(_Wrapped):
+    def __init__(self, loader: Any, world: Axis, device: torch.device) -> None:
+        super().__init__(loader)
+        self.world, self.device = world, device
+
+    def __iter__(self) -> Iterator[Any]:
+        nothing = object()
+        batches = iter(self.loader)
+        first = next(batches, nothing)
+        _require_batches([bool(n) for (n,) in gather_numbers([first is not nothing], self.world, self.device)])
+        if first is not nothing:
+            yield first
+            yield from batches
 
 
 class _EndTogether(_Wrapped):

@@ -115,17 +115,22 @@ class MeshStrategy(ParallelStrategy):
         return objects[0]
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Reduce over the data axis, in place: ranks of one tensor group hold equal values, which count once."""
+        """Reduce over the data axis, in place but for means of integers.
+
+        Ranks of one tensor group hold equal values, which count once.
+        """
         if not isinstance(tensor, Tensor) or not dist.is_initialized():
             return tensor
         group = group or self._data_group()
         mean = reduce_op in ("mean", "avg")
         op = reduce_op if isinstance(reduce_op, ReduceOp) else getattr(ReduceOp, "SUM" if mean else reduce_op.upper())
-        dist.all_reduce(tensor, op=op, group=group)
         if not mean:
+            dist.all_reduce(tensor, op=op, group=group)
             return tensor
-        size = dist.get_world_size(group)
-        return tensor.div_(size) if tensor.is_floating_point() else tensor.copy_(tensor / size)
+        if not tensor.is_floating_point():  # a mean of counts, such as Lightning's batch sizes, is no whole number
+            tensor = tensor.to(torch.get_default_dtype())
+        dist.all_reduce(tensor, op=op, group=group)
+        return tensor.div_(dist.get_world_size(group))
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         """Gather over the data axis: [..] -> [data, ..]."""

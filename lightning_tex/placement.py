@@ -174,6 +174,23 @@ def check(root: nn.Module, layout: Layout) -> None:
                 f"{layout}. Build the model anew, or load a checkpoint into a new one"
             )
         module.check(name or type(module).__name__, layout)
+    _check_ties(root, layout)
+
+
+def _check_ties(root: nn.Module, layout: Layout) -> None:
+    owners: dict[int, tuple[str, dict[str, int]]] = {}
+    for prefix, module in root.named_modules():
+        cuts = module.cuts if isinstance(module, TexModule) else {}
+        for own, parameter in module.named_parameters(recurse=False):
+            name = f"{prefix}.{own}" if prefix else own
+            cut = {axis: dim for axis, dim in cuts.get(own, {}).items() if getattr(layout, axis) > 1}
+            other, others_cut = owners.setdefault(id(parameter), (name, cut))
+            if cut != others_cut:
+                raise ValueError(
+                    f"{name} and {other} are one parameter, but {cut or 'whole'} in the one and "
+                    f"{others_cut or 'whole'} in the other (axis: dim); legal: layers with the same "
+                    "cut, such as VocabParallelEmbedding and VocabParallelHead"
+                )
 
 
 def synchronise(root: nn.Module, world: Axis, device: torch.device) -> None:
@@ -185,7 +202,10 @@ def synchronise(root: nn.Module, world: Axis, device: torch.device) -> None:
     tensors = [*root.parameters(), *root.buffers()]
     for tensor in tensors:
         if not tensor.is_meta and id(tensor) not in cut:
-            tensor.data.copy_(collectives.broadcast(tensor.data.to(device), world))
+            # As bytes: not every backend knows every dtype a buffer may have.
+            there = tensor.data.to(device).contiguous()
+            sent = collectives.broadcast(there.reshape(-1).view(torch.uint8), world)
+            tensor.data.copy_(sent.view(tensor.dtype).view(tensor.shape))
 
 
 @torch.no_grad()

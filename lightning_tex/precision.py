@@ -46,12 +46,12 @@ class _TrainStep(Precision):
         return result
 
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
-        assert isinstance(optimizer, TiledOptimizer)
-        optimizer.clip_by_norm(clip_val)
+        if isinstance(optimizer, TiledOptimizer):  # or configure_optimizers returned None
+            optimizer.clip_by_norm(clip_val)
 
     def clip_grad_by_value(self, optimizer: Optimizer, clip_val: float) -> None:
-        assert isinstance(optimizer, TiledOptimizer)
-        optimizer.clip_by_value(clip_val)
+        if isinstance(optimizer, TiledOptimizer):
+            optimizer.clip_by_value(clip_val)
 
     def _looked_at(self, model: LightningModule) -> bool:
         """Whether a hook may look at gradients: then they are whole on every rank, not only in its shard."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
@@ -24,7 +25,7 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from lightning_tex import drawing, placement
-from lightning_tex.agreement import agreed_loader, require_same_batch
+from lightning_tex.agreement import agreed_loader, evaluation_loader, gather_numbers, require_same_batch
 from lightning_tex.evaluation import run_until_all_are_done
 from lightning_tex.mesh_strategy import MeshStrategy
 from lightning_tex.moe import MoE, auxiliary_loss
@@ -122,7 +123,7 @@ class TexMoEStrategy(MeshStrategy):
         self._recompute = partial(recompute, mode=activation_checkpointing, policy=activation_checkpointing_policy)
         self._save_distributed_checkpoint = save_distributed_checkpoint
         self._topology: Topology | None = None
-        self._compared = 0
+        self._compared: Counter[Any] = Counter()
 
     # --- layout and precision
 
@@ -180,9 +181,10 @@ class TexMoEStrategy(MeshStrategy):
         if self._expert_size_given:
             layout.require_experts(self._num_experts())
         placement.check(self.model, layout)
-        if self._topology is None:
+        if self._topology is None or self._topology.layout != layout:
             self._topology = Topology.build(layout, self.root_device.type, self._mesh, self._split_duplicates)
         seed = shared_seed(self.topology.world, self.root_device)
+        self._require_same_model()
         placement.synchronise(self.model, self.topology.world, self.root_device)
         placement.cut(self.model, self.topology)
         self._recompute(self.model)
@@ -194,10 +196,21 @@ class TexMoEStrategy(MeshStrategy):
                 metric.process_group = self.topology.data.group
         data_rank_random_state(seed, self.topology.data)
         self.barrier()
-        self._compared = 0
+        self._compared.clear()
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
+
+    def _require_same_model(self) -> None:
+        assert self.model is not None
+        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        described = [(name, t.is_meta, tuple(t.shape), t.dtype) for name, t in tensors.items()]
+        own = drawing.stable_hash(*described)
+        if len({n for (n,) in gather_numbers([own], self.topology.world, self.root_device)}) > 1:
+            raise RuntimeError(
+                "ranks have built different models: names, shapes, dtypes and what is on the meta device must be alike "
+                "(pretrained weights are loaded on every rank, or on none)"
+            )
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Build the user's optimizer over the cut model and put the sharded, tiled one in its place."""
@@ -241,7 +254,7 @@ class TexMoEStrategy(MeshStrategy):
         assert self.lightning_module is not None
         if self.lightning_module.trainer.training:
             return agreed_loader(dataloader, self.topology.world, self.root_device)
-        return dataloader
+        return evaluation_loader(dataloader, self.topology.world, self.root_device)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         assert self.model is not None
@@ -270,8 +283,10 @@ class TexMoEStrategy(MeshStrategy):
         return output
 
     def _compare_batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._compared < _COMPARED_STEPS and self.topology.tensor.size > 1:
-            self._compared += 1
+        assert self.lightning_module is not None
+        stage = self.lightning_module.trainer.state.stage
+        if self._compared[stage] < _COMPARED_STEPS and self.topology.tensor.size > 1:
+            self._compared[stage] += 1
             require_same_batch((args, kwargs), self.topology.tensor, self.topology.world, self.root_device)
 
     # --- checkpoints

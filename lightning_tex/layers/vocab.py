@@ -54,6 +54,8 @@ class VocabParallelEmbedding(_Vocabulary):
     def forward(self, ids: Tensor) -> Tensor:  # [..] -> [.., D]
         if self.tensor.size == 1:
             return F.embedding(ids, self.weight)
+        if ids.device.type == "cpu" and bool(((ids < 0) | (ids >= self.size)).any()):
+            raise IndexError(f"token ids must be between 0 and {self.size - 1}; found {ids.min()} to {ids.max()}")
         local = ids - self.boxes()["weight"].offsets[0]
         absent = (local < 0) | (local >= self.weight.shape[0])
         rows = F.embedding(local.masked_fill(absent, 0), self.weight)
@@ -88,8 +90,9 @@ class VocabParallelHead(_Vocabulary):
 class VocabParallelCrossEntropy(TexModule):
     """Cross-entropy of logits whose last dim is cut over the tensor axis. Computed in fp32 (fp64 for fp64 logits).
 
-    Alone in one process it is ``torch.nn.CrossEntropyLoss`` over the last dim. Forward exchanges two numbers per
-    token over tensor (maximum; sum and target), backward nothing.
+    Alone in one process it is ``torch.nn.CrossEntropyLoss`` over the last dim. Forward exchanges four numbers per
+    token over tensor (maximum; sum, target and whether it was found), backward nothing. Logits that were gathered are
+    whole on every rank: give those to torch's own.
 
     Args:
         ignore_index: targets with this value cost nothing and are not counted.
@@ -97,6 +100,8 @@ class VocabParallelCrossEntropy(TexModule):
 
     Raises:
         ValueError: unknown reduction.
+        IndexError: a target that is no column of the logits, on CPU; on a GPU, which does not wait to be asked, such a
+            token's loss is NaN.
     """
 
     def __init__(self, ignore_index: int = -100, reduction: Literal["mean", "sum", "none"] = "mean") -> None:
@@ -127,7 +132,11 @@ class _CrossEntropy(torch.autograd.Function):
         shifted = logits - all_reduce(logits.amax(-1), axis, "max")[..., None]
         at_target = shifted.gather(-1, local)[..., 0].masked_fill(absent, 0)
         exp = shifted.exp_()
-        total, at_target = all_reduce(torch.stack([exp.sum(-1), at_target]), axis).unbind()
+        found = (~absent).to(exp.dtype)
+        total, at_target, found = all_reduce(torch.stack([exp.sum(-1), at_target, found]), axis).unbind()
+        if not found.is_cuda and not bool((found == 1).all()):
+            raise IndexError(f"targets between {target.min()} and {target.max()} are not all columns of the logits")
+        at_target = at_target.masked_fill(found != 1, float("nan"))
         ctx.save_for_backward(exp.div_(total[..., None]), local, absent)
         return total.log() - at_target
 

@@ -111,6 +111,7 @@ class TiledOptimizer(Optimizer):
         self.tile_size = max(ALIGNMENT, (tile_size or DEFAULT_TILE_SIZE) // ALIGNMENT * ALIGNMENT)
         self.engine = Engine(optimizer)
         self.shards: list[Shard] = []
+        self.frozen: list[nn.Parameter] = []
         self.pending = Pending()
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.param_groups = optimizer.param_groups
@@ -132,7 +133,9 @@ class TiledOptimizer(Optimizer):
                     f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not a parameter of the "
                     "LightningModule; register it there, so that it is placed and saved"
                 )
-            if parameter.requires_grad:
+            if not parameter.requires_grad:
+                self.frozen.append(parameter)
+            else:
                 kind = (placement.replicas.name, parameter.dtype, parameter.device)
                 kinds.setdefault(kind, []).append((parameter, placement))
         for members in kinds.values():
@@ -153,16 +156,27 @@ class TiledOptimizer(Optimizer):
             whole: make every ``.grad`` the combined gradient, not only this rank's shard of it.
         """
         if not self.pending.reduced:
+            self._require_frozen()
             with self._counted():
                 for shard in self.shards:
                     shard.buffer.reduce_gradients(whole)
             self.pending.reduced = True
 
+    def _require_frozen(self) -> None:
+        for parameter in self.frozen:
+            if parameter.requires_grad:
+                raise RuntimeError(
+                    f"{self.placements[parameter].name} was frozen when training was set up and is not any more, but "
+                    "the optimizer has no state for it; leave it out of the optimizer while it is frozen and add it "
+                    "with optimizer.add_param_group (as Lightning's BaseFinetuning does)"
+                )
+
     def gradient_norm(self) -> Tensor:
         """The 2-norm of all gradients, each parameter counted once, whatever the layout: an fp64 scalar; collective."""
         self.reduce_gradients()
         squares = [shard.buffer.squared_norm() for shard in self.shards]
-        total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
+        device = next(iter(self.placements)).device
+        total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=device)
         with self._counted():
             return collectives.all_reduce(total, self.world).sqrt() * self.pending.scale
 
