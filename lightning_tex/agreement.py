@@ -86,35 +86,39 @@ class _Shortened(_Wrapped):
             yield batch
 
 
-class _BeginTogether(_Wrapped):
+class _Agreeing(_Wrapped):
     def __init__(self, loader: Any, world: Axis, device: torch.device) -> None:
         super().__init__(loader)
         self.world, self.device = world, device
 
+    def everywhere(self, found: bool) -> list[bool]:
+        """Whether each rank found a batch."""
+        return [bool(n) for (n,) in gather_numbers([found], self.world, self.device)]
+
+
+class _BeginTogether(_Agreeing):
     def __iter__(self) -> Iterator[Any]:
         nothing = object()
         batches = iter(self.loader)
         first = next(batches, nothing)
-        _require_batches([bool(n) for (n,) in gather_numbers([first is not nothing], self.world, self.device)])
+        _require_batches(self.everywhere(first is not nothing))
         if first is not nothing:
             yield first
             yield from batches
 
 
-class _EndTogether(_Wrapped):
-    def __init__(self, loader: Any, world: Axis, device: torch.device) -> None:
-        super().__init__(loader)
-        self.world, self.device = world, device
-
+class _EndTogether(_Agreeing):
     def __iter__(self) -> Iterator[Any]:
         nothing = object()
         batches = iter(self.loader)
         while True:
             batch = next(batches, nothing)
-            more = [n for (n,) in gather_numbers([int(batch is not nothing)], self.world, self.device)]
+            more = self.everywhere(batch is not nothing)
             if not all(more):
                 if any(more):
-                    rank_zero_warn(f"The training data of rank {more.index(0)} ended first; the epoch ends for all.")
+                    rank_zero_warn(
+                        f"The training data of rank {more.index(False)} ended first; the epoch ends for all."
+                    )
                 return
             yield batch
 

@@ -6,10 +6,7 @@ gives both directions. All of them are called by every rank of the axis, whateve
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,88 +14,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_tex.meter import Sent
+from lightning_tex.recording import count_sent, recorded
 from lightning_tex.topology import Axis
 
 # torch 2.13 renamed the single-tensor collectives; 2.11 has only the old names.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
-# --- recording and counting
-
-
-class Tape(ABC):
-    """What a recomputed block keeps of its collectives. :mod:`lightning_tex.recompute` has the one that exists."""
-
-    replaying: bool
-    recomputing: bool = False
-
-    @abstractmethod
-    def record(self, key: str, result: Tensor) -> None:
-        """Keep what a collective gave."""
-
-    @abstractmethod
-    def next(self, key: str) -> Tensor:
-        """What the same collective gave in the first forward."""
-
-
-# The tapes of the blocks that are being run, outermost first.
-active_tapes: ContextVar[tuple[Tape, ...]] = ContextVar("active_tapes", default=())
-_inside: ContextVar[bool] = ContextVar("_inside", default=False)
-
-
-@contextmanager
-def unrecorded() -> Iterator[None]:
-    """Collectives inside are on no tape: a recomputation does not come here."""
-    token = _inside.set(True)
-    try:
-        yield
-    finally:
-        _inside.reset(token)
-
-
-def recorded(name: str, like: Tensor, run: Callable[[], Tensor]) -> Tensor:
-    """``run()``, or what it gave in the first forward of the block that is being recomputed.
-
-    Collectives inside ``run`` are not recorded one by one: only what comes out at the end takes memory.
-
-    Args:
-        name: operation and axis; with the input's shape and dtype it is compared at the replay.
-        like: the input.
-        run: what communicates.
-    """
-    tapes = active_tapes.get()
-    if not tapes or _inside.get():
-        return run()
-    key = f"{name} of {like.dtype} {tuple(like.shape)}"
-    player = next((tape for tape in tapes if tape.replaying), None)
-    if player is not None:
-        result = player.next(key)
-    else:
-        with unrecorded():
-            result = run()
-    for tape in tapes:
-        if not tape.replaying:
-            tape.record(key, result)
-    return result
-
-
-def _count(operation: str, axis: Axis, scaled_bytes: int) -> None:
-    meter = axis.meter
-    if meter is None or not meter.on:
-        return
-    if meter.optimizing:
-        during = "optimizer"
-    elif any(tape.recomputing for tape in active_tapes.get()):
-        during = "recompute"
-    else:
-        during = "forward" if torch._C._current_graph_task_id() == -1 else "backward"
-    meter.add(Sent(operation, axis.name, during), scaled_bytes, axis.size)
-
-
-def _bytes(x: Tensor) -> int:
-    return x.numel() * x.element_size()
 
 
 # --- plain collectives: no autograd, new output unless said otherwise
@@ -115,7 +36,7 @@ def all_reduce(x: Tensor, axis: Axis, op: str = "sum", operation: str = "all_red
     def run() -> Tensor:
         out = x.contiguous().clone()
         dist.all_reduce(out, op=getattr(dist.ReduceOp, op.upper()), group=axis.group)
-        _count(operation, axis, 2 * (axis.size - 1) * _bytes(x))
+        count_sent(operation, axis, 2 * (axis.size - 1) * _bytes(x))
         return out
 
     return recorded(f"{operation} over {axis.name}", x, run)
@@ -129,7 +50,7 @@ def broadcast(x: Tensor, axis: Axis) -> Tensor:
     def run() -> Tensor:
         out = x.contiguous().clone()
         dist.broadcast(out, src=axis.ranks[0], group=axis.group)
-        _count("broadcast", axis, (axis.size - 1) * _bytes(x))
+        count_sent("broadcast", axis, (axis.size - 1) * _bytes(x))
         return out
 
     return recorded(f"broadcast over {axis.name}", x, run)
@@ -152,7 +73,7 @@ def all_gather(
         padded = _padded(moved, longest).contiguous()
         out = padded.new_empty((longest * axis.size, *padded.shape[1:]))
         _all_gather_single(out, padded, group=axis.group)
-        _count(operation, axis, (axis.size - 1) * _bytes(out))
+        count_sent(operation, axis, (axis.size - 1) * _bytes(out))
         if sizes is not None and min(sizes) < longest:
             out = torch.cat([part[:n] for part, n in zip(out.split(longest), sizes, strict=True)])
         return out.movedim(0, dim)
@@ -176,7 +97,7 @@ def reduce_scatter(x: Tensor, dim: int, axis: Axis, sizes: Sequence[int] | None 
             moved = torch.cat([_padded(part, longest) for part in moved.split(list(sizes))])
         out = moved.new_empty((longest, *moved.shape[1:]))
         _reduce_scatter_single(out, moved.contiguous(), group=axis.group)
-        _count("reduce_scatter", axis, (axis.size - 1) * _bytes(moved))
+        count_sent("reduce_scatter", axis, (axis.size - 1) * _bytes(moved))
         return (out if sizes is None else out[: sizes[axis.rank]]).movedim(0, dim)
 
     return recorded(f"reduce_scatter over {axis.name}", x, run)
@@ -216,7 +137,7 @@ def all_to_all(
         dist.all_to_all_single(out, x.contiguous(), to, None if leave is None else list(leave), group=axis.group)
         own = x.shape[0] // axis.size if leave is None else leave[axis.rank]
         row_bytes = x[:1].numel() * x.element_size() if x.shape[0] else 0
-        _count(operation, axis, axis.size * (x.shape[0] - own) * row_bytes)
+        count_sent(operation, axis, axis.size * (x.shape[0] - own) * row_bytes)
         return out
 
     return recorded(f"{operation} over {axis.name}", x, run)
@@ -226,14 +147,14 @@ def gather_in_place(buffer: Tensor, axis: Axis) -> None:
     """Fill a flat buffer from the ranks' own equal parts of it, each already in its place."""
     if axis.size > 1:
         _all_gather_single(buffer, own_part(buffer, axis), group=axis.group)
-        _count("all_gather", axis, (axis.size - 1) * _bytes(buffer))
+        count_sent("all_gather", axis, (axis.size - 1) * _bytes(buffer))
 
 
 def reduce_scatter_in_place(buffer: Tensor, axis: Axis) -> None:
     """Sum a flat buffer over the axis into this rank's own equal part of it; the other parts are left undefined."""
     if axis.size > 1:
         _reduce_scatter_single(own_part(buffer, axis), buffer, group=axis.group)
-        _count("reduce_scatter", axis, (axis.size - 1) * _bytes(buffer))
+        count_sent("reduce_scatter", axis, (axis.size - 1) * _bytes(buffer))
 
 
 def own_part(buffer: Tensor, axis: Axis) -> Tensor:
@@ -341,3 +262,7 @@ def split(x: Tensor, dim: int, axis: Axis, sizes: Sequence[int] | None = None) -
 
 def _even(sizes: Sequence[int] | None) -> tuple[int, ...] | None:
     return None if sizes is None else tuple(sizes)
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()

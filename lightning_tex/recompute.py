@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_tex.collectives import Tape, active_tapes, unrecorded
 from lightning_tex.placement import TexModule
+from lightning_tex.recording import Tape, active_tapes, unrecorded
 
 Mode = Literal["full", "communication_aware"]
 

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from lightning_tex.data.order import GlobalBatchSampler
 from lightning_tex.data.packing import Batch, Blocks, StreamedBlocks
-from lightning_tex.data.resume import Cursor
+from lightning_tex.data.resume import Cursor, SamplerCursor
 
 
 class ResumableLoader(DataLoader):
@@ -56,3 +56,10 @@ class ResumableLoader(DataLoader):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Does nothing: the data module restores the position, after checking that the data is the same."""
+
+
+def loader_cursor(loader: ResumableLoader, epoch: int, batch: int) -> Cursor:
+    """A cursor for a plain loop over the loader, in which a fetched batch counts as trained on."""
+    loader.order.seek(epoch, batch)
+    length = float("inf") if loader.sampler is not loader.order else len(loader)
+    return SamplerCursor(lambda: loader.batches_fetched, lambda: length, epoch, batch, order=loader.order)

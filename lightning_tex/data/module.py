@@ -11,11 +11,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from lightning_tex.data.corpus import Source
-from lightning_tex.data.loader import ResumableLoader
+from lightning_tex.data.loader import ResumableLoader, loader_cursor
 from lightning_tex.data.order import FixedBatchSampler, GlobalBatchSampler, Share
 from lightning_tex.data.packing import Blocks, StreamedBlocks, unigram_loss
 from lightning_tex.data.prepared import Preparation, Prepared, default_cache_dir
-from lightning_tex.data.resume import Cursor, check_same, check_tokenizer, loader_cursor, trainer_cursor
+from lightning_tex.data.resume import Cursor, check_same, check_tokenizer, trainer_cursor
 from lightning_tex.data.tokenizer import SMALLEST_VOCABULARY, TextTokenizer
 
 DEFAULT_VOCABULARY = 4096

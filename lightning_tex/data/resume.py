@@ -5,10 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from lightning_tex.data.loader import ResumableLoader
+from typing import Any
 
 
 @dataclass
@@ -80,13 +77,6 @@ class SamplerCursor(Cursor):
 def trainer_cursor(trainer: Any, epoch: int, batch: int) -> Cursor:
     """A cursor that reads from a Lightning Trainer's loops how many micro-steps are done."""
     return Cursor(functools.partial(_steps_done, trainer), lambda: trainer.num_training_batches, epoch, batch)
-
-
-def loader_cursor(loader: ResumableLoader, epoch: int, batch: int) -> Cursor:
-    """A cursor for a plain loop over the loader, in which a fetched batch counts as trained on."""
-    loader.order.seek(epoch, batch)
-    length = float("inf") if loader.sampler is not loader.order else len(loader)
-    return SamplerCursor(lambda: loader.batches_fetched, lambda: length, epoch, batch, order=loader.order)
 
 
 def _steps_done(trainer: Any) -> int:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_tex.collectives import all_gather, all_reduce, all_to_all, own_slice, recorded, reduce_scatter
+from lightning_tex.collectives import all_gather, all_reduce, all_to_all, own_slice, reduce_scatter
+from lightning_tex.recording import recorded
 from lightning_tex.topology import Axis
 
 # E experts, e experts held here, P = E/e ranks on the expert axis, C capacity, c = C/split, D model width,

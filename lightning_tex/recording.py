@@ -1,0 +1,84 @@
+"""Floor 1: what a collective's result passes through: tapes that keep it for a recomputation, and the byte meter."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from lightning_tex.meter import Sent
+from lightning_tex.topology import Axis
+
+
+class Tape(ABC):
+    """What a recomputed block keeps of its collectives. :mod:`lightning_tex.recompute` has the one that exists."""
+
+    replaying: bool
+    recomputing: bool = False
+
+    @abstractmethod
+    def record(self, key: str, result: Tensor) -> None:
+        """Keep what a collective gave."""
+
+    @abstractmethod
+    def next(self, key: str) -> Tensor:
+        """What the same collective gave in the first forward."""
+
+
+# The tapes of the blocks that are being run, outermost first.
+active_tapes: ContextVar[tuple[Tape, ...]] = ContextVar("active_tapes", default=())
+_inside: ContextVar[bool] = ContextVar("_inside", default=False)
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Collectives inside are on no tape: a recomputation does not come here."""
+    token = _inside.set(True)
+    try:
+        yield
+    finally:
+        _inside.reset(token)
+
+
+def recorded(name: str, like: Tensor, run: Callable[[], Tensor]) -> Tensor:
+    """``run()``, or what it gave in the first forward of the block that is being recomputed.
+
+    Collectives inside ``run`` are not recorded one by one: only what comes out at the end takes memory.
+
+    Args:
+        name: operation and axis; with the input's shape and dtype it is compared at the replay.
+        like: the input.
+        run: what communicates.
+    """
+    tapes = active_tapes.get()
+    if not tapes or _inside.get():
+        return run()
+    key = f"{name} of {like.dtype} {tuple(like.shape)}"
+    player = next((tape for tape in tapes if tape.replaying), None)
+    if player is not None:
+        result = player.next(key)
+    else:
+        with unrecorded():
+            result = run()
+    for tape in tapes:
+        if not tape.replaying:
+            tape.record(key, result)
+    return result
+
+
+def count_sent(operation: str, axis: Axis, scaled_bytes: int) -> None:
+    """Tell the axis's meter of a collective that sent ``scaled_bytes / axis.size`` bytes."""
+    meter = axis.meter
+    if meter is None or not meter.on:
+        return
+    if meter.optimizing:
+        during = "optimizer"
+    elif any(tape.recomputing for tape in active_tapes.get()):
+        during = "recompute"
+    else:
+        during = "forward" if torch._C._current_graph_task_id() == -1 else "backward"
+    meter.add(Sent(operation, axis.name, during), scaled_bytes, axis.size)
