@@ -12,6 +12,7 @@ from lightning.fabric.utilities.distributed import (
     _get_default_process_group_backend_for_device,
     _init_dist_connection,
 )
+from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.strategies.parallel import ParallelStrategy
@@ -79,7 +80,12 @@ class MeshStrategy(ParallelStrategy):
 
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
-        if not self.cluster_environment.creates_processes_externally:
+        if self.world_size > 1 and not self.cluster_environment.creates_processes_externally:
+            if _IS_INTERACTIVE:
+                raise MisconfigurationException(
+                    f"{type(self).__name__} starts its {self.world_size} processes by running the script again, and a "
+                    "notebook has none; legal here: devices=1; or run a script, lightning-tex or torchrun"
+                )
             self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     def setup_environment(self) -> None:
