@@ -120,6 +120,11 @@ class TexMoEStrategy(MeshStrategy):
         if activation_checkpointing not in (None, "full", "communication_aware"):
             legal = "None, 'full', 'communication_aware'"
             raise ValueError(f"activation_checkpointing={activation_checkpointing!r}; legal: {legal}")
+        if activation_checkpointing is None and activation_checkpointing_policy is not None:
+            raise ValueError(
+                "activation_checkpointing_policy has no effect with activation_checkpointing=None; legal with it: "
+                "'full', 'communication_aware'"
+            )
         self._recompute = partial(recompute, mode=activation_checkpointing, policy=activation_checkpointing_policy)
         self._save_distributed_checkpoint = save_distributed_checkpoint
         self._topology: Topology | None = None

@@ -87,6 +87,10 @@ def test_layout_that_the_world_does_not_allow(devices: int, arguments: dict[str,
         ({"zero_stage": 3}, ("zero_stage=3", "1")),
         ({"optimizer_state_format": "int4"}, ("optimizer_state_format='int4'", "'fp32'")),
         ({"activation_checkpointing": "some"}, ("activation_checkpointing='some'", "None")),
+        (
+            {"activation_checkpointing_policy": {int}},
+            ("activation_checkpointing_policy", "activation_checkpointing=None"),
+        ),
         ({"tile_size": 63}, ("tile_size=63", "64")),
     ],
 )
