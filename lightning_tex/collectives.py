@@ -7,7 +7,7 @@ gives both directions. All of them are called by every rank of the axis, whateve
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,35 @@ from lightning_tex.topology import Axis
 
 # torch 2.13 renamed the single-tensor collectives; 2.11 has only the old names.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_native_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Started(Protocol):
+    """A collective under way."""
+
+    def wait(self) -> object:
+        """Return when its result may be used."""
+
+
+class _SummedOnArrival(NamedTuple):
+    """A reduce-scatter whose parts are under way; this rank adds them up itself."""
+
+    travel: Started
+    parts: Tensor
+    out: Tensor
+
+    def wait(self) -> None:
+        self.travel.wait()
+        torch.sum(self.parts.view(-1, *self.out.shape), 0, out=self.out)
+
+
+def _reduce_scatter_single(out: Tensor, x: Tensor, group: dist.ProcessGroup | None, async_op: bool = False) -> Any:
+    if x.device.type != "cpu":
+        return _native_reduce_scatter(out, x, group=group, async_op=async_op)
+    # Gloo's own is an all-reduce on the wire: twice the bytes and three times the CPU of this.
+    parts = torch.empty_like(x)
+    started = _SummedOnArrival(dist.all_to_all_single(parts, x, group=group, async_op=True), parts, out)
+    return started if async_op else started.wait()
 
 
 # --- plain collectives: no autograd, new output unless said otherwise
@@ -143,18 +171,39 @@ def all_to_all(
     return recorded(f"{operation} over {axis.name}", x, run)
 
 
-def gather_in_place(buffer: Tensor, axis: Axis) -> None:
-    """Fill a flat buffer from the ranks' own equal parts of it, each already in its place."""
-    if axis.size > 1:
-        _all_gather_single(buffer, own_part(buffer, axis), group=axis.group)
-        count_sent("all_gather", axis, (axis.size - 1) * _bytes(buffer))
+def gather_in_place(buffer: Tensor, axis: Axis) -> Started:
+    """Fill a flat buffer from the ranks' own equal parts of it, each already in its place; done after ``wait()``."""
+    if axis.size == 1:
+        return _DONE
+    count_sent("all_gather", axis, (axis.size - 1) * _bytes(buffer))
+    return _all_gather_single(buffer, own_part(buffer, axis), group=axis.group, async_op=True)
 
 
-def reduce_scatter_in_place(buffer: Tensor, axis: Axis) -> None:
-    """Sum a flat buffer over the axis into this rank's own equal part of it; the other parts are left undefined."""
-    if axis.size > 1:
-        _reduce_scatter_single(own_part(buffer, axis), buffer, group=axis.group)
-        count_sent("reduce_scatter", axis, (axis.size - 1) * _bytes(buffer))
+def reduce_scatter_in_place(buffer: Tensor, axis: Axis) -> Started:
+    """Sum a flat buffer over the axis into this rank's own equal part of it, done after ``wait()``.
+
+    The other parts are left undefined.
+    """
+    if axis.size == 1:
+        return _DONE
+    count_sent("reduce_scatter", axis, (axis.size - 1) * _bytes(buffer))
+    return _reduce_scatter_single(own_part(buffer, axis), buffer, group=axis.group, async_op=True)
+
+
+def sum_in_place(x: Tensor, axis: Axis) -> Started:
+    """Sum ``x`` over the axis, done after ``wait()``."""
+    if axis.size == 1:
+        return _DONE
+    count_sent("all_reduce", axis, 2 * (axis.size - 1) * _bytes(x))
+    return dist.all_reduce(x, group=axis.group, async_op=True)
+
+
+class _Done:
+    def wait(self) -> None:
+        pass
+
+
+_DONE = _Done()
 
 
 def own_part(buffer: Tensor, axis: Axis) -> Tensor:
@@ -198,6 +247,28 @@ class _SumOver(torch.autograd.Function):
         return grad * ctx.size, None
 
 
+class _EnterSplit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, axis: Axis) -> Tensor:
+        ctx.arguments = dim, axis
+        return all_gather(x, dim, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return reduce_scatter(grad, *ctx.arguments), None, None
+
+
+class _ReduceSplit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, axis: Axis) -> Tensor:
+        ctx.arguments = dim, axis
+        return reduce_scatter(x, dim, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return all_gather(grad, *ctx.arguments), None, None
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, sizes: tuple[int, ...] | None, axis: Axis) -> Tensor:
@@ -220,6 +291,10 @@ class _Split(torch.autograd.Function):
         return all_gather(grad, *ctx.arguments), None, None, None
 
 
+# Nodes of an autograd graph at which gradients come out of, or go into, what an axis's ranks hold parts of.
+BORDERS = tuple(function._backward_cls for function in (_EnterSplit, _ReduceSplit, _Reduce))
+
+
 def enter(x: Tensor, axis: Axis) -> Tensor:
     """Into a region whose ranks each compute a part. Identity forward, all-reduce backward."""
     return x if axis.size == 1 else _Enter.apply(x, axis)
@@ -228,6 +303,16 @@ def enter(x: Tensor, axis: Axis) -> Tensor:
 def reduce(x: Tensor, axis: Axis) -> Tensor:
     """Out of a region whose ranks each hold a partial sum. All-reduce forward, identity backward."""
     return x if axis.size == 1 else _Reduce.apply(x, axis)
+
+
+def enter_split(x: Tensor, dim: int, axis: Axis) -> Tensor:
+    """Own part to whole, into a region whose ranks each compute a part. All-gather forward, reduce-scatter backward."""
+    return x if axis.size == 1 else _EnterSplit.apply(x, dim, axis)
+
+
+def reduce_split(x: Tensor, dim: int, axis: Axis) -> Tensor:
+    """Partial sums of the whole to own part of the sum. Reduce-scatter forward, all-gather backward."""
+    return x if axis.size == 1 else _ReduceSplit.apply(x, dim, axis)
 
 
 def sum_over(x: Tensor, axis: Axis) -> Tensor:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_tex import collectives
+from lightning_tex.stream import AlikeStream, Stream
 from lightning_tex.topology import Axis, Layout, Topology
 
 _Reset = TypeVar("_Reset", bound=Callable[..., None])
@@ -38,6 +39,7 @@ class TexModule(nn.Module):
         super().__init__()
         self.bound: Layout | None = None
         self.whole_shapes: dict[str, torch.Size] = {}
+        self.stream: Stream = AlikeStream(Axis("tensor"))
         for name in self.axes:
             setattr(self, name, Axis(name))
 
@@ -45,9 +47,10 @@ class TexModule(nn.Module):
         """Raise ``ValueError`` naming the option and the legal values if this layer cannot be cut for ``layout``."""
 
     def bind(self, topology: Topology) -> None:
-        """Take the axes of a topology."""
+        """Take the axes of a topology, and the way its tensor ranks hold the activations between layers."""
         for name in self.axes:
             setattr(self, name, topology.axis(name))
+        self.stream = Stream.of(topology)
         self.bound = topology.layout
 
     def boxes(self) -> dict[str, Box]:
@@ -108,6 +111,8 @@ class Placement:
         replicas: the axis whose ranks hold equal copies and reduce gradients: ``data``, or ``expert_data`` for experts.
         divisor: the summed gradient is divided by this, the size of the data axis.
         repeated: whether ranks outside ``replicas`` hold equal copies too.
+        parts: the axis whose ranks' gradients are partial sums, each of its own tokens: tensor for an uncut parameter
+            under sequence parallelism; size 1 elsewhere.
         counted: whether this rank's copy enters sums over the world; of repeated copies only the first does.
     """
 
@@ -118,6 +123,7 @@ class Placement:
     divisor: int
     repeated: bool
     counted: bool
+    parts: Axis
 
     @classmethod
     def of(cls, name: str, box: Box, cut: Mapping[str, int], topology: Topology) -> Placement:
@@ -132,6 +138,7 @@ class Placement:
             topology.data.size,
             any(axis.size > 1 for axis in uncut),
             all(axis.rank == 0 for axis in uncut),
+            Axis("tensor") if cut else Stream.of(topology).parts,
         )
 
     def gather(self, stored: Tensor) -> Tensor:

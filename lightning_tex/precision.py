@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -26,12 +27,18 @@ _NORMS = (
 
 
 class _TrainStep(Precision):
-    """The order of a train step: closure (forward, zero_grad, backward); reduce gradients; hooks; clip; step."""
+    """The order of a train step: closure (forward, zero_grad, backward); reduce gradients; hooks; clip; step.
+
+    Gradients of the last layers are reduced while the closure's backward still runs, if nothing comes in between.
+    """
 
     def pre_backward(self, tensor: Tensor, module: LightningModule) -> Tensor:  # type: ignore[override]
         """Add the auxiliary losses nobody collected, divided by the accumulation as Lightning divides the loss."""
         if module.automatic_optimization:
             tensor = tensor + auxiliary_loss(module) / module.trainer.accumulate_grad_batches
+        for optimizer in module.trainer.strategy.optimizers:
+            if isinstance(optimizer, TiledOptimizer):
+                optimizer.look_at(tensor)
         return super().pre_backward(tensor, module)
 
     def optimizer_step(  # type: ignore[override]
@@ -39,7 +46,8 @@ class _TrainStep(Precision):
     ) -> Any:
         if not isinstance(optimizer, TiledOptimizer):  # configure_optimizers returned None
             return super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
-        result = closure()
+        with optimizer.overlapping() if self._may_overlap(model) else nullcontext():
+            result = closure()
         optimizer.reduce_gradients(whole=self._looked_at(model))
         self._after_closure(model, optimizer)
         optimizer.step(**kwargs)
@@ -53,13 +61,26 @@ class _TrainStep(Precision):
         if isinstance(optimizer, TiledOptimizer):
             optimizer.clip_by_value(clip_val)
 
+    def _may_overlap(self, model: LightningModule) -> bool:
+        """Whether the closure's backward is all that happens to gradients before they are reduced."""
+        from lightning import Callback
+
+        if not model.automatic_optimization or is_overridden("backward", model):
+            return False
+        hook = "on_after_backward"
+        return not (is_overridden(hook, model) or any(is_overridden(hook, c, Callback) for c in _callbacks(model)))
+
     def _looked_at(self, model: LightningModule) -> bool:
         """Whether a hook may look at gradients: then they are whole on every rank, not only in its shard."""
         from lightning import Callback
 
         hook = "on_before_optimizer_step"
         overridden = is_overridden(hook, model) or is_overridden("configure_gradient_clipping", model)
-        return overridden or any(is_overridden(hook, c, Callback) for c in model.trainer.callbacks)  # type: ignore[attr-defined]
+        return overridden or any(is_overridden(hook, c, Callback) for c in _callbacks(model))
+
+
+def _callbacks(model: LightningModule) -> list[Any]:
+    return model.trainer.callbacks  # type: ignore[attr-defined]
 
 
 class TexPrecision(_TrainStep):

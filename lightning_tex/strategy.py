@@ -27,6 +27,7 @@ from torchmetrics import Metric
 from lightning_tex import drawing, placement
 from lightning_tex.agreement import agreed_loader, evaluation_loader, gather_numbers, require_same_batch
 from lightning_tex.evaluation import run_until_all_are_done
+from lightning_tex.layers.vocab import require_both_ends
 from lightning_tex.mesh_strategy import MeshStrategy
 from lightning_tex.moe import MoE, auxiliary_loss
 from lightning_tex.optim import TiledOptimizer
@@ -34,7 +35,7 @@ from lightning_tex.precision import tex_precision
 from lightning_tex.random_state import data_rank_random_state, shared_seed
 from lightning_tex.recompute import recompute
 from lightning_tex.saving import Checkpoints
-from lightning_tex.topology import Layout, Topology
+from lightning_tex.topology import Communication, Layout, Topology
 
 # Steps whose batches are compared over the tensor axis, from the start of every stage.
 _COMPARED_STEPS = 3
@@ -54,7 +55,8 @@ class TexMoEStrategy(MeshStrategy):
         expert_parallel_size: ranks over which a layer's experts are spread; ``"auto"``: the largest legal value.
         expert_tensor_parallel_size: ranks that share one expert's matrices: ``None`` (the tensor size, TED) or 1
             (folding: experts stay whole and spread over tensor ranks too).
-        sequence_parallel: not supported yet; must be False.
+        sequence_parallel: between VocabParallelEmbedding and VocabParallelHead, split activations over tensor along
+            the sequence, dim -2; needs both layers, and lengths that the tensor size divides.
         zero_stage: not supported yet except 1: optimizer states are sharded over replicas.
         tile_size: elements the optimizer updates at once, which bounds its temporary memory; ``None``: 8M.
         optimizer_state_format: not supported yet except ``"fp32"``.
@@ -99,7 +101,6 @@ class TexMoEStrategy(MeshStrategy):
         lightnings = (accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
         super().__init__(process_group_backend, timeout, *lightnings)
         for option, value, only in (
-            ("sequence_parallel", sequence_parallel, False),
             ("zero_stage", zero_stage, 1),
             ("optimizer_state_format", optimizer_state_format, "fp32"),
         ):
@@ -115,7 +116,7 @@ class TexMoEStrategy(MeshStrategy):
             duplicate_token_dropping=duplicate_token_dropping,
         )
         self._expert_size_given = expert_parallel_size != "auto"
-        self._split_duplicates = duplicate_token_dropping
+        self._communication = Communication(duplicate_token_dropping, sequence_parallel=sequence_parallel)
         self._tile_size = tile_size
         if activation_checkpointing not in (None, "full", "communication_aware"):
             legal = "None, 'full', 'communication_aware'"
@@ -186,8 +187,10 @@ class TexMoEStrategy(MeshStrategy):
         if self._expert_size_given:
             layout.require_experts(self._num_experts())
         placement.check(self.model, layout)
+        if self._communication.sequence_parallel:
+            require_both_ends(self.model)
         if self._topology is None or self._topology.layout != layout:
-            self._topology = Topology.build(layout, self.root_device.type, self._mesh, self._split_duplicates)
+            self._topology = Topology.build(layout, self.root_device.type, self._mesh, self._communication)
         seed = shared_seed(self.topology.world, self.root_device)
         self._require_same_model()
         placement.synchronise(self.model, self.topology.world, self.root_device)
@@ -219,6 +222,9 @@ class TexMoEStrategy(MeshStrategy):
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Build the user's optimizer over the cut model and put the sharded, tiled one in its place."""
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, TiledOptimizer):
+                optimizer.release()
         self._reset_optimizers_and_schedulers()
         super().setup_optimizers(trainer)
         if len(self.optimizers) > 1:
@@ -230,7 +236,8 @@ class TexMoEStrategy(MeshStrategy):
         parameters = dict(self.model.named_parameters())
         placed = {parameters[name]: p for name, p in placement.placements(self.model, self.topology).items()}
         if not isinstance(self.optimizers[0], _MockOptimizer):  # configure_optimizers returned None
-            self.optimizers = [TiledOptimizer(self.optimizers[0], placed, self.topology.world, self._tile_size)]
+            how = self._tile_size, self._communication
+            self.optimizers = [TiledOptimizer(self.optimizers[0], placed, self.topology.world, *how)]
             for config in self.lr_scheduler_configs:  # or a learning-rate monitor would find two optimizers
                 config.scheduler.optimizer = self.optimizers[0]
 

@@ -160,13 +160,29 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Communication:
+    """Which of the ways to communicate less, or at a better time, are taken. None of them changes a result.
+
+    Args:
+        split_duplicates: tokens that all ranks of the tensor axis hold alike are split over it before they travel
+            (duplicate-token dropping, paper section 5.1).
+        fused: an all-reduce followed by a split is one reduce-scatter.
+        sequence_parallel: between embedding and head, activations are split over tensor along the sequence.
+        overlap: gradients are reduced while the backward still runs.
+    """
+
+    split_duplicates: bool = True
+    fused: bool = True
+    sequence_parallel: bool = False
+    overlap: bool = True
+
+
+@dataclass(frozen=True)
 class Topology:
     """The two meshes over the same ranks, as one rank sees them.
 
     ``mesh`` is (data, tensor), for everything but experts; ``expert_mesh`` is (expert_data, expert, expert_tensor).
-    Both are ``None`` in a single process that has no process group. ``split_duplicates`` says whether tokens that all
-    ranks of the tensor axis hold alike are split over it before they travel (duplicate-token dropping); ``fused``
-    whether an all-reduce followed by a split is one reduce-scatter.
+    Both are ``None`` in a single process that has no process group.
     """
 
     layout: Layout
@@ -178,8 +194,7 @@ class Topology:
     world: Axis
     mesh: DeviceMesh | None = None
     expert_mesh: DeviceMesh | None = None
-    split_duplicates: bool = True
-    fused: bool = True
+    communication: Communication = Communication()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Topology:
         return self
@@ -201,8 +216,7 @@ class Topology:
         layout: Layout,
         device_type: str,
         mesh: DeviceMesh | None = None,
-        split_duplicates: bool = True,
-        fused: bool = True,
+        communication: Communication | None = None,
     ) -> Topology:
         """Make the process groups of a layout. Collective: every rank of the world calls it.
 
@@ -210,8 +224,7 @@ class Topology:
             layout: the checked sizes.
             device_type: ``"cpu"`` or ``"cuda"``.
             mesh: the (data, tensor) mesh if it exists already; the expert mesh is built beside it.
-            split_duplicates: split equal tokens over tensor before the all-to-all.
-            fused: one reduce-scatter instead of an all-reduce and a split.
+            communication: what is done to communicate less; ``None``: the defaults.
         """
         mesh = mesh or build_mesh(layout, device_type)
         ranks = torch.arange(layout.world).view(layout.expert_data, layout.expert, layout.expert_tensor)
@@ -235,8 +248,7 @@ class Topology:
             world=Axis("world", layout.world, rank, tuple(range(layout.world)), dist.group.WORLD, meter),
             mesh=mesh,
             expert_mesh=expert_mesh,
-            split_duplicates=split_duplicates,
-            fused=fused,
+            communication=communication or Communication(),
         )
 
 

@@ -44,9 +44,9 @@ def ring(operation: str, n: int, size: int) -> Fraction:
 def formulas(topology, mode: str | None, fused: bool) -> dict[tuple[str, str, str], Fraction]:
     """Bytes of one forward and backward of one block by (operation, axis, pass)."""
     t, e, d = topology.tensor.size, topology.expert.size, topology.data.size
-    split = t if topology.split_duplicates else 1
+    split = t if topology.communication.split_duplicates else 1
     cut = topology.expert_tensor.size
-    gather = cut if topology.split_duplicates else 1
+    gather = cut if topology.communication.split_duplicates else 1
     rows = -(-ceil(F * K * T / E) // split) * split
     buffer = 4 * E * rows * D  # [E, C, D]
     sent: dict[tuple[str, str, str], Fraction] = {}

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_tex.collectives import enter
 from lightning_tex.drawing import stable_hash
 from lightning_tex.layers.linear import ColumnParallelLinear, RowParallelLinear, require_divisible
 from lightning_tex.placement import TexModule
@@ -21,7 +20,8 @@ from lightning_tex.topology import Axis, Layout
 class ParallelAttention(TexModule):
     """Self-attention with its heads cut over the tensor axis: [B, S, D] -> [B, S, D].
 
-    Query, key and value are column parallel, the output row parallel: one all-reduce forward, one backward.
+    Query, key and value are column parallel, the output row parallel: one all-reduce forward, one backward. Under
+    sequence parallelism x and the result hold a rank's positions, but every position attends to whole sequences.
 
     Args:
         dim: model width; divisible by num_heads.
@@ -70,12 +70,12 @@ class ParallelAttention(TexModule):
         Args:
             x: [B, S, D].
             attention_mask: boolean, True where a position may be seen: [B, S] over keys, or anything that broadcasts
-                to [B, H, S, S] with a head dim of 1.
+                to [B, H, S, S] with a head dim of 1. S is the whole sequence's, always.
 
         Returns:
             [B, S, D]
         """
-        x = enter(x, self.tensor)
+        x = self.stream.enter(x)
         query, key, value = (self._heads(project.columns(x)) for project in (self.query, self.key, self.value))
         query, key = self._rotate(query), self._rotate(key)
         with rank_random_state(self.tensor, enabled=self.training and self.dropout > 0):

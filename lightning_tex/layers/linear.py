@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_tex.collectives import enter, gather, reduce
 from lightning_tex.drawing import by_index, draw_uniform_
 from lightning_tex.placement import TexModule
 from lightning_tex.topology import Layout
@@ -51,13 +50,14 @@ class ColumnParallelLinear(_Linear):
     """A linear layer whose output features are cut over the tensor axis: [.., in] -> [.., out/tensor].
 
     Alone in one process it is ``torch.nn.Linear``. Forward needs no communication; backward all-reduces the input's
-    gradient over tensor.
+    gradient over tensor. Under sequence parallelism the input is gathered along dim -2 forward, and its gradient
+    reduce-scattered backward.
 
     Args:
         in_features: width of the input, whole on every rank.
         out_features: width of the whole output; divisible by the tensor axis.
         bias: add a bias, cut as the output is.
-        gather_output: all-gather the output over tensor: [.., in] -> [.., out].
+        gather_output: all-gather the output over tensor: [.., in] -> [.., out]; it then lies as the input did.
     """
 
     cuts = {"weight": {"tensor": 0}, "bias": {"tensor": 0}}
@@ -70,8 +70,8 @@ class ColumnParallelLinear(_Linear):
         require_divisible(name, "out_features", self.out_features, layout)
 
     def forward(self, x: Tensor) -> Tensor:  # [.., in] -> [.., out/tensor]
-        y = self.columns(enter(x, self.tensor))
-        return gather(y, -1, self.tensor) if self.gather_output else y
+        y = self.columns(self.stream.enter(x))
+        return self.stream.put_together(y) if self.gather_output else y
 
     def columns(self, x: Tensor) -> Tensor:  # [.., in] -> [.., out/tensor]
         """The product alone, for an ``x`` that entered the tensor axis already and feeds several such layers."""
@@ -82,7 +82,8 @@ class RowParallelLinear(_Linear):
     """A linear layer whose input features are cut over the tensor axis: [.., in/tensor] -> [.., out].
 
     Alone in one process it is ``torch.nn.Linear``. Forward all-reduces the partial outputs over tensor; backward
-    needs no communication. The bias is whole and added once, after the sum.
+    needs no communication. Under sequence parallelism forward reduce-scatters along dim -2, and backward gathers.
+    The bias is whole and added once, after the sum.
 
     Args:
         in_features: width of the whole input; divisible by the tensor axis.
@@ -99,5 +100,5 @@ class RowParallelLinear(_Linear):
         require_divisible(name, "in_features", self.in_features, layout)
 
     def forward(self, x: Tensor) -> Tensor:  # [.., in/tensor] -> [.., out]
-        y = reduce(F.linear(x, self.weight), self.tensor)
+        y = self.stream.leave(F.linear(x, self.weight))
         return y if self.bias is None else y + self.bias

@@ -7,7 +7,6 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_tex.collectives import enter
 from lightning_tex.layers.linear import ColumnParallelLinear, RowParallelLinear, require_divisible
 from lightning_tex.placement import TexModule
 from lightning_tex.topology import Layout
@@ -48,7 +47,7 @@ class ParallelMLP(TexModule):
         require_divisible(name, "hidden_dim", self.hidden_dim, layout)
 
     def forward(self, x: Tensor) -> Tensor:  # [.., D] -> [.., D]
-        x = enter(x, self.tensor)
+        x = self.stream.enter(x)
         up = self.up.columns(x)
         hidden = F.gelu(up) if self.gate is None else F.silu(self.gate.columns(x)) * up
         return self.down(hidden)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_tex.collectives import all_reduce, enter, gather, reduce
+from lightning_tex.collectives import all_reduce, gather
 from lightning_tex.drawing import by_index, draw_normal_
 from lightning_tex.placement import TexModule
 from lightning_tex.topology import Axis
@@ -41,6 +41,8 @@ class VocabParallelEmbedding(_Vocabulary):
     """Embedding table with its rows cut over the tensor axis: [..] integer -> [.., dim].
 
     Alone in one process it is ``torch.nn.Embedding``. Forward all-reduces over tensor, backward communicates nothing.
+    Under sequence parallelism the result is a rank's part of every sequence, [.., S] -> [.., S/tensor, dim]: forward
+    reduce-scatters, backward gathers.
 
     Args:
         num_embeddings: size of the vocabulary, V.
@@ -59,14 +61,15 @@ class VocabParallelEmbedding(_Vocabulary):
         local = ids - self.boxes()["weight"].offsets[0]
         absent = (local < 0) | (local >= self.weight.shape[0])
         rows = F.embedding(local.masked_fill(absent, 0), self.weight)
-        return reduce(rows.masked_fill(absent[..., None], 0), self.tensor)
+        return self.stream.leave(rows.masked_fill(absent[..., None], 0))
 
 
 class VocabParallelHead(_Vocabulary):
     """Output projection with the vocabulary cut over the tensor axis: [.., dim] -> [.., ceil(vocab/tensor)].
 
     Padding columns, where the vocabulary does not divide, are -inf. To tie it with an embedding assign
-    ``head.weight = embedding.weight``.
+    ``head.weight = embedding.weight``. Under sequence parallelism it takes a rank's part of every sequence and gives
+    whole ones: [.., S/tensor, dim] -> [.., S, ceil(vocab/tensor)].
 
     Args:
         dim: width of the input, D.
@@ -79,7 +82,7 @@ class VocabParallelHead(_Vocabulary):
         super().__init__(vocab_size, dim, std=dim**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:  # [.., D] -> [.., v]
-        logits = F.linear(enter(x, self.tensor), self.weight)
+        logits = F.linear(self.stream.enter(x), self.weight)
         rows = self.boxes()["weight"].sizes[0]
         if rows < self.weight.shape[0]:
             padding = torch.arange(self.weight.shape[0], device=x.device) >= rows
@@ -146,3 +149,18 @@ class _CrossEntropy(torch.autograd.Function):
         d_logits = softmax * grad[..., None]
         d_logits.scatter_add_(-1, local, -grad.masked_fill(absent, 0)[..., None])
         return d_logits.to(ctx.dtype), None, None
+
+
+def require_both_ends(root: nn.Module) -> None:
+    """Refuse sequence parallelism for a model whose split stream would not begin or not end.
+
+    Raises:
+        ValueError: naming the missing layer.
+    """
+    for end in (VocabParallelEmbedding, VocabParallelHead):
+        if not any(isinstance(module, end) for module in root.modules()):
+            raise ValueError(
+                f"sequence_parallel=True splits activations over tensor from VocabParallelEmbedding to "
+                f"VocabParallelHead, and {type(root).__name__} has no {end.__name__}; legal: build it with both, or "
+                "sequence_parallel=False"
+            )

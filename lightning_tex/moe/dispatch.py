@@ -14,6 +14,7 @@ from lightning_tex.collectives import all_gather, all_reduce, all_to_all, gather
 from lightning_tex.moe.permute import group_by_expert, invert, take
 from lightning_tex.moe.router import Route
 from lightning_tex.moe.travel import CapacityWay, DroplessWay, Lanes, bring, send
+from lightning_tex.topology import Axis
 
 # T tokens, D model width, E experts, e experts held here, P = E/e ranks on the expert axis, C capacity,
 # k choices per token, t own tokens, n own choices, N rows at the experts
@@ -40,7 +41,10 @@ class Dispatcher(ABC):
 
     @abstractmethod
     def dispatch(self, x: Tensor, route: Route) -> tuple[Arrived, Any]:
-        """Send [T, D] tokens to their experts. Returns what arrived here and what the way back needs."""
+        """Send [.., D] tokens to their experts. Returns what arrived here and what the way back needs.
+
+        The dims before the last are T in all: a route's tokens are x's in their order.
+        """
 
     @abstractmethod
     def combine(self, rows: Tensor, journey: Any) -> Tensor:
@@ -112,20 +116,15 @@ class CapacityDispatcher(Dispatcher):
 
     factor: float
 
-    def capacity(self, tokens: int, top_k: int) -> int:
-        """Choices one expert takes of ``tokens`` tokens of one rank."""
-        # A product like 1.1 * 10 lies an ulp above 11 and must not take another slot for it.
-        return ceil(self.factor * top_k * tokens / self.num_experts - 1e-9)
-
     def dispatch(self, x: Tensor, route: Route) -> tuple[Arrived, CapacityJourney]:
         tokens, top_k = route.indices.shape
-        capacity = self.capacity(tokens, top_k)
-        largest = torch.tensor([capacity], device=x.device)
+        allowed = capacity(self.factor, top_k, tokens, self.num_experts)
+        largest = torch.tensor([allowed], device=x.device)
         rows = _round_up(int(all_reduce(largest, self.lanes.expert, "max", "exchange_counts")), self.lanes.split.size)
-        slots = assign_slots(route.indices, self.num_experts, capacity, rows)
-        buffer = take(x, slots.choice // top_k, slots.slot).view(self.num_experts, rows, x.shape[-1])  # [E, C, D]
+        slots = assign_slots(route.indices, self.num_experts, allowed, rows)
+        buffer = take(x.reshape(-1, x.shape[-1]), slots.choice // top_k, slots.slot)
         way = CapacityWay(self.lanes)
-        arrived = send(buffer, way)  # [e, P, C', D]
+        arrived = send(buffer.view(self.num_experts, rows, x.shape[-1]), way)  # [E, C, D] -> [e, P, C', D]
         sizes = [arrived.shape[1] * arrived.shape[2]] * arrived.shape[0]
         journey = CapacityJourney(way, slots, route.weights, x.dtype)
         return Arrived(arrived.reshape(-1, x.shape[-1]), sizes), journey
@@ -167,8 +166,8 @@ class DroplessDispatcher(Dispatcher):
 
     def dispatch(self, x: Tensor, route: Route) -> tuple[Arrived, DroplessJourney]:
         lanes, top_k = self.lanes, route.indices.shape[1]
-        tokens = _shares(len(x), lanes.split.size)
-        own = split(x, 0, lanes.split, tokens)  # [t, D]
+        tokens = _shares(len(route.indices), lanes.split.size)
+        own = split(x.reshape(-1, x.shape[-1]), 0, lanes.split, tokens)  # [t, D]
         weights = split(route.weights, 0, lanes.split, tokens)
         indices = route.indices.split(tokens)[lanes.split.rank]
         order = group_by_expert(indices.flatten(), self.num_experts)
@@ -197,6 +196,81 @@ class DroplessDispatcher(Dispatcher):
 
     def overflow(self, journey: DroplessJourney) -> Tensor:
         return journey.row.new_zeros(())
+
+
+# --- capacity, with tokens that are split already (sequence parallelism)
+
+
+@dataclass(frozen=True)
+class SplitCapacityDispatcher(Dispatcher):
+    """Capacity where each tensor rank holds its own part of every sequence: [.., s, D].
+
+    Who overflows is decided as it is for whole sequences, from counts exchanged over tensor. The rest travels as it
+    does without capacity: a buffer of static shape would need every slot on every rank.
+
+    Args:
+        factor: as in :class:`CapacityDispatcher`.
+        tensor: the axis the sequences are split over.
+    """
+
+    factor: float
+    tensor: Axis
+
+    def dispatch(self, x: Tensor, route: Route) -> tuple[Arrived, tuple[DroplessJourney, Tensor]]:
+        tokens = len(route.indices) * self.tensor.size
+        allowed = capacity(self.factor, route.indices.shape[1], tokens, self.num_experts)
+        sequences = x.shape[:-2].numel()
+        places = places_among_all(route.indices, sequences, self.num_experts, self.tensor)
+        over = (places >= allowed) & (route.indices < self.num_experts)
+        indices = route.indices.masked_fill(over, self.num_experts)
+        arrived, journey = self._dropless().dispatch(x, route._replace(indices=indices))
+        return arrived, (journey, over.sum())
+
+    def combine(self, rows: Tensor, journey: tuple[DroplessJourney, Tensor]) -> Tensor:
+        return self._dropless().combine(rows, journey[0])
+
+    def overflow(self, journey: tuple[DroplessJourney, Tensor]) -> Tensor:
+        return journey[1]
+
+    def _dropless(self) -> DroplessDispatcher:
+        return DroplessDispatcher(self.num_experts, self.lanes)
+
+
+def places_among_all(indices: Tensor, sequences: int, num_experts: int, tensor: Axis) -> Tensor:
+    """The place of each choice in its expert's queue over all tensor ranks: first choices first, then by token.
+
+    An exclusive scan: a rank's choices of a sequence come after those of earlier ranks, and those of all ranks for
+    earlier sequences. Counts are exchanged, not tokens.
+
+    Args:
+        indices: [B * s, k] expert of each own choice, E where masked.
+        sequences: B.
+        num_experts: E.
+        tensor: ranks hold consecutive parts, s long, of each sequence.
+
+    Returns:
+        [B * s, k]
+    """
+    top_k = indices.shape[1]
+    queues = num_experts + 1  # one more for the masked
+    part = torch.arange(top_k * sequences, device=indices.device)  # (choice, sequence), in the order of the queue
+    experts = indices.t().reshape(len(part), -1)  # [k * B, s]
+    order = group_by_expert((experts + queues * part[:, None]).flatten(), len(part) * queues)
+    counts = order.starts.diff().view(-1, queues)  # [k * B, E + 1]
+    everywhere = all_gather(counts[:, None], 1, tensor, operation="exchange_counts").flatten(
+        0, 1
+    )  # [k * B * tensor, ..]
+    before = (everywhere.cumsum(0) - everywhere).view(-1, tensor.size, queues)[:, tensor.rank]
+    within = torch.arange(indices.numel(), device=indices.device) - order.starts[order.experts]
+    places = torch.empty_like(within)
+    places[order.sorted] = within + before.flatten()[order.experts]
+    return places.view(top_k, -1).t()
+
+
+def capacity(factor: float, top_k: int, tokens: int, num_experts: int) -> int:
+    """Choices that one expert takes of ``tokens`` tokens."""
+    # A product like 1.1 * 10 lies an ulp above 11 and must not take another slot for it.
+    return ceil(factor * top_k * tokens / num_experts - 1e-9)
 
 
 def _weighted_sum(outputs: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:  # [t * k, D], [t, k] -> [t, D]

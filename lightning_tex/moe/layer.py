@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 
 from lightning_tex.layers.mlp import Activation
-from lightning_tex.moe.dispatch import CapacityDispatcher, Dispatcher, DroplessDispatcher
+from lightning_tex.moe.dispatch import (
+    CapacityDispatcher,
+    Dispatcher,
+    DroplessDispatcher,
+    SplitCapacityDispatcher,
+)
 from lightning_tex.moe.experts import Experts
 from lightning_tex.moe.losses import ExpertLoad, LossLedger, count_choices, routing_losses
 from lightning_tex.moe.router import Route, Router, make_router
@@ -89,11 +94,16 @@ class MoE(TexModule):
 
     def _dispatcher(self, topology: Topology) -> Dispatcher:
         split, gather = Axis("tensor"), Axis("expert_tensor")
-        if topology.split_duplicates:
-            split, gather = topology.tensor, topology.expert_tensor
-        lanes = Lanes(topology.expert, split, gather, topology.expert_tensor, topology.fused)
+        how = topology.communication
+        if how.split_duplicates or how.sequence_parallel:
+            gather = topology.expert_tensor
+        if how.split_duplicates and not how.sequence_parallel:
+            split = topology.tensor
+        lanes = Lanes(topology.expert, split, gather, topology.expert_tensor, how.fused)
         if self.capacity_factor is None:
             return DroplessDispatcher(self.num_experts, lanes)
+        if how.sequence_parallel:
+            return SplitCapacityDispatcher(self.num_experts, lanes, self.capacity_factor, topology.tensor)
         return CapacityDispatcher(self.num_experts, lanes, self.capacity_factor)
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
@@ -101,13 +111,13 @@ class MoE(TexModule):
 
         Args:
             x: [.., D].
-            token_mask: boolean, shaped as x without its last dim; False for padding, which uses no expert, takes no
-                capacity, counts in no routing loss, and gives 0.
+            token_mask: boolean, shaped as x without its last dim (over whole sequences, if x holds a rank's part of
+                them); False for padding, which uses no expert, takes no capacity, counts in no routing loss, and
+                gives 0.
         """
-        tokens = x.reshape(-1, x.shape[-1])
-        mask = None if token_mask is None else token_mask.reshape(-1).bool()
-        route = self.router(tokens, mask)
-        arrived, journey = self.dispatcher.dispatch(tokens, route)
+        mask = None if token_mask is None else self.stream.own_mask(token_mask, x).reshape(-1).bool()
+        route = self.router(x.reshape(-1, x.shape[-1]), mask)
+        arrived, journey = self.dispatcher.dispatch(x, route)
         y = self.dispatcher.combine(self.experts(arrived), journey).view_as(x)
         self._record(route, mask, self.dispatcher.overflow(journey), y)
         return y
@@ -118,6 +128,6 @@ class MoE(TexModule):
         self.load.add(count_choices(route.indices, self.num_experts), overflowed)
         if torch.is_grad_enabled() and (self.load_balance_coefficient or self.z_loss_coefficient):
             with kept():  # a recomputation does not come here and must not miss what is saved here
-                balance, z = routing_losses(route, mask, self.data)
+                balance, z = routing_losses(route, mask, self.data, self.stream)
                 loss = self.load_balance_coefficient * balance + self.z_loss_coefficient * z
             self.ledger.record(loss, y)

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_tex import collectives
 from lightning_tex.drawing import by_index, draw_uniform_
 from lightning_tex.placement import TexModule
 
@@ -78,7 +77,7 @@ class Router(TexModule):
             logits = F.linear(x.to(dtype), self.weight.to(dtype))
             scores = self.score(logits)
             chosen = scores.detach().topk(self.top_k, dim=-1).indices
-            indices = collectives.broadcast(chosen, self.tensor)
+            indices = self.stream.agree(chosen)
             weights = scores.gather(-1, indices)
             if self.norm_topk_prob:
                 weights = weights / weights.sum(-1, keepdim=True)

@@ -13,11 +13,15 @@ from torch.optim import Optimizer
 
 from lightning_tex import collectives
 from lightning_tex.optim.engine import Engine, fastest, require_elementwise
-from lightning_tex.optim.flat import ALIGNMENT, FlatBuffer
+from lightning_tex.optim.flat import ALIGNMENT, FlatBuffer, kind
+from lightning_tex.optim.overlap import Overlap
 from lightning_tex.placement import Placement
-from lightning_tex.topology import Axis
+from lightning_tex.stream import reached, reached_directly
+from lightning_tex.topology import Axis, Communication
 
 DEFAULT_TILE_SIZE = 1 << 23
+# Elements of a buffer. Gradients are reduced buffer by buffer: several, to begin early; not too small, to be fast.
+BUCKETS, SMALLEST_BUCKET, LARGEST_BUCKET = 8, 1 << 18, 1 << 24
 
 
 class Shard:
@@ -93,6 +97,7 @@ class TiledOptimizer(Optimizer):
         placements: parameter -> placement.
         world: all ranks, over which norms are summed.
         tile_size: elements in one tile, rounded down to a multiple of 64; ``None``: 8M.
+        communication: what is done to communicate less; ``None``: the defaults.
 
     Raises:
         ValueError: the optimizer is not elementwise, or holds a parameter that is not the model's.
@@ -104,6 +109,7 @@ class TiledOptimizer(Optimizer):
         placements: dict[nn.Parameter, Placement],
         world: Axis,
         tile_size: int | None = None,
+        communication: Communication | None = None,
     ) -> None:
         # Monitors and messages name an optimizer by its class: let it go by the user's.
         self.__class__ = type(type(optimizer).__name__, (TiledOptimizer,), {})
@@ -113,6 +119,9 @@ class TiledOptimizer(Optimizer):
         self.shards: list[Shard] = []
         self.frozen: list[nn.Parameter] = []
         self.pending = Pending()
+        self.communication = communication or Communication()
+        self.direct: set[nn.Parameter] = set()
+        self._overlap = self._new_overlap()
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.param_groups = optimizer.param_groups
 
@@ -125,7 +134,7 @@ class TiledOptimizer(Optimizer):
         else:
             self.param_groups.append(param_group)
         require_elementwise(self.inner, param_group)
-        kinds: dict[tuple[str, torch.dtype, torch.device], list[tuple[nn.Parameter, Placement]]] = {}
+        kinds: dict[tuple[object, ...], list[tuple[nn.Parameter, Placement]]] = {}
         for parameter in param_group["params"]:
             placement = self.placements.get(parameter)
             if placement is None:
@@ -136,10 +145,19 @@ class TiledOptimizer(Optimizer):
             if not parameter.requires_grad:
                 self.frozen.append(parameter)
             else:
-                kind = (placement.replicas.name, parameter.dtype, parameter.device)
-                kinds.setdefault(kind, []).append((parameter, placement))
+                kinds.setdefault(kind(parameter, placement), []).append((parameter, placement))
         for members in kinds.values():
-            self.shards.append(Shard(FlatBuffer(members), param_group, self.tile_size))
+            for bucket in _buckets(members):
+                self.shards.append(Shard(FlatBuffer(bucket), param_group, self.tile_size))
+        self._overlap.release()
+        self._overlap = self._new_overlap()
+
+    def _new_overlap(self) -> Overlap:
+        # A backward completes last what a forward uses first: order by each buffer's first parameter in the model.
+        position = {parameter: i for i, parameter in enumerate(self.placements)}
+        buffers = [shard.buffer for shard in self.shards]
+        buffers.sort(key=lambda buffer: -min(position[entry.parameter] for entry in buffer.entries))
+        return Overlap(buffers, self._counted, lambda parameter: self.placements[parameter].name)
 
     # --- gradients
 
@@ -158,9 +176,39 @@ class TiledOptimizer(Optimizer):
         if not self.pending.reduced:
             self._require_frozen()
             with self._counted():
-                for shard in self.shards:
-                    shard.buffer.reduce_gradients(whole)
+                self._overlap.start()
+                for buffer in self._overlap.buffers:
+                    buffer.finish_reduction(whole, self.direct)
             self.pending.reduced = True
+
+    def overlapping(self) -> AbstractContextManager[None]:
+        """Inside runs the step's only or last backward: gradients leave for their owners as they are completed."""
+        return self._overlap.during() if self.communication.overlap else nullcontext()
+
+    def look_at(self, loss: Tensor) -> None:
+        """See which parameters a loss reaches without passing through the stream that sequence parallelism splits.
+
+        Raises:
+            RuntimeError: one that it reaches both ways.
+        """
+        if not self.communication.sequence_parallel or self.world.size == 1:
+            return
+        split = {parameter for parameter, placement in self.placements.items() if placement.parts.size > 1}
+        new = split & reached_directly(loss)
+        if not new <= self.direct:
+            _, behind = reached(loss)
+            if both := new & behind:
+                raise RuntimeError(
+                    f"the loss reaches {', '.join(sorted(self.placements[p].name for p in both))} both through "
+                    "VocabParallelHead and past it: under sequence_parallel=True activations between embedding and "
+                    "head are a rank's own part, and nothing but VocabParallelHead and MoE layers may lead from them "
+                    "to the loss; legal: compute that term behind the head, or sequence_parallel=False"
+                )
+        self.direct |= new
+
+    def release(self) -> None:
+        """Let go of the parameters: nothing of this optimizer acts on them any more."""
+        self._overlap.release()
 
     def _require_frozen(self) -> None:
         for parameter in self.frozen:
@@ -207,11 +255,13 @@ class TiledOptimizer(Optimizer):
             with torch.enable_grad():
                 result = closure()
         self.reduce_gradients()
+        under_way = []
         for shard in self.shards:
             shard.step(self.engine, self.pending.scale)
-        with self._counted():
-            for shard in self.shards:
-                shard.buffer.gather_parameters()
+            with self._counted():
+                under_way.append(shard.buffer.gather_parameters())
+        for gathering in under_way:
+            gathering.wait()
         self.pending.clear()
         # Schedulers look here, to warn about being stepped before the optimizer.
         self.inner._opt_called = self._opt_called = True  # type: ignore[attr-defined]
@@ -227,7 +277,7 @@ class TiledOptimizer(Optimizer):
         for shard in self.shards:
             shard.keep_master()
             if not shard.low_precision:
-                shard.buffer.gather_parameters()
+                shard.buffer.gather_parameters().wait()
 
     # --- state, in pieces
 
@@ -246,6 +296,24 @@ class TiledOptimizer(Optimizer):
 
 # Schedulers are told of our step as they are of one they wrapped themselves.
 TiledOptimizer.step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+
+
+def _buckets(members: list[tuple[nn.Parameter, Placement]]) -> Iterator[list[tuple[nn.Parameter, Placement]]]:
+    """Consecutive parameters, as many as make up a bucket; all in one where there is nothing to communicate."""
+    limit = sum(parameter.numel() for parameter, _ in members) // BUCKETS
+    limit = min(max(limit, SMALLEST_BUCKET), LARGEST_BUCKET)
+    if members[0][1].replicas.size == 1:
+        yield members
+        return
+    bucket: list[tuple[nn.Parameter, Placement]] = []
+    size = 0
+    for member in members:
+        if bucket and size + member[0].numel() > limit:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(member)
+        size += member[0].numel()
+    yield bucket
 
 
 class Piece(NamedTuple):
