@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lightning import Callback, LightningModule
 from torch import Tensor
 from torchmetrics import MeanMetric
@@ -108,8 +109,13 @@ class LanguageModel(LightningModule):
         training = self.training
         self.eval()
         generator = torch.Generator().manual_seed(seed)
+        # Sequence parallelism splits sequences evenly: positions after the last token fill up, and nobody sees them.
+        parts = self.decoder.embedding.stream.parts.size
+        longest = self.config.max_sequence_length // parts * parts
         for _ in range(new_tokens):
-            logits = self.decoder.logits(ids[:, -self.config.max_sequence_length :])[:, -1].float().cpu()
+            seen = ids[:, -longest:]
+            filled = F.pad(seen, (0, -seen.shape[1] % parts))
+            logits = self.decoder.logits(filled)[:, seen.shape[1] - 1].float().cpu()
             if temperature > 0:
                 chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
             else:
