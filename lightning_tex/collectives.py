@@ -29,6 +29,14 @@ class Started(Protocol):
         """Return when its result may be used."""
 
 
+class _Done:
+    def wait(self) -> None:
+        pass
+
+
+_DONE = _Done()
+
+
 class _SummedOnArrival(NamedTuple):
     """A reduce-scatter whose parts are under way; this rank adds them up itself."""
 
@@ -38,7 +46,7 @@ class _SummedOnArrival(NamedTuple):
 
     def wait(self) -> None:
         self.travel.wait()
-        torch.sum(self.parts.view(-1, *self.out.shape), 0, out=self.out)
+        torch.sum(self.parts, 0, out=self.out)
 
 
 def _reduce_scatter_single(out: Tensor, x: Tensor, group: dist.ProcessGroup | None, async_op: bool = False) -> Any:
@@ -46,8 +54,9 @@ def _reduce_scatter_single(out: Tensor, x: Tensor, group: dist.ProcessGroup | No
         return _native_reduce_scatter(out, x, group=group, async_op=async_op)
     # Gloo's own is an all-reduce on the wire: twice the bytes and three times the CPU of this.
     parts = torch.empty_like(x)
-    started = _SummedOnArrival(dist.all_to_all_single(parts, x, group=group, async_op=True), parts, out)
-    return started if async_op else started.wait()
+    under_way = dist.all_to_all_single(parts, x, group=group, async_op=async_op)
+    arriving = _SummedOnArrival(under_way or _DONE, parts.unflatten(0, (dist.get_world_size(group), -1)), out)
+    return arriving if async_op else arriving.wait()
 
 
 # --- plain collectives: no autograd, new output unless said otherwise
@@ -198,12 +207,6 @@ def sum_in_place(x: Tensor, axis: Axis) -> Started:
     return dist.all_reduce(x, group=axis.group, async_op=True)
 
 
-class _Done:
-    def wait(self) -> None:
-        pass
-
-
-_DONE = _Done()
 
 
 def own_part(buffer: Tensor, axis: Axis) -> Tensor:

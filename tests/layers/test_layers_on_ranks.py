@@ -19,6 +19,8 @@ from lightning_tex.layers import (
     VocabParallelHead,
 )
 from lightning_tex.layers.attention import rank_random_state
+from lightning_tex.stream import AlikeStream
+from lightning_tex.topology import Axis
 
 IDS = torch.tensor([[0, 60, 17, 15, 16], [31, 32, 47, 48, 59]])
 FEW = torch.tensor([[0, 1, 2, 3, 4], [4, 4, 0, 1, 3]])
@@ -218,10 +220,10 @@ class collectives_identity:
         self.layer = layer
 
     def __enter__(self):
-        self.axis, self.layer.out.tensor = self.layer.out.tensor, type(self.layer.tensor)("tensor")
+        self.stream, self.layer.out.stream = self.layer.out.stream, AlikeStream(Axis("tensor"))
 
     def __exit__(self, *_):
-        self.layer.out.tensor = self.axis
+        self.layer.out.stream = self.stream
 
 
 def test_masks_differ_over_tensor_and_the_state_afterwards_is_equal():
