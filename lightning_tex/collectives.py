@@ -207,8 +207,6 @@ def sum_in_place(x: Tensor, axis: Axis) -> Started:
     return dist.all_reduce(x, group=axis.group, async_op=True)
 
 
-
-
 def own_part(buffer: Tensor, axis: Axis) -> Tensor:
     """This rank's equal part of a flat buffer, as a view."""
     length = buffer.numel() // axis.size

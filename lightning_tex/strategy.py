@@ -116,7 +116,7 @@ class TexMoEStrategy(MeshStrategy):
             duplicate_token_dropping=duplicate_token_dropping,
         )
         self._expert_size_given = expert_parallel_size != "auto"
-        self._communication = Communication(duplicate_token_dropping, sequence_parallel=sequence_parallel)
+        self.communication = Communication(duplicate_token_dropping, sequence_parallel=sequence_parallel)
         self._tile_size = tile_size
         if activation_checkpointing not in (None, "full", "communication_aware"):
             legal = "None, 'full', 'communication_aware'"
@@ -187,10 +187,10 @@ class TexMoEStrategy(MeshStrategy):
         if self._expert_size_given:
             layout.require_experts(self._num_experts())
         placement.check(self.model, layout)
-        if self._communication.sequence_parallel:
+        if self.communication.sequence_parallel:
             require_both_ends(self.model)
         if self._topology is None or self._topology.layout != layout:
-            self._topology = Topology.build(layout, self.root_device.type, self._mesh, self._communication)
+            self._topology = Topology.build(layout, self.root_device.type, self._mesh, self.communication)
         seed = shared_seed(self.topology.world, self.root_device)
         self._require_same_model()
         placement.synchronise(self.model, self.topology.world, self.root_device)
@@ -236,7 +236,7 @@ class TexMoEStrategy(MeshStrategy):
         parameters = dict(self.model.named_parameters())
         placed = {parameters[name]: p for name, p in placement.placements(self.model, self.topology).items()}
         if not isinstance(self.optimizers[0], _MockOptimizer):  # configure_optimizers returned None
-            how = self._tile_size, self._communication
+            how = self._tile_size, self.communication
             self.optimizers = [TiledOptimizer(self.optimizers[0], placed, self.topology.world, *how)]
             for config in self.lr_scheduler_configs:  # or a learning-rate monitor would find two optimizers
                 config.scheduler.optimizer = self.optimizers[0]

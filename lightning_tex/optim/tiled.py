@@ -153,11 +153,8 @@ class TiledOptimizer(Optimizer):
         self._overlap = self._new_overlap()
 
     def _new_overlap(self) -> Overlap:
-        # A backward completes last what a forward uses first: order by each buffer's first parameter in the model.
-        position = {parameter: i for i, parameter in enumerate(self.placements)}
         buffers = [shard.buffer for shard in self.shards]
-        buffers.sort(key=lambda buffer: -min(position[entry.parameter] for entry in buffer.entries))
-        return Overlap(buffers, self._counted, lambda parameter: self.placements[parameter].name)
+        return Overlap(buffers, self.world, self._counted, lambda parameter: self.placements[parameter].name)
 
     # --- gradients
 
@@ -176,7 +173,7 @@ class TiledOptimizer(Optimizer):
         if not self.pending.reduced:
             self._require_frozen()
             with self._counted():
-                self._overlap.start()
+                self._overlap.start_all()
                 for buffer in self._overlap.buffers:
                     buffer.finish_reduction(whole, self.direct)
             self.pending.reduced = True
