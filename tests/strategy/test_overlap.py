@@ -118,21 +118,6 @@ class Reentrant(Watched):
         return F.mse_loss(x, torch.ones_like(x))
 
 
-class Aborted(Watched):
-    """The first backward fails on its way, when some gradients have left."""
-
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        failed = []
-
-        def fail_once(_: Tensor) -> None:
-            if not failed:
-                failed.append(True)
-                raise InterruptedError
-
-        self.decoder.embedding.weight.register_post_accumulate_grad_hook(fail_once)
-
-
 def only_message(make: Any) -> str:
     try:
         fit({}, True, make)
@@ -146,26 +131,34 @@ def test_a_gradient_in_several_parts_is_refused_by_name() -> None:
         assert "sometimes." in said and "use_reentrant=False" in said
 
 
-def aborted() -> tuple[list[Tensor], list[Tensor]]:
-    found = []
-    for make in (Aborted, Watched):
-        tiled.SMALLEST_BUCKET = 64
-        module = make()
-        trainer = new_trainer(LAYOUTS["data"], max_steps=0)
-        trainer.fit(module, on_data_axis(trainer, batches(1)))
-        optimizer, batch = trainer.strategy.optimizers[0], batches(1)[0]
-        for attempt in range(2 if make is Aborted else 1):
-            optimizer.zero_grad()
-            try:
-                with optimizer.overlapping():
-                    module.training_step(batch, 0).backward()
-            except InterruptedError:
-                assert attempt == 0
-        optimizer.reduce_gradients(whole=True)
-        found.append([parameter.grad.clone() for parameter in module.parameters()])
-    return found[0], found[1]
+def third_gradient(layout: dict[str, Any], second_fails: bool) -> list[Tensor]:
+    """The combined gradients of a third backward, after a second one that failed when some gradients had left."""
+    tiled.SMALLEST_BUCKET = 64
+    module = Watched()
+    trainer = new_trainer(layout, max_steps=0)
+    trainer.fit(module, on_data_axis(trainer, batches(1)))
+    optimizer, batch = trainer.strategy.optimizers[0], batches(1)[0]
+    backwards = []
+
+    def fail(_: Tensor) -> None:
+        backwards.append(sum(buffer.reducing for buffer in module.flat_buffers()))
+        if second_fails and len(backwards) == 2:
+            raise InterruptedError
+
+    module.decoder.embedding.weight.register_post_accumulate_grad_hook(fail)
+    for step in range(3):
+        optimizer.zero_grad()
+        try:
+            with optimizer.overlapping():
+                module.training_step(batch, 0).backward()
+            optimizer.reduce_gradients(whole=True)
+        except InterruptedError:
+            assert step == 1
+    assert backwards[0] == 0 and backwards[1] == backwards[2] >= 3
+    return [parameter.grad.clone() for parameter in module.parameters()]
 
 
 def test_a_step_after_one_that_was_given_up() -> None:
-    for again, expected in on_ranks(2, aborted):
+    plain, after = (on_ranks(2, third_gradient, LAYOUTS["data"], fails) for fails in (False, True))
+    for again, expected in zip(after, plain, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
