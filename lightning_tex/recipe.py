@@ -1,0 +1,145 @@
+"""Floor 7: a recipe, that is, configuration files and options, made into model, data and Trainer. A LightningCLI."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from functools import partial, update_wrapper
+from types import MethodType
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, ReduceLROnPlateau, instantiate_class
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning_utilities import module_available
+
+from lightning_tex.data import TextDataModule
+from lightning_tex.language_model import LanguageModel
+from lightning_tex.strategy import TexMoEStrategy
+
+
+class TexCLI(LightningCLI):
+    """LightningCLI with this package's defaults.
+
+    The model is a :class:`LanguageModel` and the data a :class:`TextDataModule` unless ``class_path`` says otherwise;
+    the model's vocabulary is the data's. ``--optimizer`` and ``--lr_scheduler`` are instantiated when the Trainer asks
+    for them, over the parameters that exist then: the model may be built in ``configure_model``, and is cut by then.
+    The scheduler is stepped after every optimizer step (ReduceLROnPlateau: after every validation).
+    """
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        # The list of all options belongs to --help: printed before every error it hides the error.
+        usage = f"lightning-tex {subcommand} [--config RECIPE] [--OPTION VALUE ...]"
+        return super()._prepare_subcommand_parser(klass, subcommand, usage=usage, **kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for name, default in (("model", LanguageModel), ("data", TextDataModule)):
+            parser.set_defaults({name: {"class_path": f"{default.__module__}.{default.__name__}"}})
+
+    def instantiate_classes(self) -> None:
+        """Data first: the model's vocabulary, where it has one in its ``config``, is the data's."""
+        config = self.config if self.subcommand is None else self.config[self.subcommand]
+        sizes = config.get("model.init_args.config")
+        if config.get("data") and isinstance(sizes, Namespace) and "vocab_size" in sizes:
+            parser = LightningArgumentParser()
+            parser.add_lightning_class_args(self._datamodule_class, "data", subclass_mode=True)
+            data = parser.instantiate_classes(Namespace(data=config.data)).data
+            sizes.vocab_size = getattr(data, "vocab_size", sizes.vocab_size)
+            self.parser.add_instantiator(lambda *_, **__: data, LightningDataModule, prepend=True)
+        super().instantiate_classes()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        given = self._get(self.config_init, "trainer")
+        if given.get("logger") in (None, True):
+            kwargs["logger"] = _default_loggers(given.get("default_root_dir") or ".")
+        return super().instantiate_trainer(**kwargs)
+
+    def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:
+        optimizer = self._get(self.config_init, "optimizer")
+        if not optimizer:
+            return
+        scheduler = self._get(self.config_init, "lr_scheduler")
+        configure = partial(_configure_optimizers, optimizer=optimizer, scheduler=scheduler)
+        update_wrapper(configure, _configure_optimizers)  # Lightning tells by the name whether a hook is overridden
+        self.model.configure_optimizers = MethodType(configure, self.model)
+
+
+def _configure_optimizers(module: LightningModule, optimizer: Any, scheduler: Any) -> Any:
+    built = instantiate_class(module.parameters(), optimizer)
+    if not scheduler:
+        return built
+    schedule = instantiate_class(built, scheduler)
+    if isinstance(schedule, ReduceLROnPlateau):
+        return LightningCLI.configure_optimizers(module, built, schedule)
+    return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _default_loggers(root: str) -> list[Any]:
+    csv = CSVLogger(root, name="logs")
+    if not module_available("tensorboard") and not module_available("tensorboardX"):
+        return [csv]
+    return [csv, TensorBoardLogger(root, name="logs", version=csv.version)]
+
+
+DEFAULTS: dict[str, Any] = {
+    "model_class": LightningModule,
+    "datamodule_class": LightningDataModule,
+    "subclass_mode_model": True,
+    "subclass_mode_data": True,
+    "save_config_kwargs": {"overwrite": True},
+    "trainer_defaults": {"strategy": TexMoEStrategy.strategy_name},
+    "seed_everything_default": True,
+}
+
+
+class _Parsed(TexCLI):
+    def _set_seed(self) -> None:
+        pass
+
+    def instantiate_classes(self) -> None:
+        """Nothing: only the configuration is wanted."""
+
+
+class Recipe:
+    """A recipe that is instantiated several times, each time with other options.
+
+    Args:
+        path: the recipe's file.
+        options: command-line words that take precedence over it, such as ``["--trainer.devices", "2"]``.
+    """
+
+    def __init__(self, path: str, options: Sequence[str] = ()) -> None:
+        self.path = path
+        config = _without_run(_Parsed, ["--config", path, *options]).config
+        config.pop("config", None)
+        self._config = config
+
+    def strategy_options(self) -> dict[str, Any]:
+        """The arguments that the recipe gives the strategy."""
+        strategy = self._config.trainer.strategy
+        given = strategy.get("init_args") if isinstance(strategy, (Namespace, dict)) else None
+        return dict(given.as_dict() if isinstance(given, Namespace) else given or {})
+
+    def instantiate(self, strategy: Mapping[str, Any], trainer: Mapping[str, Any]) -> TexCLI:
+        """Model, data and Trainer, with a TexMoEStrategy.
+
+        Args:
+            strategy: arguments of the strategy that replace the recipe's.
+            trainer: arguments of the Trainer that replace the recipe's.
+        """
+        config = deepcopy(self._config)
+        for name, value in trainer.items():
+            config.trainer[name] = value
+        config.trainer.strategy = {
+            "class_path": f"{TexMoEStrategy.__module__}.{TexMoEStrategy.__name__}",
+            "init_args": {**self.strategy_options(), **strategy},
+        }
+        return _without_run(TexCLI, config)
+
+
+def _without_run(cli: type[TexCLI], args: Any) -> TexCLI:
+    with warnings.catch_warnings():  # it warns of a command line beside explicit arguments
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+        return cli(**DEFAULTS, args=args, run=False)
