@@ -107,6 +107,14 @@ class MeshStrategy(ParallelStrategy):
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._mesh
 
+    def teardown(self) -> None:
+        module = self._lightning_module
+        if module is not None and any(parameter.is_meta for parameter in module.parameters()):
+            # Refused before it had weights: there is nothing to move, and trying to would hide the reason.
+            self._lightning_module = None
+        super().teardown()
+        self._lightning_module = module
+
     # --- communication for Lightning
 
     def barrier(self, name: str | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from fractions import Fraction
 from math import ceil
 
@@ -16,6 +17,7 @@ from lightning_tex import collectives, placement
 from lightning_tex.layers import ParallelAttention
 from lightning_tex.moe import MoE, auxiliary_loss
 from lightning_tex.moe.travel import Lanes
+from lightning_tex.optim import TiledOptimizer
 from lightning_tex.recompute import recompute
 from lightning_tex.topology import AXES
 
@@ -123,7 +125,7 @@ class Overheard:
         monkeypatch.setattr(collectives, "_all_gather_single", all_gather)
 
 
-def one_pass(topology, mode, fused, module=Block):
+def one_pass(topology, mode, fused, module=Block, x=None):
     torch.manual_seed(0)
     model = nn.Module()
     model.blocks = nn.ModuleList([module()])
@@ -134,7 +136,7 @@ def one_pass(topology, mode, fused, module=Block):
         moe.dispatcher = type(moe.dispatcher)(**{**vars(moe.dispatcher), "lanes": lanes})
     recompute(model, mode)
     torch.manual_seed(topology.data.rank)
-    x = torch.randn(B, S, D, requires_grad=True)
+    x = (torch.randn(B, S, D) if x is None else x).requires_grad_()
     with topology.world.meter.measure() as meter:
         meter.clear()
         (model.blocks[0](x).square().sum() + auxiliary_loss(model)).backward()
@@ -155,6 +157,114 @@ def test_counts_equal_the_formulas():
     run_ranks(4, against_formulas)
 
 
+# --- sequence parallelism. Every token goes to every expert, so that counts are known: k = E, nothing overflows.
+
+EVEN = 8  # positions, which 2 and 4 tensor ranks divide
+
+
+class Everywhere(Block):
+    def __init__(self, capacity_factor: float | None) -> None:
+        super().__init__()
+        self.moe = MoE(D, 24, E, E, capacity_factor)
+
+
+def split_formulas(topology, mode: str | None, fused: bool, capacity: bool) -> dict[tuple[str, str, str], Fraction]:
+    """Bytes of one forward and backward of one block whose tokens are split over tensor."""
+    t, e, d, g = (topology.axis(axis).size for axis in ("tensor", "expert", "data", "expert_tensor"))
+    whole, rows = 4 * B * EVEN * D, B * EVEN // t * E  # bytes of the stream; choices of the own tokens
+    sent: dict[tuple[str, str, str], Fraction] = {}
+
+    def add(operation: str, axis: str, n: int, size: int, *during: str, count: str | None = None) -> None:
+        for one in during:
+            if n > 1:
+                key = count or operation, axis, one
+                sent[key] = sent.get(key, Fraction(0)) + ring(operation, n, size)
+
+    def out(*during: str) -> None:
+        add("all_to_all", "expert", e, 4 * rows * D, *during)
+        add("all_gather", "expert_tensor", g, g * 4 * rows * D, *during)
+
+    def home(*during: str) -> None:
+        add("reduce_scatter" if fused else "all_reduce", "expert_tensor", g, g * 4 * rows * D, *during)
+        add("all_to_all", "expert", e, 4 * rows * D, *during)
+
+    forward = ("forward", "recompute") if mode == "full" else ("forward",)
+    for first, second in (("all_gather", "reduce_scatter"), ("reduce_scatter", "all_gather")):  # into attention, out
+        add(first, "tensor", t, whole, *forward)
+        add(second, "tensor", t, whole, "backward")
+    if capacity:
+        add("all_gather", "tensor", t, t * 8 * E * B * (E + 1), *forward, count="exchange_counts")
+    add("all_to_all", "expert", e, 8 * E, *forward, count="exchange_counts")
+    add("all_gather", "expert_tensor", g, g * 8 * E, *forward, count="exchange_counts")
+    out(*forward, "backward")
+    home(*forward, "backward")
+    for axis, n in (("tensor", t), ("data", d)):  # the loss is not computed again
+        add("all_reduce", axis, n, 4 * (2 * E + 2), "forward")
+    return sent
+
+
+def split_against_formulas():
+    for layout in LAYOUTS:
+        topology = join(*layout, sequence_parallel=True)
+        for mode in (None, "full", "communication_aware"):
+            for fused, factor in ((True, None), (True, 1.0), (False, 1.0)):
+                x = torch.randn(B, EVEN // topology.tensor.size, D)
+                meter = one_pass(topology, mode, fused, lambda factor=factor: Everywhere(factor), x)
+                counted = {tuple(kind): Fraction(sent) for kind, sent in meter.sent_bytes().items()}
+                expected = split_formulas(topology, mode, fused, factor is not None)
+                assert counted == expected, (layout, mode, fused, factor)
+
+
+def test_counts_of_sequence_parallelism_equal_the_formulas():
+    run_ranks(4, split_against_formulas)
+
+
+# --- the optimizer's pass
+
+
+def step_against_formulas():
+    for layout in LAYOUTS:
+        for sequence in (False, True):
+            topology = join(*layout, sequence_parallel=sequence)
+            torch.manual_seed(0)
+            model = Block()
+            placement.cut(model, topology)
+            parameters = dict(model.named_parameters())
+            placed = {parameters[name]: p for name, p in placement.placements(model, topology).items()}
+            optimizer = TiledOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), placed, topology.world)
+            kinds = {"cut": 0, "uncut": 0, "expert": 0}  # elements, each parameter aligned to 64
+            for name, parameter in parameters.items():
+                kind = "expert" if "experts" in name else "uncut" if "router" in name else "cut"
+                kinds["cut" if topology.tensor.size == 1 and kind == "uncut" else kind] += aligned(parameter.numel())
+            t = topology.tensor.size
+            sent: dict[str, Fraction] = {}
+            for kind, elements in kinds.items():
+                axis = topology.expert_data if kind == "expert" else topology.data
+                shard = aligned(-(-elements // axis.size))
+                if elements and axis.size > 1:
+                    for operation in ("reduce_scatter", "all_gather"):
+                        key = f"{operation}/{axis.name}"
+                        sent[key] = sent.get(key, Fraction(0)) + ring(operation, axis.size, 4 * shard * axis.size)
+                if kind == "uncut" and elements and sequence and t > 1:
+                    sent["all_reduce/tensor"] = ring("all_reduce", t, 4 * shard)
+            sent["all_reduce/world"] = ring("all_reduce", 4, 8)  # the norm
+            with topology.world.meter.measure() as meter:
+                meter.clear()
+                optimizer.clip_by_norm(1.0)
+                optimizer.step()
+            assert {kind.during for kind in meter.calls()} == {"optimizer"}
+            counted = {f"{kind.operation}/{kind.axis}": Fraction(sent) for kind, sent in meter.sent_bytes().items()}
+            assert counted == sent, (layout, sequence)
+
+
+def aligned(elements: int) -> int:
+    return -(-elements // 64) * 64
+
+
+def test_counts_of_a_step_equal_the_formulas():
+    run_ranks(4, step_against_formulas)
+
+
 class Dropless(Block):
     def __init__(self) -> None:
         super().__init__()
@@ -162,8 +272,8 @@ class Dropless(Block):
 
 
 def against_torch():
-    for layout in LAYOUTS:
-        topology = join(*layout)
+    for layout, sequence in itertools.product(LAYOUTS, (False, True)):
+        topology = join(*layout, sequence_parallel=sequence)
         for module in (Block, Dropless):
             for mode in (None, "full", "communication_aware"):
                 with pytest.MonkeyPatch.context() as monkeypatch:

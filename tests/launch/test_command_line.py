@@ -16,11 +16,6 @@ from lightning_tex import cli
 PROBE = "--trainer.callbacks+=tiny_recipe.Probe"
 
 
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory) -> Path:
-    return tiny_recipe.write_recipe(tmp_path_factory.mktemp("recipe"))
-
-
 def _printed(capsys, *options: str) -> str:
     with pytest.raises(SystemExit) as end:
         cli.main(["fit", *options, "--print_config"])
