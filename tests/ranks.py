@@ -16,11 +16,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(
+    world: int, function: Callable[..., Any], *args: Any, timeout: float = 120, detail: bool = True
+) -> list[Any]:
     """``[function(*args) on rank r for r in range(world)]``. Each rank runs in a process of its own.
 
     ``RANK`` and so on are set so that ``Trainer(devices=world)`` finds itself already launched; process groups are the
     function's business. A rank that fails fails the test with that rank's traceback; one that hangs is ended.
+    ``detail`` is ``TORCH_DISTRIBUTED_DEBUG=DETAIL``: collectives that do not match are named, at twice their time.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -28,7 +31,8 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
     context = mp.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            context.Process(target=_rank, args=(rank, world, port, folder, function, args)) for rank in range(world)
+            context.Process(target=_rank, args=(rank, world, port, folder, detail, function, args))
+            for rank in range(world)
         ]
         for process in ranks:
             process.start()
@@ -56,7 +60,7 @@ def _outcome(path: Path) -> tuple[bool, Any]:
     return pickle.loads(path.read_bytes())
 
 
-def _rank(rank: int, world: int, port: int, folder: str, function: Callable[..., Any], args: Any) -> None:
+def _rank(rank: int, world: int, port: int, folder: str, detail: bool, function: Callable[..., Any], args: Any) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -65,8 +69,9 @@ def _rank(rank: int, world: int, port: int, folder: str, function: Callable[...,
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         GLOO_SOCKET_IFNAME="lo",
-        TORCH_DISTRIBUTED_DEBUG="DETAIL",
     )
+    # torch has read the variable when it was imported, before the fork.
+    dist.set_debug_level(dist.DebugLevel.DETAIL if detail else dist.DebugLevel.OFF)
     torch.set_num_threads(1)
     try:
         outcome = True, function(*args)
