@@ -72,7 +72,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def four(folder: Path) -> list[dict[str, Any]]:
-    return run_ranks(4, _four_ranks, str(folder))
+    return run_ranks(4, _four_ranks, str(folder), detail=False)
 
 
 @pytest.fixture(scope="module")

@@ -153,7 +153,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> list[dict[str, Any]]:
-    return run_ranks(4, everything, str(folder))
+    return run_ranks(4, everything, str(folder), detail=False)
 
 
 @pytest.mark.parametrize("case", ["copy", "link", "plain"])

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
+from layout_errors import distance
 from layout_runs import FLAGS, quiet
 from lightning.pytorch.loggers.logger import Logger
 from ranks import run_ranks
@@ -24,6 +25,10 @@ from lightning_tex.layers import (
     VocabParallelHead,
 )
 from lightning_tex.moe import MoE, auxiliary_loss
+
+TED = {"tensor_parallel_size": 2, "expert_parallel_size": 2}
+FOLDED = {"tensor_parallel_size": 2, "expert_parallel_size": 4, "expert_tensor_parallel_size": 1}
+LAYOUTS = {"ted": TED, "folded": FOLDED, "data": {}}
 
 
 class PublicNames(L.LightningModule):
@@ -138,9 +143,21 @@ def gathered(module: L.LightningModule, trainer: L.Trainer) -> dict[str, Tensor]
 
 def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """``function(*args)`` by rank, without Lightning's advice in the output."""
-    return run_ranks(world, _quietly, function, args)
+    return run_ranks(world, _quietly, function, args, detail=False)
 
 
 def _quietly(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     quiet()
     return function(*args)
+
+
+def assert_equal_to_one_process(function: Callable[..., dict[str, Tensor]], *args: Any, layout: Any = TED) -> None:
+    """``function(layout, *args)`` gives named tensors; on four ranks the same ones as under ``strategy="auto"``."""
+    (reference,) = on_ranks(1, function, None, *args)
+    for rank, got in enumerate(on_ranks(4, function, layout, *args)):
+        assert got.keys() == reference.keys()
+        for name, value in reference.items():
+            error = distance(got[name].double(), value.double())
+            # torchmetrics keeps its states in fp32 whatever the module's precision is.
+            tolerance = 1e-6 if value.dtype == torch.float32 else 1e-10
+            assert error <= tolerance, f"rank {rank}, {name}: {error:.1e}"

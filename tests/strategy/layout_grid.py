@@ -105,6 +105,37 @@ def all_options() -> list[Options]:
     return [Options(*values) for values in itertools.product((False, True), repeat=len(NAMES))]
 
 
+def grid() -> list[Case]:
+    """Every legal layout with every combination of the five options that change how a step is communicated or taken.
+
+    The six others rotate: each is a sum modulo 2 of some of the five, and the other way around on every other layout.
+    Different sums of independent bits are independent in pairs, so every layout by itself sees all pairs of all eleven.
+    Layouts of a kind share their mathematics, hence their references.
+    """
+    return [
+        case
+        for i, sizes in enumerate(layouts())
+        for five in itertools.product((False, True), repeat=5)
+        if legal(case := Case(sizes, _rotated(bool(i % 2), *five)))
+    ]
+
+
+def _rotated(turn: bool, capacity: bool, no_dtd: bool, adamw: bool, accumulate: bool, clip: bool) -> Options:
+    return Options(
+        capacity=capacity,
+        no_dtd=no_dtd,
+        adamw=adamw,
+        accumulate=accumulate,
+        clip=clip,
+        top_2=capacity ^ adamw ^ accumulate ^ turn,
+        swiglu=capacity ^ adamw ^ clip ^ turn,
+        tied=capacity ^ accumulate ^ clip ^ turn,
+        z_loss=adamw ^ accumulate ^ clip ^ turn,
+        small_tiles=capacity ^ adamw ^ accumulate ^ clip ^ turn,
+        collect=accumulate ^ clip ^ turn,
+    )
+
+
 def option_pairs(options: Options) -> set[tuple[object, ...]]:
     """All pairs of option values that a set of options covers."""
     return set(itertools.combinations(_values(options), 2))

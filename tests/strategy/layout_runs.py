@@ -6,11 +6,11 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import lightning as L
 import torch
+from layout_errors import Record, errors
 from layout_grid import Case, Options, Sizes
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -30,7 +30,6 @@ from lightning_tex.topology import Axis
 STEPS = 20
 SAMPLES = 8  # of one micro-step over the whole data axis, whatever its size
 LENGTH = 6  # tokens of a sample that are predicted from
-GRADIENT_STEPS = (0, 9, STEPS - 1)
 FLAGS: dict[str, Any] = {
     "accelerator": "cpu",
     "logger": False,
@@ -76,17 +75,6 @@ def decoder_config(options: Options, **changes: Any) -> DecoderConfig:
     )
 
 
-@dataclass
-class Record:
-    """What one run showed: per optimizer step, or by parameter name. Parameters and gradients are whole."""
-
-    losses: list[float] = field(default_factory=list)
-    norms: list[float] = field(default_factory=list)
-    gradients: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-    parameters: dict[str, Tensor] = field(default_factory=dict)
-    overflowed: int = 0
-
-
 class Recorded(L.LightningModule):
     """A decoder that records every step. ``collect``: it adds the auxiliary loss itself."""
 
@@ -97,6 +85,7 @@ class Recorded(L.LightningModule):
         self.cross_entropy = VocabParallelCrossEntropy()
         self.adamw, self.collect = adamw, collect
         self.record = Record()
+        self.own_gradients: dict[str, list[Tensor]] = {}
         self.pending = 0.0
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
@@ -109,7 +98,7 @@ class Recorded(L.LightningModule):
         self.pending += float(loss)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        record, step = self.record, len(self.record.losses)
+        record = self.record
         record.losses.append(self.pending)
         self.pending = 0.0
         optimizer = self.trainer.strategy.optimizers[0]
@@ -118,8 +107,9 @@ class Recorded(L.LightningModule):
         else:
             norms = [torch.linalg.vector_norm(p.grad) for p in self.parameters() if p.grad is not None]
             record.norms.append(float(torch.linalg.vector_norm(torch.stack(norms))))
-        if step in GRADIENT_STEPS:
-            record.gradients[step] = self.whole({n: p.grad for n, p in self.named_parameters()})
+        for name, p in self.named_parameters():
+            if p.grad is not None:
+                self.own_gradients.setdefault(name, []).append(p.grad.detach().clone())
 
     def on_train_batch_end(self, *args: Any) -> None:
         for _, layer in self.model.moe_layers():
@@ -130,12 +120,14 @@ class Recorded(L.LightningModule):
         losses = torch.tensor(self.record.losses, dtype=torch.float64)
         self.record.losses = self.trainer.strategy.reduce(losses, reduce_op="mean").tolist()
         self.record.parameters = self.whole(dict(self.named_parameters()))
+        # Steps as the last dim, where no axis cuts: one gather for all of them.
+        self.record.gradients = self.whole({name: torch.stack(g, -1) for name, g in self.own_gradients.items()})
 
-    def whole(self, tensors: dict[str, Tensor | None]) -> dict[str, Tensor]:
-        """Tensors that are shaped as the parameters of these names, put together from all ranks."""
+    def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors shaped as the parameters of these names, but for dims added at the end, whole."""
         strategy = self.trainer.strategy
         if not isinstance(strategy, tex.TexMoEStrategy):
-            return {name: t.detach().clone() for name, t in tensors.items() if t is not None}
+            return {name: t.detach().clone() for name, t in tensors.items()}
         placed = placement.placements(self, strategy.topology)
         return {name: p.gather(tensors[name].detach()).clone() for name, p in placed.items()}
 
@@ -252,10 +244,13 @@ def train_reference(options: Options, slices: int, precision: str, changes: tupl
     return module.record
 
 
-def train_cases(cases: list[tuple[Case, str]]) -> list[Record]:
-    """Several cases of one world, one after the other on the same processes."""
+def errors_of_cases(runs: list[tuple[Case, str]], references: list[Record]) -> list[dict[str, float]]:
+    """Several cases of one world, one after the other on the same processes: this rank's errors of each."""
     quiet()
-    return [train_case(case, precision) for case, precision in cases]
+    return [
+        errors(train_case(case, precision), reference, kinds(case))
+        for (case, precision), reference in zip(runs, references, strict=True)
+    ]
 
 
 def train_references(wanted: list[tuple[Any, ...]]) -> list[Record]:
@@ -271,9 +266,6 @@ def reference_of(case: Case, precision: str) -> tuple[Any, ...]:
     """What a case's reference depends on: the arguments of ``train_reference``."""
     slices = case.sizes.data if case.options.capacity else 1
     return case.options.mathematics(), slices, precision, tuple(small(case.sizes).items())
-
-
-# --- comparing
 
 
 def kinds(case: Case) -> dict[str, str]:
@@ -293,27 +285,3 @@ def kinds(case: Case) -> dict[str, str]:
         )
         found.update({f"model.{prefix}.{own}": kind for own, _ in module.named_parameters(recurse=False)})
     return found
-
-
-def distance(got: Tensor, expected: Tensor) -> float:
-    """||got - expected|| / ||expected||; 0 where both are 0."""
-    assert got.shape == expected.shape, (got.shape, expected.shape)
-    norm, difference = float(expected.norm()), float((got - expected).norm())
-    return difference / norm if norm else difference
-
-
-def errors(got: Record, expected: Record, kind_of: dict[str, str]) -> dict[str, float]:
-    """The worst relative error of losses, norms, and parameters and gradients of each kind."""
-    assert len(got.losses) == len(expected.losses) > 0
-    worst = {
-        "loss": max(abs(a - b) / abs(b) for a, b in zip(got.losses, expected.losses, strict=True)),
-        "norm": max(abs(a - b) / abs(b) for a, b in zip(got.norms, expected.norms, strict=True)),
-    }
-    compared = [("parameters", got.parameters, expected.parameters)]
-    compared += [("gradients", got.gradients[step], expected.gradients[step]) for step in expected.gradients]
-    for what, ours, theirs in compared:
-        assert ours.keys() == theirs.keys(), ours.keys() ^ theirs.keys()
-        for name, value in theirs.items():
-            key = f"{kind_of[name]} {what}"
-            worst[key] = max(worst.get(key, 0.0), distance(ours[name], value))
-    return worst
