@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
-from lightning.pytorch.plugins import DoublePrecision, MixedPrecision, Precision
+from lightning.pytorch.plugins import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch.optim import Optimizer
 
 from lightning_tex.moe.losses import auxiliary_loss
 from lightning_tex.moe.router import Router
-from lightning_tex.optim import TiledOptimizer
+from lightning_tex.optim import Storage, TiledOptimizer
 
 _NORMS = (
     nn.LayerNorm,
@@ -26,11 +27,24 @@ _NORMS = (
 )
 
 
-class _TrainStep(Precision):
+class TrainStep(Precision):
     """The order of a train step: closure (forward, zero_grad, backward); reduce gradients; hooks; clip; step.
 
     Gradients of the last layers are reduced while the closure's backward still runs, if nothing comes in between.
     """
+
+    def storage(self, wanted: Storage) -> Storage:
+        """How the optimizer keeps its states under this precision.
+
+        Raises:
+            ValueError: a format that is not made for it.
+        """
+        if wanted.state_format != "fp32":
+            raise ValueError(
+                f"optimizer_state_format={wanted.state_format!r} is made for bf16 parameters, and "
+                f"precision={self.precision!r} has none; legal: 'fp32', or precision='bf16-mixed' or 'bf16-true'"
+            )
+        return wanted
 
     def pre_backward(self, tensor: Tensor, module: LightningModule) -> Tensor:  # type: ignore[override]
         """Add the auxiliary losses nobody collected, divided by the accumulation as Lightning divides the loss."""
@@ -38,8 +52,15 @@ class _TrainStep(Precision):
             tensor = tensor + auxiliary_loss(module) / module.trainer.accumulate_grad_batches
         for optimizer in module.trainer.strategy.optimizers:
             if isinstance(optimizer, TiledOptimizer):
-                optimizer.look_at(tensor)
+                optimizer.before_backward(tensor, undisturbed=self._may_overlap(module))
         return super().pre_backward(tensor, module)
+
+    def post_backward(self, tensor: Tensor, module: LightningModule) -> Tensor:  # type: ignore[override]
+        """Send the gradients at once, where they are not kept."""
+        for optimizer in module.trainer.strategy.optimizers:
+            if isinstance(optimizer, TiledOptimizer):
+                optimizer.after_backward()
+        return super().post_backward(tensor, module)
 
     def optimizer_step(  # type: ignore[override]
         self, optimizer: Optimizer, model: LightningModule, closure: Callable[[], Any], **kwargs: Any
@@ -49,9 +70,16 @@ class _TrainStep(Precision):
         with optimizer.overlapping() if self._may_overlap(model) else nullcontext():
             result = closure()
         optimizer.reduce_gradients(whole=self._looked_at(model))
+        self._unscale(optimizer)
         self._after_closure(model, optimizer)
-        optimizer.step(**kwargs)
+        self._step(optimizer, **kwargs)
         return result
+
+    def _unscale(self, optimizer: TiledOptimizer) -> None:
+        """Take the loss scale out of the gradients, if there is one."""
+
+    def _step(self, optimizer: TiledOptimizer, **kwargs: Any) -> None:
+        optimizer.step(**kwargs)
 
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         if isinstance(optimizer, TiledOptimizer):  # or configure_optimizers returned None
@@ -83,45 +111,130 @@ def _callbacks(model: LightningModule) -> list[Any]:
     return model.trainer.callbacks  # type: ignore[attr-defined]
 
 
-class TexPrecision(_TrainStep):
+class TexPrecision(TrainStep):
     """``32-true``: everything in fp32."""
 
 
-class TexDoublePrecision(_TrainStep, DoublePrecision):
+class TexDoublePrecision(TrainStep, DoublePrecision):
     """``64-true``: everything in fp64."""
 
 
-class TexMixedPrecision(_TrainStep, MixedPrecision):  # type: ignore[misc]
-    """``bf16-mixed``: bf16 parameters with fp32 masters in the optimizer, autocast active; routers and norms fp32.
+class TexMixedPrecision(TrainStep, MixedPrecision):  # type: ignore[misc]
+    """16-bit parameters with fp32 masters in the optimizer, autocast active; routers and norms fp32.
 
     This differs from Lightning's own meaning (fp32 parameters, autocast only): parameters take half the memory.
+    ``bf16-mixed``: parameters are bf16. ``16-mixed``: they are fp16, and the loss is scaled dynamically: an infinity or
+    NaN in any gradient makes all ranks skip the step and lower the scale.
+
+    Args:
+        precision: ``"bf16-mixed"`` or ``"16-mixed"``.
+        device: where autocast acts, ``"cpu"`` or ``"cuda"``.
+        scaler: for ``16-mixed``, whose settings and scale to begin with; ``None``: torch's defaults.
     """
 
+    def __init__(
+        self,
+        precision: Literal["16-mixed", "bf16-mixed"],
+        device: str,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        super().__init__(precision, device, scaler)
+        if self.scaler is not None:
+            self.scaler = ShardedGradScaler.like(self.scaler, device)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bf16-mixed" else torch.float16
+
     def convert_module(self, module: nn.Module) -> nn.Module:
-        """Cast floating parameters to bf16, except those of routers and norms."""
+        """Cast floating parameters to 16 bits, except those of routers and norms."""
         for part in module.modules():
             if not isinstance(part, (Router, *_NORMS)):
                 for parameter in part.parameters(recurse=False):
                     if parameter.is_floating_point():
-                        parameter.data = parameter.data.to(torch.bfloat16)
+                        parameter.data = parameter.data.to(self._dtype)
         return module
 
+    def storage(self, wanted: Storage) -> Storage:
+        if self.scaler is None:
+            return wanted
+        return replace(super().storage(wanted), guard=None)  # the loss scale looks for infinities
 
-def tex_precision(plugin: Precision) -> Precision:
+    def _unscale(self, optimizer: TiledOptimizer) -> None:
+        if self.scaler is not None:
+            self.scaler.unscale_(optimizer)
+
+    def _step(self, optimizer: TiledOptimizer, **kwargs: Any) -> None:
+        if self.scaler is None:
+            super()._step(optimizer, **kwargs)
+        else:
+            self.scaler.step(optimizer, **kwargs)
+            self.scaler.update()
+
+
+class ShardedGradScaler(torch.amp.GradScaler):
+    """torch's dynamic loss scale for gradients of which a rank has its own part, scaled on their way to the step."""
+
+    @classmethod
+    def like(cls, scaler: torch.amp.GradScaler, device: str) -> ShardedGradScaler:
+        """One with another's settings, at its scale."""
+        own = cls(device, enabled=scaler.is_enabled())
+        if scaler.is_enabled():
+            own.load_state_dict(scaler.state_dict())
+        return own
+
+    def _unscale_grads_(  # type: ignore[override]
+        self, optimizer: TiledOptimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
+    ) -> dict[torch.device, Tensor]:
+        optimizer.scale_gradients(float(inv_scale))
+        return {found_inf.device: torch.full_like(found_inf, not optimizer.finite())}
+
+    def _maybe_opt_step(self, optimizer: TiledOptimizer, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        if not optimizer.finite():
+            return optimizer.skip()
+        return super()._maybe_opt_step(optimizer, *args, **kwargs)
+
+
+class TexHalfPrecision(TrainStep, HalfPrecision):
+    """``bf16-true``: parameters, optimizer states and everything computed in bf16, but scores of routers.
+
+    Raises:
+        MisconfigurationException: ``16-true``, in which small gradients are 0 and nothing scales the loss.
+    """
+
+    def __init__(self, precision: Literal["bf16-true", "16-true"]) -> None:
+        if precision != "bf16-true":
+            raise MisconfigurationException(_unsupported(precision, type(self).__name__))
+        super().__init__(precision)
+
+    def storage(self, wanted: Storage) -> Storage:
+        """Without masters, unless a format is asked for."""
+        return replace(wanted, masters=False)
+
+
+def tex_precision(plugin: Precision) -> TrainStep:
     """The plugin of ours that does what Lightning's would, on the strategy's train step.
 
     Raises:
         MisconfigurationException: a precision that the strategy does not support, by name.
     """
-    if isinstance(plugin, _TrainStep):
+    if isinstance(plugin, TrainStep):
         return plugin
     if type(plugin) is Precision:
         return TexPrecision()
     if type(plugin) is DoublePrecision:
         return TexDoublePrecision()
-    if type(plugin) is MixedPrecision and plugin.precision == "bf16-mixed":
-        return TexMixedPrecision("bf16-mixed", plugin.device)
+    if type(plugin) is MixedPrecision:
+        return TexMixedPrecision(plugin.precision, plugin.device, plugin.scaler)  # type: ignore[arg-type]
+    if type(plugin) is HalfPrecision:
+        return TexHalfPrecision(plugin.precision)
     raise MisconfigurationException(
-        f"precision={getattr(plugin, 'precision', type(plugin).__name__)!r} ({type(plugin).__name__}) is not supported "
-        "by TexMoEStrategy; legal: '32-true', '64-true', 'bf16-mixed'"
+        _unsupported(getattr(plugin, "precision", type(plugin).__name__), type(plugin).__name__)
+    )
+
+
+def _unsupported(precision: str, plugin: str) -> str:
+    return (
+        f"precision={precision!r} ({plugin}) is not supported by TexMoEStrategy; legal: '32-true', '64-true', "
+        "'bf16-mixed', '16-mixed', 'bf16-true'"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
@@ -30,8 +31,9 @@ from lightning_tex.evaluation import run_until_all_are_done
 from lightning_tex.layers.vocab import require_both_ends
 from lightning_tex.mesh_strategy import MeshStrategy
 from lightning_tex.moe import MoE, auxiliary_loss
-from lightning_tex.optim import TiledOptimizer
-from lightning_tex.precision import tex_precision
+from lightning_tex.optim import Storage, TiledOptimizer
+from lightning_tex.optim.storage import StateFormatName, ZeroStage
+from lightning_tex.precision import TrainStep, tex_precision
 from lightning_tex.random_state import data_rank_random_state, shared_seed
 from lightning_tex.recompute import recompute
 from lightning_tex.saving import Checkpoints
@@ -57,9 +59,11 @@ class TexMoEStrategy(MeshStrategy):
             (folding: experts stay whole and spread over tensor ranks too).
         sequence_parallel: between VocabParallelEmbedding and VocabParallelHead, split activations over tensor along
             the sequence, dim -2; needs both layers, and lengths that the tensor size divides.
-        zero_stage: not supported yet except 1: optimizer states are sharded over replicas.
-        tile_size: elements the optimizer updates at once, which bounds its temporary memory; ``None``: 8M.
-        optimizer_state_format: not supported yet except ``"fp32"``.
+        zero_stage: 0: each replica keeps all optimizer states; 1: they are sharded over replicas; 2: gradients too,
+            which leave in every micro-batch's backward: ``.grad`` is ``None`` after it.
+        tile_size: elements the optimizer updates at once; ``None``: as many as fit a fixed budget of temporary memory.
+        optimizer_state_format: of bf16 parameters. ``"fp32"``: fp32 master and states; ``"split"``: the same numbers in
+            2 bytes less per parameter; ``"int8"``: states in 8 bits; ``"stochastic"``: no master, states in bf16.
         duplicate_token_dropping: split the tokens that tensor ranks hold alike before the all-to-all (section 5.1).
         activation_checkpointing: recompute the blocks' activations in the backward. ``"full"`` repeats their
             collectives; ``"communication_aware"`` replays what they gave in the first forward (section 5.2).
@@ -69,6 +73,9 @@ class TexMoEStrategy(MeshStrategy):
             file that ``strategy="auto"`` and ``torch.load`` read.
         process_group_backend: ``None``: nccl on GPUs, gloo on CPUs.
         timeout: of collectives.
+        max_skipped_steps: a step with an infinite or NaN gradient on any rank is skipped on all; this many in a row end
+            the training with an error that names a parameter. ``None``: such steps are taken. With a loss scale
+            (16-mixed) that decides instead.
 
     Raises:
         ValueError: a layout that the world or the model does not allow, naming the option and the legal values.
@@ -88,26 +95,19 @@ class TexMoEStrategy(MeshStrategy):
         expert_parallel_size: int | Literal["auto"] = "auto",
         expert_tensor_parallel_size: int | None = None,
         sequence_parallel: bool = False,
-        zero_stage: Literal[0, 1, 2] = 1,
+        zero_stage: ZeroStage = 1,
         tile_size: int | None = None,
-        optimizer_state_format: Literal["fp32", "split", "int8", "stochastic"] = "fp32",
+        optimizer_state_format: StateFormatName = "fp32",
         duplicate_token_dropping: bool = True,
         activation_checkpointing: Literal["full", "communication_aware"] | None = None,
         activation_checkpointing_policy: set[type[nn.Module]] | None = None,
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
+        max_skipped_steps: int | None = 10,
     ) -> None:
         lightnings = (accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
         super().__init__(process_group_backend, timeout, *lightnings)
-        for option, value, only in (
-            ("zero_stage", zero_stage, 1),
-            ("optimizer_state_format", optimizer_state_format, "fp32"),
-        ):
-            if value != only:
-                raise ValueError(f"{option}={value!r} is not supported yet; legal in this version: {only!r}")
-        if tile_size is not None and tile_size < 64:
-            raise ValueError(f"tile_size={tile_size} elements is too small; legal: 64 or more, or None")
         self._sizes = partial(
             Layout.resolve,
             tensor_parallel_size=tensor_parallel_size,
@@ -117,7 +117,7 @@ class TexMoEStrategy(MeshStrategy):
         )
         self._expert_size_given = expert_parallel_size != "auto"
         self.communication = Communication(duplicate_token_dropping, sequence_parallel=sequence_parallel)
-        self._tile_size = tile_size
+        self._storage = Storage(zero_stage, optimizer_state_format, tile_size=tile_size, guard=max_skipped_steps)
         if activation_checkpointing not in (None, "full", "communication_aware"):
             legal = "None, 'full', 'communication_aware'"
             raise ValueError(f"activation_checkpointing={activation_checkpointing!r}; legal: {legal}")
@@ -129,6 +129,7 @@ class TexMoEStrategy(MeshStrategy):
         self._recompute = partial(recompute, mode=activation_checkpointing, policy=activation_checkpointing_policy)
         self._save_distributed_checkpoint = save_distributed_checkpoint
         self._topology: Topology | None = None
+        self._seed = 0
         self._compared: Counter[Any] = Counter()
 
     # --- layout and precision
@@ -150,8 +151,9 @@ class TexMoEStrategy(MeshStrategy):
         return self._sizes(self.world_size, num_experts=self._num_experts())
 
     @property
-    def precision_plugin(self) -> Precision:
-        return super().precision_plugin
+    def precision_plugin(self) -> TrainStep:
+        plugin = super().precision_plugin
+        return plugin if isinstance(plugin, TrainStep) else tex_precision(plugin)
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
@@ -191,7 +193,7 @@ class TexMoEStrategy(MeshStrategy):
             require_both_ends(self.model)
         if self._topology is None or self._topology.layout != layout:
             self._topology = Topology.build(layout, self.root_device.type, self._mesh, self.communication)
-        seed = shared_seed(self.topology.world, self.root_device)
+        seed = self._seed = shared_seed(self.topology.world, self.root_device)
         self._require_same_model()
         placement.synchronise(self.model, self.topology.world, self.root_device)
         placement.cut(self.model, self.topology)
@@ -236,8 +238,9 @@ class TexMoEStrategy(MeshStrategy):
         parameters = dict(self.model.named_parameters())
         placed = {parameters[name]: p for name, p in placement.placements(self.model, self.topology).items()}
         if not isinstance(self.optimizers[0], _MockOptimizer):  # configure_optimizers returned None
-            how = self._tile_size, self.communication
-            self.optimizers = [TiledOptimizer(self.optimizers[0], placed, self.topology.world, *how)]
+            storage = self.precision_plugin.storage(replace(self._storage, seed=self._seed))
+            world, how = self.topology.world, self.communication
+            self.optimizers = [TiledOptimizer(self.optimizers[0], placed, world, storage, how)]
             for config in self.lr_scheduler_configs:  # or a learning-rate monitor would find two optimizers
                 config.scheduler.optimizer = self.optimizers[0]
 

@@ -11,19 +11,23 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_tex.collectives import all_reduce
-from lightning_tex.optim.flat import FlatBuffer
+from lightning_tex.optim.flat import Entry
+from lightning_tex.optim.gradients import Gradients
 from lightning_tex.topology import Axis
+
+# Buffers under way at once when each is freed as soon as it has arrived.
+_UNDER_WAY = 2
 
 
 class Overlap:
-    """Starts the reduction of each buffer as soon as a backward has put the last of its gradients in.
+    """Starts the reduction of each buffer's gradients as soon as a backward has put the last of them in.
 
-    Buffers start in one fixed order on all ranks. It is the order in which they became complete in the first
-    backward, on the rank where that was last; one that stayed incomplete on some rank (a parameter without gradient)
-    comes after all others and holds up none of them. The first backward itself overlaps nothing.
+    Buffers start in one fixed order on all ranks. At first it is that of the model, backwards; after the first backward
+    it is the order in which they became complete, on the rank where that was last; one that stayed incomplete on some
+    rank (a parameter without gradient) comes after all others and holds up none of them.
 
     Args:
-        buffers: what is reduced.
+        gradients: what is reduced.
         world: the ranks that must agree.
         counted: what is sent inside counts as the optimizer's.
         name: a parameter's name, for messages.
@@ -31,69 +35,82 @@ class Overlap:
 
     def __init__(
         self,
-        buffers: list[FlatBuffer],
+        gradients: list[Gradients],
         world: Axis,
         counted: Callable[[], AbstractContextManager[None]],
         name: Callable[[nn.Parameter], str],
     ) -> None:
-        self.buffers, self.world, self._counted, self._name = list(buffers), world, counted, name
-        self._missing: dict[FlatBuffer, set[Tensor]] | None = None
-        self._completed: list[FlatBuffer] | None = None
+        self.gradients, self.world, self._counted, self._name = gradients[::-1], world, counted, name
+        self._missing: dict[Gradients, set[Tensor]] | None = None
+        self._completed: list[Gradients] | None = None
         self._agreed = False
         self._hooks: list[RemovableHandle] = [
-            entry.parameter.register_post_accumulate_grad_hook(partial(self._arrived, buffer))
-            for buffer in buffers
-            for entry in buffer.entries
+            entry.parameter.register_post_accumulate_grad_hook(partial(self._arrived, each, entry))
+            for each in gradients
+            for entry in each.buffer.entries
         ]
 
     @contextmanager
     def during(self) -> Iterator[None]:
-        """Inside runs the step's last backward, and only one."""
-        self._missing = {buffer: {entry.parameter for entry in buffer.entries} for buffer in self.buffers}
-        self._completed = []
+        """Inside runs the last backward before the gradients are needed, and only one."""
+        self.begin()
         try:
             yield
         finally:
             self._missing = None
 
-    def _arrived(self, buffer: FlatBuffer, parameter: nn.Parameter) -> None:
-        if self._missing is None or self._completed is None:
-            return
-        if buffer.reducing:
+    def begin(self) -> None:
+        """The next backward is the last one before :meth:`start_all`."""
+        self._missing = {each: {entry.parameter for entry in each.buffer.entries} for each in self.gradients}
+        self._completed = []
+
+    def _arrived(self, gradients: Gradients, entry: Entry, parameter: nn.Parameter) -> None:
+        if self._missing is not None and gradients.started:
             raise RuntimeError(
                 f"a gradient of {self._name(parameter)} arrived after it was reduced: it is computed in several parts, "
                 "as reentrant checkpoints do; legal: torch.utils.checkpoint(..., use_reentrant=False), or "
                 "TexMoEStrategy(activation_checkpointing=...)"
             )
-        missing = self._missing[buffer]
+        gradients.arrived(entry)
+        if self._missing is None or self._completed is None:
+            return
+        missing = self._missing[gradients]
         missing.discard(parameter)
         if missing:
             return
-        self._completed.append(buffer)
-        if self._agreed:
-            with self._counted():
-                self._start_while(lambda waiting: waiting in self._completed)  # type: ignore[operator]
+        self._completed.append(gradients)
+        with self._counted():
+            self._start_while(lambda waiting: waiting in self._completed)  # type: ignore[operator]
 
     def start_all(self) -> None:
         """Start what has not started; collective."""
+        self._start_while(lambda _: True)
+        self._missing = None
+
+    def finish_all(self) -> None:
+        """Wait for everything; collective, once per :meth:`start_all`."""
+        for each in self.gradients:
+            each.finish()
+            each.started = False
         if not self._agreed and self._completed is not None:
             self._agree(self._completed)
-        self._start_while(lambda _: True)
 
-    def _start_while(self, ready: Callable[[FlatBuffer], bool]) -> None:
-        for buffer in self.buffers:
-            if not buffer.reducing:
-                if not ready(buffer):
+    def _start_while(self, ready: Callable[[Gradients], bool]) -> None:
+        for i, each in enumerate(self.gradients):
+            if not each.started:
+                if not ready(each):
                     return
-                buffer.start_reduction()
+                each.start()
+                each.started = True
+                if each.frees and i >= _UNDER_WAY:
+                    self.gradients[i - _UNDER_WAY].finish()
 
-    def _agree(self, completed: list[FlatBuffer]) -> None:
-        places = [completed.index(b) if b in completed else len(self.buffers) for b in self.buffers]
-        device = self.buffers[0].parameters.device if self.buffers else None
+    def _agree(self, completed: list[Gradients]) -> None:
+        places = [completed.index(each) if each in completed else len(self.gradients) for each in self.gradients]
+        device = self.gradients[0].own.device if self.gradients else None
         places = all_reduce(torch.tensor(places, device=device), self.world, "max", "exchange_counts").tolist()
-        self.buffers = [
-            buffer for _, buffer in sorted(zip(places, self.buffers, strict=True), key=lambda pair: pair[0])
-        ]
+        by_place = sorted(zip(places, self.gradients, strict=True), key=lambda pair: pair[0])
+        self.gradients = [each for _, each in by_place]
         self._agreed = True
 
     def release(self) -> None:

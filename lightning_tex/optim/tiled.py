@@ -1,88 +1,54 @@
-"""The sharded (ZeRO-1), tiled optimizer that the strategy puts in the place of the user's."""
+"""The sharded, tiled optimizer that the strategy puts in the place of the user's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_tex import collectives
-from lightning_tex.optim.engine import Engine, fastest, require_elementwise
-from lightning_tex.optim.flat import ALIGNMENT, FlatBuffer, kind
+from lightning_tex.optim.engine import Engine
+from lightning_tex.optim.flat import FlatBuffer, Member, buckets, kind
 from lightning_tex.optim.overlap import Overlap
+from lightning_tex.optim.rounding import Dice
+from lightning_tex.optim.shard import Piece, Shard
+from lightning_tex.optim.storage import Storage
 from lightning_tex.placement import Placement
 from lightning_tex.stream import reached, reached_directly
 from lightning_tex.topology import Axis, Communication
 
-DEFAULT_TILE_SIZE = 1 << 23
-# Elements of a buffer. Gradients are reduced buffer by buffer: several, to begin early; not too small, to be fast.
-BUCKETS, SMALLEST_BUCKET, LARGEST_BUCKET = 8, 1 << 18, 1 << 24
-
-
-class Shard:
-    """This rank's part of one buffer: its master, and the windows (tiles) that a step walks.
-
-    The master is the parameters' own part where they are fp32 or fp64, else an fp32 copy. Tiles are persistent views
-    of it, because torch keys optimizer state by tensor.
-
-    Args:
-        buffer: the buffer.
-        group: the optimizer group it belongs to; its options are read at every step.
-        tile_size: elements in a tile, a multiple of 64.
-    """
-
-    def __init__(self, buffer: FlatBuffer, group: dict[str, Any], tile_size: int) -> None:
-        self.buffer, self.group = buffer, group
-        self.low_precision = buffer.parameters.dtype in (torch.bfloat16, torch.float16)
-        self.master = buffer.shard.float() if self.low_precision else buffer.shard
-        self.tiles = [nn.Parameter(tile, requires_grad=False) for tile in self.master.split(tile_size)]
-        self.tile_size = tile_size
-        self._versions = self._current_versions()
-
-    def step(self, engine: Engine, scale: float) -> None:
-        """Update the own part: gradient times ``scale``, upcast, one tile at a time."""
-        self.refresh()
-        options = fastest(engine.optimizer, self.group)
-        gradients = self.buffer.gradient_shard.split(self.tile_size)
-        for tile, stored, gradient in zip(self.tiles, self.buffer.shard.split(self.tile_size), gradients, strict=True):
-            gradient = gradient.to(tile.dtype)
-            engine.step(tile, gradient.mul_(scale) if scale != 1 else gradient, options)
-            if self.low_precision:
-                stored.copy_(tile)
-
-    def refresh(self) -> None:
-        """Take up parameters that somebody else wrote since the last step (a loaded state dict, a callback)."""
-        versions = self._current_versions()
-        if self.low_precision and versions != self._versions:
-            self.master.copy_(self.buffer.shard)
-        self._versions = versions
-
-    def keep_master(self) -> None:
-        """Hold the master for newer than the parameters, whoever wrote those."""
-        self._versions = self._current_versions()
-
-    def _current_versions(self) -> list[int]:
-        # Our own writes go through the buffer and do not count here.
-        return [entry.parameter._version for entry in self.buffer.entries]
-
 
 @dataclass
 class Pending:
-    """What has been done to the gradients since the last step: combined over replicas; to be scaled by this.
+    """What has been done to the gradients since the last step.
 
     An object of its own, because Lightning's wrapper forwards reads to the optimizer but keeps what is assigned.
+
+    left: they left in each backward (ZeRO 2). reduced: combined over replicas. scale: to be scaled by this. norm: their
+    norm before that, if it is known. finite: whether it was.
     """
 
+    left: bool = False
     reduced: bool = False
     scale: float = 1.0
+    norm: Tensor | None = None
+    finite: bool | None = None
 
     def clear(self) -> None:
-        self.reduced, self.scale = False, 1.0
+        self.left, self.reduced, self.scale, self.norm, self.finite = False, False, 1.0, None, None
+
+
+@dataclass
+class Skipped:
+    """Steps not taken because a gradient was infinite or NaN: since training was set up, and the last ones in a row."""
+
+    total: int = 0
+    in_a_row: int = 0
 
 
 class TiledOptimizer(Optimizer):
@@ -96,7 +62,7 @@ class TiledOptimizer(Optimizer):
         optimizer: the user's optimizer over the cut model's parameters.
         placements: parameter -> placement.
         world: all ranks, over which norms are summed.
-        tile_size: elements in one tile, rounded down to a multiple of 64; ``None``: 8M.
+        storage: what is kept, in which form and where; ``None``: the defaults.
         communication: what is done to communicate less; ``None``: the defaults.
 
     Raises:
@@ -108,17 +74,18 @@ class TiledOptimizer(Optimizer):
         optimizer: Optimizer,
         placements: dict[nn.Parameter, Placement],
         world: Axis,
-        tile_size: int | None = None,
+        storage: Storage | None = None,
         communication: Communication | None = None,
     ) -> None:
         # Monitors and messages name an optimizer by its class: let it go by the user's.
         self.__class__ = type(type(optimizer).__name__, (TiledOptimizer,), {})
         self.inner, self.world, self.placements = optimizer, world, placements
-        self.tile_size = max(ALIGNMENT, (tile_size or DEFAULT_TILE_SIZE) // ALIGNMENT * ALIGNMENT)
+        self.storage = storage or Storage()
+        self.dice = Dice(self.storage.seed)
         self.engine = Engine(optimizer)
         self.shards: list[Shard] = []
         self.frozen: list[nn.Parameter] = []
-        self.pending = Pending()
+        self.pending, self.skipped = Pending(), Skipped()
         self.communication = communication or Communication()
         self.direct: set[nn.Parameter] = set()
         self._overlap = self._new_overlap()
@@ -133,8 +100,7 @@ class TiledOptimizer(Optimizer):
             param_group = self.inner.param_groups[-1]
         else:
             self.param_groups.append(param_group)
-        require_elementwise(self.inner, param_group)
-        kinds: dict[tuple[object, ...], list[tuple[nn.Parameter, Placement]]] = {}
+        kinds: dict[tuple[object, ...], list[Member]] = {}
         for parameter in param_group["params"]:
             placement = self.placements.get(parameter)
             if placement is None:
@@ -146,22 +112,24 @@ class TiledOptimizer(Optimizer):
                 self.frozen.append(parameter)
             else:
                 kinds.setdefault(kind(parameter, placement), []).append((parameter, placement))
+        states = self.storage.for_group(self.inner, param_group, self.dice)
         for members in kinds.values():
-            for bucket in _buckets(members):
-                self.shards.append(Shard(FlatBuffer(bucket), param_group, self.tile_size))
+            for bucket in buckets(members):
+                buffer = FlatBuffer(bucket, sharded=self.storage.zero_stage > 0)
+                self.shards.append(Shard(buffer, self.storage.gradients(buffer), states(buffer), param_group))
         self._overlap.release()
         self._overlap = self._new_overlap()
 
     def _new_overlap(self) -> Overlap:
-        buffers = [shard.buffer for shard in self.shards]
-        return Overlap(buffers, self.world, self._counted, lambda parameter: self.placements[parameter].name)
+        gradients = [shard.gradients for shard in self.shards]
+        return Overlap(gradients, self.world, self._counted, lambda parameter: self.placements[parameter].name)
 
     # --- gradients
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Zero the gradient buffers. ``.grad`` stays a view of them, whatever ``set_to_none`` says."""
+        """Zero the gradients. ``.grad`` stays a view of flat buffers (or ``None``, ZeRO 2), whatever is asked for."""
         for shard in self.shards:
-            shard.buffer.zero_gradients()
+            shard.gradients.zero()
         self.pending.clear()
 
     def reduce_gradients(self, whole: bool = False) -> None:
@@ -170,19 +138,57 @@ class TiledOptimizer(Optimizer):
         Args:
             whole: make every ``.grad`` the combined gradient, not only this rank's shard of it.
         """
-        if not self.pending.reduced:
-            self._require_frozen()
-            with self._counted():
-                self._overlap.start_all()
-                for buffer in self._overlap.buffers:
-                    buffer.finish_reduction(whole, self.direct)
-            self.pending.reduced = True
+        if self.pending.reduced:
+            return
+        self._require_frozen()
+        with self._counted():
+            if not self.pending.left:
+                self._send()
+            elif any(shard.gradients.waiting for shard in self.shards):
+                raise RuntimeError(
+                    "a backward added gradients after zero_stage=2 had reduced those of this step: legal in manual "
+                    "optimization: self.manual_backward(loss) for every backward of a step, or for none"
+                )
+            for shard in self.shards:
+                shard.gradients.combine(whole, self.direct)
+        self.pending.reduced = True
+
+    def _send(self) -> None:
+        self._overlap.start_all()
+        self._overlap.finish_all()
 
     def overlapping(self) -> AbstractContextManager[None]:
         """Inside runs the step's only or last backward: gradients leave for their owners as they are completed."""
-        return self._overlap.during() if self.communication.overlap else nullcontext()
+        return self._overlap.during() if self._overlaps and not self.leaves_in_each_backward else nullcontext()
 
-    def look_at(self, loss: Tensor) -> None:
+    @property
+    def leaves_in_each_backward(self) -> bool:
+        """Whether gradients are reduced in every micro-batch (ZeRO 2), not only in the last of a step."""
+        return self.storage.zero_stage == 2
+
+    @property
+    def _overlaps(self) -> bool:
+        return self.communication.overlap
+
+    def before_backward(self, loss: Tensor, undisturbed: bool) -> None:
+        """See a loss before its backward.
+
+        Args:
+            loss: what the backward begins with.
+            undisturbed: the backward is one, and nothing looks at gradients before they are reduced.
+        """
+        self._look_at(loss)
+        if self.leaves_in_each_backward and self._overlaps and undisturbed:
+            self._overlap.begin()
+
+    def after_backward(self) -> None:
+        """Send what the backward left, if it is to leave at once; collective."""
+        if self.leaves_in_each_backward:
+            with self._counted():
+                self._send()
+            self.pending.left = True
+
+    def _look_at(self, loss: Tensor) -> None:
         """See which parameters a loss reaches without passing through the stream that sequence parallelism splits.
 
         Raises:
@@ -219,24 +225,38 @@ class TiledOptimizer(Optimizer):
     def gradient_norm(self) -> Tensor:
         """The 2-norm of all gradients, each parameter counted once, whatever the layout: an fp64 scalar; collective."""
         self.reduce_gradients()
-        squares = [shard.buffer.squared_norm() for shard in self.shards]
-        device = next(iter(self.placements)).device
-        total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=device)
-        with self._counted():
-            return collectives.all_reduce(total, self.world).sqrt() * self.pending.scale
+        if self.pending.norm is None:
+            device = next(iter(self.placements)).device
+            total = torch.zeros((), dtype=torch.float64, device=device)
+            for shard in self.shards:
+                total += shard.gradients.squared_norm()
+            with self._counted():
+                self.pending.norm = collectives.all_reduce(total, self.world).sqrt()
+        return self.pending.norm * self.pending.scale
+
+    def finite(self) -> bool:
+        """Whether no gradient anywhere is infinite or NaN; collective."""
+        if self.pending.finite is None:
+            self.pending.finite = bool(torch.isfinite(self.gradient_norm()))
+        return self.pending.finite
+
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply all gradients; done on the way through the step."""
+        self.pending.scale *= factor
 
     def clip_by_norm(self, max_norm: float) -> Tensor:
         """Scale all gradients so that their norm is at most ``max_norm``. Returns the norm before; collective."""
         norm = self.gradient_norm()
-        self.pending.scale *= min(1.0, max_norm / (float(norm) + 1e-6))
+        if self.finite():
+            self.scale_gradients(min(1.0, max_norm / (float(norm) + 1e-6)))
         return norm
 
     def clip_by_value(self, max_value: float) -> None:
-        """Clamp every gradient element to [-max_value, max_value]."""
-        self.reduce_gradients()
-        for shard in self.shards:
-            limit = max_value / self.pending.scale
-            shard.buffer.gradient_shard.clamp_(-limit, limit)
+        """Clamp every gradient element to [-max_value, max_value]; collective."""
+        if self.finite():  # clamped, an infinity would look like a gradient
+            for shard in self.shards:
+                shard.gradients.clamp(max_value / self.pending.scale)
+            self.pending.norm = None
 
     def _counted(self) -> AbstractContextManager[None]:
         """What is sent inside counts as the optimizer's."""
@@ -252,76 +272,74 @@ class TiledOptimizer(Optimizer):
             with torch.enable_grad():
                 result = closure()
         self.reduce_gradients()
+        if self.storage.guard is not None and not self.finite():
+            self.skip()
+            return result
+        self.skipped.in_a_row = 0
         under_way = []
         for shard in self.shards:
             shard.step(self.engine, self.pending.scale)
             with self._counted():
-                under_way.append(shard.buffer.gather_parameters())
+                under_way.append(shard.buffer.gather())
         for gathering in under_way:
             gathering.wait()
+        self.dice.step += 1
+        self._step_is_over()
+        return result
+
+    def _step_is_over(self) -> None:
         self.pending.clear()
         # Schedulers look here, to warn about being stepped before the optimizer.
         self.inner._opt_called = self._opt_called = True  # type: ignore[attr-defined]
-        return result
+
+    def skip(self) -> None:
+        """Do nothing instead of a step.
+
+        Raises:
+            RuntimeError: the last steps have all been skipped, as many as the storage's guard says.
+        """
+        most = self.storage.guard
+        self.skipped.total += 1
+        self.skipped.in_a_row += 1
+        self._step_is_over()
+        if most is not None and self.skipped.in_a_row >= most:
+            raise RuntimeError(
+                f"the gradient of {self._culprit()} is infinite or NaN, and some gradient was in each of the last "
+                f"{most} steps, none of which was taken; look at the data and the learning rate of the steps before. "
+                "Legal: TexMoEStrategy(max_skipped_steps=..), None to take such steps"
+            )
+
+    def _culprit(self) -> str:
+        """A parameter with a gradient that is not finite, and the rank that owns it; collective."""
+        names = sorted({placement.name for placement in self.placements.values()})
+        bad = (entry for shard in self.shards if (entry := shard.gradients.bad_entry()) is not None)
+        own = next((names.index(entry.placement.name) for entry in bad), -1)
+        device = next(iter(self.placements)).device
+        found = collectives.all_gather(torch.tensor([own], device=device), 0, self.world).tolist()
+        rank = next((rank for rank, index in enumerate(found) if index >= 0), None)
+        return "some parameter" if rank is None else f"{names[found[rank]]} (rank {rank})"
 
     def refresh(self) -> None:
         """Take up parameters that were written from outside since the last step."""
         for shard in self.shards:
             shard.refresh()
 
-    def keep_masters(self) -> None:
-        """Hold the own shards' fp32 values for newer than the parameters; collective."""
+    def keep_states(self) -> None:
+        """Hold the own shards' states for newer than the parameters; collective."""
         for shard in self.shards:
-            shard.keep_master()
-            if not shard.low_precision:
-                shard.buffer.gather_parameters().wait()
+            shard.keep()
+            shard.buffer.gather().wait()
 
     # --- state, in pieces
 
     def pieces(self) -> Iterator[Piece]:
-        """Every piece of every parameter that this rank's tiles hold."""
+        """Every piece of every parameter that this rank's windows hold."""
         for shard in self.shards:
-            starts = range(shard.buffer.shard_start, shard.buffer.shard_start + len(shard.master), shard.tile_size)
-            for tile, tile_start in zip(shard.tiles, starts, strict=True):
-                for entry in shard.buffer.entries:
-                    start, stop = max(entry.start, tile_start), min(entry.stop, tile_start + len(tile))
-                    if start < stop:
-                        within = (start - entry.start, stop - entry.start)
-                        own = slice(start - tile_start, stop - tile_start)
-                        yield Piece(entry.placement, entry.parameter, *within, tile, own)
+            yield from shard.pieces()
 
 
 # Schedulers are told of our step as they are of one they wrapped themselves.
 TiledOptimizer.step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
-
-
-def _buckets(members: list[tuple[nn.Parameter, Placement]]) -> Iterator[list[tuple[nn.Parameter, Placement]]]:
-    """Consecutive parameters, as many as make up a bucket; all in one where there is nothing to communicate."""
-    limit = sum(parameter.numel() for parameter, _ in members) // BUCKETS
-    limit = min(max(limit, SMALLEST_BUCKET), LARGEST_BUCKET)
-    if members[0][1].replicas.size == 1:
-        yield members
-        return
-    bucket: list[tuple[nn.Parameter, Placement]] = []
-    size = 0
-    for member in members:
-        if bucket and size + member[0].numel() > limit:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(member)
-        size += member[0].numel()
-    yield bucket
-
-
-class Piece(NamedTuple):
-    """Elements ``start`` to ``stop`` of a parameter's stored, flattened part, held as ``tile[own]``."""
-
-    placement: Placement
-    parameter: nn.Parameter
-    start: int
-    stop: int
-    tile: nn.Parameter
-    own: slice
 
 
 def parameter_names(groups: Iterable[dict[str, Any]], placements: dict[nn.Parameter, Placement]) -> list[list[str]]:

@@ -71,6 +71,7 @@ class Checkpoints:
             "state": optimizer_state.optimizer_state(self.optimizer),
             "param_groups": optimizer_state.group_options(self.optimizer),
             "numbers": optimizer_state.number_keys(self.optimizer),
+            "dice": asdict(self.optimizer.dice),
         }
 
     def save(self, checkpoint: dict[str, Any], filepath: Any) -> None:
@@ -163,6 +164,7 @@ class Checkpoints:
         if self.optimizer is not None and "optimizer" in own:
             saved = own["optimizer"]
             optimizer_state.load_optimizer(self.optimizer, source, saved["param_groups"], saved["numbers"])
+            self.optimizer.dice.restore(saved.get("dice"))
         if self.optimizer is not None:
             optimizer_state.load_masters(self.optimizer, source)
             if own.get("layout") == asdict(self.topology.layout):
@@ -185,10 +187,13 @@ class Checkpoints:
         saved = checkpoint["optimizer_states"][0]
         if "param_groups" in saved:
             states, groups, numbers = plain.states_by_name(saved, self.optimizer)
+            dice = saved.get("dice")
         else:  # a consolidated directory: by name already
             own = checkpoint[OWN]["optimizer"]
             states, groups, numbers = saved["state"], own["param_groups"], own["numbers"]
+            dice = own.get("dice")
         optimizer_state.load_optimizer(self.optimizer, plain.PlainFile.of_optimizer(states), groups, numbers)
+        self.optimizer.dice.restore(dice)
 
     def load_whole_model(self, checkpoint: Mapping[str, Any], strict: bool) -> None:
         """Cut the whole weights of a plain file; nothing if they came from a directory."""

@@ -191,6 +191,6 @@ def plain_data(value: Any) -> Any:
 def random_rows(streams: Mapping[str, Tensor], world: Axis) -> dict[str, GlobalTensor]:
     """Random states as global tensors [world, n], of which this rank holds its row."""
     return {
-        name: GlobalTensor((world.size, len(row)), row.dtype, [Part((world.rank, 0), row[None])])
+        name: GlobalTensor((world.size, len(row)), row.dtype, [Part.of((world.rank, 0), row[None])])
         for name, row in streams.items()
     }

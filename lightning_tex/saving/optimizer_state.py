@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,41 +12,31 @@ from torch import Tensor
 
 from lightning_tex.optim import TiledOptimizer
 from lightning_tex.optim.engine import fastest
-from lightning_tex.optim.tiled import Piece, parameter_names
+from lightning_tex.optim.formats import LOW_PRECISION, MASTER, Kept
+from lightning_tex.optim.shard import Piece, Shard
+from lightning_tex.optim.tiled import parameter_names
 from lightning_tex.saving.sharded import GlobalTensor, Part, range_parts
-from lightning_tex.saving.state import MASTER, MODEL, OPTIMIZER, Path, Saved, Source
+from lightning_tex.saving.state import MODEL, OPTIMIZER, Path, Saved, Source
 
 # --- what there is
 
 
-def window_states(optimizer: TiledOptimizer, piece: Piece) -> dict[str, Any]:
-    """The states of a piece's tile: whole windows ([tile]), scalars, and the master of a 16-bit parameter.
+def window_states(piece: Piece) -> dict[str, Any]:
+    """The states of a piece's window: :class:`Kept` values, scalars, and the master of a 16-bit parameter.
 
     Raises:
         TypeError: a state that is neither one value nor one value per element.
     """
-    states = {key: v for key, v in optimizer.engine.state.get(piece.tile, {}).items() if v is not None}
+    states = piece.shard.states.kept(piece.window)
     for key, value in states.items():
-        if not is_window(value, piece) and not is_scalar(value):
+        if not isinstance(value, Kept) and not is_scalar(value):
             raise TypeError(f"optimizer state {key!r} is neither one number nor one number per element: {value!r:.200}")
-    if has_master(piece):
-        states[MASTER] = piece.tile.detach()
     return states
-
-
-def is_window(value: Any, piece: Piece) -> bool:
-    """Whether a state has one value per element of its tile."""
-    return isinstance(value, Tensor) and value.shape == piece.tile.shape
 
 
 def is_scalar(value: Any) -> bool:
     """Whether a state is one number."""
     return value.dim() == 0 if isinstance(value, Tensor) else isinstance(value, (bool, int, float))
-
-
-def has_master(piece: Piece) -> bool:
-    """Whether the tile is a copy of higher precision, not the parameter's own memory."""
-    return piece.tile.dtype != piece.parameter.dtype
 
 
 def optimizer_state(optimizer: TiledOptimizer) -> dict[str, dict[str, GlobalTensor]]:
@@ -55,20 +46,25 @@ def optimizer_state(optimizer: TiledOptimizer) -> dict[str, dict[str, GlobalTens
     kinds: dict[tuple[str, str], tuple[tuple[int, ...], torch.dtype, bool]] = {}
     for piece in optimizer.pieces():
         placement = piece.placement
-        for key, value in window_states(optimizer, piece).items():
+        for key, value in window_states(piece).items():
             path = (placement.name, key)
-            if is_window(value, piece):
+            writes = placement.counted and piece.writes
+            if isinstance(value, Kept):
                 held = parts.setdefault(path, [])
-                held += range_parts(placement.box, piece.start, value[piece.own])
-                kinds[path] = placement.box.whole, value.dtype, placement.counted
+                held += range_parts(placement.box, piece.start, piece.stop - piece.start, partial(_own, value, piece))
+                kinds[path] = placement.box.whole, value.dtype, writes
             elif holds_first_element(piece):
                 number = torch.as_tensor(value)
-                parts[path] = [Part((), number)]
-                kinds[path] = (), number.dtype, placement.counted
+                parts[path] = [Part.of((), number)]
+                kinds[path] = (), number.dtype, writes
     state: dict[str, dict[str, GlobalTensor]] = {}
     for (name, key), (shape, dtype, writes) in kinds.items():
         state.setdefault(name, {})[key] = GlobalTensor(shape, dtype, parts[name, key], writes)
     return state
+
+
+def _own(kept: Kept, piece: Piece) -> Tensor:
+    return kept.read()[piece.own]
 
 
 def holds_first_element(piece: Piece) -> bool:
@@ -78,7 +74,7 @@ def holds_first_element(piece: Piece) -> bool:
 
 def number_keys(optimizer: TiledOptimizer) -> list[str]:
     """Keys of states that are Python numbers, not tensors."""
-    states = optimizer.engine.state.values()
+    states = (piece.shard.states.kept(piece.window) for piece in optimizer.pieces())
     return sorted({key for state in states for key, value in state.items() if isinstance(value, (int, float))})
 
 
@@ -114,18 +110,45 @@ def load_optimizer(optimizer: TiledOptimizer, source: Source, groups: list[dict[
         if path[:2] == (OPTIMIZER, "state") and path[3] != MASTER:
             saved.setdefault(path[2], {})[path[3]] = entry
     scalar = _scalar_keys(saved, optimizer)
-    optimizer.engine.state.clear()
+    for shard in optimizer.shards:
+        shard.states.forget()
+        # Shard by shard: a compact format reads into memory that is given back.
+        _load_elements(shard, source, saved, scalar)
+    _load_scalars(optimizer, source, saved, scalar, numbers)
+
+
+def _load_elements(shard: Shard, source: Source, saved: dict[str, dict[str, Saved]], scalar: set[str]) -> None:
+    wanted: dict[tuple[int, str], torch.dtype] = {}
+    for piece in shard.pieces():
+        for key, entry in saved.get(piece.placement.name, {}).items():
+            if key not in scalar:
+                wanted[piece.window, key] = entry.dtype
+    _read_windows(shard, source, wanted, lambda piece, key: (OPTIMIZER, "state", piece.placement.name, key))
+
+
+def _read_windows(
+    shard: Shard,
+    source: Source,
+    wanted: Mapping[tuple[int, str], torch.dtype],
+    path_of: Callable[[Piece, str], Path],
+) -> None:
+    """Read states of a shard's windows, by (window, key), from where ``path_of`` says."""
+    places = {(window, key): shard.states.place(window, key, dtype) for (window, key), dtype in wanted.items()}
     request: dict[Path, GlobalTensor] = {}
-    for piece, key, entry in _states_to_read(optimizer, saved):
-        path = (OPTIMIZER, "state", piece.placement.name, key)
-        if key in scalar:
-            if path not in request:
-                request[path] = GlobalTensor((), entry.dtype, [Part((), torch.zeros((), dtype=entry.dtype))])
-            continue
-        window = _allocated(optimizer, piece, key, entry)
-        _request_window(request, path, piece, window)
+    for piece in shard.pieces():
+        for (window, key), place in places.items():
+            path = path_of(piece, key)
+            if window == piece.window and path in source.saved:
+                box = piece.placement.box
+                requested = request.setdefault(path, GlobalTensor(box.whole, place.dtype))
+                requested.parts += range_parts(box, piece.start, piece.stop - piece.start, partial(_part, place, piece))
     source.fill(request)
-    _set_scalars(optimizer, request, saved, scalar, numbers)
+    for (window, key), place in places.items():
+        shard.states.placed(window, key, place)
+
+
+def _part(place: Tensor, piece: Piece) -> Tensor:
+    return place[piece.own]
 
 
 def _require_same_groups(saved: list[list[str]], groups: list[dict[str, Any]]) -> None:
@@ -148,49 +171,36 @@ def _scalar_keys(saved: dict[str, dict[str, Saved]], optimizer: TiledOptimizer) 
     }
 
 
-def _states_to_read(
-    optimizer: TiledOptimizer, saved: dict[str, dict[str, Saved]]
-) -> Iterator[tuple[Piece, str, Saved]]:
-    for piece in optimizer.pieces():
-        for key, entry in saved.get(piece.placement.name, {}).items():
-            yield piece, key, entry
-
-
-def _allocated(optimizer: TiledOptimizer, piece: Piece, key: str, entry: Saved) -> Tensor:
-    states = optimizer.engine.state[piece.tile]
-    if key not in states:
-        dtype = piece.tile.dtype if entry.dtype.is_floating_point else entry.dtype
-        states[key] = torch.zeros_like(piece.tile, dtype=dtype)
-    return states[key]
-
-
-def _request_window(request: dict[Path, GlobalTensor], path: Path, piece: Piece, window: Tensor) -> None:
-    box = piece.placement.box
-    wanted = request.setdefault(path, GlobalTensor(box.whole, window.dtype))
-    wanted.parts += range_parts(box, piece.start, window[piece.own])
-
-
-def _set_scalars(
+def _load_scalars(
     optimizer: TiledOptimizer,
-    request: dict[Path, GlobalTensor],
+    source: Source,
     saved: dict[str, dict[str, Saved]],
     scalar: set[str],
     numbers: list[str],
 ) -> None:
-    groups = {shard_tile: shard.group for shard in optimizer.shards for shard_tile in shard.tiles}
+    read: dict[Path, Tensor] = {}
+    for piece in optimizer.pieces():
+        for key, entry in saved.get(piece.placement.name, {}).items():
+            if key in scalar:
+                read[OPTIMIZER, "state", piece.placement.name, key] = torch.zeros((), dtype=entry.dtype)
+    source.fill({path: GlobalTensor((), value.dtype, [Part.of((), value)]) for path, value in read.items()})
+    largest: dict[tuple[int, int, str], Tensor] = {}
     differing = set()
-    for piece, key, _ in _states_to_read(optimizer, saved):
-        if key not in scalar:
-            continue
-        value = request[OPTIMIZER, "state", piece.placement.name, key].parts[0].tensor
-        states = optimizer.engine.state[piece.tile]
-        if key in states and float(states[key]) != float(value):
-            differing.add(key)
-            value = torch.maximum(value, torch.as_tensor(states[key], dtype=value.dtype, device=value.device))
-        options = fastest(optimizer.engine.optimizer, groups[piece.tile])
-        # As torch places it: beside the parameter only where the kernel reads it there.
-        on_device = options.get("fused") or options.get("capturable")
-        states[key] = value.item() if key in numbers else value.to(piece.tile.device if on_device else "cpu", copy=True)
+    for piece in optimizer.pieces():
+        shard = piece.shard
+        for key in scalar & saved.get(piece.placement.name, {}).keys():
+            value = read[OPTIMIZER, "state", piece.placement.name, key]
+            known = largest.get((id(shard), piece.window, key), value)
+            if float(known) != float(value):
+                differing.add(key)
+                value = torch.maximum(known, value)
+            largest[id(shard), piece.window, key] = value
+            # As torch places it: beside the parameter only where the kernel reads it there.
+            options = fastest(optimizer.engine.optimizer, shard.group)
+            on_device = options.get("fused") or options.get("capturable")
+            device = shard.buffer.parameters.device if on_device else "cpu"
+            number = value.item() if key in numbers else value.to(device, copy=True)
+            shard.states.set_number(piece.window, key, number)
     if differing:
         rank_zero_warn(
             f"The optimizer's {', '.join(sorted(differing))} differs between parameters in this checkpoint, as after "
@@ -205,13 +215,22 @@ def load_masters(optimizer: TiledOptimizer, source: Source) -> None:
     They are the saved masters or, from a checkpoint of higher precision, the weights themselves. A master is read into
     a parameter of higher precision as well.
     """
-    request: dict[Path, GlobalTensor] = {}
-    for piece in optimizer.pieces():
-        weight = (MODEL, piece.placement.name)
-        master = (OPTIMIZER, "state", piece.placement.name, MASTER)
-        if master in source.saved:
-            _request_window(request, master, piece, piece.tile.detach())
-        elif has_master(piece) and weight in source.saved:
-            _request_window(request, weight, piece, piece.tile.detach())
-    source.fill(request)
-    optimizer.keep_masters()
+    for shard in optimizer.shards:
+        wanted: dict[tuple[int, str], torch.dtype] = {}
+        low = shard.buffer.parameters.dtype in LOW_PRECISION
+        for piece in shard.pieces():
+            master, weight = _master_paths(piece)
+            if (master in source.saved and not low) or (shard.states.has_master and weight in source.saved):
+                wanted[piece.window, MASTER] = torch.float32
+
+        def path_of(piece: Piece, key: str) -> Path:
+            master, weight = _master_paths(piece)
+            return master if master in source.saved else weight
+
+        _read_windows(shard, source, wanted, path_of)
+    optimizer.keep_states()
+
+
+def _master_paths(piece: Piece) -> tuple[Path, Path]:
+    name = piece.placement.name
+    return (OPTIMIZER, "state", name, MASTER), (MODEL, name)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -11,17 +12,17 @@ from torch import Tensor, nn
 
 from lightning_tex import collectives
 from lightning_tex.optim import TiledOptimizer
-from lightning_tex.optim.tiled import Piece, parameter_names
+from lightning_tex.optim.formats import MASTER, Kept
+from lightning_tex.optim.shard import Piece
+from lightning_tex.optim.tiled import parameter_names
 from lightning_tex.placement import Placement
 from lightning_tex.saving.optimizer_state import (
     group_options,
-    has_master,
     holds_first_element,
-    is_window,
     window_states,
 )
 from lightning_tex.saving.sharded import GlobalTensor
-from lightning_tex.saving.state import MASTER, MODEL, OPTIMIZER, Path, Saved, placed_parameters, state_dict_tensors
+from lightning_tex.saving.state import MODEL, OPTIMIZER, Path, Saved, placed_parameters, state_dict_tensors
 from lightning_tex.topology import Topology
 
 # --- writing
@@ -42,8 +43,7 @@ def whole_model_state(module: nn.Module, topology: Topology, optimizer: TiledOpt
         if id(value) not in gathered:
             tensor, placement = value.detach(), known.get(id(value))
             if placement is not None and placement.name in mastered:
-                own = [(piece, piece.tile) for piece in pieces.get(placement.name, [])]
-                tensor = _gather_windows(placement, own, torch.float32, _device(optimizer))
+                tensor = _gather_windows(placement, MASTER, pieces, torch.float32, _device(optimizer))
             elif placement is not None:
                 # After a fit Lightning has moved the module to the host, where the group may have no backend.
                 tensor = placement.gather(tensor.to(_device(optimizer) or tensor.device))
@@ -58,7 +58,7 @@ def _mastered(optimizer: TiledOptimizer | None) -> set[str]:
     if optimizer is None:
         return set()
     optimizer.refresh()
-    shards = [shard for shard in optimizer.shards if shard.low_precision]
+    shards = [shard for shard in optimizer.shards if shard.states.has_master]
     return {entry.placement.name for shard in shards for entry in shard.buffer.entries}
 
 
@@ -79,26 +79,25 @@ def whole_optimizer_state(optimizer: TiledOptimizer, topology: Topology) -> dict
         values = {}
         for key, kind in kinds.items():
             if isinstance(kind, torch.dtype):
-                held = [(p, optimizer.engine.state[p.tile][key]) for p in pieces.get(name, [])]
-                values[key] = _host(_gather_windows(placed[name], held, kind, _device(optimizer)))
+                values[key] = _host(_gather_windows(placed[name], key, pieces, kind, _device(optimizer)))
             else:
                 values[key] = kind
         state[numbers[name]] = values
     if topology.world.rank != 0:
         return {}
     plain_groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in groups]
-    return {"state": dict(sorted(state.items())), "param_groups": plain_groups}
+    return {"state": dict(sorted(state.items())), "param_groups": plain_groups, "dice": asdict(optimizer.dice)}
 
 
 def _agreed_keys(optimizer: TiledOptimizer, topology: Topology) -> dict[str, dict[str, Any]]:
     """Per parameter and key: the dtype of a state with one value per element, or the value of a scalar."""
     own: dict[str, dict[str, Any]] = {}
     for piece in optimizer.pieces():
-        for key, value in window_states(optimizer, piece).items():
-            if key == MASTER and has_master(piece):
+        for key, value in window_states(piece).items():
+            if key == MASTER:
                 continue
             kinds = own.setdefault(piece.placement.name, {})
-            if is_window(value, piece):
+            if isinstance(value, Kept):
                 kinds[key] = value.dtype
             elif holds_first_element(piece):
                 kinds[key] = value.cpu().clone() if isinstance(value, Tensor) else value
@@ -121,19 +120,20 @@ def _pieces(optimizer: TiledOptimizer | None) -> dict[str, list[Piece]]:
 
 
 def _gather_windows(
-    placement: Placement, held: Sequence[tuple[Piece, Tensor]], dtype: torch.dtype, device: torch.device | None
+    placement: Placement, key: str, pieces: dict[str, list[Piece]], dtype: torch.dtype, device: torch.device | None
 ) -> Tensor:
-    """A whole tensor from the windows the ranks hold of it; collective over replicas and cut axes."""
+    """A whole state from the windows the ranks hold of it; collective over replicas and cut axes."""
     stored = torch.zeros(placement.box.stored, dtype=dtype, device=device)
-    for piece, window in held:
-        stored.view(-1)[piece.start : piece.stop] = window[piece.own]
+    for piece in pieces.get(placement.name, []):
+        if piece.writes:
+            stored.view(-1)[piece.start : piece.stop] = window_states(piece)[key].read()[piece.own]
     # Each element is in one rank's window, so a sum of bytes brings them together bit for bit.
     joined = collectives.all_reduce(stored.view(-1).view(torch.uint8), placement.replicas)
     return placement.gather(joined.view(dtype).view(stored.shape))
 
 
 def _device(optimizer: TiledOptimizer | None) -> torch.device | None:
-    return optimizer.shards[0].master.device if optimizer is not None and optimizer.shards else None
+    return optimizer.shards[0].buffer.parameters.device if optimizer is not None and optimizer.shards else None
 
 
 def _host(tensor: Tensor) -> Tensor:
@@ -176,8 +176,8 @@ class PlainFile:
                     f"{'.'.join(path)} has shape {list(whole.shape)} in the checkpoint, not {list(wanted.shape)}"
                 )
             for part in wanted.parts:
-                box = tuple(slice(a, a + n) for a, n in zip(part.offsets, part.tensor.shape, strict=True))
-                part.tensor.copy_(whole[box])
+                box = tuple(slice(a, a + n) for a, n in zip(part.offsets, part.sizes, strict=True))
+                part.read().copy_(whole[box])
 
 
 def states_by_name(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
@@ -16,10 +17,19 @@ from lightning_tex.saving.boxes import Extent, clipped, range_boxes
 
 
 class Part(NamedTuple):
-    """A box held here: its global offsets, and the elements, whose shape is the box's extent."""
+    """A box held here: its global offsets, its extent, and how to get the elements in that shape.
+
+    What ``read`` gives is memory to read into, where a checkpoint is read; what is written may be put together anew.
+    """
 
     offsets: Extent
-    tensor: Tensor
+    sizes: Extent
+    read: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, offsets: Extent, tensor: Tensor) -> Part:
+        """The box that a tensor fills."""
+        return cls(offsets, tuple(tensor.shape), lambda: tensor)
 
 
 class GlobalTensor(torch.Tensor):
@@ -43,7 +53,7 @@ class GlobalTensor(torch.Tensor):
     ) -> GlobalTensor:
         tensor: GlobalTensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype)
         # An empty box says nothing, except that an empty tensor exists.
-        tensor.parts = [part for part in parts if part.tensor.numel() or not prod(shape)]
+        tensor.parts = [part for part in parts if prod(part.sizes) or not prod(shape)]
         tensor.writes = writes
         return tensor
 
@@ -72,30 +82,35 @@ class GlobalTensor(torch.Tensor):
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(torch.Size(part.offsets), part.tensor.shape) for part in self.parts]
+        return [ChunkStorageMetadata(torch.Size(part.offsets), torch.Size(part.sizes)) for part in self.parts]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        return next(part.tensor for part in self.parts if torch.Size(part.offsets) == index.offset)
+        return next(part.read() for part in self.parts if torch.Size(part.offsets) == index.offset)
 
 
 def stored_part(box: Box, stored: Tensor) -> Part:
     """The box of a stored tensor, without its padding, as a view."""
-    return Part(box.offsets, box.unpadded(stored))
+    return Part.of(box.offsets, box.unpadded(stored))
 
 
-def range_parts(box: Box, start: int, values: Tensor) -> Iterator[Part]:
+def range_parts(box: Box, start: int, length: int, read: Callable[[], Tensor]) -> Iterator[Part]:
     """Boxes of some consecutive elements of a rank's stored, flattened part, without padding, as views.
 
     Args:
         box: the rank's part.
         start: position in the flattened stored part of the first element.
-        values: the elements. [n]
+        length: how many, n.
+        read: gives the elements. [n]
     """
     position = 0
-    for offsets, sizes in range_boxes(box.stored, start, start + len(values)):
-        length = prod(sizes)
+    for offsets, sizes in range_boxes(box.stored, start, start + length):
+        count = prod(sizes)
         inside = clipped(offsets, sizes, box.sizes)
         if 0 not in inside:
-            view = values[position : position + length].view(sizes)[tuple(slice(size) for size in inside)]
-            yield Part(tuple(a + b for a, b in zip(offsets, box.offsets, strict=True)), view)
-        position += length
+            at = tuple(a + b for a, b in zip(offsets, box.offsets, strict=True))
+            yield Part(at, inside, partial(_within, read, slice(position, position + count), sizes, inside))
+        position += count
+
+
+def _within(read: Callable[[], Tensor], span: slice, sizes: Extent, inside: Extent) -> Tensor:
+    return read()[span].view(sizes)[tuple(slice(size) for size in inside)]

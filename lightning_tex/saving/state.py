@@ -19,8 +19,6 @@ Path = tuple[str, ...]
 
 MODEL = "model"
 OPTIMIZER = "optimizer_0"
-# The fp32 copy of a 16-bit parameter, saved beside the states of the user's optimizer.
-MASTER = "master"
 
 
 class Saved(NamedTuple):
@@ -73,7 +71,7 @@ def state_dict_tensors(module: nn.Module) -> dict[str, Tensor]:
 def _global(value: Tensor, position: int, placement: Placement | None, topology: Topology) -> GlobalTensor:
     if placement is None:
         return GlobalTensor(
-            tuple(value.shape), value.dtype, [Part((0,) * value.dim(), value)], topology.world.rank == 0
+            tuple(value.shape), value.dtype, [Part.of((0,) * value.dim(), value)], topology.world.rank == 0
         )
     writes = placement.counted and placement.replicas.rank == position % placement.replicas.size
     return GlobalTensor(placement.box.whole, value.dtype, [stored_part(placement.box, value)], writes)

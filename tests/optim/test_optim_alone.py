@@ -8,8 +8,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_tex import placement
-from lightning_tex.optim import TiledOptimizer
-from lightning_tex.optim.engine import Engine, fastest, require_elementwise
+from lightning_tex.optim import Storage, TiledOptimizer
+from lightning_tex.optim.engine import Engine, fastest
+from lightning_tex.optim.formats import Window
+from lightning_tex.optim.probe import probe
 from lightning_tex.topology import Axis, Topology
 
 KINDS = {
@@ -23,12 +25,15 @@ KINDS = {
     "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1, initial_accumulator_value=0.2),
     "RMSprop": lambda p: torch.optim.RMSprop(p, lr=1e-2, momentum=0.5, centered=True),
     "NAdam": lambda p: torch.optim.NAdam(p, lr=1e-2),
+    "RAdam": lambda p: torch.optim.RAdam(p, lr=1e-2, weight_decay=0.1, decoupled_weight_decay=True),
+    "Adadelta": lambda p: torch.optim.Adadelta(p, lr=1.0, rho=0.8),
+    "Adamax": lambda p: torch.optim.Adamax(p, lr=1e-2),
 }
 
 
-def probe(optimizer):
+def probe_all(optimizer):
     for group in optimizer.param_groups:
-        require_elementwise(optimizer, group)
+        probe(optimizer, group)
 
 
 def network(dtype=torch.float64):
@@ -36,10 +41,10 @@ def network(dtype=torch.float64):
     return nn.Sequential(nn.Linear(7, 19), nn.Tanh(), nn.LayerNorm(19), nn.Linear(19, 23, bias=False)).to(dtype)
 
 
-def tiled(model, optimizer, tile_size=64):
+def tiled(model, optimizer, tile_size=64, **storage):
     parameters = dict(model.named_parameters())
     at = {parameters[name]: p for name, p in placement.placements(model, Topology.single()).items()}
-    return TiledOptimizer(optimizer, at, Axis("world"), tile_size)
+    return TiledOptimizer(optimizer, at, Axis("world"), Storage(tile_size=tile_size, **storage))
 
 
 def pair(kind, tile_size=64, dtype=torch.float64):
@@ -65,8 +70,8 @@ def equal(ours, theirs, tolerance=1e-12):
 def test_five_steps_are_those_of_the_plain_optimizer(kind, tile_size):
     ours, optimizer, theirs, plain = pair(KINDS[kind], tile_size)
     if tile_size:
-        tiles = optimizer.shards[0].tiles
-        assert len(tiles) > 5 and all(tile.numel() <= tile_size for tile in tiles)
+        spans = optimizer.shards[0].states.spans
+        assert len(spans) > 5 and all(span.stop - span.start <= tile_size for span in spans)
     start = copy.deepcopy(ours)
     for step in range(5):
         for model, each in ((ours, optimizer), (theirs, plain)):
@@ -89,12 +94,19 @@ def test_fp32_steps_are_those_of_the_plain_fused_optimizer_to_rounding(kind):
     equal(ours, theirs, 1e-6)
 
 
-@pytest.mark.parametrize("kind", ["AdamW", "SGD momentum"])
-def test_tiles_change_no_bit(kind):
+LOOPS = {"fused": None, "loop": {"fused": False, "foreach": False}, "foreach": {"foreach": True}}
+
+
+@pytest.mark.parametrize("way", LOOPS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_tiles_change_no_bit(kind, way):
+    sizes = (64, 128, 192, 1 << 20, None) if way == "fused" else (1, 7, 1000, 1 << 20, None)
     results = []
-    for tile_size in (64, 128, 192, None):
+    for tile_size in sizes:
         model = network(torch.float32)
-        optimizer = tiled(model, KINDS[kind](model.parameters()), tile_size)
+        users = KINDS[kind](model.parameters())
+        users.param_groups[0].update(LOOPS[way] or {})
+        optimizer = tiled(model, users, tile_size)
         for step in range(3):
             optimizer.zero_grad()
             backward(model, step)
@@ -170,7 +182,7 @@ def test_frozen_parameters_stay_and_foreign_ones_are_refused():
 
 
 def views(optimizer):
-    return [(e.parameter, e.gradient) for shard in optimizer.shards for e in shard.buffer.entries]
+    return [(e.parameter, view) for shard in optimizer.shards for e, view in shard.gradients.views.items()]
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
@@ -269,6 +281,11 @@ def test_clipping_by_value_also_after_clipping_by_norm():
 # --- low precision and what others write
 
 
+def values(piece):
+    with piece.shard.states.window(piece.window) as window:
+        return window.tile.detach()[piece.own].clone()
+
+
 def test_bf16_parameters_have_an_fp32_master():
     model = network(torch.bfloat16)
     optimizer = tiled(model, torch.optim.SGD(model.parameters(), lr=2**-9, momentum=0.5))
@@ -288,7 +305,7 @@ def test_bf16_parameters_have_an_fp32_master():
             torch.testing.assert_close(p, master.bfloat16(), rtol=0, atol=0)
     held = {id(piece.parameter): [] for piece in optimizer.pieces()}
     for piece in optimizer.pieces():
-        held[id(piece.parameter)].append(piece.tile.detach()[piece.own])
+        held[id(piece.parameter)].append(values(piece))
     for p, master in zip(model.parameters(), masters, strict=True):
         torch.testing.assert_close(torch.cat(held[id(p)]).view_as(p), master, rtol=0, atol=1e-7)
     # Two steps too small for bf16 to see add up in the master only.
@@ -334,7 +351,7 @@ def test_pieces_cover_every_element_once():
     seen = 0
     for piece in optimizer.pieces():
         assert rebuilt[piece.parameter][piece.start : piece.stop].isnan().all()
-        rebuilt[piece.parameter][piece.start : piece.stop] = piece.tile.detach()[piece.own]
+        rebuilt[piece.parameter][piece.start : piece.stop] = values(piece)
         seen += piece.stop - piece.start
     assert seen == sum(p.numel() for p in model.parameters())
     assert all(torch.equal(values, p.flatten()) for p, values in rebuilt.items())
@@ -385,13 +402,13 @@ def test_a_third_partys_elementwise_optimizer_is_driven():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_elementwise_optimizers_pass_the_probe(kind):
-    probe(KINDS[kind]([nn.Parameter(torch.zeros(4))]))
+    probe_all(KINDS[kind]([nn.Parameter(torch.zeros(4))]))
 
 
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (torch.optim.LBFGS, "optimizer LBFGS cannot be driven window by window"),
+        (torch.optim.LBFGS, "optimizer LBFGS calls its closure 2 times in one step"),
         (torch.optim.Adafactor, "optimizer Adafactor is not elementwise"),
         (TrustRatio, "optimizer TrustRatio is not elementwise: a random matrix stepped whole and in windows differ by"),
     ],
@@ -409,16 +426,16 @@ def test_the_probe_looks_at_every_groups_options():
                 super().step()
 
     first, second = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))
-    probe(Sometimes([first, second]))
+    probe_all(Sometimes([first, second]))
     with pytest.raises(ValueError, match="Sometimes is not elementwise"):
-        probe(Sometimes([{"params": [first]}, {"params": [second], "trust": True}]))
+        probe_all(Sometimes([{"params": [first]}, {"params": [second], "trust": True}]))
 
 
 @pytest.mark.parametrize("lr", [0.0, 1e-9, torch.tensor(0.0)])
 def test_a_warm_up_from_nothing_does_not_hide_from_the_probe(lr):
     with pytest.raises(ValueError, match="TrustRatio is not elementwise"):
-        probe(TrustRatio([nn.Parameter(torch.zeros(4))], lr=lr))
-    probe(torch.optim.AdamW([nn.Parameter(torch.zeros(4))], lr=0.0))
+        probe_all(TrustRatio([nn.Parameter(torch.zeros(4))], lr=lr))
+    probe_all(torch.optim.AdamW([nn.Parameter(torch.zeros(4))], lr=0.0))
 
 
 def test_engine_leaves_the_users_optimizer_untouched():
@@ -429,14 +446,14 @@ def test_engine_leaves_the_users_optimizer_untouched():
     torch.optim.lr_scheduler.StepLR(users, 1)  # patches the instance's step
     groups_before, step_before = [dict(g) for g in users.param_groups], users.step
     window = nn.Parameter(torch.full((4,), 2.0))
-    engine = Engine(users)
+    engine, state = Engine(users), {}
     for _ in range(2):
-        engine.step(window, torch.ones(4), fastest(users, users.param_groups[0]))
+        engine.step(Window(window, state), torch.ones(4), fastest(users, users.param_groups[0]))
     assert [dict(g) for g in users.param_groups] == groups_before
     assert users.step is step_before
     assert not users.state and not called
     assert p.grad is None and torch.equal(p, torch.ones(4))
-    assert list(engine.state) == [window] and window.grad is None
+    assert set(state) == {"step", "exp_avg", "exp_avg_sq"} and window.grad is None
 
     plain = nn.Parameter(torch.full((4,), 2.0))
     reference = torch.optim.AdamW([plain], lr=0.1)

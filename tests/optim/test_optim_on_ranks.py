@@ -15,7 +15,7 @@ from lightning_tex import drawing, placement
 from lightning_tex.collectives import all_reduce
 from lightning_tex.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from lightning_tex.moe import MoE
-from lightning_tex.optim import TiledOptimizer
+from lightning_tex.optim import Storage, TiledOptimizer
 
 # tensor, expert, expert_tensor
 LAYOUTS = [(2, 2, 2), (2, 2, 1), (2, 1, 2), (1, 2, 1), (4, 4, 1), (1, 1, 1)]
@@ -41,7 +41,7 @@ def made(name, replica, step, shape):
 class Case:
     """A cut model with the tiled optimizer beside the whole one with the plain optimizer."""
 
-    def __init__(self, layout, kind, dtype=torch.float64, tile_size=64):
+    def __init__(self, layout, kind, dtype=torch.float64, **storage):
         self.topology = join(*layout)
         torch.manual_seed(0)
         self.whole = Model().to(dtype)
@@ -50,7 +50,8 @@ class Case:
         self.placements = placement.placements(self.parted, self.topology)
         parameters = dict(self.parted.named_parameters())
         at = {parameters[name]: p for name, p in self.placements.items()}
-        self.optimizer = TiledOptimizer(kind(self.parted), at, self.topology.world, tile_size)
+        storage = Storage(**{"tile_size": 64, **storage})
+        self.optimizer = TiledOptimizer(kind(self.parted), at, self.topology.world, storage)
         self.plain = kind(self.whole)
 
     def set_gradients(self, step):
@@ -204,11 +205,12 @@ def states_are_sharded():
         covered = {name: torch.zeros(at.box.stored).flatten() for name, at in case.placements.items()}
         for piece in case.optimizer.pieces():
             covered[piece.placement.name][piece.start : piece.stop] += 1
-            state = case.optimizer.engine.state[piece.tile]
-            assert state["exp_avg"].shape == piece.tile.shape
+            state = piece.shard.states.kept(piece.window)
+            span = piece.shard.states.spans[piece.window]
+            assert state["exp_avg"].read().shape == (span.stop - span.start,)
         for name, at in case.placements.items():
             assert torch.equal(all_reduce(covered[name], at.replicas), torch.ones_like(covered[name])), name
-        held = sum(tile.numel() for shard in case.optimizer.shards for tile in shard.tiles)
+        held = sum(len(shard.states.own) for shard in case.optimizer.shards)
         stored = sum(p.numel() / case.placements[n].replicas.size for n, p in case.parted.named_parameters())
         elements.append((held, stored))
     return elements

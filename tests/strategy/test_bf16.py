@@ -43,7 +43,7 @@ def fit_in(layout: Any, precision: str) -> dict[str, Any]:
     kept = (Router, nn.RMSNorm)
     full = {p.dtype for part in module.modules() if isinstance(part, kept) for p in part.parameters(recurse=False)}
     low = {p.dtype for part in module.modules() if not isinstance(part, kept) for p in part.parameters(recurse=False)}
-    masters = {tile.dtype for shard in trainer.strategy.optimizers[0].shards for tile in shard.tiles}
+    masters = {shard.states.values.dtype for shard in trainer.strategy.optimizers[0].shards}
     losses = trainer.strategy.reduce(torch.tensor(module.losses), reduce_op="mean")
     return {"full": full, "low": low, "masters": masters, "losses": losses}
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from layout_runs import FLAGS, SlicedData, quiet
-from lightning.pytorch.plugins import HalfPrecision, MixedPrecision
+from lightning.pytorch.plugins import HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from ranks import run_ranks
 from torch import Tensor, nn
@@ -84,14 +84,15 @@ def test_layout_that_the_world_does_not_allow(devices: int, arguments: dict[str,
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"zero_stage": 3}, ("zero_stage=3", "1")),
+        ({"zero_stage": 3}, ("zero_stage=3", "0, 1, 2")),
+        ({"max_skipped_steps": 0}, ("max_skipped_steps=0", "1 or more")),
         ({"optimizer_state_format": "int4"}, ("optimizer_state_format='int4'", "'fp32'")),
         ({"activation_checkpointing": "some"}, ("activation_checkpointing='some'", "None")),
         (
             {"activation_checkpointing_policy": {int}},
             ("activation_checkpointing_policy", "activation_checkpointing=None"),
         ),
-        ({"tile_size": 63}, ("tile_size=63", "64")),
+        ({"tile_size": 0}, ("tile_size=0", "1 or more")),
     ],
 )
 def test_option_that_does_not_exist(arguments: dict[str, Any], words: tuple[str, ...]) -> None:
@@ -105,10 +106,8 @@ def test_option_that_does_not_exist(arguments: dict[str, Any], words: tuple[str,
     ("precision", "plugins", "words"),
     [
         ("16-true", None, ("16-true",)),
-        ("bf16-true", None, ("bf16-true",)),
         ("transformer-engine", None, ()),
-        (None, MixedPrecision("16-mixed", "cpu"), ("16-mixed",)),
-        (None, HalfPrecision("bf16-true"), ("bf16-true",)),
+        (None, HalfPrecision("16-true"), ("16-true",)),
     ],
 )
 def test_precision_that_is_not_supported(precision: Any, plugins: Any, words: tuple[str, ...]) -> None:
@@ -120,6 +119,26 @@ def test_precision_that_is_not_supported(precision: Any, plugins: Any, words: tu
         new_trainer(1, precision, plugins)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "16-mixed"])
+@pytest.mark.parametrize("state_format", ["split", "int8", "stochastic"])
+def test_format_that_is_made_for_bf16(precision: str, state_format: str) -> None:
+    for outcome in run_ranks(1, fit_in_format, precision, state_format):
+        assert outcome["error"] == "ValueError" and outcome["steps"] == 0
+        for word in (f"optimizer_state_format='{state_format}'", f"precision='{precision}'", "'bf16-mixed'"):
+            assert word in outcome["text"], outcome["text"]
+
+
+def fit_in_format(precision: str, state_format: str) -> dict[str, Any]:
+    plugin: Precision | None = MixedPrecision("16-mixed", "cpu") if precision == "16-mixed" else None
+    trainer = new_trainer(1, None if plugin else precision, plugin, optimizer_state_format=state_format)
+    quiet()
+    try:
+        trainer.fit(Plain(), SlicedData(1))
+    except ValueError as error:
+        return {"error": "ValueError", "text": str(error), "steps": trainer.global_step}
+    return {"error": None, "text": "nothing was raised", "steps": trainer.global_step}
 
 
 # --- layout against model: before anything is cut

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_tex import TexMoEStrategy
 from lightning_tex.layers import VocabParallelCrossEntropy
 from lightning_tex.models import Decoder, DecoderConfig
-from lightning_tex.optim import tiled
+from lightning_tex.optim import flat
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance\\(treespec, LeafSpec\\).*")
 
@@ -45,7 +45,7 @@ class Watched(L.LightningModule):
         self.decoder.embedding.weight.register_post_accumulate_grad_hook(note)
 
     def flat_buffers(self) -> Any:
-        return [shard.buffer for shard in self.trainer.strategy.optimizers[0].shards]
+        return [shard.gradients for shard in self.trainer.strategy.optimizers[0].shards]
 
     def training_step(self, batch: list[Tensor], index: int) -> Tensor:
         x = self.decoder.embedding(batch[0][:, :4])
@@ -68,7 +68,7 @@ class LooksAtGradients(Watched):
 
 
 def fit(layout: dict[str, Any], overlap: bool, make: Any = Watched, **flags: Any) -> Any:
-    tiled.SMALLEST_BUCKET = 64
+    flat.SMALLEST_BUCKET = 64
     module = make()
     trainer = new_trainer(layout, **{"gradient_clip_val": 0.1, **flags})
     assert isinstance(trainer.strategy, TexMoEStrategy)
@@ -86,7 +86,7 @@ def test_training_is_bit_equal(name: str) -> None:
             assert all(torch.equal(parameters[key], value) for key, value in expected.items())
             assert none_under_way == [0] * 4
             last = under_way[1::2] if flags else under_way
-            assert last[0] == 0, "the first backward settles the order"
+            assert last[0] >= 1, "the first backward overlaps, too, in the order of the model"
             assert min(last[1:]) >= 3, "nothing left before the backward had come to the first layer"
             assert not flags or under_way[0::2] == [0, 0], "something left before the last micro-batch"
 
@@ -133,7 +133,7 @@ def test_a_gradient_in_several_parts_is_refused_by_name() -> None:
 
 def third_gradient(layout: dict[str, Any], second_fails: bool) -> list[Tensor]:
     """The combined gradients of a third backward, after a second one that failed when some gradients had left."""
-    tiled.SMALLEST_BUCKET = 64
+    flat.SMALLEST_BUCKET = 64
     module = Watched()
     trainer = new_trainer(layout, max_steps=0)
     trainer.fit(module, on_data_axis(trainer, batches(1)))
@@ -154,7 +154,7 @@ def third_gradient(layout: dict[str, Any], second_fails: bool) -> list[Tensor]:
             optimizer.reduce_gradients(whole=True)
         except InterruptedError:
             assert step == 1
-    assert backwards[0] == 0 and backwards[1] == backwards[2] >= 3
+    assert backwards[0] >= 1 and backwards[1] == backwards[2] >= 3
     return [parameter.grad.clone() for parameter in module.parameters()]
 
 

@@ -1,0 +1,133 @@
+"""What is kept of a shard between steps, and in which form: the seam behind ``optimizer_state_format``."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+# The values of more precision behind a 16-bit parameter, among the states of the user's optimizer.
+MASTER = "master"
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+class Window(NamedTuple):
+    """What the user's optimizer steps: some consecutive elements, and its state for them."""
+
+    tile: nn.Parameter
+    state: dict[str, Any]
+
+
+class Kept(NamedTuple):
+    """A state with one value per element of a window: its dtype, and how to get it. [n]"""
+
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+
+class StateFormat(ABC):
+    """The values and states of one shard, window by window.
+
+    Args:
+        own: the shard's parameters, in the dtype the model computes with. [n]
+        tile_size: elements of a window, but for the last one.
+    """
+
+    has_master: bool
+
+    def __init__(self, own: Tensor, tile_size: int) -> None:
+        self.own, self.tile_size = own, tile_size
+        self.spans = [slice(start, min(start + tile_size, len(own))) for start in range(0, len(own), tile_size)]
+
+    @abstractmethod
+    def window(self, i: int) -> AbstractContextManager[Window]:
+        """Window ``i``, to be stepped inside; what the step leaves is kept, and the parameters follow."""
+
+    @abstractmethod
+    def take_up(self) -> None:
+        """Take the parameters for the truth: somebody else wrote them."""
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Drop the optimizer's states."""
+
+    @abstractmethod
+    def kept(self, i: int) -> dict[str, Any]:
+        """States of window ``i``: :class:`Kept` or, where there is one for all elements, a number."""
+
+    @abstractmethod
+    def place(self, i: int, key: str, dtype: torch.dtype) -> Tensor:
+        """Memory to read the values of a saved state into; :meth:`placed` follows. [n]"""
+
+    @abstractmethod
+    def placed(self, i: int, key: str, values: Tensor) -> None:
+        """What :meth:`place` gave is filled."""
+
+    @abstractmethod
+    def set_number(self, i: int, key: str, value: Any) -> None:
+        """Set a state that all elements of window ``i`` share."""
+
+
+class PlainStates(StateFormat):
+    """Everything in the precision it is updated in: persistent windows, stepped in place.
+
+    Args:
+        own, tile_size: see :class:`StateFormat`.
+        master: keep an fp32 copy of the parameters and update that.
+    """
+
+    def __init__(self, own: Tensor, tile_size: int, master: bool) -> None:
+        super().__init__(own, tile_size)
+        self.has_master = master
+        self.values = own.float() if master else own
+        self.windows = [
+            Window(nn.Parameter(tile, requires_grad=False), {}) for tile in self.values.split(tile_size) if len(tile)
+        ]
+
+    @contextmanager
+    def window(self, i: int) -> Iterator[Window]:
+        yield self.windows[i]
+        if self.has_master:
+            self.own[self.spans[i]].copy_(self.windows[i].tile)
+
+    def take_up(self) -> None:
+        if self.has_master:
+            self.values.copy_(self.own)
+
+    def forget(self) -> None:
+        for window in self.windows:
+            window.state.clear()
+
+    def kept(self, i: int) -> dict[str, Any]:
+        window = self.windows[i]
+        states = {key: _kept(value, window.tile) for key, value in window.state.items() if value is not None}
+        return {**states, MASTER: _kept(window.tile.detach(), window.tile)} if self.has_master else states
+
+    def place(self, i: int, key: str, dtype: torch.dtype) -> Tensor:
+        window = self.windows[i]
+        if key == MASTER:
+            return window.tile.detach()
+        if key not in window.state:
+            own = window.tile.dtype if dtype.is_floating_point else dtype
+            window.state[key] = torch.zeros_like(window.tile, dtype=own)
+        state: Tensor = window.state[key]
+        return state
+
+    def placed(self, i: int, key: str, values: Tensor) -> None:
+        """Nothing: the values were read in place."""
+
+    def set_number(self, i: int, key: str, value: Any) -> None:
+        self.windows[i].state[key] = value
+
+
+def per_element(value: Any, tile: Tensor) -> bool:
+    """Whether a state has one value per element of its window."""
+    return isinstance(value, Tensor) and value.shape == tile.shape
+
+
+def _kept(value: Any, tile: Tensor) -> Any:
+    return Kept(value.dtype, lambda: value) if per_element(value, tile) else value

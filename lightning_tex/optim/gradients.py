@@ -1,0 +1,240 @@
+"""A buffer's gradients, and how the ranks that hold replicas combine them: one class for each way of ZeRO.
+
+They are reduced in the parameters' dtype. ZeRO 0 and 1 accumulate micro-batches in it as well, ZeRO 2 in fp32.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Set
+
+import torch
+from torch import Tensor
+
+from lightning_tex.collectives import Started, gather_in_place, own_part, reduce_scatter_in_place, sum_in_place
+from lightning_tex.optim.flat import Entry, FlatBuffer
+
+_AT_ONCE = 1 << 20  # elements of which a norm is taken
+
+
+class Gradients(ABC):
+    """The gradients of one buffer's parameters.
+
+    In a step: backwards fill ``.grad``; :meth:`start` and :meth:`finish` send and sum; :meth:`combine` makes of that
+    the gradients to step by. What is owned then is ``own / divisor``.
+
+    Args:
+        buffer: the parameters.
+
+    Attributes:
+        frees: memory is given back by :meth:`finish`.
+        started: between :meth:`start` and the end of the step's reduction.
+    """
+
+    frees = False
+
+    def __init__(self, buffer: FlatBuffer) -> None:
+        self.buffer = buffer
+        self.divisor = 1
+        self.started = False
+        self._reduction: Started | None = None
+
+    @property
+    @abstractmethod
+    def own(self) -> Tensor:
+        """The own part: a sum over replicas, still to be divided by ``divisor``. [n]"""
+
+    @property
+    def reducing(self) -> bool:
+        """Whether the gradients are on their way to their owners."""
+        return self._reduction is not None
+
+    @abstractmethod
+    def zero(self) -> None:
+        """Begin a step."""
+
+    def arrived(self, entry: Entry) -> None:  # noqa: B027
+        """A backward has put a parameter's gradient into its ``.grad``."""
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a backward left something that :meth:`start` has not sent."""
+        return False
+
+    @abstractmethod
+    def start(self) -> None:
+        """Send the gradients, which are complete, to their owners. Collective; :meth:`finish` waits."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Wait for what :meth:`start` began."""
+
+    @abstractmethod
+    def expose(self) -> None:
+        """Make every ``.grad`` the combined gradient; collective."""
+
+    def combine(self, whole: bool, direct: Set[Tensor] = frozenset()) -> None:
+        """Combine the own part over everything that is left; once per step, collective.
+
+        Args:
+            whole: make every ``.grad`` the combined gradient, not only its own part.
+            direct: parameters whose gradients are whole on every rank of the buffer's ``parts``; the others' are
+                partial sums and are summed over it.
+        """
+        if self.buffer.parts.size > 1:
+            kept = [(place, place.clone()) for entry in self.buffer.entries if entry.parameter in direct
+                    for place in [self.own[self._within_own(entry)]]]  # fmt: skip
+            sum_in_place(self.own, self.buffer.parts).wait()
+            for place, gradient in kept:
+                place.copy_(gradient)
+        self.divisor = self.buffer.divisor
+        if whole:
+            self.own.div_(self.divisor)
+            self.divisor = 1
+            self.expose()
+
+    def _within_own(self, entry: Entry) -> slice:
+        length, start = len(self.own), self.buffer.own_start
+        return slice(*(min(max(at - start, 0), length) for at in (entry.start, entry.stop)))
+
+    def squared_norm(self) -> Tensor:
+        """Sum of squares, in fp64, of the combined own part; 0 where another rank counts them: a scalar."""
+        total = torch.zeros((), dtype=torch.float64, device=self.own.device)
+        if self.buffer.counted:
+            dtype = torch.promote_types(self.own.dtype, torch.float32)
+            for part in self.own.split(_AT_ONCE):  # what is not fp32 already is upcast on the way
+                total += torch.linalg.vector_norm(part, dtype=dtype).double().square()
+        return total / self.divisor**2
+
+    def clamp(self, limit: float) -> None:
+        """Clamp every element of the combined own part to [-limit, limit]."""
+        self.own.clamp_(-limit * self.divisor, limit * self.divisor)
+
+    def bad_entry(self) -> Entry | None:
+        """The first parameter that has an infinity or NaN in the own part."""
+        for entry in self.buffer.entries:
+            if not bool(torch.isfinite(self.own[self._within_own(entry)]).all()):
+                return entry
+        return None
+
+
+class FullGradients(Gradients):
+    """Gradients of all parameters in one flat tensor, ``.grad`` being views of it (ZeRO 0 and 1).
+
+    ZeRO 1 reduce-scatters it in place into the own part, and leaves the other parts undefined. Under ZeRO 0 everything
+    is owned, and it is all-reduced.
+    """
+
+    def __init__(self, buffer: FlatBuffer) -> None:
+        super().__init__(buffer)
+        self.flat = torch.zeros_like(buffer.parameters)
+        self.views = {entry: buffer.view(self.flat, entry) for entry in buffer.entries}
+        for entry, view in self.views.items():
+            entry.parameter.grad = view
+
+    @property
+    def own(self) -> Tensor:
+        return own_part(self.flat, self.buffer.owners)
+
+    def zero(self) -> None:
+        """Set all gradients to zero and make every ``.grad`` a view again."""
+        self.finish()  # what was sent in a step that was given up
+        self.started, self.divisor = False, 1
+        self.flat.zero_()
+        for entry, view in self.views.items():
+            entry.parameter.grad = view
+
+    def collect(self) -> None:
+        """Bring back the gradients that somebody's ``zero_grad`` let autograd put elsewhere."""
+        for entry, view in self.views.items():
+            grad = entry.parameter.grad
+            if grad is view:
+                continue
+            if grad is None:
+                view.zero_()
+            else:
+                view.copy_(grad)
+            entry.parameter.grad = view
+
+    def start(self) -> None:
+        self.collect()
+        buffer = self.buffer
+        if buffer.owners.size == buffer.replicas.size:
+            self._reduction = reduce_scatter_in_place(self.flat, buffer.owners)
+        else:
+            self._reduction = sum_in_place(self.flat, buffer.replicas)
+
+    def finish(self) -> None:
+        if self._reduction is not None:
+            self._reduction.wait()
+            self._reduction = None
+
+    def expose(self) -> None:
+        gather_in_place(self.flat, self.buffer.owners).wait()
+
+
+class ShardedGradients(Gradients):
+    """Only the own part is kept, in fp32 or more; a backward's gradients leave at its end (ZeRO 2).
+
+    What a backward gives is moved to a flat tensor that lives until it is reduced, and ``.grad`` is ``None``.
+    """
+
+    frees = True
+
+    def __init__(self, buffer: FlatBuffer) -> None:
+        super().__init__(buffer)
+        dtype = torch.promote_types(buffer.parameters.dtype, torch.float32)
+        self.sum = torch.zeros_like(buffer.own, dtype=dtype)
+        self._flat: Tensor | None = None
+        self._exposed: Tensor | None = None
+        self.zero()
+
+    @property
+    def own(self) -> Tensor:
+        # What was shown may have been changed.
+        return self.sum if self._exposed is None else own_part(self._exposed, self.buffer.owners)
+
+    def zero(self) -> None:
+        """Forget the sum, and every ``.grad``."""
+        if self._reduction is not None:  # sent in a step that was given up
+            self._reduction.wait()
+        self._reduction = self._flat = self._exposed = None
+        self.started, self.divisor = False, 1
+        self.sum.zero_()
+        for entry in self.buffer.entries:
+            entry.parameter.grad = None
+
+    def arrived(self, entry: Entry) -> None:
+        """Take a gradient up, and its memory from the parameter."""
+        grad = entry.parameter.grad
+        if grad is not None:
+            if self._flat is None:
+                self._flat = torch.zeros_like(self.buffer.parameters)
+            self.buffer.view(self._flat, entry).add_(grad)
+            entry.parameter.grad = None
+
+    @property
+    def waiting(self) -> bool:
+        return self._flat is not None or any(entry.parameter.grad is not None for entry in self.buffer.entries)
+
+    def start(self) -> None:
+        for entry in self.buffer.entries:
+            self.arrived(entry)  # of those that somebody set without a backward
+        if self._flat is None:
+            self._flat = torch.zeros_like(self.buffer.parameters)
+        self._reduction = reduce_scatter_in_place(self._flat, self.buffer.owners)
+
+    def finish(self) -> None:
+        if self._reduction is not None:
+            assert self._flat is not None
+            self._reduction.wait()
+            self.sum.add_(own_part(self._flat, self.buffer.owners))
+            self._reduction = self._flat = None
+
+    def expose(self) -> None:
+        whole = torch.zeros_like(self.buffer.parameters)
+        own_part(whole, self.buffer.owners).copy_(self.sum)
+        gather_in_place(whole, self.buffer.owners).wait()
+        for entry in self.buffer.entries:
+            entry.parameter.grad = self.buffer.view(whole, entry)
+        self._exposed = whole

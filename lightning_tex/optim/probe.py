@@ -1,0 +1,180 @@
+"""What has to be known of a user's optimizer before it is driven window by window, found out by trying."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lightning_tex.optim.engine import Engine, fastest
+from lightning_tex.optim.formats import StateFormat, Window, per_element
+
+_ELEMENTS = 4096
+
+
+class Probed(NamedTuple):
+    """What a trial showed.
+
+    nonnegative: states that were never below zero, whatever the gradients.
+    """
+
+    nonnegative: frozenset[str]
+
+
+def probe(optimizer: Optimizer, group: dict[str, Any]) -> Probed:
+    """Try an optimizer under a group's options, and refuse one whose update of an element depends on other elements.
+
+    A random matrix stepped whole, as the user's optimizer would, and stepped in windows of its flattened elements must
+    agree.
+
+    Raises:
+        ValueError: naming the optimizer and the reason.
+    """
+    name = type(optimizer).__name__
+    need = "the sharded step updates windows of flat buffers and needs an elementwise one (Adam, AdamW, SGD, ..)"
+    generator = torch.Generator().manual_seed(0)
+    start, *gradients = torch.randn(4, 16, 16, generator=generator)
+    options = _on_cpu(optimizer, group)
+    calls = _CountedClosure()
+    try:
+        engine = Engine(optimizer)
+        flat = start.flatten().clone()
+        windows = [Window(nn.Parameter(tile), {}) for tile in flat.split(64)]
+        for gradient in gradients:
+            for window, part in zip(windows, gradient.flatten().split(64), strict=True):
+                engine.step(window, part.clone(), options)
+        whole = nn.Parameter(start.clone())
+        reference = Engine(optimizer).optimizer
+        reference.param_groups = [{**options, "params": [whole]}]
+        for gradient in gradients:
+            whole.grad = gradient.clone()
+            reference.step()
+    except Exception as error:
+        _refuse_line_search(optimizer, options, calls)
+        raise ValueError(
+            f"optimizer {name} cannot be driven window by window ({type(error).__name__}: {error}); {need}"
+        ) from error
+    _refuse_line_search(optimizer, options, calls)
+    windowed = torch.cat([window.tile.detach() for window in windows])
+    if not torch.allclose(windowed, whole.detach().flatten(), rtol=1e-5, atol=1e-7):
+        raise ValueError(
+            f"optimizer {name} is not elementwise: a random matrix stepped whole and in windows differ by up to "
+            f"{(windowed - whole.detach().flatten()).abs().max():.1e}; {need}"
+        )
+    return Probed(_nonnegative(windows))
+
+
+class _CountedClosure:
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self) -> Tensor:
+        self.count += 1
+        return torch.ones((), requires_grad=True)
+
+
+def _refuse_line_search(optimizer: Optimizer, options: dict[str, Any], closure: _CountedClosure) -> None:
+    """Refuse an optimizer that evaluates the loss more than once in a step."""
+    engine = Engine(optimizer)
+    tile = nn.Parameter(torch.ones(4))
+    tile.grad = torch.ones(4)
+    engine.optimizer.param_groups = [{**options, "params": [tile]}]
+    if hasattr(engine.optimizer, "_params"):  # LBFGS keeps its parameters a second time
+        engine.optimizer._params = [tile]
+    try:
+        with torch.enable_grad():
+            engine.optimizer.step(closure)  # type: ignore[arg-type]
+    except Exception:
+        return
+    if closure.count > 1:
+        raise ValueError(
+            f"optimizer {type(optimizer).__name__} calls its closure {closure.count} times in one step, that is, it "
+            "computes the loss again at other parameters; a step here has one forward and backward. Legal: an "
+            "elementwise optimizer that calls it at most once (Adam, AdamW, SGD, ..)"
+        )
+
+
+def _on_cpu(optimizer: Optimizer, group: dict[str, Any]) -> dict[str, Any]:
+    options = fastest(optimizer, group)
+    if options.get("capturable"):
+        options["capturable"] = False  # asks for a GPU, and the probe needs none
+    if "lr" in options:
+        options["lr"] = 0 * options["lr"] + 1e-2  # a warm-up that begins at 0 would hide every difference
+    return options
+
+
+def _nonnegative(windows: list[Window]) -> frozenset[str]:
+    signs: dict[str, bool] = {}
+    for window in windows:
+        for key, value in window.state.items():
+            if per_element(value, window.tile):
+                signs[key] = signs.get(key, True) and bool((value >= 0).all())
+    return frozenset(key for key, never_below in signs.items() if never_below)
+
+
+def temporary_bytes(
+    optimizer: Optimizer,
+    group: dict[str, Any],
+    dtype: torch.dtype,
+    make_states: Callable[[Tensor, int], StateFormat],
+) -> float:
+    """Bytes per element that a step allocates and frees again, at their peak: the optimizer's own and ours.
+
+    Args:
+        optimizer, group: the user's optimizer and the group's options.
+        dtype: of the parameters and gradients.
+        make_states: the state format, from own part and tile size.
+    """
+    options = _on_cpu(optimizer, group)
+    engine = Engine(optimizer)
+    states = make_states(torch.randn(_ELEMENTS).to(dtype), _ELEMENTS)
+    gradient = torch.randn(_ELEMENTS).to(dtype)
+    with torch.no_grad():
+        for _ in range(2):  # the first step makes the states
+            allocations = Allocations()
+            with allocations:
+                engine.step_window(states, 0, gradient, 0.5, options)
+    return allocations.peak_bytes / _ELEMENTS
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of tensors that operations make, as long as these live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.peak_bytes = 0
+        self._live: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        before = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        result = func(*args, **kwargs)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and ((at := _storage(tensor)) in self._live or at not in before):
+                self._hold(at, tensor)
+        return result
+
+    def _hold(self, at: int, tensor: Tensor) -> None:
+        if at not in self._live:
+            size = tensor.untyped_storage().nbytes()
+            self._live[at] = 0
+            self.bytes += size
+            self.peak_bytes = max(self.peak_bytes, self.bytes)
+        self._live[at] += 1
+        weakref.finalize(tensor, self._release, at, tensor.untyped_storage().nbytes())
+
+    def _release(self, at: int, size: int) -> None:
+        self._live[at] -= 1
+        if not self._live[at]:
+            del self._live[at]
+            self.bytes -= size
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata

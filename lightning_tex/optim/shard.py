@@ -1,0 +1,81 @@
+"""One rank's part of a buffer: what a step updates, window by window."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from lightning_tex.optim.engine import Engine, fastest
+from lightning_tex.optim.flat import FlatBuffer
+from lightning_tex.optim.formats import StateFormat
+from lightning_tex.optim.gradients import Gradients
+from lightning_tex.placement import Placement
+
+
+class Piece(NamedTuple):
+    """Elements ``start`` to ``stop`` of a parameter's stored, flattened part: those at ``own`` of a shard's window."""
+
+    placement: Placement
+    parameter: nn.Parameter
+    start: int
+    stop: int
+    shard: Shard
+    window: int
+    own: slice
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank is the replica that saves it: its owner or, where all are, the first."""
+        return self.shard.buffer.owners.size == self.placement.replicas.size or self.placement.replicas.rank == 0
+
+
+class Shard:
+    """The own part of one buffer, its gradients and its states.
+
+    Args:
+        buffer: the parameters.
+        gradients: theirs.
+        states: the states, and the windows (tiles) that a step walks.
+        group: the optimizer group it belongs to; its options are read at every step.
+    """
+
+    def __init__(self, buffer: FlatBuffer, gradients: Gradients, states: StateFormat, group: dict[str, Any]) -> None:
+        self.buffer, self.gradients, self.states, self.group = buffer, gradients, states, group
+        self._versions = self._current_versions()
+
+    def step(self, engine: Engine, scale: float) -> None:
+        """Update the own part: upcast gradients, times ``scale``, one window at a time."""
+        self.refresh()
+        options = fastest(engine.optimizer, self.group)
+        scale /= self.gradients.divisor
+        own = self.gradients.own
+        for i, span in enumerate(self.states.spans):
+            engine.step_window(self.states, i, own[span], scale, options)
+
+    def refresh(self) -> None:
+        """Take up parameters that somebody else wrote since the last step (a loaded state dict, a callback)."""
+        versions = self._current_versions()
+        if versions != self._versions:
+            self.states.take_up()
+        self._versions = versions
+
+    def keep(self) -> None:
+        """Hold the states for newer than the parameters, whoever wrote those."""
+        self._versions = self._current_versions()
+
+    def _current_versions(self) -> list[int]:
+        # Our own writes go through the buffer and do not count here.
+        return [entry.parameter._version for entry in self.buffer.entries]
+
+    def pieces(self) -> Iterator[Piece]:
+        """Every piece of every parameter that the windows hold."""
+        for i, span in enumerate(self.states.spans):
+            first, last = self.buffer.own_start + span.start, self.buffer.own_start + span.stop
+            for entry in self.buffer.entries:
+                start, stop = max(entry.start, first), min(entry.stop, last)
+                if start < stop:
+                    within = start - entry.start, stop - entry.start
+                    own = slice(start - first, stop - first)
+                    yield Piece(entry.placement, entry.parameter, *within, self, i, own)

@@ -1,0 +1,126 @@
+"""What the optimizer keeps, in which form, on which ranks; and how much it may take besides while it steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_tex.optim.compact import (
+    CompactStates,
+    Fp32Moments,
+    Int8Moments,
+    RoundedMaster,
+    RoundedMoments,
+    SplitMaster,
+)
+from lightning_tex.optim.engine import fastest
+from lightning_tex.optim.flat import ALIGNMENT, FlatBuffer
+from lightning_tex.optim.formats import LOW_PRECISION, PlainStates, StateFormat
+from lightning_tex.optim.gradients import FullGradients, Gradients, ShardedGradients
+from lightning_tex.optim.probe import Probed, probe, temporary_bytes
+from lightning_tex.optim.rounding import Dice, Rounding
+
+StateFormatName = Literal["fp32", "split", "int8", "stochastic"]
+ZeroStage = Literal[0, 1, 2]
+
+# What a step may allocate besides what it keeps, in bytes, and the most elements of a tile, by device; measured in
+# docs/optimizer.md.
+BUDGET_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
+LARGEST_TILE = {"cpu": 1 << 22, "cuda": 1 << 24}
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What the optimizer keeps, in which form, on which ranks.
+
+    Args:
+        zero_stage: 0: every replica keeps all states and gradients; 1: states are sharded over replicas; 2: gradients
+            as well.
+        state_format: of bf16 parameters. ``fp32``: master and states in fp32. ``split``: the master as parameter and
+            16-bit remainder. ``int8``: that, and states in 8 bits. ``stochastic``: no master, states in bf16, both
+            rounded stochastically. Parameters of other dtypes are always kept plainly.
+        masters: with ``fp32``, 16-bit parameters have an fp32 master; False: they and their states are all there is.
+        tile_size: elements in one tile, rounded up to a multiple of 64 where kernels (fused) or formats (int8) need
+            it; ``None``: as many as fit the budget, by the temporaries that the user's optimizer was seen to need.
+        seed: of stochastic rounding; the same on all ranks.
+        guard: a step with a gradient that is infinite or NaN is skipped, and this many in a row are an error; ``None``:
+            such steps are taken.
+    """
+
+    zero_stage: ZeroStage = 1
+    state_format: StateFormatName = "fp32"
+    masters: bool = True
+    tile_size: int | None = None
+    seed: int = 0
+    guard: int | None = None
+
+    def __post_init__(self) -> None:
+        for option, value, legal in (
+            ("zero_stage", self.zero_stage, get_args(ZeroStage)),
+            ("optimizer_state_format", self.state_format, get_args(StateFormatName)),
+        ):
+            if value not in legal:
+                raise ValueError(f"{option}={value!r}; legal: {', '.join(map(repr, legal))}")
+        if self.tile_size is not None and self.tile_size < 1:
+            raise ValueError(f"tile_size={self.tile_size} elements; legal: 1 or more, or None")
+        if self.guard is not None and self.guard < 1:
+            raise ValueError(f"max_skipped_steps={self.guard}; legal: 1 or more, or None")
+
+    def gradients(self, buffer: FlatBuffer) -> Gradients:
+        """Gradients for a buffer's parameters."""
+        return ShardedGradients(buffer) if self.zero_stage == 2 else FullGradients(buffer)
+
+    def for_group(self, optimizer: Optimizer, group: dict[str, Any], dice: Dice) -> Callable[[FlatBuffer], StateFormat]:
+        """How to make states for buffers of a group.
+
+        Args:
+            optimizer, group: the user's.
+            dice: for formats that round at random.
+
+        Raises:
+            ValueError: an optimizer that is not elementwise, by name; a format for parameters it is not made for.
+        """
+        probed = probe(optimizer, group)
+        tiles: dict[torch.dtype, int] = {}
+
+        def states(buffer: FlatBuffer) -> StateFormat:
+            dtype = buffer.parameters.dtype
+            if dtype not in tiles:
+                trial = Rounding(dice, [], 0, torch.device("cpu"))
+                needed = temporary_bytes(optimizer, group, dtype, lambda own, n: self._states(own, n, probed, trial))
+                tile = self.tile_size or most_elements(needed, buffer.parameters.device.type)
+                anywhere = self.state_format != "int8" and not fastest(optimizer, group).get("fused")
+                tiles[dtype] = tile if anywhere else -(-tile // ALIGNMENT) * ALIGNMENT
+            rounding = Rounding(dice, buffer.entries, buffer.own_start, buffer.parameters.device)
+            return self._states(buffer.own, tiles[dtype], probed, rounding)
+
+        return states
+
+    def _states(self, own: Tensor, tile_size: int, probed: Probed, rounding: Rounding) -> StateFormat:
+        if own.dtype not in LOW_PRECISION:
+            return PlainStates(own, tile_size, master=False)
+        if self.state_format == "fp32":
+            return PlainStates(own, tile_size, master=self.masters)
+        if own.dtype != torch.bfloat16:
+            raise ValueError(
+                f"optimizer_state_format={self.state_format!r} is made for bf16 parameters, and these are {own.dtype}; "
+                "legal: 'fp32', or precision='bf16-mixed' or 'bf16-true'"
+            )
+        if self.state_format == "split":
+            return CompactStates(own, tile_size, SplitMaster(own), Fp32Moments(own))
+        if self.state_format == "int8":
+            return CompactStates(own, tile_size, SplitMaster(own), Int8Moments(own, probed.nonnegative, rounding))
+        return CompactStates(own, tile_size, RoundedMaster(own, rounding), RoundedMoments(own, rounding))
+
+
+def most_elements(temporary_bytes: float, device: str) -> int:
+    """Elements of a tile whose step, at so many bytes of temporaries per element, keeps to the device's budget."""
+    most = LARGEST_TILE.get(device, LARGEST_TILE["cuda"])
+    if temporary_bytes:
+        most = min(most, int(BUDGET_BYTES.get(device, BUDGET_BYTES["cuda"]) / temporary_bytes))
+    return most // ALIGNMENT * ALIGNMENT
