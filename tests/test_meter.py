@@ -247,7 +247,7 @@ def step_against_formulas():
                         sent[key] = sent.get(key, Fraction(0)) + ring(operation, axis.size, 4 * shard * axis.size)
                 if kind == "uncut" and elements and sequence and t > 1:
                     sent["all_reduce/tensor"] = ring("all_reduce", t, 4 * shard)
-            sent["all_reduce/world"] = ring("all_reduce", 4, 8)  # the norm
+            sent["all_reduce/world"] = ring("all_reduce", 4, 16)  # the norm, and whether all is finite
             with topology.world.meter.measure() as meter:
                 meter.clear()
                 optimizer.clip_by_norm(1.0)

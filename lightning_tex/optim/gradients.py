@@ -98,12 +98,11 @@ class Gradients(ABC):
         return slice(*(min(max(at - start, 0), length) for at in (entry.start, entry.stop)))
 
     def squared_norm(self) -> Tensor:
-        """Sum of squares, in fp64, of the combined own part; 0 where another rank counts them: a scalar."""
+        """Sum of squares, in fp64, of the combined own part: a scalar."""
         total = torch.zeros((), dtype=torch.float64, device=self.own.device)
-        if self.buffer.counted:
-            dtype = torch.promote_types(self.own.dtype, torch.float32)
-            for part in self.own.split(_AT_ONCE):  # what is not fp32 already is upcast on the way
-                total += torch.linalg.vector_norm(part, dtype=dtype).double().square()
+        dtype = torch.promote_types(self.own.dtype, torch.float32)
+        for part in self.own.split(_AT_ONCE):  # what is not fp32 already is upcast on the way
+            total += torch.linalg.vector_norm(part, dtype=dtype).double().square()
         return total / self.divisor**2
 
     def clamp(self, limit: float) -> None:

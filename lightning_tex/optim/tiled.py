@@ -224,21 +224,30 @@ class TiledOptimizer(Optimizer):
 
     def gradient_norm(self) -> Tensor:
         """The 2-norm of all gradients, each parameter counted once, whatever the layout: an fp64 scalar; collective."""
-        self.reduce_gradients()
-        if self.pending.norm is None:
-            device = next(iter(self.placements)).device
-            total = torch.zeros((), dtype=torch.float64, device=device)
-            for shard in self.shards:
-                total += shard.gradients.squared_norm()
-            with self._counted():
-                self.pending.norm = collectives.all_reduce(total, self.world).sqrt()
+        self._measure()
+        assert self.pending.norm is not None
         return self.pending.norm * self.pending.scale
 
     def finite(self) -> bool:
-        """Whether no gradient anywhere is infinite or NaN; collective."""
+        """Whether no gradient anywhere is infinite or NaN, copies that the norm does not count included; collective."""
         if self.pending.finite is None:
-            self.pending.finite = bool(torch.isfinite(self.gradient_norm()))
-        return self.pending.finite
+            self._measure()
+        return bool(self.pending.finite)
+
+    def _measure(self) -> None:
+        self.reduce_gradients()
+        if self.pending.norm is not None:
+            return
+        device = next(iter(self.placements)).device
+        total = torch.zeros(2, dtype=torch.float64, device=device)  # of what is counted, and of everything
+        for shard in self.shards:
+            square = shard.gradients.squared_norm()
+            total += square if shard.buffer.counted else torch.stack([torch.zeros_like(square), square])
+        with self._counted():
+            counted, everything = collectives.all_reduce(total, self.world)
+        self.pending.norm = counted.sqrt()
+        if self.pending.finite is None:
+            self.pending.finite = bool(torch.isfinite(everything))
 
     def scale_gradients(self, factor: float) -> None:
         """Multiply all gradients; done on the way through the step."""
