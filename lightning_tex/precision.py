@@ -52,14 +52,14 @@ class TrainStep(Precision):
             tensor = tensor + auxiliary_loss(module) / module.trainer.accumulate_grad_batches
         for optimizer in module.trainer.strategy.optimizers:
             if isinstance(optimizer, TiledOptimizer):
-                optimizer.before_backward(tensor, undisturbed=self._may_overlap(module))
+                optimizer.flow.before_backward(tensor, undisturbed=self._may_overlap(module))
         return super().pre_backward(tensor, module)
 
     def post_backward(self, tensor: Tensor, module: LightningModule) -> Tensor:  # type: ignore[override]
         """Send the gradients at once, where they are not kept."""
         for optimizer in module.trainer.strategy.optimizers:
             if isinstance(optimizer, TiledOptimizer):
-                optimizer.after_backward()
+                optimizer.flow.after_backward()
         return super().post_backward(tensor, module)
 
     def optimizer_step(  # type: ignore[override]
@@ -67,7 +67,7 @@ class TrainStep(Precision):
     ) -> Any:
         if not isinstance(optimizer, TiledOptimizer):  # configure_optimizers returned None
             return super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
-        with optimizer.overlapping() if self._may_overlap(model) else nullcontext():
+        with optimizer.flow.overlapping() if self._may_overlap(model) else nullcontext():
             result = closure()
         optimizer.reduce_gradients(whole=self._looked_at(model))
         self._unscale(optimizer)
@@ -186,11 +186,11 @@ class ShardedGradScaler(torch.amp.GradScaler):
     def _unscale_grads_(  # type: ignore[override]
         self, optimizer: TiledOptimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> dict[torch.device, Tensor]:
-        optimizer.scale_gradients(float(inv_scale))
-        return {found_inf.device: torch.full_like(found_inf, not optimizer.finite())}
+        optimizer.flow.scale(float(inv_scale))
+        return {found_inf.device: torch.full_like(found_inf, not optimizer.flow.finite())}
 
     def _maybe_opt_step(self, optimizer: TiledOptimizer, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        if not optimizer.finite():
+        if not optimizer.flow.finite():
             return optimizer.skip()
         return super()._maybe_opt_step(optimizer, *args, **kwargs)
 

@@ -12,12 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tex.optim.formats import MASTER, Kept, StateFormat, Window, per_element
-from lightning_tex.optim.rounding import Rounding
+from lightning_tex.optim.moments import Moments
+from lightning_tex.optim.rounding import Rounding, round_stochastically
 
 # n elements of a window; those of 16-bit storage are seen as int16, those of fp32 as int32
-
-BLOCK = 64  # elements that share a scale; windows, shards and parameters begin at multiples of it
-_CODES = {torch.int8: 127, torch.uint8: 255}
 
 
 class Master(ABC):
@@ -85,143 +83,6 @@ class RoundedMaster(Master):
         round_stochastically(values, self.rounding.bits(span, MASTER), self.own[span])
 
 
-class Moments(ABC):
-    """How the optimizer's states with one value per element are kept.
-
-    Args:
-        own: the parameters of the shard. [shard]
-    """
-
-    def __init__(self, own: Tensor) -> None:
-        self.own = own
-        self.keys: list[str] = []
-
-    @abstractmethod
-    def make(self, key: str) -> None:
-        """Memory for one more state, all zero."""
-
-    @abstractmethod
-    def read(self, key: str, span: slice) -> Tensor:
-        """A state's values, to be changed in place. [n] fp32"""
-
-    @abstractmethod
-    def write(self, key: str, span: slice, values: Tensor, exact: bool = False) -> None:
-        """Keep a state's values, which are used up. [n] fp32
-
-        Args:
-            exact: they were kept in this form before: round to nearest, which changes nothing.
-        """
-
-    def forget(self) -> None:
-        """Drop everything."""
-        self.keys = []
-
-
-class Fp32Moments(Moments):
-    """As they are."""
-
-    def __init__(self, own: Tensor) -> None:
-        super().__init__(own)
-        self.values: dict[str, Tensor] = {}
-
-    def make(self, key: str) -> None:
-        self.keys.append(key)
-        self.values[key] = torch.zeros_like(self.own, dtype=torch.float32)
-
-    def read(self, key: str, span: slice) -> Tensor:
-        return self.values[key][span]
-
-    def write(self, key: str, span: slice, values: Tensor, exact: bool = False) -> None:
-        if values.data_ptr() != self.values[key][span].data_ptr():
-            self.values[key][span].copy_(values)
-
-    def forget(self) -> None:
-        super().forget()
-        self.values.clear()
-
-
-class RoundedMoments(Moments):
-    """In bf16, rounded up or down at random: small increments, which rounding to nearest would lose, add up."""
-
-    def __init__(self, own: Tensor, rounding: Rounding) -> None:
-        super().__init__(own)
-        self.rounding = rounding
-        self.values: dict[str, Tensor] = {}
-
-    def make(self, key: str) -> None:
-        self.keys.append(key)
-        self.values[key] = torch.zeros_like(self.own, dtype=torch.bfloat16)
-
-    def read(self, key: str, span: slice) -> Tensor:
-        return self.values[key][span].float()
-
-    def write(self, key: str, span: slice, values: Tensor, exact: bool = False) -> None:
-        kept = self.values[key][span]
-        if exact:
-            kept.copy_(values)
-        else:
-            round_stochastically(values, self.rounding.bits(span, key), kept)
-
-    def forget(self) -> None:
-        super().forget()
-        self.values.clear()
-
-
-class Int8Moments(Moments):
-    """8 bits per value and an fp32 scale per block of 64: value = scale * (code / largest code)^4.
-
-    The fourth power spreads the codes over nine decades below a block's largest value, which squares of gradients
-    need; a value above 0 never becomes 0, or the step, which divides by it, would be unbounded. Values that are never
-    negative have no sign bit, and are rounded at random: an average over a thousand steps moves by less than a code.
-
-    Args:
-        own: the parameters of the shard. [shard]
-        nonnegative: states that are never negative.
-        rounding: random bits.
-    """
-
-    def __init__(self, own: Tensor, nonnegative: frozenset[str], rounding: Rounding) -> None:
-        super().__init__(own)
-        self.nonnegative, self.rounding = nonnegative, rounding
-        self.codes: dict[str, Tensor] = {}
-        self.scales: dict[str, Tensor] = {}
-
-    def make(self, key: str) -> None:
-        self.keys.append(key)
-        dtype = torch.uint8 if key in self.nonnegative else torch.int8
-        self.codes[key] = torch.zeros_like(self.own, dtype=dtype)
-        self.scales[key] = torch.zeros(len(self.own) // BLOCK, dtype=torch.float32, device=self.own.device)
-
-    def read(self, key: str, span: slice) -> Tensor:
-        codes = self.codes[key][span]
-        values = codes.float().div_(_CODES[codes.dtype])
-        fourth = values.abs().mul_(values)  # keeps the sign
-        values.square_()
-        return fourth.mul_(values).view(-1, BLOCK).mul_(self._scales(key, span)).view(-1)
-
-    def write(self, key: str, span: slice, values: Tensor, exact: bool = False) -> None:
-        codes, blocks = self.codes[key][span], values.view(-1, BLOCK)
-        scales = blocks.abs().amax(1, keepdim=True)
-        self._scales(key, span).copy_(scales)
-        size = blocks.abs().div_(scales.clamp_(min=torch.finfo(torch.float32).tiny)).sqrt_().sqrt_().view(-1)
-        size.mul_(_CODES[codes.dtype])
-        if codes.dtype == torch.int8:
-            codes.copy_(size.round_().copysign_(values))
-        elif exact:
-            codes.copy_(size.round_())
-        else:
-            size.add_(self.rounding.bits(span, key), alpha=2**-16).floor_()
-            codes.copy_(size.maximum(values.sign_()))
-
-    def _scales(self, key: str, span: slice) -> Tensor:
-        return self.scales[key][span.start // BLOCK : span.stop // BLOCK, None]
-
-    def forget(self) -> None:
-        super().forget()
-        self.codes.clear()
-        self.scales.clear()
-
-
 class CompactStates(StateFormat):
     """Masters and moments, each kept in its own form.
 
@@ -287,15 +148,3 @@ class CompactStates(StateFormat):
 
     def set_number(self, i: int, key: str, value: Any) -> None:
         self.numbers[i][key] = value
-
-
-def round_stochastically(values: Tensor, bits: Tensor, out: Tensor) -> None:
-    """Round fp32 to bf16, up with the probability that makes it right on average.
-
-    Args:
-        values: [n] fp32, used up.
-        bits: 16 random bits each. [n] int32, used up
-        out: [n] bf16
-    """
-    rounded = bits.add_(values.view(torch.int32)).bitwise_right_shift_(16)
-    out.view(torch.int16).copy_(rounded)

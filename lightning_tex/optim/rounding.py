@@ -82,3 +82,15 @@ def _mixed(index: Tensor, salt: int) -> Tensor:
 
 def _int32(n: int) -> int:
     return (n + 2**31) % 2**32 - 2**31
+
+
+def round_stochastically(values: Tensor, bits: Tensor, out: Tensor) -> None:
+    """Round fp32 to bf16, up with the probability that makes it right on average.
+
+    Args:
+        values: [n] fp32, used up.
+        bits: 16 random bits each. [n] int32, used up
+        out: [n] bf16
+    """
+    rounded = bits.add_(values.view(torch.int32)).bitwise_right_shift_(16)
+    out.view(torch.int16).copy_(rounded)

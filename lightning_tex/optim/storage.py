@@ -10,18 +10,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_tex.optim.compact import (
-    CompactStates,
-    Fp32Moments,
-    Int8Moments,
-    RoundedMaster,
-    RoundedMoments,
-    SplitMaster,
-)
+from lightning_tex.optim.compact import CompactStates, RoundedMaster, SplitMaster
 from lightning_tex.optim.engine import fastest
 from lightning_tex.optim.flat import ALIGNMENT, FlatBuffer
 from lightning_tex.optim.formats import LOW_PRECISION, PlainStates, StateFormat
 from lightning_tex.optim.gradients import FullGradients, Gradients, ShardedGradients
+from lightning_tex.optim.moments import Fp32Moments, Int8Moments, RoundedMoments
 from lightning_tex.optim.probe import Probed, probe, temporary_bytes
 from lightning_tex.optim.rounding import Dice, Rounding
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,36 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_tex import collectives
 from lightning_tex.optim.engine import Engine
 from lightning_tex.optim.flat import FlatBuffer, Member, buckets, kind
-from lightning_tex.optim.overlap import Overlap
+from lightning_tex.optim.flow import GradientFlow
 from lightning_tex.optim.rounding import Dice
 from lightning_tex.optim.shard import Piece, Shard
 from lightning_tex.optim.storage import Storage
 from lightning_tex.placement import Placement
-from lightning_tex.stream import reached, reached_directly
 from lightning_tex.topology import Axis, Communication
-
-
-@dataclass
-class Pending:
-    """What has been done to the gradients since the last step.
-
-    An object of its own, because Lightning's wrapper forwards reads to the optimizer but keeps what is assigned.
-
-    left: they left in each backward (ZeRO 2). reduced: combined over replicas. scale: to be scaled by this. norm: their
-    norm before that, if it is known. finite: whether it was.
-    """
-
-    left: bool = False
-    reduced: bool = False
-    scale: float = 1.0
-    norm: Tensor | None = None
-    finite: bool | None = None
-
-    def clear(self) -> None:
-        self.left, self.reduced, self.scale, self.norm, self.finite = False, False, 1.0, None, None
 
 
 @dataclass
@@ -85,10 +62,8 @@ class TiledOptimizer(Optimizer):
         self.engine = Engine(optimizer)
         self.shards: list[Shard] = []
         self.frozen: list[nn.Parameter] = []
-        self.pending, self.skipped = Pending(), Skipped()
-        self.communication = communication or Communication()
-        self.direct: set[nn.Parameter] = set()
-        self._overlap = self._new_overlap()
+        self.skipped = Skipped()
+        self.flow = GradientFlow(placements, world, communication or Communication(), self.storage.zero_stage == 2)
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.param_groups = optimizer.param_groups
 
@@ -113,24 +88,19 @@ class TiledOptimizer(Optimizer):
             else:
                 kinds.setdefault(kind(parameter, placement), []).append((parameter, placement))
         states = self.storage.for_group(self.inner, param_group, self.dice)
+        new = []
         for members in kinds.values():
             for bucket in buckets(members):
                 buffer = FlatBuffer(bucket, sharded=self.storage.zero_stage > 0)
-                self.shards.append(Shard(buffer, self.storage.gradients(buffer), states(buffer), param_group))
-        self._overlap.release()
-        self._overlap = self._new_overlap()
-
-    def _new_overlap(self) -> Overlap:
-        gradients = [shard.gradients for shard in self.shards]
-        return Overlap(gradients, self.world, self._counted, lambda parameter: self.placements[parameter].name)
+                new.append(Shard(buffer, self.storage.gradients(buffer), states(buffer), param_group))
+        self.shards += new
+        self.flow.add([shard.gradients for shard in new])
 
     # --- gradients
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Zero the gradients. ``.grad`` stays a view of flat buffers (or ``None``, ZeRO 2), whatever is asked for."""
-        for shard in self.shards:
-            shard.gradients.zero()
-        self.pending.clear()
+        self.flow.zero()
 
     def reduce_gradients(self, whole: bool = False) -> None:
         """Combine gradients over replicas, once per step; collective.
@@ -138,80 +108,24 @@ class TiledOptimizer(Optimizer):
         Args:
             whole: make every ``.grad`` the combined gradient, not only this rank's shard of it.
         """
-        if self.pending.reduced:
-            return
         self._require_frozen()
-        with self._counted():
-            if not self.pending.left:
-                self._send()
-            elif any(shard.gradients.waiting for shard in self.shards):
-                raise RuntimeError(
-                    "a backward added gradients after zero_stage=2 had reduced those of this step: legal in manual "
-                    "optimization: self.manual_backward(loss) for every backward of a step, or for none"
-                )
-            for shard in self.shards:
-                shard.gradients.combine(whole, self.direct)
-        self.pending.reduced = True
+        self.flow.reduce(whole)
 
-    def _send(self) -> None:
-        self._overlap.start_all()
-        self._overlap.finish_all()
+    def gradient_norm(self) -> Tensor:
+        """The 2-norm of all gradients, each parameter counted once, whatever the layout: an fp64 scalar; collective."""
+        return self.flow.norm()
 
-    def overlapping(self) -> AbstractContextManager[None]:
-        """Inside runs the step's only or last backward: gradients leave for their owners as they are completed."""
-        return self._overlap.during() if self._overlaps and not self.leaves_in_each_backward else nullcontext()
+    def clip_by_norm(self, max_norm: float) -> Tensor:
+        """Scale all gradients so that their norm is at most ``max_norm``. Returns the norm before; collective."""
+        return self.flow.clip_by_norm(max_norm)
 
-    @property
-    def leaves_in_each_backward(self) -> bool:
-        """Whether gradients are reduced in every micro-batch (ZeRO 2), not only in the last of a step."""
-        return self.storage.zero_stage == 2
-
-    @property
-    def _overlaps(self) -> bool:
-        return self.communication.overlap
-
-    def before_backward(self, loss: Tensor, undisturbed: bool) -> None:
-        """See a loss before its backward.
-
-        Args:
-            loss: what the backward begins with.
-            undisturbed: the backward is one, and nothing looks at gradients before they are reduced.
-        """
-        self._look_at(loss)
-        if self.leaves_in_each_backward and self._overlaps and undisturbed:
-            self._overlap.begin()
-
-    def after_backward(self) -> None:
-        """Send what the backward left, if it is to leave at once; collective."""
-        if self.leaves_in_each_backward:
-            with self._counted():
-                self._send()
-            self.pending.left = True
-
-    def _look_at(self, loss: Tensor) -> None:
-        """See which parameters a loss reaches without passing through the stream that sequence parallelism splits.
-
-        Raises:
-            RuntimeError: one that it reaches both ways.
-        """
-        if not self.communication.sequence_parallel or self.world.size == 1:
-            return
-        split = {parameter for parameter, placement in self.placements.items() if placement.parts.size > 1}
-        new = split & reached_directly(loss)
-        if not new <= self.direct:
-            _, behind = reached(loss)
-            if both := new & behind:
-                raise RuntimeError(
-                    f"the loss reaches {', '.join(sorted(self.placements[p].name for p in both))} both through "
-                    "VocabParallelHead and past it: under sequence_parallel=True activations between embedding and "
-                    "head are a rank's own part, and nothing but VocabParallelHead and MoE layers may lead from them "
-                    "to the loss; legal: compute that term behind the head, or sequence_parallel=False"
-                )
-        self.direct |= new
+    def clip_by_value(self, max_value: float) -> None:
+        """Clamp every gradient element to [-max_value, max_value]; collective."""
+        self.flow.clip_by_value(max_value)
 
     def release(self) -> None:
         """Let go of the parameters: nothing of this optimizer acts on them any more."""
-        self._overlap.release()
+        self.flow.release()
 
     def _require_frozen(self) -> None:
         for parameter in self.frozen:
@@ -221,55 +135,6 @@ class TiledOptimizer(Optimizer):
                     "the optimizer has no state for it; leave it out of the optimizer while it is frozen and add it "
                     "with optimizer.add_param_group (as Lightning's BaseFinetuning does)"
                 )
-
-    def gradient_norm(self) -> Tensor:
-        """The 2-norm of all gradients, each parameter counted once, whatever the layout: an fp64 scalar; collective."""
-        self._measure()
-        assert self.pending.norm is not None
-        return self.pending.norm * self.pending.scale
-
-    def finite(self) -> bool:
-        """Whether no gradient anywhere is infinite or NaN, copies that the norm does not count included; collective."""
-        if self.pending.finite is None:
-            self._measure()
-        return bool(self.pending.finite)
-
-    def _measure(self) -> None:
-        self.reduce_gradients()
-        if self.pending.norm is not None:
-            return
-        device = next(iter(self.placements)).device
-        total = torch.zeros(2, dtype=torch.float64, device=device)  # of what is counted, and of everything
-        for shard in self.shards:
-            square = shard.gradients.squared_norm()
-            total += square if shard.buffer.counted else torch.stack([torch.zeros_like(square), square])
-        with self._counted():
-            counted, everything = collectives.all_reduce(total, self.world)
-        self.pending.norm = counted.sqrt()
-        if self.pending.finite is None:
-            self.pending.finite = bool(torch.isfinite(everything))
-
-    def scale_gradients(self, factor: float) -> None:
-        """Multiply all gradients; done on the way through the step."""
-        self.pending.scale *= factor
-
-    def clip_by_norm(self, max_norm: float) -> Tensor:
-        """Scale all gradients so that their norm is at most ``max_norm``. Returns the norm before; collective."""
-        norm = self.gradient_norm()
-        if self.finite():
-            self.scale_gradients(min(1.0, max_norm / (float(norm) + 1e-6)))
-        return norm
-
-    def clip_by_value(self, max_value: float) -> None:
-        """Clamp every gradient element to [-max_value, max_value]; collective."""
-        if self.finite():  # clamped, an infinity would look like a gradient
-            for shard in self.shards:
-                shard.gradients.clamp(max_value / self.pending.scale)
-            self.pending.norm = None
-
-    def _counted(self) -> AbstractContextManager[None]:
-        """What is sent inside counts as the optimizer's."""
-        return nullcontext() if self.world.meter is None else self.world.meter.optimizer_pass()
 
     # --- the step
 
@@ -281,14 +146,14 @@ class TiledOptimizer(Optimizer):
             with torch.enable_grad():
                 result = closure()
         self.reduce_gradients()
-        if self.storage.guard is not None and not self.finite():
+        if self.storage.guard is not None and not self.flow.finite():
             self.skip()
             return result
         self.skipped.in_a_row = 0
         under_way = []
         for shard in self.shards:
-            shard.step(self.engine, self.pending.scale)
-            with self._counted():
+            shard.step(self.engine, self.flow.pending.scale)
+            with self.flow.counted():
                 under_way.append(shard.buffer.gather())
         for gathering in under_way:
             gathering.wait()
@@ -297,7 +162,7 @@ class TiledOptimizer(Optimizer):
         return result
 
     def _step_is_over(self) -> None:
-        self.pending.clear()
+        self.flow.pending.clear()
         # Schedulers look here, to warn about being stepped before the optimizer.
         self.inner._opt_called = self._opt_called = True  # type: ignore[attr-defined]
 
@@ -313,20 +178,10 @@ class TiledOptimizer(Optimizer):
         self._step_is_over()
         if most is not None and self.skipped.in_a_row >= most:
             raise RuntimeError(
-                f"the gradient of {self._culprit()} is infinite or NaN, and some gradient was in each of the last "
+                f"the gradient of {self.flow.culprit()} is infinite or NaN, and some gradient was in each of the last "
                 f"{most} steps, none of which was taken; look at the data and the learning rate of the steps before. "
                 "Legal: TexMoEStrategy(max_skipped_steps=..), None to take such steps"
             )
-
-    def _culprit(self) -> str:
-        """A parameter with a gradient that is not finite, and the rank that owns it; collective."""
-        names = sorted({placement.name for placement in self.placements.values()})
-        bad = (entry for shard in self.shards if (entry := shard.gradients.bad_entry()) is not None)
-        own = next((names.index(entry.placement.name) for entry in bad), -1)
-        device = next(iter(self.placements)).device
-        found = collectives.all_gather(torch.tensor([own], device=device), 0, self.world).tolist()
-        rank = next((rank for rank, index in enumerate(found) if index >= 0), None)
-        return "some parameter" if rank is None else f"{names[found[rank]]} (rank {rank})"
 
     def refresh(self) -> None:
         """Take up parameters that were written from outside since the last step."""

@@ -18,9 +18,9 @@ def backward(case, step, micro):
     for name, p in case.parted.named_parameters():
         at = case.placements[name]
         loss = loss + (p * at.box.cut(made(name, at.replicas.rank, 10 * step + micro, at.box.whole)).to(p.dtype)).sum()
-    case.optimizer.before_backward(loss, undisturbed=True)
+    case.optimizer.flow.before_backward(loss, undisturbed=True)
     loss.backward()
-    case.optimizer.after_backward()
+    case.optimizer.flow.after_backward()
 
 
 def plain_gradients(case, step, micros):
@@ -118,9 +118,9 @@ def dtypes_of_accumulation(stage):
     case.optimizer.zero_grad()
     for micro in range(101):
         loss = sum(p.sum() for p in case.parted.parameters()) * (1.0 if micro == 0 else 2**-9)
-        case.optimizer.before_backward(loss, undisturbed=True)
+        case.optimizer.flow.before_backward(loss, undisturbed=True)
         loss.backward()
-        case.optimizer.after_backward()
+        case.optimizer.flow.after_backward()
     case.optimizer.reduce_gradients()
     own = [(s.gradients.own, s.gradients.divisor, s) for s in case.optimizer.shards]
     return [float(g.max()) / divisor for g, divisor, shard in own if shard.buffer.replicas.name == "data"]
