@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -43,25 +44,27 @@ class Rounding:
         """16 random bits per element, for the step's rounding of ``key``. [n] int32"""
         device = self.device
         first, last = self.own_start + span.start, self.own_start + span.stop
-        bits = torch.zeros(last - first, dtype=torch.int32, device=device)
+        bits = torch.zeros(last - first, dtype=torch.int32, device=device)  # between parameters they stay 0
         for entry in self.entries:
             start, stop = max(entry.start, first), min(entry.stop, last)
             if start < stop:
                 placement = entry.placement
                 salt = stable_hash(self.dice.seed, self.dice.step, placement.name, key)
                 index = global_index(placement.box, start - entry.start, stop - entry.start, device)
-                bits[start - first : stop - first] = _mixed(index, salt)
+                _mix(index, salt, out=bits[start - first : stop - first])
         return bits
 
 
 def global_index(box: Box, start: int, stop: int, device: torch.device) -> Tensor:
-    """Index in the whole, flattened tensor of elements ``start`` to ``stop`` of a stored, flattened part. [n] int64"""
-    index = torch.arange(start, stop, device=device)
+    """Index in the whole, flattened tensor of elements ``start`` to ``stop`` of a stored, flattened part.
+
+    [n] int32 where that is enough, else int64.
+    """
+    dtype = torch.int32 if prod(box.whole) + prod(box.stored) < 2**31 else torch.int64
     if box.stored[1:] == box.whole[1:]:  # a run of the whole tensor
-        row = 1
-        for length in box.whole[1:]:
-            row *= length
-        return index.add_(box.offsets[0] * row if box.offsets else 0)
+        first = start + (box.offsets[0] * prod(box.whole[1:]) if box.offsets else 0)
+        return torch.arange(first, first + stop - start, dtype=dtype, device=device)
+    index = torch.arange(start, stop, dtype=dtype, device=device)
     result = torch.zeros_like(index)
     stride = 1
     for stored, whole, offset in reversed(list(zip(box.stored, box.whole, box.offsets, strict=True))):
@@ -71,13 +74,13 @@ def global_index(box: Box, start: int, stop: int, device: torch.device) -> Tenso
     return result
 
 
-def _mixed(index: Tensor, salt: int) -> Tensor:
-    """The low 16 bits of murmur3's finaliser, which lets every bit of the index reach every bit of the result."""
-    high = (index >> 32).to(torch.int32)
-    h = index.to(torch.int32).bitwise_xor_(_int32(salt)).add_(high.mul_(_int32(0x9E3779B1)))
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        h.bitwise_xor_((h >> shift).bitwise_and_((1 << (32 - shift)) - 1)).mul_(_int32(factor))
-    return h.bitwise_xor_(h >> 16).bitwise_and_(0xFFFF)
+def _mix(index: Tensor, salt: int, out: Tensor) -> None:
+    """Two rounds of multiply and shift, whose upper half every bit of the index reaches. ``index`` is used up."""
+    if index.dtype == torch.int64:
+        index = index.to(torch.int32).bitwise_xor_((index >> 32).to(torch.int32).mul_(_int32(0xC2B2AE35)))
+    index.add_(_int32(salt)).mul_(_int32(0x9E3779B1))
+    torch.bitwise_right_shift(index, 15, out=out)
+    out.bitwise_xor_(index).mul_(_int32(0x85EBCA6B)).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
 
 
 def _int32(n: int) -> int:
