@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
 from rich.table import Table
 
+from lightning_tex.optim import TiledOptimizer
 from lightning_tex.placement import placements
 
 
@@ -51,7 +52,13 @@ class RunSummary(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        rows = [*self._rows, *_losses(trainer), *_places(trainer), ("resume", _resume_command(trainer))]
+        rows = [
+            *self._rows,
+            *_skipped(trainer),
+            *_losses(trainer),
+            *_places(trainer),
+            ("resume", _resume_command(trainer)),
+        ]
         table = Table(title="Training finished", show_header=False, title_justify="left", box=None, padding=(0, 2))
         table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold")
@@ -80,6 +87,11 @@ def _global_parameters(trainer: Trainer, module: LightningModule) -> int:
 def _layout(trainer: Trainer) -> str:
     topology = getattr(trainer.strategy, "topology", None)
     return str(topology.layout) if topology else f"{trainer.world_size} rank(s), {type(trainer.strategy).__name__}"
+
+
+def _skipped(trainer: Trainer) -> list[tuple[str, str]]:
+    skipped = sum(o.skipped.total for o in trainer.strategy.optimizers if isinstance(o, TiledOptimizer))
+    return [("skipped", f"{skipped} optimizer steps with an infinite or NaN gradient")] if skipped else []
 
 
 def _losses(trainer: Trainer) -> list[tuple[str, str]]:

@@ -32,6 +32,9 @@ class Engine:
         clone.state = defaultdict(dict)
         clone.param_groups = []
         self.optimizer = clone
+        step = type(optimizer).step
+        # torch wraps it to call hooks, the global ones too, which belong to the whole step.
+        self._step = step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[attr-defined]
 
     def step(self, window: Window, gradient: Tensor, options: dict[str, Any]) -> None:
         """Update a window's tile and state in place by a group's options. ``gradient``: [n]."""
@@ -39,7 +42,7 @@ class Engine:
         tile.grad = gradient
         self.optimizer.state = defaultdict(dict, {tile: state})
         self.optimizer.param_groups = [{**options, "params": [tile]}]
-        self.optimizer.step()
+        self._step(self.optimizer)
         tile.grad = None
         if (left := self.optimizer.state[tile]) is not state:
             state.clear()

@@ -121,20 +121,21 @@ def _nonnegative(windows: list[Window]) -> frozenset[str]:
 def temporary_bytes(
     optimizer: Optimizer,
     group: dict[str, Any],
-    dtype: torch.dtype,
+    like: Tensor,
     make_states: Callable[[Tensor, int], StateFormat],
 ) -> float:
     """Bytes per element that a step allocates and frees again, at their peak: the optimizer's own and ours.
 
     Args:
         optimizer, group: the user's optimizer and the group's options.
-        dtype: of the parameters and gradients.
+        like: parameters, whose dtype and device are meant.
         make_states: the state format, from own part and tile size.
     """
-    options = _on_cpu(optimizer, group)
+    device = torch.device("cpu") if like.is_meta else like.device
+    options = _on_cpu(optimizer, group) if device.type == "cpu" else fastest(optimizer, group)
     engine = Engine(optimizer)
-    states = make_states(torch.randn(_ELEMENTS).to(dtype), _ELEMENTS)
-    gradient = torch.randn(_ELEMENTS).to(dtype)
+    states = make_states(torch.randn(_ELEMENTS, device=device).to(like.dtype), _ELEMENTS)
+    gradient = torch.randn(_ELEMENTS, device=device).to(like.dtype)
     with torch.no_grad():
         for _ in range(2):  # the first step makes the states
             allocations = Allocations()

@@ -85,8 +85,11 @@ class Storage:
         def states(buffer: FlatBuffer) -> StateFormat:
             dtype = buffer.parameters.dtype
             if dtype not in tiles:
-                trial = Rounding(dice, [], 0, torch.device("cpu"))
-                needed = temporary_bytes(optimizer, group, dtype, lambda own, n: self._states(own, n, probed, trial))
+
+                def trial(own: Tensor, tile_size: int) -> StateFormat:
+                    return self._states(own, tile_size, probed, Rounding(dice, [], 0, own.device))
+
+                needed = temporary_bytes(optimizer, group, buffer.parameters, trial)
                 tile = self.tile_size or most_elements(needed, buffer.parameters.device.type)
                 anywhere = self.state_format != "int8" and not fastest(optimizer, group).get("fused")
                 tiles[dtype] = tile if anywhere else -(-tile // ALIGNMENT) * ALIGNMENT

@@ -66,6 +66,8 @@ class TiledOptimizer(Optimizer):
         self.flow = GradientFlow(placements, world, communication or Communication(), self.storage.zero_stage == 2)
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.param_groups = optimizer.param_groups
+        for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+            setattr(self, hooks, getattr(optimizer, hooks))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as ``torch.optim.Optimizer`` does, and lay its parameters out in buffers."""
@@ -195,6 +197,25 @@ class TiledOptimizer(Optimizer):
             shard.buffer.gather().wait()
 
     # --- state, in pieces
+
+    def state_dict(self) -> dict[str, Any]:
+        """Refused: this rank has a part of the states, and a checkpoint has them all.
+
+        Raises:
+            RuntimeError: always, saying what to call.
+        """
+        raise RuntimeError(
+            "the states of this optimizer are sharded over ranks; trainer.save_checkpoint(..) saves all of them, and "
+            "TexMoEStrategy(save_distributed_checkpoint=False) in torch's own form"
+        )
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Refused, as :meth:`state_dict` is.
+
+        Raises:
+            RuntimeError: always, saying what to call.
+        """
+        raise RuntimeError("the states of this optimizer are sharded over ranks; give the Trainer a ckpt_path")
 
     def pieces(self) -> Iterator[Piece]:
         """Every piece of every parameter that this rank's windows hold."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_tex import placement
 from lightning_tex.optim import Storage, TiledOptimizer
@@ -461,6 +462,31 @@ def test_engine_leaves_the_users_optimizer_untouched():
         plain.grad = torch.ones(4)
         reference.step()
     torch.testing.assert_close(window, plain)
+
+
+def test_step_hooks_are_called_once_in_a_step_however_many_tiles():
+    model, called = network(), []
+    users = torch.optim.AdamW(model.parameters(), lr=0.1)
+    users.register_step_pre_hook(lambda *_: called.append("users pre"))
+    optimizer = tiled(model, users, 64)
+    optimizer.register_step_post_hook(lambda *_: called.append("ours post"))
+    everywhere = register_optimizer_step_post_hook(lambda *_: called.append("global post"))
+    try:
+        backward(model, 0)
+        optimizer.step()
+    finally:
+        everywhere.remove()
+    assert len(optimizer.shards[0].states.spans) > 5
+    assert sorted(called) == ["global post", "ours post", "users pre"]
+
+
+def test_a_part_of_the_states_is_no_state_dict():
+    model = network()
+    optimizer = tiled(model, torch.optim.AdamW(model.parameters()))
+    with pytest.raises(RuntimeError, match="are sharded over ranks; trainer"):
+        optimizer.state_dict()
+    with pytest.raises(RuntimeError, match="ckpt_path"):
+        optimizer.load_state_dict({})
 
 
 def test_fused_is_chosen_where_the_user_left_it_open():

@@ -331,7 +331,7 @@ def test_a_tile_is_the_budget_over_the_measured_temporaries(name):
         optimizer = tiled(model, users, None)
         states = optimizer.shards[0].states
         plain = partial(PlainStates, master=dtype != torch.float32)
-        needed = temporary_bytes(users, users.param_groups[0], dtype, plain)
+        needed = temporary_bytes(users, users.param_groups[0], torch.empty(0, dtype=dtype), plain)
         assert needed == 4 * tensors + ours
         assert states.tile_size == most_elements(needed, "cpu")
         assert states.tile_size * needed <= BUDGET_BYTES["cpu"]

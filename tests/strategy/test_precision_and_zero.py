@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import lightning_tex as tex
 from lightning_tex import placement
+from lightning_tex.callbacks import RunSummary
 from lightning_tex.layers import VocabParallelCrossEntropy
 from lightning_tex.models import Decoder, DecoderConfig
 from lightning_tex.moe import Router
@@ -203,6 +204,17 @@ def test_steps_with_a_nan_are_skipped_and_counted(precision: str) -> None:
     assert on_ranks(4, guarded_run, precision, spoil, 2) == [(True, 2, 6)] * 4
     for finite, skipped, _ in on_ranks(4, guarded_run, precision, spoil, None):
         assert not finite and skipped == 0
+
+
+def summary_of_a_guarded_run() -> str:
+    trainer = fitted(Learns({(0, 1): float("nan")}), {}, 4, callbacks=[RunSummary()])
+    assert trainer.strategy.optimizers[0].skipped.total == 1
+    return "done"
+
+
+def test_skipped_steps_stand_in_the_summary(capfd: pytest.CaptureFixture[str]) -> None:
+    on_ranks(1, summary_of_a_guarded_run)
+    assert "1 optimizer steps with an infinite or NaN gradient" in capfd.readouterr().out
 
 
 def test_training_stops_after_too_many_and_names_the_parameter() -> None:
