@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,20 @@ def whole_parameters(module: nn.Module, trainer: L.Trainer) -> dict[str, Tensor]
     return {name: placed[name].gather(p.detach()).clone() for name, p in module.named_parameters()}
 
 
+def together(world: int, runs: dict[Any, tuple[Any, ...]]) -> dict[Any, list[Any]]:
+    """Some (function, arguments), one after the other on the same processes: by key, then by rank."""
+    by_rank = on_ranks(world, one_by_one, list(runs.values()))
+    return {key: [found[i] for found in by_rank] for i, key in enumerate(runs)}
+
+
+def one_by_one(runs: list[tuple[Any, ...]]) -> list[Any]:
+    launched, results = dict(os.environ), []
+    for function, *args in runs:
+        os.environ.update(launched)  # a Trainer ends with what told it that its processes exist
+        results.append(function(*args))
+    return results
+
+
 # --- ZeRO
 
 
@@ -70,10 +85,11 @@ def stage_run(layout: Any, stage: int, flags: dict[str, Any]) -> Any:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_zero_stage_trains_alike(name: str) -> None:
     flags = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
-    expected_losses, expected = on_ranks(4, stage_run, LAYOUTS[name], 1, flags)[0]
+    found = together(4, {stage: (stage_run, LAYOUTS[name], stage, flags) for stage in (0, 1, 2)})
+    expected_losses, expected = found[1][0]
     assert expected_losses[-1] < expected_losses[0]
     for stage in (0, 2):
-        for losses, parameters in on_ranks(4, stage_run, LAYOUTS[name], stage, flags):
+        for losses, parameters in found[stage]:
             torch.testing.assert_close(losses, expected_losses, rtol=1e-10, atol=0)
             assert all(distance(parameters[key], value) <= 1e-10 for key, value in expected.items())
 
@@ -135,10 +151,11 @@ def fp16_run(layout: Any, spoil: dict[tuple[int, int], float], where: str) -> di
     }
 
 
-@pytest.mark.parametrize("where", ["norm.weight", "moe.experts.up"])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_an_infinity_on_one_rank_lowers_the_scale_on_all_and_changes_nothing(name: str, where: str) -> None:
-    for found in on_ranks(4, fp16_run, LAYOUTS[name], {(3, 2): float("inf")}, where):
+def test_an_infinity_on_one_rank_lowers_the_scale_on_all_and_changes_nothing(name: str) -> None:
+    spoil = {(3, 2): float("inf")}
+    by_place = together(4, {at: (fp16_run, LAYOUTS[name], spoil, at) for at in ("norm.weight", "moe.experts.up")})
+    for found in [*by_place["norm.weight"], *by_place["moe.experts.up"]]:
         assert found["dtypes"] == {torch.float16} and found["routers"] == {torch.float32}
         assert found["unchanged"] == [step == 2 for step in range(8)]
         assert found["scales"] == [2.0**10] * 2 + [2.0**9] * 6
@@ -152,10 +169,22 @@ def losses_in(layout: Any, precision: str | None, options: dict[str, Any], plugi
     return module.mean_losses(trainer).float()
 
 
-def test_fp16_learns_as_fp32_does() -> None:
-    exact = on_ranks(4, losses_in, TED, "32-true", {})[0]
-    plugin = MixedPrecision("16-mixed", "cpu")
-    for losses in on_ranks(4, losses_in, TED, None, {}, [plugin]):
+FORMATS = ("fp32", "split", "int8", "stochastic")
+BF16 = [(precision, name) for precision in ("bf16-mixed", "bf16-true") for name in FORMATS]
+
+
+@pytest.fixture(scope="module")
+def learnt() -> dict[Any, list[Tensor]]:
+    runs: dict[Any, tuple[Any, ...]] = {"exact": (losses_in, TED, "32-true", {})}
+    runs["fp16"] = losses_in, TED, None, {}, [MixedPrecision("16-mixed", "cpu")]
+    for precision, name in BF16:
+        runs[precision, name] = losses_in, TED, precision, {"optimizer_state_format": name}
+    return together(4, runs)
+
+
+def test_fp16_learns_as_fp32_does(learnt: dict[Any, list[Tensor]]) -> None:
+    exact = learnt["exact"][0]
+    for losses in learnt["fp16"]:
         taken = losses[torch.isfinite(losses)]
         assert taken[-1] < exact[0] - 0.5 and abs(float(taken[-1] - exact[-1])) < 0.3
 
@@ -163,11 +192,10 @@ def test_fp16_learns_as_fp32_does() -> None:
 # --- bf16
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-@pytest.mark.parametrize("state_format", ["fp32", "split", "int8", "stochastic"])
-def test_every_format_learns_in_bf16(precision: str, state_format: str) -> None:
-    exact = on_ranks(4, losses_in, TED, "32-true", {})[0]
-    for losses in on_ranks(4, losses_in, TED, precision, {"optimizer_state_format": state_format}):
+@pytest.mark.parametrize("run", BF16, ids="-".join)
+def test_every_format_learns_in_bf16(learnt: dict[Any, list[Tensor]], run: tuple[str, str]) -> None:
+    exact = learnt["exact"][0]
+    for losses in learnt[run]:
         assert losses[-1] < exact[0] - 0.5
         assert abs(float(losses[-1] - exact[-1])) < 0.15 * float(exact[-1])
 
@@ -201,8 +229,9 @@ def guarded_run(precision: str, spoil: dict[tuple[int, int], float], most: int |
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_steps_with_a_nan_are_skipped_and_counted(precision: str) -> None:
     spoil = {(1, 1): float("nan"), (2, 3): float("inf")}
-    assert on_ranks(4, guarded_run, precision, spoil, 2) == [(True, 2, 6)] * 4
-    for finite, skipped, _ in on_ranks(4, guarded_run, precision, spoil, None):
+    found = together(4, {most: (guarded_run, precision, spoil, most) for most in (2, None)})
+    assert found[2] == [(True, 2, 6)] * 4
+    for finite, skipped, _ in found[None]:
         assert not finite and skipped == 0
 
 
