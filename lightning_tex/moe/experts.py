@@ -12,6 +12,7 @@ from lightning_tex.drawing import by_index, draw_uniform_
 from lightning_tex.layers.mlp import Activation, require_activation
 from lightning_tex.moe.dispatch import Arrived
 from lightning_tex.placement import TexModule
+from lightning_tex.recording import product_to_record
 
 # N rows, D model width, H hidden width, E experts, e experts held here (per rank: H/expert_tensor)
 
@@ -70,7 +71,10 @@ class Experts(TexModule):
 
 
 def feed_forward(rows: Tensor, up: Tensor, down: Tensor, gate: Tensor | None = None) -> Tensor:
-    """One expert, or several alike as one batch: [.., n, D], [.., H, D], [.., D, H] -> [.., n, D]."""
+    """One expert, or several alike as one batch: [.., n, D], [.., H, D], [.., D, H] -> [.., n, D].
+
+    What they give goes home, which is recorded, and nowhere else.
+    """
     hidden = rows @ up.mT
     hidden = F.gelu(hidden) if gate is None else F.silu(rows @ gate.mT) * hidden
-    return hidden @ down.mT
+    return product_to_record(hidden, down)
