@@ -71,7 +71,7 @@ def all_reduce(x: Tensor, axis: Axis, op: str = "sum", operation: str = "all_red
         return x
 
     def run() -> Tensor:
-        out = x.contiguous().clone()
+        out = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(out, op=getattr(dist.ReduceOp, op.upper()), group=axis.group)
         count_sent(operation, axis, 2 * (axis.size - 1) * _bytes(x))
         return out
@@ -85,7 +85,7 @@ def broadcast(x: Tensor, axis: Axis) -> Tensor:
         return x
 
     def run() -> Tensor:
-        out = x.contiguous().clone()
+        out = x.clone(memory_format=torch.contiguous_format)
         dist.broadcast(out, src=axis.ranks[0], group=axis.group)
         count_sent("broadcast", axis, (axis.size - 1) * _bytes(x))
         return out
@@ -105,15 +105,14 @@ def all_gather(
         return x
 
     def run() -> Tensor:
-        moved = x.movedim(dim, 0)
-        longest = moved.shape[0] if sizes is None else max(sizes)
-        padded = _padded(moved, longest).contiguous()
-        out = padded.new_empty((longest * axis.size, *padded.shape[1:]))
-        _all_gather_single(out, padded, group=axis.group)
-        count_sent(operation, axis, (axis.size - 1) * _bytes(out))
-        if sizes is not None and min(sizes) < longest:
-            out = torch.cat([part[:n] for part, n in zip(out.split(longest), sizes, strict=True)])
-        return out.movedim(0, dim)
+        along = dim % x.dim()
+        padded = (x if sizes is None else _padded(x, along, max(sizes))).contiguous()
+        parts = padded.new_empty((axis.size, *padded.shape))
+        _all_gather_single(parts.flatten(0, 1), padded, group=axis.group)
+        count_sent(operation, axis, (axis.size - 1) * _bytes(parts))
+        if sizes is not None and min(sizes) < max(sizes):
+            return torch.cat([part.narrow(along, 0, n) for part, n in zip(parts, sizes, strict=True)], along)
+        return parts.movedim(0, along).flatten(along, along + 1)
 
     return recorded(f"{operation} over {axis.name}", x, run)
 
@@ -128,14 +127,15 @@ def reduce_scatter(x: Tensor, dim: int, axis: Axis, sizes: Sequence[int] | None 
         return x
 
     def run() -> Tensor:
-        moved = x.movedim(dim, 0)
-        longest = moved.shape[0] // axis.size if sizes is None else max(sizes)
-        if sizes is not None and min(sizes) < longest:
-            moved = torch.cat([_padded(part, longest) for part in moved.split(list(sizes))])
-        out = moved.new_empty((longest, *moved.shape[1:]))
-        _reduce_scatter_single(out, moved.contiguous(), group=axis.group)
-        count_sent("reduce_scatter", axis, (axis.size - 1) * _bytes(moved))
-        return (out if sizes is None else out[: sizes[axis.rank]]).movedim(0, dim)
+        along = dim % x.dim()
+        if sizes is not None and min(sizes) < max(sizes):
+            parts = torch.stack([_padded(part, along, max(sizes)) for part in x.split(list(sizes), along)])
+        else:
+            parts = x.unflatten(along, (axis.size, x.shape[along] // axis.size)).movedim(along, 0).contiguous()
+        out = parts.new_empty(parts.shape[1:])
+        _reduce_scatter_single(out, parts.flatten(0, 1), group=axis.group)
+        count_sent("reduce_scatter", axis, (axis.size - 1) * _bytes(parts))
+        return out if sizes is None else out.narrow(along, 0, sizes[axis.rank])
 
     return recorded(f"reduce_scatter over {axis.name}", x, run)
 
@@ -146,9 +146,9 @@ def own_slice(x: Tensor, dim: int, axis: Axis, sizes: Sequence[int] | None = Non
     return x.narrow(dim, sum(parts[: axis.rank]), parts[axis.rank])
 
 
-def _padded(x: Tensor, length: int) -> Tensor:
+def _padded(x: Tensor, dim: int, length: int) -> Tensor:
     # Gloo and NCCL have no uneven all-gather: pad to the longest, cut the padding out afterwards.
-    return x if x.shape[0] == length else F.pad(x, [0, 0] * (x.dim() - 1) + [0, length - x.shape[0]])
+    return x if x.shape[dim] == length else F.pad(x, [0, 0] * (x.dim() - 1 - dim) + [0, length - x.shape[dim]])
 
 
 def all_to_all(

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,6 +69,35 @@ def recorded(name: str, like: Tensor, run: Callable[[], Tensor]) -> Tensor:
         if not tape.replaying:
             tape.record(key, result)
     return result
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, computed: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        kind = x.device.type
+        ctx.autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        # A product over no columns is zeros of the right shape and dtype.
+        return x @ weight.mT if computed else x[..., :0] @ weight[..., :0].mT
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        with ctx.autocast:
+            d_weight = None
+            if ctx.needs_input_grad[1]:
+                columns, rows = (grad, x) if weight.dim() == x.dim() else (grad.flatten(0, -2), x.flatten(0, -2))
+                d_weight = columns.mT @ rows
+            return grad @ weight, d_weight, None
+
+
+def product_to_record(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight.mT`` that is given to :func:`recorded` and to nothing else: [.., n, in], [.., out, in] -> [.., out].
+
+    Where a tape replays what came of it, nobody looks at it and it is not computed.
+    """
+    replayed = not _inside.get() and any(tape.replaying for tape in active_tapes.get())
+    return _Product.apply(x, weight, not replayed)
 
 
 def count_sent(operation: str, axis: Axis, scaled_bytes: int) -> None:

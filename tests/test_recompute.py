@@ -9,6 +9,7 @@ import torch
 from ranks import run_ranks
 from topologies import join
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_tex import placement
 from lightning_tex.collectives import all_reduce
@@ -251,3 +252,17 @@ def test_taking_it_back():
     assert recompute(model, "full") == ["blocks.0", "blocks.1"]
     assert recompute(model, None) == []
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_product_whose_outcome_is_replayed_is_not_computed_again():
+    tokens, dim, hidden = 12, 8, 16
+    flops = {}
+    for mode in ("full", "communication_aware"):
+        model = nn.Module()
+        model.blocks = nn.ModuleList([MoE(dim, hidden, 4)])
+        recompute(model, mode)
+        y = model.blocks[0](torch.randn(tokens, dim, requires_grad=True))
+        with FlopCounterMode(display=False) as counter:
+            (y.square().sum() + auxiliary_loss(model)).backward()
+        flops[mode] = counter.get_total_flops()
+    assert flops["full"] - flops["communication_aware"] == 2 * tokens * hidden * dim  # the experts' last

@@ -99,8 +99,7 @@ class ParallelAttention(TexModule):
         rate = self.rope_base ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
         angle = torch.arange(x.shape[-2], device=x.device, dtype=dtype)[:, None] * rate
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        first, second = x.split(half, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        return x * torch.cat([cos, cos], dim=-1) + x.roll(half, -1) * torch.cat([-sin, sin], dim=-1)
 
     def _mask(self, mask: Tensor | None, length: int) -> Tensor | None:
         if mask is None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_tex.drawing import by_index, draw_uniform_
 from lightning_tex.placement import TexModule
+from lightning_tex.recording import product_to_record
 from lightning_tex.topology import Layout
 
 
@@ -100,5 +101,6 @@ class RowParallelLinear(_Linear):
         require_divisible(name, "in_features", self.in_features, layout)
 
     def forward(self, x: Tensor) -> Tensor:  # [.., in/tensor] -> [.., out]
-        y = self.stream.leave(F.linear(x, self.weight))
+        recorded = self.tensor.size > 1
+        y = self.stream.leave(product_to_record(x, self.weight) if recorded else F.linear(x, self.weight))
         return y if self.bias is None else y + self.bias

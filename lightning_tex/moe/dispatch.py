@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_tex.collectives import all_gather, all_reduce, all_to_all, gather, split
-from lightning_tex.moe.permute import group_by_expert, invert, take
+from lightning_tex.moe.permute import group_by_expert, invert
 from lightning_tex.moe.router import Route
 from lightning_tex.moe.travel import CapacityWay, DroplessWay, Lanes, bring, send
 from lightning_tex.topology import Axis
@@ -99,12 +99,12 @@ def assign_slots(indices: Tensor, num_experts: int, capacity: int, rows: int) ->
 
 @dataclass(frozen=True)
 class CapacityJourney:
-    """What the way back needs: the way, the slots, each choice's weight [T, k], the dtype of the tokens."""
+    """What the way back needs: the way, each choice's weight [T, k], the dtype of the tokens, what overflowed."""
 
     way: CapacityWay
-    slots: Slots
     weights: Tensor
     dtype: torch.dtype
+    overflowed: Tensor
 
 
 @dataclass(frozen=True)
@@ -122,22 +122,17 @@ class CapacityDispatcher(Dispatcher):
         largest = torch.tensor([allowed], device=x.device)
         rows = _round_up(int(all_reduce(largest, self.lanes.expert, "max", "exchange_counts")), self.lanes.split.size)
         slots = assign_slots(route.indices, self.num_experts, allowed, rows)
-        buffer = take(x.reshape(-1, x.shape[-1]), slots.choice // top_k, slots.slot)
-        way = CapacityWay(self.lanes)
-        arrived = send(buffer.view(self.num_experts, rows, x.shape[-1]), way)  # [E, C, D] -> [e, P, C', D]
-        sizes = [arrived.shape[1] * arrived.shape[2]] * arrived.shape[0]
-        journey = CapacityJourney(way, slots, route.weights, x.dtype)
-        return Arrived(arrived.reshape(-1, x.shape[-1]), sizes), journey
+        way = CapacityWay(self.lanes, slots.slot, slots.choice.view(self.num_experts, rows))
+        arrived = send(x.reshape(-1, x.shape[-1]), way)
+        experts = self.num_experts // self.lanes.expert.size
+        journey = CapacityJourney(way, route.weights, x.dtype, slots.overflowed)
+        return Arrived(arrived, [len(arrived) // experts] * experts), journey
 
     def combine(self, rows: Tensor, journey: CapacityJourney) -> Tensor:
-        slots, expert = journey.slots, self.lanes.expert
-        by_sender = rows.view(self.num_experts // expert.size, expert.size, -1, rows.shape[-1])
-        buffer = bring(by_sender, journey.way)  # [E, C, D]
-        outputs = take(buffer.flatten(0, 1), slots.slot.flatten(), slots.choice[:, None])
-        return _weighted_sum(outputs, journey.weights, journey.dtype)
+        return _weighted_sum(bring(rows, journey.way), journey.weights, journey.dtype)
 
     def overflow(self, journey: CapacityJourney) -> Tensor:
-        return journey.slots.overflowed
+        return journey.overflowed
 
 
 # --- dropless
@@ -147,14 +142,10 @@ class CapacityDispatcher(Dispatcher):
 class DroplessJourney:
     """What the way back needs.
 
-    way: the way; row: [t, k] place of each own choice among the n rows sent; choice: [n, 1] its inverse; by_expert: [N]
-    order of the arrived rows at the experts; tokens: tokens of each rank of the split axis; weights: [t, k] of the own.
+    way: the way; tokens: tokens of each rank of the split axis; weights: [t, k] of the own; the dtype of the tokens.
     """
 
     way: DroplessWay
-    row: Tensor
-    choice: Tensor
-    by_expert: Tensor
     tokens: list[int]
     weights: Tensor
     dtype: torch.dtype
@@ -175,27 +166,24 @@ class DroplessDispatcher(Dispatcher):
         received = all_to_all(counts.view(lanes.expert.size, -1), lanes.expert, operation="exchange_counts")  # [P, e]
         everywhere = all_gather(received[None], 0, lanes.gather, operation="exchange_counts")  # [gather, P, e]
         leave = counts.view(lanes.expert.size, -1).sum(1).tolist()
-        way = DroplessWay(lanes, leave, received.sum(1).tolist(), everywhere.sum((1, 2)).tolist())
+        arrive, gathered = received.sum(1).tolist(), everywhere.sum((1, 2)).tolist()
 
         choice = order.sorted[: sum(leave)]
         row = torch.full_like(order.sorted, sum(leave))
         row[choice] = torch.arange(sum(leave), device=x.device)
-        row = row.view(-1, top_k)
-        arrived = send(take(own, choice // top_k, row), way)  # [N, D] by sender, then by expert
         expert = torch.arange(everywhere.shape[-1], device=x.device).expand_as(everywhere).flatten()
         by_expert = expert.repeat_interleave(everywhere.flatten()).sort(stable=True).indices
-        rows = take(arrived, by_expert, invert(by_expert)[:, None])
-        journey = DroplessJourney(way, row, choice[:, None], by_expert, tokens, weights, x.dtype)
-        return Arrived(rows, everywhere.sum((0, 1)).tolist()), journey
+        order_there = by_expert, invert(by_expert)
+        way = DroplessWay(lanes, row.view(-1, top_k), choice, leave, arrive, gathered, *order_there)
+        journey = DroplessJourney(way, tokens, weights, x.dtype)
+        return Arrived(send(own, way), everywhere.sum((0, 1)).tolist()), journey
 
     def combine(self, rows: Tensor, journey: DroplessJourney) -> Tensor:
-        by_sender = take(rows, invert(journey.by_expert), journey.by_expert[:, None])
-        outputs = take(bring(by_sender, journey.way), journey.row.flatten(), journey.choice)
-        own = _weighted_sum(outputs, journey.weights, journey.dtype)
+        own = _weighted_sum(bring(rows, journey.way), journey.weights, journey.dtype)
         return gather(own, 0, self.lanes.split, journey.tokens)
 
     def overflow(self, journey: DroplessJourney) -> Tensor:
-        return journey.row.new_zeros(())
+        return journey.way.slot.new_zeros(())
 
 
 # --- capacity, with tokens that are split already (sequence parallelism)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,7 @@ from lightning_tex.drawing import by_index, draw_uniform_
 from lightning_tex.layers.mlp import Activation, require_activation
 from lightning_tex.moe.dispatch import Arrived
 from lightning_tex.placement import TexModule
+from lightning_tex.recording import product_to_record
 
 # N rows, D model width, H hidden width, E experts, e experts held here (per rank: H/expert_tensor)
 
@@ -56,26 +56,25 @@ class Experts(TexModule):
             draw_uniform_(parameter, 1 / math.sqrt(boxes[name].whole[-1]), boxes[name])
 
     def forward(self, arrived: Arrived) -> Tensor:  # [N, D] -> [N, D]
-        rows = arrived.rows
-        up = grouped_product(rows, self.up, arrived.sizes)
-        if self.gate is None:
-            hidden = F.gelu(up)
-        else:
-            hidden = F.silu(grouped_product(rows, self.gate, arrived.sizes)) * up
-        return grouped_product(hidden, self.down, arrived.sizes)
+        rows, sizes = arrived
+        matrices = [self.up, self.down] if self.gate is None else [self.up, self.down, self.gate]
+        if len(set(sizes)) == 1:
+            return feed_forward(rows.view(len(sizes), sizes[0], self.dim), *matrices).flatten(0, 1)
+        # Indexing matrices one by one, in place of unbind, would make a full-size gradient for each expert. Empty
+        # groups are served like others: their gradient is zero, not missing.
+        each = zip(rows.split(sizes), *(matrix.unbind() for matrix in matrices), strict=True)
+        return torch.cat([feed_forward(*expert) for expert in each])
 
     def extra_repr(self) -> str:
         kind = "gelu" if self.gate is None else "swiglu"
         return f"{self.num_experts} x ({self.dim} -> {self.hidden_dim} -> {self.dim}), {kind}"
 
 
-def grouped_product(rows: Tensor, weights: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Each group of rows times its own matrix: [N, in], [e, out, in] -> [N, out].
+def feed_forward(rows: Tensor, up: Tensor, down: Tensor, gate: Tensor | None = None) -> Tensor:
+    """One expert, or several alike as one batch: [.., n, D], [.., H, D], [.., D, H] -> [.., n, D].
 
-    Equal groups are one batched product. Unequal ones are a loop over unbound matrices, empty groups included (their
-    gradient is zero, not missing); indexing ``weights[i]`` instead would make a full-size gradient for each.
+    What they give goes home, which is recorded, and nowhere else.
     """
-    if len(set(sizes)) == 1 and rows.is_cuda:
-        return torch.bmm(rows.view(len(sizes), -1, rows.shape[-1]), weights.transpose(1, 2)).flatten(0, 1)
-    groups = rows.split(list(sizes))
-    return torch.cat([F.linear(group, w) for group, w in zip(groups, weights.unbind(), strict=True)])
+    hidden = rows @ up.mT
+    hidden = F.gelu(hidden) if gate is None else F.silu(rows @ gate.mT) * hidden
+    return product_to_record(hidden, down)

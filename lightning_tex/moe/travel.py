@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from lightning_tex.collectives import all_gather, all_reduce, all_to_all, own_slice, reduce_scatter
+from lightning_tex.moe.permute import pick
 from lightning_tex.recording import recorded
 from lightning_tex.topology import Axis
 
-# E experts, e experts held here, P = E/e ranks on the expert axis, C capacity, c = C/split, D model width,
-# n rows sent, N rows at the experts
+# t own tokens, k choices per token, E experts, e experts held here, P = E/e ranks on the expert axis, C capacity,
+# c = C/split, D model width, n rows sent, N rows at the experts
 
 
 @dataclass(frozen=True)
@@ -36,76 +37,105 @@ class Lanes:
     cut: Axis
     fused: bool = True
 
-    def sum_own(self, x: Tensor, dim: int, sizes: Sequence[int] | None = None) -> Tensor:
-        """Of partial sums over ``cut``, the sum; of that, the part along ``dim`` that ``gather`` put in here."""
+    def sum_own(self, x: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+        """Of partial sums over ``cut``, the sum; of that, the part along dim 0 that ``gather`` put in here."""
         if self.gather.size == 1:
             return all_reduce(x, self.cut)
         if self.fused:
-            return reduce_scatter(x, dim, self.gather, sizes)
-        return own_slice(all_reduce(x, self.gather), dim, self.gather, sizes)
+            return reduce_scatter(x, 0, self.gather, sizes)
+        return own_slice(all_reduce(x, self.gather), 0, self.gather, sizes)
 
 
+@dataclass(frozen=True)
 class Way(ABC):
-    """The way of one forward: linear maps without autograd, each the other's transpose."""
+    """The way of one forward: linear maps without autograd.
+
+    Args:
+        lanes: the axes.
+        slot: [t, k] where the row of each choice lies when it is home; one more than there are where it is not served.
+    """
+
+    lanes: Lanes
+    slot: Tensor
 
     @abstractmethod
-    def out(self, x: Tensor) -> Tensor:
-        """To the experts."""
+    def out(self, x: Tensor, each: int) -> Tensor:
+        """To the experts, [N, D] grouped by expert. Row i of ``x`` goes for the ``each`` choices from i * each on."""
 
     @abstractmethod
     def home(self, y: Tensor) -> Tensor:
-        """From partial sums at the experts home."""
+        """From partial sums at the experts [N, D] home: [t * k, D] by choice, 0 where it was not served.
+
+        The transpose of ``out(x, 1)``.
+        """
 
 
 @dataclass(frozen=True)
 class CapacityWay(Way):
-    """[E, C, D] buffers of equal shape: out to [e, P, c * gather, D], home to [E, C, D]."""
+    """By buffers of equal shape.
 
-    lanes: Lanes
+    Args:
+        choice: [E, C] the choice t * k + i in each row of the buffer; t * k where it is empty.
+    """
 
-    def out(self, x: Tensor) -> Tensor:
-        part = all_to_all(own_slice(x, 1, self.lanes.split), self.lanes.expert)  # [P * e, c, D]
-        by_expert = part.unflatten(0, (self.lanes.expert.size, -1)).transpose(0, 1)
-        return all_gather(by_expert, 2, self.lanes.gather)
+    choice: Tensor
+
+    def out(self, x: Tensor, each: int) -> Tensor:
+        own = own_slice(self.choice, 1, self.lanes.split) // each  # [E, c]
+        part = all_to_all(pick(x, own.flatten()).view(*own.shape, x.shape[-1]), self.lanes.expert)  # [P * e, c, D]
+        by_sender = all_gather(part, 0, self.lanes.gather).unflatten(0, (self._senders, -1))
+        return by_sender.transpose(0, 1).flatten(0, 2)
 
     def home(self, y: Tensor) -> Tensor:
-        part = self.lanes.sum_own(y, 2).transpose(0, 1).flatten(0, 1)  # [P * e, c, D]
-        return all_gather(all_to_all(part, self.lanes.expert), 1, self.lanes.split)
+        experts, rows = len(self.choice) // self.lanes.expert.size, self.choice.shape[1] // self.lanes.split.size
+        by_sender = y.reshape(experts, self._senders, rows, y.shape[-1]).transpose(0, 1).flatten(0, 1)
+        buffer = all_to_all(self.lanes.sum_own(by_sender), self.lanes.expert)  # [P * e, c, D]
+        return pick(all_gather(buffer, 1, self.lanes.split).flatten(0, 1), self.slot.flatten())
+
+    @property
+    def _senders(self) -> int:
+        return self.lanes.gather.size * self.lanes.expert.size
 
 
 @dataclass(frozen=True)
 class DroplessWay(Way):
-    """[n, D] rows by expert: out to [N, D] rows by sender, home to [n, D].
+    """As many rows as there are.
 
     Args:
-        lanes: the axes.
+        choice: [n] the choices that are sent, by expert.
         leave, arrive: rows sent to and received from each rank of the expert axis.
         gathered: rows each rank of the gather axis received; N is their sum.
+        by_expert: [N] order of the arrived rows at the experts.
+        by_sender: [N] its inverse.
     """
 
-    lanes: Lanes
+    choice: Tensor
     leave: list[int]
     arrive: list[int]
     gathered: list[int]
+    by_expert: Tensor
+    by_sender: Tensor
 
-    def out(self, x: Tensor) -> Tensor:
-        part = all_to_all(x, self.lanes.expert, self.arrive, self.leave)
-        return all_gather(part, 0, self.lanes.gather, self.gathered)
+    def out(self, x: Tensor, each: int) -> Tensor:
+        part = all_to_all(pick(x, self.choice // each), self.lanes.expert, self.arrive, self.leave)
+        return all_gather(part, 0, self.lanes.gather, self.gathered).index_select(0, self.by_expert)
 
     def home(self, y: Tensor) -> Tensor:
-        part = self.lanes.sum_own(y, 0, self.gathered)
-        return all_to_all(part, self.lanes.expert, self.leave, self.arrive)
+        part = self.lanes.sum_own(y.index_select(0, self.by_sender), self.gathered)
+        return pick(all_to_all(part, self.lanes.expert, self.leave, self.arrive), self.slot.flatten())
 
 
 class _Out(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, way: Way) -> Tensor:
         ctx.way = way
-        return recorded("the way out", x, lambda: way.out(x))
+        return recorded("the way out", x, lambda: way.out(x, way.slot.shape[1]))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.way.home(grad), None
+        rows = ctx.way.home(grad)
+        top_k = ctx.way.slot.shape[1]
+        return rows if top_k == 1 else rows.unflatten(0, (-1, top_k)).sum(1), None
 
 
 class _Home(torch.autograd.Function):
@@ -116,14 +146,17 @@ class _Home(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.way.out(grad), None
+        return ctx.way.out(grad, 1), None
 
 
 def send(x: Tensor, way: Way) -> Tensor:
-    """Rows to the experts. ``way.out`` forward, ``way.home`` backward; recomputation replays only what arrived."""
+    """[t, D] tokens to the experts of their choices: [N, D]. ``way.out`` forward, ``way.home`` backward.
+
+    Recomputation replays only what arrived.
+    """
     return _Out.apply(x, way)
 
 
 def bring(y: Tensor, way: Way) -> Tensor:
-    """Partial sums at the experts home. ``way.home`` forward, ``way.out`` backward."""
+    """[N, D] partial sums at the experts home: [t * k, D]. ``way.home`` forward, ``way.out`` backward."""
     return _Home.apply(y, way)

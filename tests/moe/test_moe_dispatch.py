@@ -3,12 +3,13 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_tex.moe.dispatch import Arrived, CapacityDispatcher, DroplessDispatcher, assign_slots
-from lightning_tex.moe.experts import grouped_product
-from lightning_tex.moe.permute import group_by_expert, invert, take
+from lightning_tex.moe.experts import Experts
+from lightning_tex.moe.permute import group_by_expert, invert, pick
 from lightning_tex.moe.router import Route
 from lightning_tex.moe.travel import Lanes
 from lightning_tex.topology import Axis
@@ -125,31 +126,30 @@ def test_grouping_is_a_stable_sort_with_masked_choices_last(values):
     assert invert(order.sorted)[order.sorted].tolist() == list(range(len(values)))
 
 
-def test_take_gathers_in_both_directions():
-    x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+def test_pick_gives_zeros_for_no_row():
+    x = torch.randn(3, 2)
     index = torch.tensor([2, 0, 3, 2, 3])  # row 2 twice, row 1 never, 3 is nothing
-    inverse = torch.tensor([[1, 5], [5, 5], [0, 3]])
-    y = take(x, index, inverse)
-    expected = torch.cat([x, torch.zeros(1, 2)])[index]
-    assert torch.equal(y, expected)
-    upstream = torch.randn(5, 2, dtype=torch.float64)
-    ours, theirs = (torch.autograd.grad(z, x, upstream)[0] for z in (y, expected))
-    torch.testing.assert_close(ours, theirs)
-    assert torch.equal(take(x[:0], torch.zeros(4, dtype=torch.int64), inverse[:0]), torch.zeros(4, 2))
+    assert torch.equal(pick(x, index), torch.stack([x[2], x[0], torch.zeros(2), x[2], torch.zeros(2)]))
+    assert torch.equal(pick(x[:0], torch.zeros(4, dtype=torch.int64)), torch.zeros(4, 2))
+    x[0] = float("nan")  # of a row that is not picked nothing is seen
+    assert torch.equal(pick(x, torch.tensor([3, 1])), torch.stack([torch.zeros(2), x[1]]))
 
 
-@given(st.lists(st.integers(0, 4), min_size=1, max_size=4))
-def test_grouped_product_is_a_loop_and_empty_groups_have_zero_gradient(sizes):
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(sum(sizes), 3, generator=generator, dtype=torch.float64).requires_grad_()
-    weights = torch.randn(len(sizes), 2, 3, generator=generator, dtype=torch.float64).requires_grad_()
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=4), st.sampled_from(["gelu", "swiglu"]))
+def test_experts_serve_their_own_rows_and_without_rows_have_zero_gradient(sizes, activation):
+    experts = Experts(3, 2, len(sizes), activation).double()
+    rows = torch.randn(sum(sizes), 3, dtype=torch.float64).requires_grad_()
+    y = experts(Arrived(rows, sizes))
     owner = [e for e, n in enumerate(sizes) for _ in range(n)]
-    y = grouped_product(rows, weights, sizes)
-    upstream = torch.ones_like(y)
-    d_rows, d_weights = torch.autograd.grad(y, [rows, weights], upstream)
-    expected = torch.zeros_like(weights)
+    expected = torch.zeros_like(y)
     for i, e in enumerate(owner):
-        torch.testing.assert_close(y[i], weights[e] @ rows[i])
-        torch.testing.assert_close(d_rows[i], weights[e].sum(0))
-        expected[e] += rows[i].detach()
-    torch.testing.assert_close(d_weights, expected)
+        up = experts.up[e] @ rows[i]
+        hidden = F.gelu(up) if experts.gate is None else F.silu(experts.gate[e] @ rows[i]) * up
+        expected[i] = experts.down[e] @ hidden
+    torch.testing.assert_close(y, expected)
+    upstream = torch.randn_like(y)
+    inputs = [rows, *experts.parameters()]
+    ours = torch.autograd.grad(y, inputs, upstream)
+    theirs = torch.autograd.grad(expected + 0 * sum(p.sum() for p in inputs), inputs, upstream)
+    for own, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(own, their)
