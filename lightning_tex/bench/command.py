@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
 
-from lightning_tex.bench import communication
+import torch
+
+from lightning_tex.bench import communication, optimizer
+from lightning_tex.bench.candidates import OPTIMIZERS, Workload, formats
 from lightning_tex.bench.combinations import COMBINATIONS
 from lightning_tex.recipe import Recipe
 
@@ -19,6 +25,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser("lightning-tex bench", description="Measure where it runs.")
     kinds = parser.add_subparsers(dest="kind", required=True)
     add_communication(kinds)
+    add_optimizer(kinds)
     options, more = parser.parse_known_args(arguments)
     options.run(options, more)
 
@@ -51,3 +58,70 @@ def add_communication(kinds: argparse._SubParsersAction[argparse.ArgumentParser]
         communication.run(recipe, combinations, options.warmup, options.steps, options.turns, options.json)
 
     parser.set_defaults(run=run)
+
+
+def add_optimizer(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """``bench optimizer``: the optimizer step alone, beside other implementations."""
+    parser = kinds.add_parser(
+        "optimizer",
+        help="temporary memory, time and bytes of state of the optimizer step, beside other implementations",
+        description="Step made-up parameters with the tiled optimizer, the same untiled, torch's own, and the sharded "
+        "ones of torch and DeepSpeed where they can be had, and show the most temporary memory in a step, time, and "
+        "bytes of state. Under torchrun the layout is that of its processes, and rank 0 reports.",
+    )
+    parser.add_argument("--elements", nargs="+", type=whole, metavar="N", help="parameters of a rank (1e6 1e7 1e8)")
+    parser.add_argument(
+        "--experts", nargs="+", type=whole, metavar="E", help="experts of a block: more sizes (4 8 16 32 64)"
+    )
+    parser.add_argument("--width", type=whole, default=256, help="of that block: 4 w^2 dense, 8 w^2 an expert (256)")
+    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    parser.add_argument("--formats", nargs="+", choices=formats(), default=["fp32"], help="of the tiled step's states")
+    parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="AdamW")
+    parser.add_argument("--tile-size", type=whole, help="elements in a tile (default: the strategy's)")
+    parser.add_argument("--tensor-parallel-size", type=whole, default=1)
+    parser.add_argument("--expert-parallel-size", type=whole, default=1)
+    parser.add_argument("--turns", type=whole, default=11, help="steps timed of each, in turns (default: 11)")
+    parser.add_argument("--threads", type=whole, default=1, help="of torch, on CPU (default: 1)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--memory-gib", type=float, help="memory that may be taken (default: half of what is free)")
+    parser.add_argument("--plot", type=Path, help="draw temporary memory to this file (needs matplotlib)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+
+    def run(options: argparse.Namespace, more: list[str]) -> None:
+        if more:
+            parser.error(f"unknown: {' '.join(more)}")
+        if options.plot and find_spec("matplotlib") is None:
+            parser.error("--plot needs matplotlib; legal: pip install matplotlib, or no --plot")
+        if options.device == "cuda" and not torch.cuda.is_available():
+            parser.error("--device cuda, but torch sees no CUDA device; legal: cpu")
+        torch.set_num_threads(options.threads)
+        device = torch.device(options.device)
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(device)
+        topology = optimizer.join(options.tensor_parallel_size, options.expert_parallel_size, device)
+        elements, experts = options.elements or [], options.experts or []
+        if not elements and not experts:
+            elements, experts = [10**6, 10**7, 10**8], [4, 8, 16, 32, 64]
+        workloads = [
+            Workload(n, e, options.width, getattr(torch, dtype), device, options.optimizer, topology)
+            for dtype in options.dtype
+            for n, e in [*((n, None) for n in elements), *((None, e) for e in experts)]
+        ]
+        free = optimizer.free_bytes(device, topology) // 2
+        limit = free if options.memory_gib is None else int(options.memory_gib * 2**30)
+        plan = optimizer.Plan(workloads, options.tile_size, options.formats, options.turns, limit)
+        optimizer.run(plan, options.json, options.plot)
+
+    parser.set_defaults(run=run)
+
+
+def whole(text: str) -> int:
+    """A positive whole number, also as 1e6."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0
+    if number < 1 or number != int(number):
+        raise argparse.ArgumentTypeError(f"{text}; legal: a whole number of at least 1, such as 4 or 1e6")
+    return int(number)
