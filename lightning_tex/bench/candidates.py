@@ -67,8 +67,9 @@ class Workload:
                 assert self.elements is not None
                 module = nn.ParameterList([torch.empty(self.elements)])
             else:
-                block = [ParallelAttention(self.width, 1), MoE(self.width, 4 * self.width, self.experts)]
-                module = nn.ModuleList(block)
+                heads = self.topology.layout.tensor  # as many as can be cut; they change no size
+                attention = ParallelAttention(self.width, heads)
+                module = nn.ModuleList([attention, MoE(self.width, 4 * self.width, self.experts)])
         placement.check(module, self.topology.layout)
         placement.cut(module, self.topology)
         return module.to(self.dtype)
@@ -114,6 +115,9 @@ class Candidate:
         """One step, from gradients to parameters; collective over the layout's ranks."""
         raise NotImplementedError
 
+    def close(self) -> None:
+        """Let go of what outlives this object."""
+
 
 class Tiled(Candidate):
     """This package's step.
@@ -146,6 +150,9 @@ class Tiled(Candidate):
 
     def step(self) -> None:
         self.optimizer.step()
+
+    def close(self) -> None:
+        self.optimizer.release()  # parameters know its hooks, and so each would keep the other
 
 
 class Flat(Candidate):

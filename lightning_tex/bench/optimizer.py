@@ -92,6 +92,7 @@ class Case:
         self.builds = self.ours | torchs(workload.low_precision) | peers()
         self.rows: dict[str, dict[str, Any]] = {}
         self.skipped: dict[str, str] = {}
+        self._needs: dict[str, float] = {}
 
     def report(self) -> dict[str, Any]:
         """Measure everything. Collective."""
@@ -99,7 +100,7 @@ class Case:
             # Ours may refuse a combination of options; others are measured where they can be had.
             refusals = (ValueError,) if name in self.ours else (Exception,)
             try:
-                self.rows[name] = self._memory(build)
+                self.rows[name] = self._memory(name, build)
             except refusals as error:
                 self.skipped[name] = str(error).strip().partition("\n")[0] or type(error).__name__
         return {
@@ -111,26 +112,28 @@ class Case:
             "skipped": self.skipped,
         }
 
-    def _memory(self, build: Build) -> dict[str, Any]:
-        self._require_fitting(build)
+    def _memory(self, name: str, build: Build) -> dict[str, Any]:
+        self._require_fitting(name, build)
         device = self.workload.device
         before = live_bytes(device)
         candidate = stepped(build(self.workload))
         state_bytes = live_bytes(device) - before
         stepped(candidate).prepare()
+        peak = peak_bytes(candidate.step, device)
         row: dict[str, Any] = {
-            "peak_temporary_bytes": peak_bytes(candidate.step, device),
+            "peak_temporary_bytes": peak,
             "state_bytes": state_bytes,
             "state_bytes_per_parameter": state_bytes / self.elements,
             "moved_bytes": self._moved(candidate, state_bytes),
         }
+        candidate.close()
         return row | ({"tile_size": candidate.tile_size} if isinstance(candidate, Tiled) else {})
 
-    def _require_fitting(self, build: Build) -> None:
+    def _require_fitting(self, name: str, build: Build) -> None:
         """Refuse, from the bytes of a small workload, what would not fit."""
         small = replace(self.workload, elements=PROBE_ELEMENTS, experts=None)
-        probe = peak_bytes(lambda: stepped(build(small)), self.workload.device)
-        need = probe / PROBE_ELEMENTS * self.elements
+        probe = peak_bytes(lambda: stepped(build(small)).close(), self.workload.device)
+        need = self._needs[name] = probe / PROBE_ELEMENTS * self.elements
         if need > self.plan.limit_bytes:
             raise ValueError(
                 f"needs about {need / 2**30:.1f} GiB of the {self.plan.limit_bytes / 2**30:.1f} GiB that may be taken; "
@@ -162,6 +165,8 @@ class Case:
                 running[name].prepare()
                 times[name].append(self._clock(running[name].step))
             copies.append(self._clock(partial(target.copy_, source)))
+        for candidate in running.values():
+            candidate.close()
         for name, row in self.rows.items():
             row |= timing(times.get(name, []), times.get(REFERENCE, []), row["moved_bytes"])
         return copy_bytes / statistics.median(copy.wall_ms for copy in copies) / 1e6
@@ -170,7 +175,7 @@ class Case:
         """Candidates by name, two steps on, whose tensors fit into ``room`` bytes together."""
         running = {}
         for name, row in self.rows.items():
-            if row["state_bytes"] + row["peak_temporary_bytes"] <= room:
+            if self._needs[name] <= room:
                 room -= row["state_bytes"]
                 running[name] = stepped(stepped(self.builds[name](self.workload)))
         return running

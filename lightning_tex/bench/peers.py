@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -41,7 +42,9 @@ class ZeroRedundancy(Candidate):
     def __init__(self, workload: Workload) -> None:
         super().__init__(workload)
         require_processes(workload.device)
-        from torch.distributed.optim import ZeroRedundancyOptimizer
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated")  # its package's own use
+            from torch.distributed.optim import ZeroRedundancyOptimizer
 
         axis = workload.topology.data
         self.gradient = workload.drawn(workload.count())
@@ -96,6 +99,9 @@ class DeepSpeed(Candidate):
 
     def step(self) -> None:
         self.engine.step()
+
+    def close(self) -> None:
+        self.engine.destroy()
 
 
 class Weighted(nn.Module):

@@ -10,9 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ranks import run_ranks
 
+from lightning_tex.bench.candidates import Workload, ours, torchs
+from lightning_tex.bench.memory import live_bytes
+from lightning_tex.bench.optimizer import stepped
+from lightning_tex.bench.peers import ZeroRedundancy
 from lightning_tex.cli import main
+from lightning_tex.topology import Topology
+
+ELEMENTS = 1 << 18
 
 
 def bench(*options: str) -> tuple[str, str, Any]:
@@ -84,13 +92,30 @@ def test_every_case_says_what_was_timed_and_what_was_skipped(tmp_path: Path) -> 
     )
     assert plot.stat().st_size > 10_000
     rows = single["candidates"]
-    assert list(rows)[:5] == ["tiled", "untiled", "torch fused", "torch foreach", "torch loop"]
+    first = ["tiled", "untiled", "torch fused", "torch foreach", "torch loop", "ZeroRedundancyOptimizer"]
+    assert list(rows)[:6] == first
     assert single["copy_gb_per_s"] > 0 and rows["torch fused"]["ratio"] == rows["torch fused"]["cpu_ratio"] == 1
     for row in rows.values():
         low, high = row["step_ms_quartiles"]
         assert 0 < row["step_ms_min"] <= low <= row["step_ms"] <= high and len(row["step_ms_all"]) == 2
         assert row["ratio"] > 0 and row["cpu_ms"] > 0
     assert rows["tiled"]["tile_size"] == 1 << 23
+
+
+def left_alive() -> dict[str, int]:
+    """Bytes that outlive each candidate."""
+    cpu, left = torch.device("cpu"), {}
+    workload = Workload(ELEMENTS, None, 1, torch.bfloat16, cpu, "AdamW", Topology.single())
+    for name, build in (ours(None, ["fp32"]) | torchs(True) | {"peer": ZeroRedundancy}).items():
+        before = live_bytes(cpu)
+        stepped(build(workload)).close()
+        left[name] = live_bytes(cpu) - before
+    return left
+
+
+def test_a_candidate_leaves_its_memory_to_the_next() -> None:
+    (left,) = run_ranks(1, left_alive)
+    assert len(left) == 7 and max(left.values()) < ELEMENTS, left
 
 
 def test_a_peer_that_is_not_there_is_skipped_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +128,7 @@ def test_a_peer_that_is_not_there_is_skipped_with_the_reason(monkeypatch: pytest
 def test_what_does_not_fit_into_memory_is_skipped_with_the_numbers() -> None:
     (case,) = cases(1, "--elements", "1e6", "--dtype", "float32", "--memory-gib", "0.01")
     assert all("--memory-gib" in case["skipped"][name] for name in ("tiled", "torch fused"))
-    (case,) = cases(1, "--elements", "1e6", "--dtype", "float32", "--memory-gib", "0.03")
+    (case,) = cases(1, "--elements", "1e6", "--dtype", "float32", "--memory-gib", "0.05")
     assert case["candidates"]["tiled"]["step_ms"] > 0
     assert case["candidates"]["torch loop"]["step_ms"] is None, "not beside the others"
 
