@@ -1,29 +1,19 @@
-"""``lightning-tex bench communication``: a recipe's training step under every combination of communication options."""
+"""The words of ``lightning-tex bench``."""
 
 from __future__ import annotations
 
 import argparse
-import gc
-import json
-import logging
 import os
-import statistics
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
+import torch
 
-from lightning_tex.bench.combinations import COMBINATIONS, Combination
-from lightning_tex.bench.stopwatch import Measured, Stopwatch
+from lightning_tex.bench import communication, optimizer
+from lightning_tex.bench.candidates import FORMATS, OPTIMIZERS, Workload
+from lightning_tex.bench.combinations import COMBINATIONS
 from lightning_tex.recipe import Recipe
-from lightning_tex.strategy import TexMoEStrategy
-from lightning_tex.topology import Layout, Topology
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -32,204 +22,106 @@ def main(arguments: Sequence[str]) -> None:
     Args:
         arguments: what follows ``bench`` on the command line.
     """
-    parser = argparse.ArgumentParser("lightning-tex bench", description="Measure a recipe where it runs.")
+    parser = argparse.ArgumentParser("lightning-tex bench", description="Measure where it runs.")
     kinds = parser.add_subparsers(dest="kind", required=True)
-    communication = kinds.add_parser(
+    add_communication(kinds)
+    add_optimizer(kinds)
+    options, more = parser.parse_known_args(arguments)
+    options.run(options, more)
+
+
+def add_communication(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """``bench communication``: a recipe under every combination of communication options."""
+    names = [name.strip() for name in COMBINATIONS]
+    parser = kinds.add_parser(
         "communication",
         help="step time and bytes sent under every combination of communication options",
         description="Train a recipe's model for a few steps under every combination of communication options, in "
         "turns, and show step time, speed against the baseline (full recomputation, no duplicate-token dropping) and "
         "bytes sent by axis. Further options are the recipe's own, such as --trainer.devices 8.",
     )
-    communication.add_argument("--config", required=True, help="the recipe")
-    communication.add_argument("--steps", type=int, default=5, help="optimizer steps timed together (default: 5)")
-    communication.add_argument("--warmup", type=int, default=2, help="steps before them (default: 2)")
-    communication.add_argument("--turns", type=int, default=3, help="turns of all combinations (default: 3)")
-    communication.add_argument("--only", nargs="+", metavar="NAME", help=f"of {list(COMBINATIONS)}; baseline is added")
-    communication.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    options, recipe_options = parser.parse_known_args(arguments)
-    if min(options.steps, options.turns, options.warmup) < 1:
-        parser.error("--steps, --turns and --warmup must be at least 1")
-    wanted = {name.strip() for name in options.only or COMBINATIONS}
-    if unknown := wanted - {name.strip() for name in COMBINATIONS}:
-        parser.error(f"--only {sorted(unknown)}; legal: {[name.strip() for name in COMBINATIONS]}")
-    combinations = {n: c for n, c in COMBINATIONS.items() if n.strip() in wanted or n == "baseline"}
-    bench = CommunicationBench(Recipe(options.config, recipe_options), options.warmup, options.steps)
-    for _ in range(options.turns):
-        bench.turn(combinations)
-    if bench.is_first_rank:
-        report = bench.report()
-        show(report)
-        if options.json:
-            print(json.dumps(report), flush=True)
+    parser.add_argument("--config", required=True, help="the recipe")
+    parser.add_argument("--steps", type=int, default=5, help="optimizer steps timed together (default: 5)")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before them (default: 2)")
+    parser.add_argument("--turns", type=int, default=3, help="turns of all combinations (default: 3)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"of {names}; baseline is added")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+
+    def run(options: argparse.Namespace, recipe_options: list[str]) -> None:
+        if min(options.steps, options.turns, options.warmup) < 1:
+            parser.error("--steps, --turns and --warmup must be at least 1")
+        wanted = {name.strip() for name in options.only or names}
+        if unknown := wanted - set(names):
+            parser.error(f"--only {sorted(unknown)}; legal: {names}")
+        combinations = {n: c for n, c in COMBINATIONS.items() if n.strip() in wanted or n == "baseline"}
+        recipe = Recipe(options.config, recipe_options)
+        communication.run(recipe, combinations, options.warmup, options.steps, options.turns, options.json)
+
+    parser.set_defaults(run=run)
 
 
-class CommunicationBench:
-    """Runs a recipe under combinations, each with a Trainer of its own on the same processes.
-
-    Args:
-        recipe: the recipe.
-        warmup: steps before the clock starts.
-        steps: steps timed together.
-    """
-
-    def __init__(self, recipe: Recipe, warmup: int, steps: int) -> None:
-        self.recipe, self.warmup, self.steps = recipe, warmup, steps
-        self.runs: dict[str, list[Measured]] = {}
-        self.skipped: dict[str, str] = {}
-        self.is_first_rank = True
-        self._topologies: dict[Layout, Topology] = {}
-
-    def turn(self, combinations: Mapping[str, Combination]) -> None:
-        """Run every combination once. Collective over the recipe's ranks."""
-        for name, combination in combinations.items():
-            if name in self.skipped:
-                continue
-            try:
-                self.runs.setdefault(name, []).append(self._run(combination))
-            except (ValueError, MisconfigurationException) as error:
-                if name == "baseline":
-                    raise
-                del self.runs[name]
-                self.skipped[name] = str(error)
-
-    def _run(self, combination: Combination) -> Measured:
-        sizes = self.recipe.strategy_options()
-        tensor, expert = sizes.get("tensor_parallel_size", 1), sizes.get("expert_parallel_size", "auto")
-        watch = Stopwatch(self.warmup, self.steps)
-        with quiet():
-            fit = self.recipe.instantiate(
-                strategy=combination.options(tensor, expert),
-                trainer={
-                    "max_steps": self.warmup + self.steps,
-                    "max_epochs": -1,
-                    "limit_train_batches": 1.0,
-                    "limit_val_batches": 0,
-                    "num_sanity_val_steps": 0,
-                    "logger": False,
-                    "callbacks": [],
-                    "enable_checkpointing": False,
-                    "enable_progress_bar": False,
-                    "enable_model_summary": False,
-                },
-            )
-        strategy = fit.trainer.strategy
-        assert isinstance(strategy, TexMoEStrategy)
-        combination.tell(strategy)
-        fit.trainer.callbacks.append(watch)  # type: ignore[attr-defined]
-        self._share_groups(strategy)
-        with on_the_same_processes(strategy), quiet():
-            fit.trainer.fit(fit.model, fit.datamodule)
-        self.is_first_rank = strategy.is_global_zero
-        self._topologies[strategy.topology.layout] = strategy.topology
-        del fit
-        gc.collect()
-        if watch.measured is None:
-            raise ValueError(
-                f"the recipe's data ended before {self.warmup} + {self.steps} optimizer steps; "
-                "legal: smaller --warmup and --steps"
-            )
-        return watch.measured
-
-    def _share_groups(self, strategy: TexMoEStrategy) -> None:
-        """Process groups of a layout are made once."""
-        for topology in self._topologies.values():
-            strategy._mesh = topology.mesh
-            if topology.layout == strategy.resolve_layout():
-                strategy._topology = replace(topology, communication=strategy.communication)
-
-    def report(self) -> dict[str, Any]:
-        """Medians over the turns, and ratios to the baseline of the same run."""
-        base = statistics.median(run.step_ms for run in self.runs["baseline"])
-        rows = {}
-        for name, runs in self.runs.items():
-            step_ms, first = statistics.median(run.step_ms for run in runs), runs[0]
-            by_axis: dict[str, float] = {}
-            for kind, count in first.sent_bytes.items():
-                axis = kind.split("/")[1]
-                by_axis[axis] = by_axis.get(axis, 0.0) + count
-            rows[name.strip()] = {
-                "step_ms": step_ms,
-                "step_ms_all": [run.step_ms for run in runs],
-                "speedup": base / step_ms,
-                "cpu_ms_per_step_all_ranks": statistics.median(run.cpu_ms for run in runs),
-                "sent_bytes_by_axis": by_axis,
-                "sent_bytes": first.sent_bytes,
-                "stash_bytes_by_block": first.stash_bytes,
-                "loss": first.loss,
-            }
-        return {
-            "recipe": self.recipe.path,
-            "layouts": [str(layout) for layout in self._topologies],
-            "steps": self.steps,
-            "turns": max(map(len, self.runs.values())),
-            "combinations": rows,
-            "skipped": {name.strip(): reason for name, reason in self.skipped.items()},
-        }
-
-
-class on_the_same_processes:
-    """What Lightning sets up and tears down for one Trainer outlives it: the next one finds itself launched already."""
-
-    def __init__(self, strategy: TexMoEStrategy) -> None:
-        self.strategy = strategy
-
-    def __enter__(self) -> None:
-        self.before = dict(os.environ)
-
-    def __exit__(self, *_: object) -> None:
-        environment = self.strategy.cluster_environment
-        if environment is None:
-            return
-        os.environ.update(self.before)
-        if not environment.creates_processes_externally:
-            os.environ.update(
-                LOCAL_RANK=str(self.strategy.local_rank),
-                NODE_RANK=str(self.strategy.node_rank),
-                WORLD_SIZE=str(self.strategy.world_size),
-                MASTER_ADDR=environment.main_address,
-                MASTER_PORT=str(environment.main_port),
-            )
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without what Lightning says about every Trainer anew."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
-    loggers.append(logging.getLogger("lightning.pytorch.utilities.rank_zero"))
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.WARNING)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*does not have many workers")
-            warnings.filterwarnings("ignore", message="The number of training batches")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def show(report: dict[str, Any]) -> None:
-    """Print a report as a table."""
-    rows = report["combinations"]
-    axes = dict.fromkeys(a for row in rows.values() for a, sent in row["sent_bytes_by_axis"].items() if sent >= 5e3)
-    table = Table(box=SIMPLE, padding=(0, 1))
-    table.add_column("", no_wrap=True)
-    for heading in ("step ms", "speed", "CPU ms", *axes, "stash"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, row in rows.items():
-        sent = (f"{row['sent_bytes_by_axis'].get(axis, 0) / 1e6:.2f}" for axis in axes)
-        stash = max(row["stash_bytes_by_block"].values(), default=0) / 1e6
-        times = f"{row['step_ms']:.0f}", f"{row['speedup']:.2f}", f"{row['cpu_ms_per_step_all_ranks']:.0f}"
-        table.add_row(name if name[0] in "b+" else f"  {name}", *times, *sent, f"{stash:.2f}")
-    console = Console(width=max(110, Console().width), highlight=False)
-    console.print(f"{report['recipe']}: {report['layouts'][0]}")
-    console.print(table)
-    console.print(
-        f"Medians of {report['turns']} turns of {report['steps']} steps. Speed: against the baseline, which recomputes "
-        "everything and drops no duplicates; an indented row adds to the row above it. CPU: all ranks together. By "
-        "axis: MB that one rank sends in a step, by ring costs. Stash: MB that the largest block's tape keeps."
+def add_optimizer(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """``bench optimizer``: the optimizer step alone, beside other implementations."""
+    parser = kinds.add_parser(
+        "optimizer",
+        help="temporary memory, time and bytes of state of the optimizer step, beside other implementations",
+        description="Step made-up parameters with the tiled optimizer, the same untiled, torch's own, and the sharded "
+        "ones of torch and DeepSpeed where they can be had, and show the most temporary memory in a step, time, and "
+        "bytes of state. Under torchrun the layout is that of its processes, and rank 0 reports.",
     )
-    for name, reason in report["skipped"].items():
-        console.print(f"skipped: {name}: {reason}")
+    parser.add_argument("--elements", nargs="+", type=whole, metavar="N", help="parameters of a rank (1e6 1e7 1e8)")
+    parser.add_argument(
+        "--experts", nargs="+", type=whole, metavar="E", help="experts of a block: more sizes (4 8 16 32 64)"
+    )
+    parser.add_argument("--width", type=whole, default=256, help="of that block: 4 w^2 dense, 8 w^2 an expert (256)")
+    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["fp32"], help="of the tiled step's states")
+    parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="AdamW")
+    parser.add_argument("--tile-size", type=whole, help="elements in a tile (default: the strategy's)")
+    parser.add_argument("--tensor-parallel-size", type=whole, default=1)
+    parser.add_argument("--expert-parallel-size", type=whole, default=1)
+    parser.add_argument("--turns", type=whole, default=11, help="steps timed of each, in turns (default: 11)")
+    parser.add_argument("--threads", type=whole, default=1, help="of torch, on CPU (default: 1)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--memory-gib", type=float, help="memory that may be taken (default: half of what is free)")
+    parser.add_argument("--plot", type=Path, help="draw temporary memory to this file (needs matplotlib)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+
+    def run(options: argparse.Namespace, more: list[str]) -> None:
+        if more:
+            parser.error(f"unknown: {' '.join(more)}")
+        if options.plot and find_spec("matplotlib") is None:
+            parser.error("--plot needs matplotlib; legal: pip install matplotlib, or no --plot")
+        if options.device == "cuda" and not torch.cuda.is_available():
+            parser.error("--device cuda, but torch sees no CUDA device; legal: cpu")
+        torch.set_num_threads(options.threads)
+        device = torch.device(options.device)
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(device)
+        topology = optimizer.join(options.tensor_parallel_size, options.expert_parallel_size, device)
+        elements, experts = options.elements or [], options.experts or []
+        if not elements and not experts:
+            elements, experts = [10**6, 10**7, 10**8], [4, 8, 16, 32, 64]
+        workloads = [
+            Workload(n, e, options.width, getattr(torch, dtype), device, options.optimizer, topology)
+            for dtype in options.dtype
+            for n, e in [*((n, None) for n in elements), *((None, e) for e in experts)]
+        ]
+        free = optimizer.free_bytes(device, topology) // 2
+        limit = free if options.memory_gib is None else int(options.memory_gib * 2**30)
+        plan = optimizer.Plan(workloads, options.tile_size, options.formats, options.turns, limit)
+        optimizer.run(plan, options.json, options.plot)
+
+    parser.set_defaults(run=run)
+
+
+def whole(text: str) -> int:
+    """A positive whole number, also as 1e6."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0
+    if number < 1 or number != int(number):
+        raise argparse.ArgumentTypeError(f"{text}; legal: a whole number of at least 1, such as 4 or 1e6")
+    return int(number)

@@ -1,0 +1,219 @@
+"""A recipe's training step under every combination of communication options."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import statistics
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from lightning_tex.bench.combinations import Combination
+from lightning_tex.bench.stopwatch import Measured, Stopwatch
+from lightning_tex.recipe import Recipe
+from lightning_tex.strategy import TexMoEStrategy
+from lightning_tex.topology import Layout, Topology
+
+
+def run(
+    recipe: Recipe, combinations: Mapping[str, Combination], warmup: int, steps: int, turns: int, as_json: bool
+) -> None:
+    """Measure, and print on the first rank. Collective over the recipe's ranks.
+
+    Args:
+        recipe: the recipe.
+        combinations: what to run, the baseline among them.
+        warmup: optimizer steps before the clock starts.
+        steps: optimizer steps timed together.
+        turns: turns of all combinations.
+        as_json: print one JSON object as the last line.
+    """
+    bench = CommunicationBench(recipe, warmup, steps)
+    for _ in range(turns):
+        bench.turn(combinations)
+    if bench.is_first_rank:
+        report = bench.report()
+        show(report)
+        if as_json:
+            print(json.dumps(report), flush=True)
+
+
+class CommunicationBench:
+    """Runs a recipe under combinations, each with a Trainer of its own on the same processes.
+
+    Args:
+        recipe: the recipe.
+        warmup: steps before the clock starts.
+        steps: steps timed together.
+    """
+
+    def __init__(self, recipe: Recipe, warmup: int, steps: int) -> None:
+        self.recipe, self.warmup, self.steps = recipe, warmup, steps
+        self.runs: dict[str, list[Measured]] = {}
+        self.skipped: dict[str, str] = {}
+        self.is_first_rank = True
+        self._topologies: dict[Layout, Topology] = {}
+
+    def turn(self, combinations: Mapping[str, Combination]) -> None:
+        """Run every combination once. Collective over the recipe's ranks."""
+        for name, combination in combinations.items():
+            if name in self.skipped:
+                continue
+            try:
+                self.runs.setdefault(name, []).append(self._run(combination))
+            except (ValueError, MisconfigurationException) as error:
+                if name == "baseline":
+                    raise
+                del self.runs[name]
+                self.skipped[name] = str(error)
+
+    def _run(self, combination: Combination) -> Measured:
+        sizes = self.recipe.strategy_options()
+        tensor, expert = sizes.get("tensor_parallel_size", 1), sizes.get("expert_parallel_size", "auto")
+        watch = Stopwatch(self.warmup, self.steps)
+        with quiet():
+            fit = self.recipe.instantiate(
+                strategy=combination.options(tensor, expert),
+                trainer={
+                    "max_steps": self.warmup + self.steps,
+                    "max_epochs": -1,
+                    "limit_train_batches": 1.0,
+                    "limit_val_batches": 0,
+                    "num_sanity_val_steps": 0,
+                    "logger": False,
+                    "callbacks": [],
+                    "enable_checkpointing": False,
+                    "enable_progress_bar": False,
+                    "enable_model_summary": False,
+                },
+            )
+        strategy = fit.trainer.strategy
+        assert isinstance(strategy, TexMoEStrategy)
+        combination.tell(strategy)
+        fit.trainer.callbacks.append(watch)  # type: ignore[attr-defined]
+        self._share_groups(strategy)
+        with on_the_same_processes(strategy), quiet():
+            fit.trainer.fit(fit.model, fit.datamodule)
+        self.is_first_rank = strategy.is_global_zero
+        self._topologies[strategy.topology.layout] = strategy.topology
+        del fit
+        gc.collect()
+        if watch.measured is None:
+            raise ValueError(
+                f"the recipe's data ended before {self.warmup} + {self.steps} optimizer steps; "
+                "legal: smaller --warmup and --steps"
+            )
+        return watch.measured
+
+    def _share_groups(self, strategy: TexMoEStrategy) -> None:
+        """Process groups of a layout are made once."""
+        for topology in self._topologies.values():
+            strategy._mesh = topology.mesh
+            if topology.layout == strategy.resolve_layout():
+                strategy._topology = replace(topology, communication=strategy.communication)
+
+    def report(self) -> dict[str, Any]:
+        """Medians over the turns, and ratios to the baseline of the same run."""
+        base = statistics.median(run.step_ms for run in self.runs["baseline"])
+        rows = {}
+        for name, runs in self.runs.items():
+            step_ms, first = statistics.median(run.step_ms for run in runs), runs[0]
+            by_axis: dict[str, float] = {}
+            for kind, count in first.sent_bytes.items():
+                axis = kind.split("/")[1]
+                by_axis[axis] = by_axis.get(axis, 0.0) + count
+            rows[name.strip()] = {
+                "step_ms": step_ms,
+                "step_ms_all": [run.step_ms for run in runs],
+                "speedup": base / step_ms,
+                "cpu_ms_per_step_all_ranks": statistics.median(run.cpu_ms for run in runs),
+                "sent_bytes_by_axis": by_axis,
+                "sent_bytes": first.sent_bytes,
+                "stash_bytes_by_block": first.stash_bytes,
+                "loss": first.loss,
+            }
+        return {
+            "recipe": self.recipe.path,
+            "layouts": [str(layout) for layout in self._topologies],
+            "steps": self.steps,
+            "turns": max(map(len, self.runs.values())),
+            "combinations": rows,
+            "skipped": {name.strip(): reason for name, reason in self.skipped.items()},
+        }
+
+
+class on_the_same_processes:
+    """What Lightning sets up and tears down for one Trainer outlives it: the next one finds itself launched already."""
+
+    def __init__(self, strategy: TexMoEStrategy) -> None:
+        self.strategy = strategy
+
+    def __enter__(self) -> None:
+        self.before = dict(os.environ)
+
+    def __exit__(self, *_: object) -> None:
+        environment = self.strategy.cluster_environment
+        if environment is None:
+            return
+        os.environ.update(self.before)
+        if not environment.creates_processes_externally:
+            os.environ.update(
+                LOCAL_RANK=str(self.strategy.local_rank),
+                NODE_RANK=str(self.strategy.node_rank),
+                WORLD_SIZE=str(self.strategy.world_size),
+                MASTER_ADDR=environment.main_address,
+                MASTER_PORT=str(environment.main_port),
+            )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what Lightning says about every Trainer anew."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
+    loggers.append(logging.getLogger("lightning.pytorch.utilities.rank_zero"))
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not have many workers")
+            warnings.filterwarnings("ignore", message="The number of training batches")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print a report as a table."""
+    rows = report["combinations"]
+    axes = dict.fromkeys(a for row in rows.values() for a, sent in row["sent_bytes_by_axis"].items() if sent >= 5e3)
+    table = Table(box=SIMPLE, padding=(0, 1))
+    table.add_column("", no_wrap=True)
+    for heading in ("step ms", "speed", "CPU ms", *axes, "stash"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, row in rows.items():
+        sent = (f"{row['sent_bytes_by_axis'].get(axis, 0) / 1e6:.2f}" for axis in axes)
+        stash = max(row["stash_bytes_by_block"].values(), default=0) / 1e6
+        times = f"{row['step_ms']:.0f}", f"{row['speedup']:.2f}", f"{row['cpu_ms_per_step_all_ranks']:.0f}"
+        table.add_row(name if name[0] in "b+" else f"  {name}", *times, *sent, f"{stash:.2f}")
+    console = Console(width=max(110, Console().width), highlight=False)
+    console.print(f"{report['recipe']}: {report['layouts'][0]}")
+    console.print(table)
+    console.print(
+        f"Medians of {report['turns']} turns of {report['steps']} steps. Speed: against the baseline, which recomputes "
+        "everything and drops no duplicates; an indented row adds to the row above it. CPU: all ranks together. By "
+        "axis: MB that one rank sends in a step, by ring costs. Stash: MB that the largest block's tape keeps."
+    )
+    for name, reason in report["skipped"].items():
+        console.print(f"skipped: {name}: {reason}")

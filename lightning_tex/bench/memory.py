@@ -1,0 +1,56 @@
+"""Counting bytes: what a call holds at once, temporaries inside torch's kernels included, and what is alive."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.profiler import profile
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """Highest number of bytes that ``run`` holds at once on ``device``, above what was there before.
+
+    On CUDA by the allocator's statistics. On CPU by the profiler's record of every allocation of the calling thread,
+    which misses what libraries other than torch allocate and, erring upwards, what other threads free (gloo's do).
+
+    Args:
+        run: what is measured; slower than usual on CPU, so not to be timed meanwhile.
+        device: whose memory is counted.
+    """
+    gc.collect()  # garbage of earlier calls, freed inside, would hide as much of this one's
+    return _peak_on_cuda(run, device) if device.type == "cuda" else _peak_on_cpu(run)
+
+
+def live_bytes(device: torch.device) -> int:
+    """Bytes of all tensors alive on ``device``, each storage once."""
+    gc.collect()
+    tensors = [found for found in gc.get_objects() if issubclass(type(found), Tensor)]
+    tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
+    storages = (tensor.untyped_storage() for tensor in tensors if tensor.device == device)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _peak_on_cuda(run: Callable[[], object], device: torch.device) -> int:
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    start = torch.cuda.memory_allocated(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - start
+
+
+def _peak_on_cpu(run: Callable[[], object]) -> int:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it tells stderr of every start and stop
+    with profile(profile_memory=True) as record:
+        run()
+    level = peak = 0
+    assert record.kineto_results is not None
+    for event in record.kineto_results.events():
+        if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU:
+            level += event.nbytes()
+            peak = max(peak, level)
+    return peak

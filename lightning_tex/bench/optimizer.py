@@ -1,0 +1,263 @@
+"""The optimizer step alone: temporary memory, time and bytes of state, beside other implementations."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from lightning_tex.bench.candidates import REFERENCE, Build, Candidate, Tiled, Workload, ours, torchs
+from lightning_tex.bench.memory import live_bytes, peak_bytes
+from lightning_tex.bench.peers import peers
+from lightning_tex.bench.show import draw, tabulate
+from lightning_tex.optim.storage import StateFormatName
+from lightning_tex.topology import Layout, Topology
+
+PROBE_ELEMENTS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured.
+
+    Args:
+        workloads: the sizes, each measured by itself.
+        tile_size: elements in a tile; ``None``: the default.
+        state_formats: how the tiled step keeps its states.
+        turns: steps that are timed of each candidate, one in a turn.
+        limit_bytes: memory that may be taken at once.
+    """
+
+    workloads: Sequence[Workload]
+    tile_size: int | None
+    state_formats: Sequence[StateFormatName]
+    turns: int
+    limit_bytes: int
+
+
+def run(plan: Plan, as_json: bool, plot: Path | None) -> None:
+    """Measure, and print on the first rank. Collective over the workloads' ranks.
+
+    Args:
+        plan: what is measured.
+        as_json: print one JSON object as the last line.
+        plot: where to draw temporary memory against elements and experts.
+    """
+    first = plan.workloads[0]
+    gc.collect()
+    gc.freeze()  # every count collects garbage, and need not go through all that was imported
+    try:
+        cases = [Case(workload, plan).report() for workload in plan.workloads]
+    finally:
+        gc.unfreeze()
+    if first.topology.world.rank:
+        return
+    report = {
+        "optimizer": first.optimizer,
+        "device": torch.cuda.get_device_name(first.device) if first.device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "layout": str(first.topology.layout),
+        "torch": torch.__version__,
+        "turns": plan.turns,
+        "cases": cases,
+    }
+    tabulate(report)
+    if plot is not None:
+        draw(report, plot)
+    if as_json:
+        print(json.dumps(report), flush=True)
+
+
+class Case:
+    """One workload under all candidates: memory one by one, then time in turns.
+
+    Args:
+        workload: the elements.
+        plan: the rest.
+    """
+
+    def __init__(self, workload: Workload, plan: Plan) -> None:
+        self.workload, self.plan = workload, plan
+        self.elements = workload.count()
+        self.ours = ours(plan.tile_size, plan.state_formats)
+        self.builds = self.ours | torchs(workload.low_precision) | peers()
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.skipped: dict[str, str] = {}
+        self._needs: dict[str, float] = {}
+
+    def report(self) -> dict[str, Any]:
+        """Measure everything. Collective."""
+        for name, build in self.builds.items():
+            # Ours may refuse a combination of options; others are measured where they can be had.
+            refusals = (ValueError,) if name in self.ours else (Exception,)
+            try:
+                self.rows[name] = self._memory(name, build)
+            except refusals as error:
+                self.skipped[name] = str(error).strip().partition("\n")[0] or type(error).__name__
+        return {
+            "elements": self.elements,
+            "experts": self.workload.experts,
+            "dtype": str(self.workload.dtype).removeprefix("torch."),
+            "copy_gb_per_s": self._time(),
+            "candidates": self.rows,
+            "skipped": self.skipped,
+        }
+
+    def _memory(self, name: str, build: Build) -> dict[str, Any]:
+        self._require_fitting(name, build)
+        device = self.workload.device
+        before = live_bytes(device)
+        candidate = stepped(build(self.workload))
+        state_bytes = live_bytes(device) - before
+        stepped(candidate).prepare()
+        peak = peak_bytes(candidate.step, device)
+        row: dict[str, Any] = {
+            "peak_temporary_bytes": peak,
+            "state_bytes": state_bytes,
+            "state_bytes_per_parameter": state_bytes / self.elements,
+            "moved_bytes": self._moved(candidate, state_bytes),
+        }
+        candidate.close()
+        return row | ({"tile_size": candidate.tile_size} if isinstance(candidate, Tiled) else {})
+
+    def _require_fitting(self, name: str, build: Build) -> None:
+        """Refuse, from the bytes of a small workload, what would not fit."""
+        small = replace(self.workload, elements=PROBE_ELEMENTS, experts=None)
+        probe = peak_bytes(lambda: stepped(build(small)).close(), self.workload.device)
+        need = self._needs[name] = probe / PROBE_ELEMENTS * self.elements
+        if need > self.plan.limit_bytes:
+            raise ValueError(
+                f"needs about {need / 2**30:.1f} GiB of the {self.plan.limit_bytes / 2**30:.1f} GiB that may be taken; "
+                "legal: a larger --memory-gib, or fewer elements"
+            )
+
+    def _moved(self, candidate: Candidate, state_bytes: int) -> int | None:
+        """Bytes that a step cannot do without: gradients read, states read and written, parameters as well or written.
+
+        Counted in one process only: with several, what a rank moves depends on how its collectives work.
+        """
+        if self.workload.topology.world.size > 1:
+            return None
+        parameters = gradients = self.workload.dtype.itemsize * self.elements
+        states = state_bytes - parameters - gradients
+        return gradients + 2 * states + parameters * (1 if candidate.has_master else 2)
+
+    def _time(self) -> float:
+        """Time as many candidates as fit into memory together, in turns. Gives the speed of a plain copy in GB/s."""
+        source, target = (torch.ones(self.elements, device=self.workload.device) for _ in range(2))
+        copy_bytes = source.nbytes + target.nbytes
+        running = self._fitting(self.plan.limit_bytes - copy_bytes)
+        copies: list[Clocked] = []
+        times: dict[str, list[Clocked]] = {name: [] for name in running}
+        for turn in range(self.plan.turns):
+            first = turn % max(1, len(running))
+            names = list(running)[first:] + list(running)[:first]  # nobody always steps behind the same neighbour
+            for name in names:
+                running[name].prepare()
+                times[name].append(self._clock(running[name].step))
+            copies.append(self._clock(partial(target.copy_, source)))
+        for candidate in running.values():
+            candidate.close()
+        for name, row in self.rows.items():
+            row |= timing(times.get(name, []), times.get(REFERENCE, []), row["moved_bytes"])
+        return copy_bytes / statistics.median(copy.wall_ms for copy in copies) / 1e6
+
+    def _fitting(self, room: int) -> dict[str, Candidate]:
+        """Candidates by name, two steps on, whose tensors fit into ``room`` bytes together."""
+        running = {}
+        for name, row in self.rows.items():
+            if self._needs[name] <= room:
+                room -= row["state_bytes"]
+                running[name] = stepped(stepped(self.builds[name](self.workload)))
+        return running
+
+    def _clock(self, run: Callable[[], object]) -> Clocked:
+        """All ranks starting together."""
+        if self.workload.topology.world.size > 1:
+            dist.barrier(group=self.workload.topology.world.group)
+        self._synchronise()
+        wall, cpu = time.perf_counter(), time.process_time()
+        run()
+        self._synchronise()
+        return Clocked(1e3 * (time.perf_counter() - wall), 1e3 * (time.process_time() - cpu))
+
+    def _synchronise(self) -> None:
+        if self.workload.device.type == "cuda":
+            torch.cuda.synchronize(self.workload.device)
+
+
+class Clocked(NamedTuple):
+    """Wall time of one step, and processor time of this process in it."""
+
+    wall_ms: float
+    cpu_ms: float
+
+
+def timing(times: list[Clocked], reference: list[Clocked], moved_bytes: int | None) -> dict[str, Any]:
+    """What is said of a candidate's times; nothing where it was not timed.
+
+    Ratios are medians over turns of this candidate's time by the reference's in the same turn.
+    """
+    if not times:
+        return dict.fromkeys(
+            ("step_ms", "step_ms_min", "step_ms_quartiles", "step_ms_all", "cpu_ms", "ratio", "cpu_ratio", "gb_per_s")
+        )
+    wall = [each.wall_ms for each in times]
+    pairs = list(zip(times, reference, strict=bool(reference)))
+    low, middle, high = statistics.quantiles(wall, n=4, method="inclusive") if len(wall) > 1 else wall * 3
+    return {
+        "step_ms": middle,
+        "step_ms_min": min(wall),
+        "step_ms_quartiles": [low, high],
+        "step_ms_all": wall,
+        "cpu_ms": statistics.median(each.cpu_ms for each in times),
+        "ratio": statistics.median(a.wall_ms / b.wall_ms for a, b in pairs) if pairs else None,
+        "cpu_ratio": statistics.median(a.cpu_ms / b.cpu_ms for a, b in pairs) if pairs else None,
+        "gb_per_s": None if moved_bytes is None else moved_bytes / middle / 1e6,
+    }
+
+
+def stepped(candidate: Candidate) -> Candidate:
+    """The candidate after one more step."""
+    candidate.prepare()
+    candidate.step()
+    return candidate
+
+
+def join(tensor_parallel_size: int, expert_parallel_size: int, device: torch.device) -> Topology:
+    """This process's place in the layout of all processes that a launcher such as torchrun started; collective.
+
+    Raises:
+        ValueError: a size that the number of processes does not allow.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    layout = Layout.resolve(world, tensor_parallel_size, expert_parallel_size)
+    if world == 1:
+        return Topology.single()
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Topology.build(layout, device.type)
+
+
+def free_bytes(device: torch.device, topology: Topology) -> int:
+    """Memory that every process of this machine can take, the least over all ranks; collective."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+        kib = next(int(words[1]) for words in lines if words[0] == "MemAvailable:")
+        free = kib * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", topology.world.size))
+    least = torch.tensor(free, device=device)
+    if topology.world.size > 1:
+        dist.all_reduce(least, dist.ReduceOp.MIN, group=topology.world.group)
+    return int(least)
