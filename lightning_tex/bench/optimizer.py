@@ -19,7 +19,7 @@ import torch.distributed as dist
 from lightning_tex.bench.candidates import REFERENCE, Build, Candidate, Tiled, Workload, ours, torchs
 from lightning_tex.bench.memory import live_bytes, peak_bytes
 from lightning_tex.bench.peers import peers
-from lightning_tex.bench.show import draw, tabulate
+from lightning_tex.bench.show import LEGEND, draw, tabulate, tell
 from lightning_tex.optim.storage import StateFormatName
 from lightning_tex.topology import Layout, Topology
 
@@ -54,24 +54,31 @@ def run(plan: Plan, as_json: bool, plot: Path | None) -> None:
         plot: where to draw temporary memory against elements and experts.
     """
     first = plan.workloads[0]
-    gc.collect()
-    gc.freeze()  # every count collects garbage, and need not go through all that was imported
-    try:
-        cases = [Case(workload, plan).report() for workload in plan.workloads]
-    finally:
-        gc.unfreeze()
-    if first.topology.world.rank:
-        return
-    report = {
+    speaks = first.topology.world.rank == 0
+    report: dict[str, Any] = {
         "optimizer": first.optimizer,
         "device": torch.cuda.get_device_name(first.device) if first.device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "layout": str(first.topology.layout),
         "torch": torch.__version__,
         "turns": plan.turns,
-        "cases": cases,
+        "cases": [],
     }
-    tabulate(report)
+    if speaks:
+        tell("{optimizer} on {device}, {threads} threads, {layout}, {turns} turns".format(**report))
+    gc.collect()
+    gc.freeze()  # every count collects garbage, and need not go through all that was imported
+    try:
+        for workload in plan.workloads:
+            case = Case(workload, plan).report()
+            report["cases"].append(case)
+            if speaks:
+                tabulate(case)
+    finally:
+        gc.unfreeze()
+    if not speaks:
+        return
+    tell(LEGEND)
     if plot is not None:
         draw(report, plot)
     if as_json:
@@ -173,11 +180,11 @@ class Case:
         return copy_bytes / statistics.median(copy.wall_ms for copy in copies) / 1e6
 
     def _fitting(self, room: int) -> dict[str, Candidate]:
-        """Candidates by name, two steps on, whose tensors fit into ``room`` bytes together."""
+        """Candidates by name, two steps on, whose tensors fit into ``room`` bytes together; first the reference."""
         running = {}
-        for name, row in self.rows.items():
+        for name in sorted(self.rows, key=lambda name: name != REFERENCE):
             if self._needs[name] <= room:
-                room -= row["state_bytes"]
+                room -= self.rows[name]["state_bytes"]
                 running[name] = stepped(stepped(self.builds[name](self.workload)))
         return running
 

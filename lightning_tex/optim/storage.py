@@ -24,7 +24,7 @@ ZeroStage = Literal[0, 1, 2]
 
 # What a step may allocate besides what it keeps, in bytes, and the most elements of a tile, by device; measured in
 # docs/optimizer.md.
-BUDGET_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
+BUDGET_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 LARGEST_TILE = {"cpu": 1 << 22, "cuda": 1 << 24}
 
 
