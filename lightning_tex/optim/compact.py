@@ -56,7 +56,7 @@ class SplitMaster(Master):
 
     def read(self, span: slice) -> Tensor:
         bits = self.own[span].view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
-        return bits.add_(self.remainder[span]).view(torch.float32)
+        return bits.add_(self.remainder[span].to(torch.int32)).view(torch.float32)
 
     def write(self, span: slice, values: Tensor) -> None:
         bits = values.view(torch.int32)

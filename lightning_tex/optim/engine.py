@@ -40,6 +40,7 @@ class Engine:
         """Update a window's tile and state in place by a group's options. ``gradient``: [n]."""
         tile, state = window
         tile.grad = gradient
+        del gradient
         self.optimizer.state = defaultdict(dict, {tile: state})
         self.optimizer.param_groups = [{**options, "params": [tile]}]
         self._step(self.optimizer)
@@ -47,6 +48,8 @@ class Engine:
         if (left := self.optimizer.state[tile]) is not state:
             state.clear()
             state.update(left)
+        # Else the window would live on while the next one is put together.
+        self.optimizer.state, self.optimizer.param_groups = defaultdict(dict), []
 
     def step_window(self, states: StateFormat, i: int, gradient: Tensor, scale: float, options: dict[str, Any]) -> None:
         """Update window ``i``: upcast the gradient, times ``scale``, step, and let the parameters follow.
@@ -54,8 +57,12 @@ class Engine:
         The gradient is used up. [n]
         """
         with states.window(i) as window:
-            gradient = gradient.to(window.tile.dtype)
-            self.step(window, gradient.mul_(scale) if scale != 1 else gradient, options)
+            # No name for the upcast one: it is gone when the window is taken apart.
+            self.step(window, _scaled(gradient.to(window.tile.dtype), scale), options)
+
+
+def _scaled(gradient: Tensor, scale: float) -> Tensor:
+    return gradient if scale == 1 else gradient.mul_(scale)
 
 
 def fastest(optimizer: Optimizer, group: dict[str, Any]) -> dict[str, Any]:

@@ -140,7 +140,7 @@ class Int8Moments(Moments):
         elif exact:
             codes.copy_(size.round_())
         else:
-            size.add_(self.rounding.bits(span, key), alpha=2**-16).floor_()
+            size.add_(self.rounding.bits(span, key).float().mul_(2**-16)).floor_()
             codes.copy_(size.maximum(values.sign_()))
 
     def _scales(self, key: str, span: slice) -> Tensor:

@@ -150,31 +150,27 @@ class Allocations(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.bytes = self.peak_bytes = 0
-        self._live: dict[int, int] = {}
+        self._live: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         before = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         result = func(*args, **kwargs)
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and ((at := _storage(tensor)) in self._live or at not in before):
-                self._hold(at, tensor)
+            if isinstance(tensor, Tensor) and (at := _storage(tensor)) not in before | self._live:
+                self._hold(at, tensor.untyped_storage())
         return result
 
-    def _hold(self, at: int, tensor: Tensor) -> None:
-        if at not in self._live:
-            size = tensor.untyped_storage().nbytes()
-            self._live[at] = 0
-            self.bytes += size
-            self.peak_bytes = max(self.peak_bytes, self.bytes)
-        self._live[at] += 1
-        weakref.finalize(tensor, self._release, at, tensor.untyped_storage().nbytes())
+    def _hold(self, at: int, storage: torch.UntypedStorage) -> None:
+        self._live.add(at)
+        self.bytes += storage.nbytes()
+        self.peak_bytes = max(self.peak_bytes, self.bytes)
+        # torch keeps a storage's Python object as long as any tensor has the storage.
+        weakref.finalize(storage, self._release, at, storage.nbytes())
 
     def _release(self, at: int, size: int) -> None:
-        self._live[at] -= 1
-        if not self._live[at]:
-            del self._live[at]
-            self.bytes -= size
+        self._live.discard(at)
+        self.bytes -= size
 
 
 def _storage(tensor: Tensor) -> int:

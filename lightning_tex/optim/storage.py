@@ -25,6 +25,7 @@ ZeroStage = Literal[0, 1, 2]
 # What a step may allocate besides what it keeps, in bytes, and the most elements of a tile, by device; measured in
 # docs/optimizer.md.
 BUDGET_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+SCALARS_BYTES = 4096  # of the budget, for what does not grow with the tile
 LARGEST_TILE = {"cpu": 1 << 22, "cuda": 1 << 24}
 
 
@@ -87,7 +88,8 @@ class Storage:
             if dtype not in tiles:
 
                 def trial(own: Tensor, tile_size: int) -> StateFormat:
-                    return self._states(own, tile_size, probed, Rounding(dice, [], 0, own.device))
+                    largest = max(buffer.entries, key=lambda entry: entry.stop - entry.start)
+                    return self._states(own, tile_size, probed, Rounding(dice, [largest], largest.start, own.device))
 
                 needed = temporary_bytes(optimizer, group, buffer.parameters, trial)
                 tile = self.tile_size or most_elements(needed, buffer.parameters.device.type)
@@ -119,5 +121,6 @@ def most_elements(temporary_bytes: float, device: str) -> int:
     """Elements of a tile whose step, at so many bytes of temporaries per element, keeps to the device's budget."""
     most = LARGEST_TILE.get(device, LARGEST_TILE["cuda"])
     if temporary_bytes:
-        most = min(most, int(BUDGET_BYTES.get(device, BUDGET_BYTES["cuda"]) / temporary_bytes))
+        budget = BUDGET_BYTES.get(device, BUDGET_BYTES["cuda"]) - SCALARS_BYTES
+        most = min(most, int(budget / temporary_bytes))
     return most // ALIGNMENT * ALIGNMENT

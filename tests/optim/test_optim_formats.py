@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from test_optim_alone import SignDescent, network, tiled
 from torch import nn
 
+from lightning_tex.bench.memory import peak_bytes
 from lightning_tex.optim.compact import RoundedMaster, SplitMaster
 from lightning_tex.optim.flat import Entry
 from lightning_tex.optim.formats import PlainStates
@@ -350,6 +351,15 @@ def test_a_step_takes_no_more_however_many_elements(state_format):
             optimizer.step()
         peaks.append(allocations.peak_bytes)
     assert peaks[0] > 0 and max(peaks) < 1.01 * peaks[0] + 4096
+
+
+@pytest.mark.parametrize("state_format", ["fp32", *COMPACT])
+def test_a_step_keeps_to_the_budget_torchs_own_temporaries_included(state_format):
+    model = nn.Linear(1 << 10, 3000, bias=False).bfloat16()
+    optimizer = tiled(model, adamw(model), None, state_format=state_format)
+    optimizer.step()
+    assert len(optimizer.shards[0].states.spans) > 1
+    assert 0.9 * BUDGET_BYTES["cpu"] < peak_bytes(optimizer.step, torch.device("cpu")) <= BUDGET_BYTES["cpu"]
 
 
 def test_a_rounded_master_is_not_saved():
