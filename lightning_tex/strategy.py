@@ -244,12 +244,6 @@ class TexMoEStrategy(MeshStrategy):
             for config in self.lr_scheduler_configs:  # or a learning-rate monitor would find two optimizers
                 config.scheduler.optimizer = self.optimizers[0]
 
-    def teardown(self) -> None:
-        for optimizer in self.optimizers:
-            if isinstance(optimizer, TiledOptimizer):
-                optimizer.release()  # hooks and parameters hold each other where no garbage collector sees it
-        super().teardown()
-
     def model_to_device(self) -> None:
         """Nothing: ``setup`` moves what exists and draws the rest where it belongs."""
 
