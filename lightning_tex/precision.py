@@ -161,8 +161,21 @@ class TexMixedPrecision(TrainStep, MixedPrecision):  # type: ignore[misc]
         return replace(super().storage(wanted), guard=None)  # the loss scale looks for infinities
 
     def _unscale(self, optimizer: TiledOptimizer) -> None:
-        if self.scaler is not None:
+        if self.scaler is not None and not optimizer.flow.pending.unscaled:
             self.scaler.unscale_(optimizer)
+            optimizer.flow.pending.unscaled = True
+
+    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
+        self._before_clip(optimizer)
+        super().clip_grad_by_norm(optimizer, clip_val)
+
+    def clip_grad_by_value(self, optimizer: Optimizer, clip_val: float) -> None:
+        self._before_clip(optimizer)
+        super().clip_grad_by_value(optimizer, clip_val)
+
+    def _before_clip(self, optimizer: Optimizer) -> None:
+        if isinstance(optimizer, TiledOptimizer):
+            self._unscale(optimizer)  # manual optimization clips before it steps
 
     def _step(self, optimizer: TiledOptimizer, **kwargs: Any) -> None:
         if self.scaler is None:

@@ -167,6 +167,7 @@ class TexMoEStrategy(MeshStrategy):
         super().setup_environment()
 
     def _refuse_what_is_not_supported(self, trainer: Trainer) -> None:
+        self.precision_plugin.storage(self._storage)
         if self._layer_sync is not None:
             raise MisconfigurationException("Trainer(sync_batchnorm=True) is not supported by TexMoEStrategy")
         if type(self.checkpoint_io) is not TorchCheckpointIO and self._save_distributed_checkpoint:

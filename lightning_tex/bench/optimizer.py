@@ -96,7 +96,8 @@ class Case:
     def __init__(self, workload: Workload, plan: Plan) -> None:
         self.workload, self.plan = workload, plan
         self.elements = workload.count()
-        self.ours = ours(plan.tile_size, plan.state_formats)
+        formats = plan.state_formats if workload.low_precision else ("fp32",)  # the others are made for bf16
+        self.ours = ours(plan.tile_size, formats)
         self.builds = self.ours | torchs(workload.low_precision) | peers()
         self.rows: dict[str, dict[str, Any]] = {}
         self.skipped: dict[str, str] = {}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class RMSNorm(nn.RMSNorm):
@@ -14,7 +15,8 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         y = x.to(self.weight.dtype)
-        if x.device.type != "cpu" or self.eps is None or len(self.normalized_shape) > 1:
+        plain = x.device.type != "cpu" or self.eps is None or len(self.normalized_shape) > 1
+        if plain or y.dtype in (torch.bfloat16, torch.float16):  # torch computes those in fp32
             return F.rms_norm(y, self.normalized_shape, self.weight, self.eps).to(x.dtype)
         return _RMSNorm.apply(y, self.weight, self.eps).to(x.dtype)
 
@@ -29,6 +31,7 @@ class _RMSNorm(torch.autograd.Function):
         return (x * scale).mul_(weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
         normed = x * scale

@@ -24,7 +24,7 @@ class Pending:
     An object of its own, because Lightning's wrapper forwards reads to the optimizer but keeps what is assigned.
 
     left: they left in each backward (ZeRO 2). reduced: combined over replicas. scale: to be scaled by this. norm: their
-    norm before that, if it is known. finite: whether it was.
+    norm before that, if it is known. finite: whether it was. unscaled: that takes a loss scale out.
     """
 
     left: bool = False
@@ -32,9 +32,10 @@ class Pending:
     scale: float = 1.0
     norm: Tensor | None = None
     finite: bool | None = None
+    unscaled: bool = False
 
     def clear(self) -> None:
-        self.left, self.reduced, self.scale, self.norm, self.finite = False, False, 1.0, None, None
+        self.__init__()  # type: ignore[misc]
 
 
 class GradientFlow:
@@ -184,16 +185,17 @@ class GradientFlow:
     def clip_by_norm(self, max_norm: float) -> Tensor:
         """Scale all gradients so that their norm is at most ``max_norm``. Returns the norm before; collective."""
         norm = self.norm()
-        if self.finite():
-            self.scale(min(1.0, max_norm / (float(norm) + 1e-6)))
+        factor = max_norm / (float(norm) + 1e-6)
+        if not factor >= 1:  # NaN as well, which torch spreads, too
+            self.scale(factor)
         return norm
 
     def clip_by_value(self, max_value: float) -> None:
         """Clamp every gradient element to [-max_value, max_value]; collective."""
-        if self.finite():  # clamped, an infinity would look like a gradient
-            for each in self.gradients:
-                each.clamp(max_value / self.pending.scale)
-            self.pending.norm = None
+        self.finite()  # known from before: clamped, an infinity would look like a gradient
+        for each in self.gradients:
+            each.clamp(max_value / self.pending.scale)
+        self.pending.norm = None
 
     def culprit(self) -> str:
         """A parameter with a gradient that is not finite, and the rank that owns it; collective."""

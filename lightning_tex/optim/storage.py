@@ -22,8 +22,8 @@ from lightning_tex.optim.rounding import Dice, Rounding
 StateFormatName = Literal["fp32", "split", "int8", "stochastic"]
 ZeroStage = Literal[0, 1, 2]
 
-# What a step may allocate besides what it keeps, in bytes, and the most elements of a tile, by device; measured in
-# docs/optimizer.md.
+# What a step may allocate besides what it keeps, in bytes, and the most elements of a tile, by device. Those of the CPU
+# are measured (docs/optimizer.md), those of GPUs are not.
 BUDGET_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 SCALARS_BYTES = 4096  # of the budget, for what does not grow with the tile
 LARGEST_TILE = {"cpu": 1 << 22, "cuda": 1 << 24}

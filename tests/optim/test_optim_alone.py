@@ -279,6 +279,27 @@ def test_clipping_by_value_also_after_clipping_by_norm():
         equal(ours, theirs)
 
 
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_without_a_guard_clipping_does_to_infinities_what_torch_does(bad):
+    for clip in ("value", "norm"):
+        ours, optimizer, theirs, plain = pair(KINDS["SGD"])
+        for model, each in ((ours, optimizer), (theirs, plain)):
+            each.zero_grad()
+            backward(model, 0)
+            model[0].weight.grad[0, 0] = bad
+        if clip == "value":
+            optimizer.clip_by_value(0.05)
+            torch.nn.utils.clip_grad_value_(theirs.parameters(), 0.05)
+        else:
+            optimizer.clip_by_norm(0.5)
+            torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+        assert not optimizer.flow.finite()
+        optimizer.step()
+        plain.step()
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
 # --- low precision and what others write
 
 

@@ -12,7 +12,7 @@ from test_optim_alone import SignDescent, network, tiled
 from torch import nn
 
 from lightning_tex.bench.memory import peak_bytes
-from lightning_tex.optim.compact import RoundedMaster, SplitMaster
+from lightning_tex.optim.compact import SplitMaster
 from lightning_tex.optim.flat import Entry
 from lightning_tex.optim.formats import PlainStates
 from lightning_tex.optim.moments import BLOCK, Int8Moments
@@ -360,8 +360,3 @@ def test_a_step_keeps_to_the_budget_torchs_own_temporaries_included(state_format
     optimizer.step()
     assert len(optimizer.shards[0].states.spans) > 1
     assert 0.9 * BUDGET_BYTES["cpu"] < peak_bytes(optimizer.step, torch.device("cpu")) <= BUDGET_BYTES["cpu"]
-
-
-def test_a_rounded_master_is_not_saved():
-    master = RoundedMaster(torch.zeros(64, dtype=torch.bfloat16), Rounding(Dice(), [], 0, torch.device("cpu")))
-    assert not master.exact and SplitMaster.exact

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
+from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
@@ -177,3 +179,12 @@ def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     """max over parameters of ||a - b|| / ||b||."""
     assert a.keys() == b.keys()
     return max(float((a[n].double() - b[n].double()).norm() / b[n].double().norm()) for n in b)
+
+
+def tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a directory, whole, but the random states, which are by rank."""
+    state = _load_distributed_checkpoint(path)
+    flat = {f"model.{name}": value for name, value in state["model"].items()}
+    for name, states in state["optimizer_0"]["state"].items():
+        flat.update({f"{name}.{key}": value for key, value in states.items()})
+    return flat

@@ -10,8 +10,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from checkpoint_runs import VOCABULARY, Model, fit, largest_difference
-from lightning.fabric.utilities.load import _load_distributed_checkpoint
+from checkpoint_runs import VOCABULARY, Model, fit, largest_difference, tensors
 from ranks import run_ranks
 
 TED = {"tensor_parallel_size": 2, "expert_parallel_size": 2, "tile_size": 256}
@@ -78,15 +77,6 @@ def four(folder: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def one(folder: Path, four: object) -> dict[str, Any]:
     return run_ranks(1, _one_rank, str(folder))[0]
-
-
-def tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a directory, whole, but the random states, which are by rank."""
-    state = _load_distributed_checkpoint(path)
-    flat = {f"model.{name}": value for name, value in state["model"].items()}
-    for name, states in state["optimizer_0"]["state"].items():
-        flat.update({f"{name}.{key}": value for key, value in states.items()})
-    return flat
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_runs import fit
-from lightning.fabric.utilities.load import _load_distributed_checkpoint
+from checkpoint_runs import fit, tensors
 from lightning.pytorch.plugins import MixedPrecision
 from ranks import run_ranks
 
@@ -45,14 +44,6 @@ def _resumed(folder: str, kind: str) -> Any:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("formats")
-
-
-def tensors(path: Path) -> dict[str, torch.Tensor]:
-    state = _load_distributed_checkpoint(path)
-    flat = {f"model.{name}": value for name, value in state["model"].items()}
-    for name, states in state["optimizer_0"]["state"].items():
-        flat.update({f"{name}.{key}": value for key, value in states.items()})
-    return flat
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -124,6 +124,36 @@ def test_manual_optimization_under_zero_2() -> None:
 # --- 16-mixed
 
 
+class ClipsByHand(Learns):
+    """What the Trainer does with gradient_clip_val, in manual optimization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        self.clip_gradients(optimizer, gradient_clip_val=0.1, gradient_clip_algorithm="norm")
+        optimizer.step()
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.norms = [*getattr(self, "norms", []), float(self.trainer.strategy.optimizers[0].gradient_norm())]
+
+
+def clipped_by_hand() -> tuple[list[float], Tensor]:
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))
+    module = ClipsByHand()
+    trainer = fitted(module, TED, 6, precision=None, plugins=[plugin])
+    return module.norms, module.mean_losses(trainer)
+
+
+def test_clipping_by_hand_bounds_the_gradient_and_not_its_scale() -> None:
+    for norms, losses in on_ranks(4, clipped_by_hand):
+        assert norms == pytest.approx([0.1] * 6, rel=1e-4) and losses[-1] < losses[0] - 0.1
+
+
 class Scaled(Learns):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.before = [p.detach().clone() for p in self.parameters()]
