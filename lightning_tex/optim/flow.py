@@ -193,8 +193,9 @@ class GradientFlow:
     def clip_by_value(self, max_value: float) -> None:
         """Clamp every gradient element to [-max_value, max_value]; collective."""
         self.finite()  # known from before: clamped, an infinity would look like a gradient
-        for each in self.gradients:
-            each.clamp(max_value / self.pending.scale)
+        if self.pending.scale:  # 0 where an infinite norm was clipped: everything is 0 or NaN then
+            for each in self.gradients:
+                each.clamp(max_value / self.pending.scale)
         self.pending.norm = None
 
     def culprit(self) -> str:
