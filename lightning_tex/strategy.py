@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -22,28 +22,26 @@ from lightning.pytorch.plugins import Precision, TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from lightning_tex import drawing, placement
 from lightning_tex.agreement import agreed_loader, evaluation_loader, gather_numbers, require_same_batch
+from lightning_tex.checkpointing_strategy import CheckpointingStrategy
 from lightning_tex.evaluation import run_until_all_are_done
 from lightning_tex.layers.vocab import require_both_ends
-from lightning_tex.mesh_strategy import MeshStrategy
 from lightning_tex.moe import MoE, auxiliary_loss
 from lightning_tex.optim import Storage, TiledOptimizer
 from lightning_tex.optim.storage import StateFormatName, ZeroStage
 from lightning_tex.precision import TrainStep, tex_precision
 from lightning_tex.random_state import data_rank_random_state, shared_seed
 from lightning_tex.recompute import recompute
-from lightning_tex.saving import Checkpoints
 from lightning_tex.topology import Communication, Layout, Topology
 
 # Steps whose batches are compared over the tensor axis, from the start of every stage.
 _COMPARED_STEPS = 3
 
 
-class TexMoEStrategy(MeshStrategy):
+class TexMoEStrategy(CheckpointingStrategy):
     """Train a LightningModule built of TEX layers with tensor x expert x data parallelism (arXiv 2303.06318).
 
     Use it as ``Trainer(strategy="tex_moe")`` or with arguments. The world is split twice (Eq. 1):
@@ -76,6 +74,8 @@ class TexMoEStrategy(MeshStrategy):
         max_skipped_steps: a step with an infinite or NaN gradient on any rank is skipped on all; this many in a row end
             the training with an error that names a parameter. ``None``: such steps are taken. With a loss scale
             (16-mixed) that decides instead.
+        background_saving: in a fit, a checkpoint directory is written beside training from a copy of the states in host
+            memory; a failure is raised at the next step. False: training waits until it is written.
 
     Raises:
         ValueError: a layout that the world or the model does not allow, naming the option and the legal values.
@@ -105,9 +105,10 @@ class TexMoEStrategy(MeshStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
         max_skipped_steps: int | None = 10,
+        background_saving: bool = True,
     ) -> None:
         lightnings = (accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
-        super().__init__(process_group_backend, timeout, *lightnings)
+        super().__init__(save_distributed_checkpoint, background_saving, process_group_backend, timeout, *lightnings)
         self._sizes = partial(
             Layout.resolve,
             tensor_parallel_size=tensor_parallel_size,
@@ -127,7 +128,6 @@ class TexMoEStrategy(MeshStrategy):
                 "'full', 'communication_aware'"
             )
         self._recompute = partial(recompute, mode=activation_checkpointing, policy=activation_checkpointing_policy)
-        self._save_distributed_checkpoint = save_distributed_checkpoint
         self._topology: Topology | None = None
         self._seed = 0
         self._compared: Counter[Any] = Counter()
@@ -164,6 +164,7 @@ class TexMoEStrategy(MeshStrategy):
     def setup_environment(self) -> None:
         assert self.lightning_module is not None
         self._refuse_what_is_not_supported(self.lightning_module.trainer)
+        self.link_last_checkpoints()
         super().setup_environment()
 
     def _refuse_what_is_not_supported(self, trainer: Trainer) -> None:
@@ -304,50 +305,6 @@ class TexMoEStrategy(MeshStrategy):
         if self._compared[stage] < _COMPARED_STEPS and self.topology.tensor.size > 1:
             self._compared[stage] += 1
             require_same_batch((args, kwargs), self.topology.tensor, self.topology.world, self.root_device)
-
-    # --- checkpoints
-
-    @property
-    def restore_checkpoint_after_setup(self) -> bool:
-        """Weights are read into the parts that ``setup`` cut."""
-        return True
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        """``load_checkpoint`` does."""
-        return False
-
-    def _checkpoints(self) -> Checkpoints:
-        assert self.model is not None
-        optimizer = next((o for o in self.optimizers if isinstance(o, TiledOptimizer)), None)
-        distributed = self._save_distributed_checkpoint
-        return Checkpoints(self.model, self.topology, optimizer, distributed, self.broadcast, self.checkpoint_io)
-
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Weights for a checkpoint: described globally, or whole on rank 0 and empty elsewhere; collective."""
-        return self._checkpoints().model_state()
-
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Optimizer states for a checkpoint, in the same two forms; collective."""
-        return self._checkpoints().optimizer_state() if isinstance(optimizer, TiledOptimizer) else {}
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint: a directory, or one plain file if ``save_distributed_checkpoint=False``; collective."""
-        if storage_options is not None:
-            raise TypeError("TexMoEStrategy.save_checkpoint(storage_options=...) is not supported; use a CheckpointIO")
-        self._checkpoints().save(checkpoint, filepath)
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint of either form, from any layout, into the cut model and the sharded optimizer."""
-        assert self.lightning_module is not None
-        return self._checkpoints().load(checkpoint_path, weights_only, self.lightning_module.strict_loading)
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Cut the weights of a plain file; those of a directory are in place already."""
-        self._checkpoints().load_whole_model(checkpoint, strict)
-
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Nothing: ``load_checkpoint`` has done it."""
 
 
 def _seed_worker(worker_id: int, rank: int) -> None:

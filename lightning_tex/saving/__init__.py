@@ -1,5 +1,9 @@
 """Checkpoints: a directory that every rank writes its part of, or one plain file; either loads on any layout."""
 
+from lightning_tex.saving.background import Background
 from lightning_tex.saving.checkpoint import Checkpoints
+from lightning_tex.saving.manifest import CorruptCheckpointError
+from lightning_tex.saving.places import latest
+from lightning_tex.saving.side_group import SideGroup
 
-__all__ = ["Checkpoints"]
+__all__ = ["Background", "Checkpoints", "CorruptCheckpointError", "SideGroup", "latest"]

@@ -18,16 +18,17 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_tex.optim import TiledOptimizer
-from lightning_tex.saving import directory, optimizer_state, plain, state
-from lightning_tex.saving.directory import Broadcast, Directory
-from lightning_tex.saving.random_streams import random_streams, restore_random_streams
+from lightning_tex.saving import optimizer_state, places, plain, state
+from lightning_tex.saving.manifest import MANIFEST
+from lightning_tex.saving.random_streams import RANDOM, random_rows, random_streams, restore_random_streams
+from lightning_tex.saving.reading import Directory
+from lightning_tex.saving.rest import plain_data, restricted_load
 from lightning_tex.saving.sharded import GlobalTensor
+from lightning_tex.saving.writing import Broadcast, Save, begin, on_first_rank
 from lightning_tex.topology import Topology
 
-# Our own entry beside Lightning's, and the random states beside weights and optimizer states.
+# Our own entry beside Lightning's.
 OWN = "lightning_tex"
-RANDOM = "random"
-FORMAT = 1
 
 
 class Checkpoints:
@@ -74,29 +75,13 @@ class Checkpoints:
             "dice": asdict(self.optimizer.dice),
         }
 
-    def save(self, checkpoint: dict[str, Any], filepath: Any) -> None:
-        """Write what Lightning collected; collective.
+    def begin(self, checkpoint: dict[str, Any], filepath: Any, linked: bool) -> Save:
+        """Copy what Lightning collected, to be written to a directory; collective.
 
         Raises:
-            MisconfigurationException: a directory is asked for with a plugin that only writes files, or not locally.
-            RuntimeError: on all ranks, when one of them cannot write.
+            MisconfigurationException: with a plugin that only writes files, or not on a mounted file system.
+            RuntimeError: on all ranks, when rank 0 cannot make the directory.
         """
-        path = Path(self.broadcast(filepath) if self.distributed else filepath)
-        if self.distributed:
-            self._refuse_what_writes_no_directory(filepath)
-            self._save_directory(dict(checkpoint), path)
-        else:
-            directory.on_first_rank(lambda: self._save_plain(checkpoint, filepath), self.topology.world, self.broadcast)
-
-    def _save_plain(self, checkpoint: dict[str, Any], filepath: Any) -> None:
-        path = Path(filepath)
-        if path.is_dir() and not path.is_symlink() and not directory.is_directory_checkpoint(path):
-            raise IsADirectoryError(f"{path} is a directory, and not a checkpoint that could be replaced")
-        if path.is_dir():
-            directory.remove(path)
-        self.io.save_checkpoint(directory.plain_data(checkpoint), filepath)
-
-    def _refuse_what_writes_no_directory(self, filepath: Any) -> None:
         if type(self.io) is not TorchCheckpointIO:
             raise MisconfigurationException(
                 f"{type(self.io).__name__} writes single files, so it would be ignored: use it with "
@@ -107,16 +92,39 @@ class Checkpoints:
                 f"{filepath} is not on a mounted file system, where a checkpoint directory must be; "
                 "TexMoEStrategy(save_distributed_checkpoint=False) writes one file, to remote places too"
             )
-
-    def _save_directory(self, checkpoint: dict[str, Any], path: Path) -> None:
+        checkpoint = dict(checkpoint)
         tensors: dict[str, Any] = {state.MODEL: self._described(checkpoint.pop("state_dict"))}
-        own: dict[str, Any] = {"format": FORMAT, "layout": asdict(self.topology.layout)}
+        own: dict[str, Any] = {"layout": asdict(self.topology.layout)}
         optimizers = checkpoint.pop("optimizer_states", [])
         if optimizers and "numbers" in optimizers[0]:
             tensors[state.OPTIMIZER] = {"state": optimizers[0]["state"]}
             own["optimizer"] = {key: value for key, value in optimizers[0].items() if key != "state"}
-            tensors[RANDOM] = directory.random_rows(random_streams(), self.topology.world)
-        directory.write(path, tensors, {**checkpoint, OWN: own}, self.topology.world, self.broadcast)
+            tensors[RANDOM] = random_rows(random_streams(), self.topology.world)
+        rest = {**checkpoint, OWN: own}
+        path = Path(self.broadcast(str(filepath)))
+        return begin(path, linked, tensors, rest, self.topology.layout, self.topology.world, self.broadcast)
+
+    def save_plain(self, checkpoint: dict[str, Any], filepath: Any) -> None:
+        """Write what Lightning collected to one file, from rank 0; collective.
+
+        Raises:
+            RuntimeError: on all ranks, when rank 0 cannot write.
+        """
+        on_first_rank(lambda: self._write_plain(checkpoint, filepath), self.topology.world, self.broadcast)
+
+    def _write_plain(self, checkpoint: dict[str, Any], filepath: Any) -> None:
+        if type(self.io) is not TorchCheckpointIO or not _is_local_file_protocol(str(filepath)):
+            self.io.save_checkpoint(plain_data(checkpoint), filepath)
+            return
+        path = Path(filepath)
+        if path.is_dir() and not (path / MANIFEST).is_file():
+            raise IsADirectoryError(f"{path} is a directory, and not a checkpoint that could be replaced")
+        partial = places.partial_name(path)
+        try:
+            self.io.save_checkpoint(plain_data(checkpoint), partial)
+            places.replace_by_file(partial, path)
+        finally:
+            places.remove(partial)
 
     def _described(self, weights: Mapping[str, Any]) -> dict[str, Any]:
         replaced = [name for name, value in weights.items() if not isinstance(value, GlobalTensor)]
@@ -142,33 +150,36 @@ class Checkpoints:
             FileNotFoundError: there is none.
             ValueError: it does not fit the model or the optimizer.
         """
-        path = Path(self.broadcast(filepath))
+        path = Path(self.broadcast(str(filepath)))
+        local = _is_local_file_protocol(str(path))
+        path = places.find(path) if local and type(self.io) is TorchCheckpointIO else path
         if path.is_dir():
-            return self._load_directory(path, strict)
+            return self._load_directory(path, weights_only, strict)
         if type(self.io) is TorchCheckpointIO and path.is_file():
             # Mapped, not read: each rank touches only its boxes.
-            checkpoint = directory.read_file(path, weights_only, mmap=True)
+            checkpoint = restricted_load(path, path, weights_only, mmap=True)
         else:
             checkpoint = self.io.load_checkpoint(filepath, weights_only=weights_only)
         if self.optimizer is not None and checkpoint.get("optimizer_states"):
             self._load_whole_optimizer(checkpoint)
         return checkpoint
 
-    def _load_directory(self, path: Path, strict: bool) -> dict[str, Any]:
-        if not directory.is_directory_checkpoint(path):
-            raise ValueError(f"{path} is not a checkpoint: a checkpoint directory holds meta.pt and .metadata")
-        rest = directory.read_rest(path)
-        source = Directory(path)
-        state.load_model(self.module, self.topology, source, strict)
+    def _load_directory(self, path: Path, weights_only: bool | None, strict: bool) -> dict[str, Any]:
+        source = Directory.verified(path, self.topology.world)
+        rest = source.rest(weights_only)
         own = rest.get(OWN, {})
-        if self.optimizer is not None and "optimizer" in own:
-            saved = own["optimizer"]
+        saved = own.get("optimizer")
+        if self.optimizer is not None and saved is not None:
+            optimizer_state.require_same_groups(saved["param_groups"], self.optimizer)
+        state.load_model(self.module, self.topology, source, strict)
+        if self.optimizer is None:
+            return rest
+        if saved is not None:
             optimizer_state.load_optimizer(self.optimizer, source, saved["param_groups"], saved["numbers"])
             self.optimizer.dice.restore(saved.get("dice"))
-        if self.optimizer is not None:
-            optimizer_state.load_masters(self.optimizer, source)
-            if own.get("layout") == asdict(self.topology.layout):
-                self._load_random(source)
+        optimizer_state.load_masters(self.optimizer, source)
+        if own.get("layout") == asdict(self.topology.layout):
+            self._load_random(source)
         return rest
 
     def _load_random(self, source: Directory) -> None:
@@ -177,7 +188,7 @@ class Checkpoints:
             for path, saved in source.saved.items()
             if path[0] == RANDOM
         }
-        rows = directory.random_rows(streams, self.topology.world)
+        rows = random_rows(streams, self.topology.world)
         source.fill({(RANDOM, name): row for name, row in rows.items()})
         if streams:
             restore_random_streams(streams)

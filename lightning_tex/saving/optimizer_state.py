@@ -101,7 +101,7 @@ def load_optimizer(optimizer: TiledOptimizer, source: Source, groups: list[dict[
     Raises:
         ValueError: the groups hold other parameters.
     """
-    _require_same_groups([group["params"] for group in groups], group_options(optimizer))
+    require_same_groups(groups, optimizer)
     for group, options in zip(optimizer.param_groups, groups, strict=True):
         # In place, because schedulers hold the group itself.
         group.update({key: value for key, value in options.items() if key not in ("params", "param_names")})
@@ -151,11 +151,13 @@ def _part(place: Tensor, piece: Piece) -> Tensor:
     return place[piece.own]
 
 
-def _require_same_groups(saved: list[list[str]], groups: list[dict[str, Any]]) -> None:
+def require_same_groups(saved: list[dict[str, Any]], optimizer: TiledOptimizer) -> None:
+    """Raise ``ValueError`` if the groups of a checkpoint hold other parameters than the optimizer's."""
+    groups = group_options(optimizer)
     if len(saved) != len(groups):
         raise ValueError(f"the checkpoint's optimizer has {len(saved)} parameter groups, this one has {len(groups)}")
-    for index, (names, group) in enumerate(zip(saved, groups, strict=True)):
-        differing = set(names) ^ set(group["params"])
+    for index, (theirs, own) in enumerate(zip(saved, groups, strict=True)):
+        differing = set(theirs["params"]) ^ set(own["params"])
         if differing:
             raise ValueError(
                 f"optimizer group {index} holds other parameters than in the checkpoint; only in one of them: "

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import random
 import struct
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from lightning_tex.saving.sharded import GlobalTensor, Part
+from lightning_tex.topology import Axis
+
+# Where a checkpoint has them, beside weights and optimizer states.
+RANDOM = "random"
 
 # The global states are what user code draws from.
 # NumPy and Python both use the Mersenne Twister: 624 words and a position, and a normal deviate kept for the next draw.
@@ -28,6 +35,14 @@ def restore_random_streams(streams: dict[str, Tensor]) -> None:
     _unpack_python(streams["python"].tolist())
     if "cuda" in streams and torch.cuda.is_available():
         torch.cuda.set_rng_state(streams["cuda"])
+
+
+def random_rows(streams: Mapping[str, Tensor], world: Axis) -> dict[str, GlobalTensor]:
+    """Random states as global tensors [world, n], of which this rank holds its row."""
+    return {
+        name: GlobalTensor((world.size, len(row)), row.dtype, [Part.of((world.rank, 0), row[None])])
+        for name, row in streams.items()
+    }
 
 
 def _pack_numpy() -> Tensor:

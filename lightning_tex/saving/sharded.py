@@ -1,16 +1,14 @@
-"""A tensor described globally, of which this rank holds some boxes, for torch.distributed.checkpoint."""
+"""A tensor described globally, of which this rank holds some boxes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from lightning_tex.placement import Box
 from lightning_tex.saving.boxes import Extent, clipped, range_boxes
@@ -32,10 +30,8 @@ class Part(NamedTuple):
         return cls(offsets, tuple(tensor.shape), lambda: tensor)
 
 
-class GlobalTensor(torch.Tensor):
-    """A description of a global tensor, without memory of its own.
-
-    It is a tensor only because torch.distributed.checkpoint asks for one; nothing can be computed with it.
+class GlobalTensor:
+    """A description of a global tensor, without memory of its own: nothing can be computed with it.
 
     Args:
         shape: the global shape.
@@ -44,48 +40,13 @@ class GlobalTensor(torch.Tensor):
         writes: whether this rank is the one that writes them.
     """
 
-    parts: list[Part]
-    writes: bool
-
-    @staticmethod
-    def __new__(
-        cls, shape: Extent, dtype: torch.dtype, parts: Iterable[Part] = (), writes: bool = True
-    ) -> GlobalTensor:
-        tensor: GlobalTensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype)
+    def __init__(self, shape: Extent, dtype: torch.dtype, parts: Iterable[Part] = (), writes: bool = True) -> None:
+        self.shape, self.dtype, self.writes = shape, dtype, writes
         # An empty box says nothing, except that an empty tensor exists.
-        tensor.parts = [part for part in parts if prod(part.sizes) or not prod(shape)]
-        tensor.writes = writes
-        return tensor
+        self.parts = [part for part in parts if prod(part.sizes) or not prod(shape)]
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise NotImplementedError(f"{function} of a GlobalTensor: it describes where elements are saved, it holds none")
-
-    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"GlobalTensor({tuple(self.shape)}, {self.dtype}, {len(self.parts)} boxes here)"
-
-    # --- the protocol of torch.distributed.checkpoint
-
-    def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
-        if not self.writes:
-            return []
-        properties = TensorProperties(dtype=self.dtype)
-        return [
-            WriteItem(
-                index=MetadataIndex(fqn, chunk.offsets),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.shape),
-            )
-            for chunk in self.__create_chunk_list__()
-        ]
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(torch.Size(part.offsets), torch.Size(part.sizes)) for part in self.parts]
-
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        return next(part.read() for part in self.parts if torch.Size(part.offsets) == index.offset)
+    def __repr__(self) -> str:
+        return f"GlobalTensor({self.shape}, {self.dtype}, {len(self.parts)} boxes here)"
 
 
 def stored_part(box: Box, stored: Tensor) -> Part:

@@ -1,0 +1,201 @@
+"""What a checkpoint directory consists of: files with sizes and digests, tensors with the places of their elements.
+
+Both are JSON, so reading them runs nothing. Digests (XXH3, 128 bits) detect corruption. They do not stop an attacker,
+who can compute them; against one stands that no file is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple
+
+import torch
+import xxhash
+
+MANIFEST = "manifest.json"
+INDEX = "tensors.json"
+FORMAT = 1
+
+# Elements are digested by the chunk, so that a rank which needs some of them reads and checks only these.
+CHUNK_BYTES = 1 << 22
+_READ_BYTES = 1 << 22
+
+
+class CorruptCheckpointError(ValueError):
+    """A checkpoint is incomplete, or not what was written: which file, what was expected and what is there."""
+
+
+class FileRecord(NamedTuple):
+    """What a file must be."""
+
+    bytes: int
+    xxh3_128: str
+
+
+class BoxRecord(NamedTuple):
+    """Where the elements of one box of a tensor lie.
+
+    Args:
+        offsets, sizes: of the box, in elements of the global tensor.
+        file: name in the directory.
+        start: byte of the first element; the others follow in row-major order.
+        archive: first byte and length of the ``torch.save`` archive around them, as torch.distributed.checkpoint reads.
+        chunks: digests of the elements, by :data:`CHUNK_BYTES`.
+    """
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    start: int
+    archive: tuple[int, int]
+    chunks: tuple[str, ...]
+
+
+@dataclass
+class TensorRecord:
+    """A saved tensor: its path of names, global shape, dtype, and the boxes that make it up."""
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    boxes: list[BoxRecord] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The file that is written last: a directory with one is complete.
+
+    Args:
+        step: optimizer steps done.
+        epoch: epochs begun before this one.
+        layout: sizes of the world and of its axes.
+        versions: of what wrote it.
+        written: when, in seconds since 1970.
+        files: all others, by name.
+    """
+
+    step: int
+    epoch: int
+    layout: dict[str, int]
+    versions: dict[str, str]
+    written: float
+    files: dict[str, FileRecord]
+
+    def to_bytes(self) -> bytes:
+        """As the file holds it, its own digest included."""
+        body = {"format": FORMAT, **asdict(self), "files": {n: f._asdict() for n, f in self.files.items()}}
+        return _text({**body, "xxh3_128": digest(_text(body))})
+
+    @classmethod
+    def from_bytes(cls, text: bytes, path: Path) -> Manifest:
+        """Read what :meth:`to_bytes` gave.
+
+        Args:
+            path: for messages.
+
+        Raises:
+            CorruptCheckpointError: it is anything else.
+        """
+        try:
+            body = json.loads(text)
+            own = body.pop("xxh3_128")
+            actual = digest(_text(body))
+            if own != actual or text != _text({**body, "xxh3_128": own}):
+                raise CorruptCheckpointError(f"{path}: expected xxh3_128 {own}, found {actual} or another spelling")
+            if body.pop("format") != FORMAT:
+                raise CorruptCheckpointError(f"{path}: format {text[:40]!r}; legal: {FORMAT}")
+            files = {_plain_name(name): FileRecord(**record) for name, record in body.pop("files").items()}
+            return cls(**body, files=files)
+        except CorruptCheckpointError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CorruptCheckpointError(f"{path} is not a manifest: {error}") from error
+
+
+def digest(data: Any) -> str:
+    """XXH3-128 of some bytes, in hexadecimal."""
+    return xxhash.xxh3_128(data).hexdigest()
+
+
+def file_record(path: Path) -> FileRecord:
+    """Size and digest of a file as it is on disk."""
+    hasher, size = xxhash.xxh3_128(), 0
+    with path.open("rb", buffering=0) as file:
+        while data := file.read(_READ_BYTES):
+            hasher.update(data)
+            size += len(data)
+    return FileRecord(size, hasher.hexdigest())
+
+
+def difference(path: Path, expected: FileRecord, actual: FileRecord) -> str | None:
+    """What is wrong with a file, or ``None``."""
+    if expected.bytes != actual.bytes:
+        return f"{path}: expected {expected.bytes} bytes, found {actual.bytes}"
+    if expected != actual:
+        return f"{path}: expected xxh3_128 {expected.xxh3_128}, found {actual.xxh3_128}"
+    return None
+
+
+def index_to_bytes(tensors: list[TensorRecord]) -> bytes:
+    """The table of all tensors, as :data:`INDEX` holds it."""
+    dtypes = {dtype: name for name, dtype in DTYPES.items()}
+    return _text([{**asdict(tensor), "dtype": dtypes[tensor.dtype]} for tensor in tensors])
+
+
+def index_from_bytes(text: bytes, files: dict[str, FileRecord]) -> list[TensorRecord]:
+    """Read what :func:`index_to_bytes` gave; every place must lie in one of ``files``.
+
+    Raises:
+        CorruptCheckpointError: it says anything else.
+    """
+    try:
+        return [_tensor(entry, files) for entry in json.loads(text)]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CorruptCheckpointError(f"{INDEX} is not a table of tensors: {error}") from error
+
+
+def _tensor(entry: dict[str, Any], files: dict[str, FileRecord]) -> TensorRecord:
+    dtype = DTYPES[entry["dtype"]]
+    boxes = []
+    for offsets, sizes, file, start, archive, chunks in entry["boxes"]:
+        place = BoxRecord(_numbers(offsets), _numbers(sizes), file, start, (archive[0], archive[1]), tuple(chunks))
+        length = dtype.itemsize * _product(place.sizes)
+        if not 0 <= start <= start + length <= files[file].bytes or len(chunks) != -(-length // CHUNK_BYTES):
+            raise ValueError(f"{entry['path']} lies outside {file}")
+        boxes.append(place)
+    return TensorRecord(tuple(map(str, entry["path"])), _numbers(entry["shape"]), dtype, boxes)
+
+
+def _numbers(values: list[Any]) -> tuple[int, ...]:
+    if any(type(value) is not int or value < 0 for value in values):
+        raise ValueError(f"{values} are not sizes")
+    return tuple(values)
+
+
+def _product(sizes: tuple[int, ...]) -> int:
+    product = 1
+    for size in sizes:
+        product *= size
+    return product
+
+
+def _plain_name(name: str) -> str:
+    if PurePath(name).name != name or name in ("", ".", ".."):
+        raise ValueError(f"{name!r} is not the name of a file in the directory")
+    return name
+
+
+def _text(content: Any) -> bytes:
+    return json.dumps(content, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+
+
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+        *(torch.complex64, torch.complex128),
+    )
+}

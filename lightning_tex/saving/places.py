@@ -1,0 +1,188 @@
+"""Where checkpoints lie: names, what replaces what by one rename, and which of a folder's are complete.
+
+A checkpoint directory is written under a hidden name and renamed when it is complete, so its name never stands for half
+of one. A name that is written again and again (``last.ckpt``) is a link to the newest, swapped by a rename.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from lightning_tex.saving.manifest import MANIFEST, CorruptCheckpointError, Manifest
+
+_PARTIAL = ".partial"
+
+
+def hidden(path: Path, ending: str = "") -> Path:
+    """A new name beside ``path``, for a version of it."""
+    return path.parent / f".{path.name}.{secrets.token_hex(4)}{ending}"
+
+
+def partial_name(path: Path) -> Path:
+    """A new name for what is to become ``path`` and is not complete yet."""
+    return hidden(path, _PARTIAL)
+
+
+def _is_version(entry: Path, path: Path) -> bool:
+    pattern = rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}({re.escape(_PARTIAL)})?"
+    return re.fullmatch(pattern, entry.name) is not None
+
+
+def _versions(path: Path) -> list[Path]:
+    with suppress(FileNotFoundError, NotADirectoryError):
+        return [entry for entry in path.parent.iterdir() if _is_version(entry, path)]
+    return []
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what saves to ``path`` that were cut off have left, and versions of it that no name leads to."""
+    current = path.resolve()
+    for version in _versions(path):
+        if version.name.endswith(_PARTIAL) or (os.path.lexists(path) and version.resolve() != current):
+            remove(version)
+
+
+def install(new: Path, path: Path, linked: bool) -> None:
+    """Let ``path`` stand for what ``new`` holds, by one rename; then remove what it stood for.
+
+    Args:
+        new: a complete checkpoint directory on the same file system.
+        linked: make ``path`` a link from the start, since it will be written again. A name that exists becomes one.
+    """
+    if not linked and not os.path.lexists(path):
+        os.rename(new, path)
+        sync(path.parent)
+        return
+    version = hidden(path)
+    os.rename(new, version)
+    before = path.resolve()
+    if path.is_dir() and not path.is_symlink():
+        # A directory with content cannot be replaced: for a moment only its hidden versions exist.
+        os.rename(path, before := hidden(path))
+    swap_link(version.name, path)
+    if _is_version(before, path):
+        remove(before)
+
+
+def replace_by_file(new: Path, path: Path) -> None:
+    """Let ``path`` be the file ``new`` by one rename, and remove what a link or directory there stood for."""
+    before = path.resolve() if path.is_symlink() else None
+    if path.is_dir() and not path.is_symlink():
+        os.rename(path, before := hidden(path))
+    with new.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(new, path)
+    sync(path.parent)
+    if before is not None and _is_version(before, path):
+        remove(before)
+
+
+def link(target: Path, path: Path) -> None:
+    """Let ``path`` lead to the checkpoint ``target``, and remove what it stood for alone."""
+    before = path.resolve()
+    if path.is_dir() and not path.is_symlink():
+        os.rename(path, before := hidden(path))
+    swap_link(os.path.relpath(target.absolute(), path.parent.absolute()), path)
+    if _is_version(before, path):
+        remove(before)
+
+
+def swap_link(target: str, link: Path) -> None:
+    """Make ``link`` lead to ``target``, relative to its folder, by one rename."""
+    new = hidden(link, _PARTIAL)
+    os.symlink(target, new)
+    os.replace(new, link)
+    sync(link.parent)
+
+
+def sync(folder: Path) -> None:
+    """Bring a folder's names to disk, where its file system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a directory, or a link with the version behind it, if there is one.
+
+    A directory loses its name first, so that it is never seen in part.
+    """
+    if path.is_symlink():
+        behind = path.resolve()
+        path.unlink()
+        if behind.parent == path.parent.resolve() and _is_version(behind, path):
+            remove(behind)
+    elif path.is_dir():
+        gone = path if path.name.endswith(_PARTIAL) else hidden(path, _PARTIAL)
+        if gone != path:
+            os.rename(path, gone)
+        shutil.rmtree(gone)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# --- which are complete
+
+
+def manifest_of(path: Path) -> Manifest:
+    """The manifest of a checkpoint directory.
+
+    Raises:
+        CorruptCheckpointError: there is none, or it is damaged, or a file is missing or of another size.
+    """
+    try:
+        manifest = Manifest.from_bytes((path / MANIFEST).read_bytes(), path / MANIFEST)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CorruptCheckpointError(f"{path} is not a complete checkpoint: expected {MANIFEST}, found none") from error
+    for name, record in manifest.files.items():
+        file = path / name
+        size = file.stat().st_size if file.is_file() else None
+        if size != record.bytes:
+            found = "none" if size is None else f"{size}"
+            raise CorruptCheckpointError(f"{file}: expected {record.bytes} bytes, found {found}")
+    return manifest
+
+
+def latest(folder: str | os.PathLike[str]) -> Path | None:
+    """The newest complete checkpoint directory in a folder: of most steps, and of these the last written.
+
+    Digests are not checked here; loading does. ``None``: there is none.
+    """
+    newest: tuple[int, float, Path] | None = None
+    with suppress(FileNotFoundError, NotADirectoryError):
+        for entry in sorted(Path(folder).iterdir()):
+            if entry.name.endswith(_PARTIAL) or not entry.is_dir():
+                continue
+            with suppress(CorruptCheckpointError):
+                manifest = manifest_of(entry)
+                newest = max(newest or (-1, 0.0, entry), (manifest.step, manifest.written, entry))
+    return newest[2] if newest else None
+
+
+def find(path: Path) -> Path:
+    """What ``path`` stands for: itself, or the newest complete version if a save was cut off while replacing it.
+
+    Raises:
+        FileNotFoundError: there is neither; the newest complete checkpoint beside it is named.
+    """
+    if path.exists():
+        return path
+    complete: list[tuple[int, float, Path]] = []
+    for version in _versions(path):
+        with suppress(CorruptCheckpointError):
+            if not version.name.endswith(_PARTIAL):
+                manifest = manifest_of(version)
+                complete.append((manifest.step, manifest.written, version))
+    if complete:
+        return max(complete)[2]
+    other = latest(path.parent)
+    hint = f"; the newest complete checkpoint there is {other}" if other else ""
+    raise FileNotFoundError(f"there is no checkpoint {path}{hint}")

@@ -1,0 +1,202 @@
+"""Writing a checkpoint directory: a copy of the states now, the files then or later, the name last.
+
+A save has two halves. :func:`begin` runs where training stands and ends when this rank's elements are copied.
+:meth:`Save.finish` needs nothing of the run but the copies, and so may run beside it.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from lightning_tex.saving import places
+from lightning_tex.saving.archive import Item, write_file, write_tensors
+from lightning_tex.saving.manifest import INDEX, MANIFEST, FileRecord, Manifest, TensorRecord, index_to_bytes
+from lightning_tex.saving.rest import REST, serialised
+from lightning_tex.saving.sharded import GlobalTensor
+from lightning_tex.saving.side_group import SideGroup
+from lightning_tex.topology import Axis, Layout
+
+Broadcast = Callable[[Any], Any]
+
+# For others' tools; never read here, because it is a pickle.
+_DCP_METADATA = ".metadata"
+_PACKAGES = ("lightning-tex", "torch", "lightning")
+
+
+def begin(
+    path: Path,
+    linked: bool,
+    tensors: Mapping[str, Any],
+    rest: Mapping[str, Any],
+    layout: Layout,
+    world: Axis,
+    broadcast: Broadcast,
+) -> Save:
+    """Copy what this rank writes to host memory; collective.
+
+    Args:
+        path: the same on all ranks.
+        linked: as for :func:`lightning_tex.saving.places.install`.
+        tensors: nested dicts of :class:`GlobalTensor`.
+        rest: everything else; rank 0's is written.
+        layout: of the run.
+        world: all ranks.
+        broadcast: sends rank 0's object to all ranks.
+
+    Raises:
+        RuntimeError: on all ranks, when rank 0 cannot make the directory.
+    """
+    partial = Path(broadcast(str(places.partial_name(path))))
+
+    def prepare() -> bytes:
+        places.remove_leftovers(path)
+        partial.mkdir(parents=True)
+        return serialised(rest)
+
+    content = on_first_rank(prepare, world, broadcast)
+    step, epoch = int(rest.get("global_step", 0)), int(rest.get("epoch", 0))
+    return Save(path, partial, linked, world.rank, list(_copies(tensors)), content, step, epoch, asdict(layout))
+
+
+def on_first_rank(act: Callable[[], Any], world: Axis, broadcast: Broadcast) -> Any:
+    """``act()`` on rank 0, ``None`` on the others, which wait. If it fails, raise on all ranks."""
+    result, failure = None, None
+    if world.rank == 0:
+        try:
+            result = act()
+        except Exception as error:
+            failure = error
+    message = broadcast(None if failure is None else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    if message is not None:
+        raise RuntimeError(f"rank 0 could not write the checkpoint: {message}")
+    return result
+
+
+def _copies(tensors: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[Item]:
+    for name, value in tensors.items():
+        here = (*path, str(name))
+        if not isinstance(value, GlobalTensor):
+            yield from _copies(value, here)
+        elif value.writes:
+            for part in value.parts:
+                elements = part.read().detach()
+                copy = torch.empty(part.sizes, dtype=elements.dtype)
+                yield Item(here, tuple(value.shape), part.offsets, copy.copy_(elements))
+
+
+@dataclass
+class Save:
+    """A save under way: copies in host memory, and where they go."""
+
+    path: Path
+    partial: Path
+    linked: bool
+    rank: int
+    items: list[Item]
+    rest: bytes | None
+    step: int
+    epoch: int
+    layout: dict[str, int]
+
+    def finish(self, group: SideGroup) -> None:
+        """Write the files; once all ranks have, give the directory its name. Collective.
+
+        Raises:
+            RuntimeError: on all ranks alike, when one of them cannot; what was written is removed.
+        """
+        written = group.gather(self._attempt(self._write_own))
+        failure = None
+        if written is not None:
+            failed = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(written) if error]
+            _, error = (None, "; ".join(failed)) if failed else self._attempt(self._complete, [w for w, _ in written])
+            failure = error
+        failure = group.broadcast(failure)
+        if failure:
+            if self.rank == 0:
+                places.remove(self.partial)
+            raise RuntimeError(f"saving the checkpoint {self.path} (step {self.step}) failed: {failure}")
+
+    def _attempt(self, act: Callable[..., Any], *args: Any) -> tuple[Any, str | None]:
+        try:
+            return act(*args), None
+        except Exception as error:
+            return None, f"{type(error).__name__}: {error}"
+
+    def _write_own(self) -> tuple[str, FileRecord, list[TensorRecord]] | None:
+        if not self.items:
+            return None
+        file = self.partial / f"__{self.rank}_0.distcp"
+        record, tensors = write_tensors(file, self.items)
+        self.items = []
+        return file.name, record, tensors
+
+    def _complete(self, written: list[tuple[str, FileRecord, list[TensorRecord]] | None]) -> None:
+        own = [part for part in written if part is not None]
+        files = {name: record for name, record, _ in own}
+        tensors = _joined([tensors for _, _, tensors in own])
+        assert self.rest is not None
+        for name, content in (
+            (REST, self.rest),
+            (_DCP_METADATA, pickle.dumps(_dcp_metadata(tensors))),
+            (INDEX, index_to_bytes(tensors)),
+        ):
+            files[name] = write_file(self.partial / name, content)
+        versions = {name: _version(name) for name in _PACKAGES}
+        manifest = Manifest(self.step, self.epoch, self.layout, versions, time.time(), files)
+        write_file(self.partial / MANIFEST, manifest.to_bytes())
+        places.sync(self.partial)
+        places.install(self.partial, self.path, self.linked)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from its sources
+        return "unknown"
+
+
+def _joined(parts: list[list[TensorRecord]]) -> list[TensorRecord]:
+    tensors: dict[tuple[str, ...], TensorRecord] = {}
+    for records in parts:
+        for record in records:
+            whole = tensors.setdefault(record.path, TensorRecord(record.path, record.shape, record.dtype))
+            whole.boxes += record.boxes
+    return list(tensors.values())
+
+
+def _dcp_metadata(tensors: list[TensorRecord]) -> Metadata:
+    names = {".".join(tensor.path): tensor for tensor in tensors}
+    return Metadata(
+        state_dict_metadata={
+            name: TensorStorageMetadata(
+                TensorProperties(dtype=tensor.dtype),
+                torch.Size(tensor.shape),
+                [ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box in tensor.boxes],
+            )
+            for name, tensor in names.items()
+        },
+        planner_data={name: tensor.path for name, tensor in names.items()},
+        storage_data={
+            MetadataIndex(name, box.offsets): _StorageInfo(box.file, *box.archive)
+            for name, tensor in names.items()
+            for box in tensor.boxes
+        },
+    )
