@@ -4,6 +4,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_tex.data import TextDataModule
 from lightning_tex.language_model import LanguageModel
+from lightning_tex.saving import load_from_checkpoint
 from lightning_tex.strategy import TexMoEStrategy
 
 __version__ = "0.1.0"
@@ -15,4 +16,4 @@ if TexMoEStrategy.strategy_name not in StrategyRegistry:
         description="Tensor x expert x data parallelism for mixture-of-experts models (TED, arXiv 2303.06318)",
     )
 
-__all__ = ["LanguageModel", "TexMoEStrategy", "TextDataModule"]
+__all__ = ["LanguageModel", "TexMoEStrategy", "TextDataModule", "load_from_checkpoint"]

@@ -2,8 +2,18 @@
 
 from lightning_tex.saving.background import Background
 from lightning_tex.saving.checkpoint import Checkpoints
+from lightning_tex.saving.consolidate import consolidate, consolidated, load_from_checkpoint
 from lightning_tex.saving.manifest import CorruptCheckpointError
 from lightning_tex.saving.places import latest
 from lightning_tex.saving.side_group import SideGroup
 
-__all__ = ["Background", "Checkpoints", "CorruptCheckpointError", "SideGroup", "latest"]
+__all__ = [
+    "Background",
+    "Checkpoints",
+    "CorruptCheckpointError",
+    "SideGroup",
+    "consolidate",
+    "consolidated",
+    "latest",
+    "load_from_checkpoint",
+]

@@ -19,7 +19,6 @@ from torch import nn
 
 from lightning_tex.optim import TiledOptimizer
 from lightning_tex.saving import optimizer_state, places, plain, state
-from lightning_tex.saving.manifest import MANIFEST
 from lightning_tex.saving.random_streams import RANDOM, random_rows, random_streams, restore_random_streams
 from lightning_tex.saving.reading import Directory
 from lightning_tex.saving.rest import plain_data, restricted_load
@@ -29,6 +28,8 @@ from lightning_tex.topology import Topology
 
 # Our own entry beside Lightning's.
 OWN = "lightning_tex"
+# In it: further names of tied parameters.
+TIES = "ties"
 
 
 class Checkpoints:
@@ -94,7 +95,7 @@ class Checkpoints:
             )
         checkpoint = dict(checkpoint)
         tensors: dict[str, Any] = {state.MODEL: self._described(checkpoint.pop("state_dict"))}
-        own: dict[str, Any] = {"layout": asdict(self.topology.layout)}
+        own: dict[str, Any] = {"layout": asdict(self.topology.layout), TIES: state.ties(self.module)}
         optimizers = checkpoint.pop("optimizer_states", [])
         if optimizers and "numbers" in optimizers[0]:
             tensors[state.OPTIMIZER] = {"state": optimizers[0]["state"]}
@@ -117,7 +118,7 @@ class Checkpoints:
             self.io.save_checkpoint(plain_data(checkpoint), filepath)
             return
         path = Path(filepath)
-        if path.is_dir() and not (path / MANIFEST).is_file():
+        if path.is_dir() and not places.has_manifest(path):
             raise IsADirectoryError(f"{path} is a directory, and not a checkpoint that could be replaced")
         partial = places.partial_name(path)
         try:

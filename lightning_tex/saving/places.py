@@ -132,6 +132,11 @@ def remove(path: Path) -> None:
 # --- which are complete
 
 
+def has_manifest(path: Path) -> bool:
+    """Whether a directory was, at least once, a complete checkpoint."""
+    return (path / MANIFEST).is_file()
+
+
 def manifest_of(path: Path) -> Manifest:
     """The manifest of a checkpoint directory.
 

@@ -68,6 +68,13 @@ def state_dict_tensors(module: nn.Module) -> dict[str, Tensor]:
     return state
 
 
+def ties(module: nn.Module) -> dict[str, str]:
+    """Further names of tied parameters, each with the name its optimizer states are saved under."""
+    first = {id(parameter): name for name, parameter in module.named_parameters()}
+    names = {name: first.get(id(value), name) for name, value in state_dict_tensors(module).items()}
+    return {name: parameter for name, parameter in names.items() if name != parameter}
+
+
 def _global(value: Tensor, position: int, placement: Placement | None, topology: Topology) -> GlobalTensor:
     if placement is None:
         return GlobalTensor(

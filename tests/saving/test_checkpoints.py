@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
+import shutil
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -12,6 +14,9 @@ import pytest
 import torch
 from checkpoint_runs import VOCABULARY, Model, fit, largest_difference, tensors
 from ranks import run_ranks
+
+import lightning_tex as tex
+from lightning_tex.cli import main
 
 TED = {"tensor_parallel_size": 2, "expert_parallel_size": 2, "tile_size": 256}
 OTHERS: dict[str, dict[str, Any]] = {
@@ -52,6 +57,7 @@ def _one_rank(folder: str) -> dict[str, Any]:
         "resaved": fit({}, 1, 1, ckpt_path=path, save=f"{folder}/one process.ckpt", model={"seed": 4}),
         "auto": auto,
         "from auto": fit({}, 1, 1, ckpt_path=f"{folder}/auto.ckpt", save=f"{folder}/from auto.ckpt", model={"seed": 4}),
+        "auto from whole": fit(None, 1, 2, ckpt_path=_whole(folder, "ted"), model={"seed": 4}),
         "from consolidated": fit({}, 1, 2, ckpt_path=_consolidated(folder), model={"seed": 4}),
     }
 
@@ -61,6 +67,12 @@ def _consolidated(folder: str) -> str:
     command = ["consolidate_checkpoint", f"{folder}/ted.ckpt", "--output_file", output]
     with patch("sys.argv", command):
         runpy.run_module("lightning.pytorch.utilities.consolidate_checkpoint", run_name="__main__")
+    return output
+
+
+def _whole(folder: str, name: str) -> str:
+    output = f"{folder}/{name}.whole.ckpt"
+    main(["checkpoint", "consolidate", f"{folder}/{name}.ckpt", "--output", output])
     return output
 
 
@@ -111,7 +123,7 @@ def test_each_element_is_written_once(folder: Path, four: object) -> None:
     assert bytes_needed < bytes_written < bytes_needed + boxes * 1500
 
 
-@pytest.mark.parametrize("run", ["one process", "auto from plain", "from consolidated"])
+@pytest.mark.parametrize("run", ["one process", "auto from plain", "auto from whole", "from consolidated"])
 def test_one_process_goes_on_as_four_would_have(four: list[dict[str, Any]], one: dict[str, Any], run: str) -> None:
     reference = four[0]["reference"]
     assert one[run]["losses"] == pytest.approx(reference["losses"][6:], rel=1e-5)
@@ -140,6 +152,59 @@ def test_a_plain_file_is_lightnings_own(folder: Path, one: dict[str, Any]) -> No
         assert float(our_state["state"][number]["step"]) == 6
     model = Model.load_from_checkpoint(folder / "plain.ckpt")
     assert all(torch.equal(p, ours["state_dict"][name]) for name, p in model.named_parameters())
+
+
+def test_a_consolidated_directory_is_the_plain_file(folder: Path, four: object) -> None:
+    _whole(str(folder), "bf16-mixed")
+    whole = torch.load(folder / "bf16-mixed.whole.ckpt", weights_only=True)
+    plain = torch.load(folder / "plain bf16.ckpt", weights_only=True)
+    assert whole["state_dict"].keys() == plain["state_dict"].keys()
+    for name, value in plain["state_dict"].items():
+        assert whole["state_dict"][name].dtype == value.dtype
+        assert torch.equal(whole["state_dict"][name], value)
+    (ours,), (theirs,) = whole["optimizer_states"], plain["optimizer_states"]
+    assert ours["param_groups"] == theirs["param_groups"]
+    assert ours["state"].keys() == theirs["state"].keys()
+    for number, states in theirs["state"].items():
+        assert ours["state"][number].keys() == states.keys()
+        assert all(torch.equal(ours["state"][number][key], value) for key, value in states.items())
+
+
+def test_a_module_loads_from_a_directory(folder: Path, four: object) -> None:
+    model = tex.load_from_checkpoint(Model, folder / "ted.ckpt", noise=True)
+    saved = tensors(folder / "ted.ckpt")
+    assert model.noise
+    assert all(torch.equal(p, saved[f"model.{name}"]) for name, p in model.named_parameters())
+
+
+def test_the_command_line_looks_at_checkpoints(
+    folder: Path, four: object, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    main(["checkpoint", "inspect", str(folder / "ted.ckpt"), "--tensors", "--json"])
+    about = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert about["step"] == 6
+    assert about["layout"] == {"world": 4, "tensor": 2, "expert": 2, "expert_tensor": 2}
+    saved = tensors(folder / "ted.ckpt")
+    assert about["tensors"]["model.scale"] == {"shape": [], "dtype": "float32"}
+    weights = [value for name, value in saved.items() if name.startswith("model.")]
+    assert about["holds"]["weights"]["bytes"] == sum(value.nbytes for value in weights)
+
+    main(["checkpoint", "inspect", str(folder), "--json"])
+    listed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {Path(entry["path"]).name for entry in listed["checkpoints"]} >= {"ted.ckpt", "folding.ckpt"}
+
+    damaged = shutil.copytree(folder / "ted.ckpt", tmp_path / "ted.ckpt")
+    main(["checkpoint", "verify", str(damaged), "--json"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["files"] == len(list(damaged.iterdir())) - 1
+    with (damaged / "__1_0.distcp").open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(SystemExit) as ended:
+        main(["checkpoint", "verify", str(damaged)])
+    assert ended.value.code == 2
+    assert "__1_0.distcp: expected" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["checkpoint", "consolidate", str(folder / "ted.ckpt"), "--output", str(folder / "plain.ckpt")])
+    assert "nothing is written over it" in capsys.readouterr().err
 
 
 def test_a_plain_file_of_another_strategy_loads(folder: Path, one: dict[str, Any]) -> None:
