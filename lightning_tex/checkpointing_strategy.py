@@ -13,11 +13,13 @@ from lightning import Trainer
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_tex.mesh_strategy import MeshStrategy
 from lightning_tex.optim import TiledOptimizer
 from lightning_tex.saving import Background, Checkpoints, SideGroup, places
+from lightning_tex.saving.random_streams import restore_random_streams
 from lightning_tex.topology import Topology
 
 _log = logging.getLogger(__name__)
@@ -48,6 +50,7 @@ class CheckpointingStrategy(MeshStrategy):
         self._save_in_background = background
         self._background = Background()
         self._side_group: SideGroup | None = None
+        self._random_at_first_step: dict[str, Tensor] = {}
 
     @property
     @abstractmethod
@@ -143,6 +146,8 @@ class CheckpointingStrategy(MeshStrategy):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         self._background.check()
+        restore_random_streams(self._random_at_first_step)
+        self._random_at_first_step = {}
         return super().training_step(*args, **kwargs)
 
     def on_train_end(self) -> None:
@@ -161,7 +166,10 @@ class CheckpointingStrategy(MeshStrategy):
         """Read a checkpoint of either form, from any layout, into the cut model and the sharded optimizer."""
         assert self.lightning_module is not None
         self._background.wait()
-        return self._checkpoints().load(checkpoint_path, weights_only, self.lightning_module.strict_loading)
+        checkpoints = self._checkpoints()
+        found = checkpoints.load(checkpoint_path, weights_only, self.lightning_module.strict_loading)
+        self._random_at_first_step = checkpoints.random_at_first_step
+        return found
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Cut the weights of a plain file; those of a directory are in place already."""

@@ -15,7 +15,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_tex.optim import TiledOptimizer
 from lightning_tex.saving import optimizer_state, places, plain, state
@@ -30,6 +30,12 @@ from lightning_tex.topology import Topology
 OWN = "lightning_tex"
 # In it: further names of tied parameters.
 TIES = "ties"
+
+
+def _within_epoch(rest: Mapping[str, Any]) -> bool:
+    """Whether a run that was not interrupted would take its next step without a new iterator of its data."""
+    progress = rest.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
+    return bool(progress and progress["current"]["ready"] and not progress["is_last_batch"])
 
 
 class Checkpoints:
@@ -55,6 +61,8 @@ class Checkpoints:
     ) -> None:
         self.module, self.topology, self.optimizer = module, topology, optimizer
         self.distributed, self.broadcast, self.io = distributed, broadcast, io
+        # What load leaves to be restored when the first batch is there, because fetching it draws a random number.
+        self.random_at_first_step: dict[str, Tensor] = {}
 
     # --- saving
 
@@ -180,10 +188,14 @@ class Checkpoints:
             self.optimizer.dice.restore(saved.get("dice"))
         optimizer_state.load_masters(self.optimizer, source)
         if own.get("layout") == asdict(self.topology.layout):
-            self._load_random(source)
+            streams = self._read_random(source)
+            if _within_epoch(rest):
+                self.random_at_first_step = streams
+            else:
+                restore_random_streams(streams)
         return rest
 
-    def _load_random(self, source: Directory) -> None:
+    def _read_random(self, source: Directory) -> dict[str, Tensor]:
         streams = {
             path[1]: torch.empty(saved.shape[1], dtype=saved.dtype)
             for path, saved in source.saved.items()
@@ -191,8 +203,7 @@ class Checkpoints:
         }
         rows = random_rows(streams, self.topology.world)
         source.fill({(RANDOM, name): row for name, row in rows.items()})
-        if streams:
-            restore_random_streams(streams)
+        return streams
 
     def _load_whole_optimizer(self, checkpoint: Mapping[str, Any]) -> None:
         assert self.optimizer is not None

@@ -29,7 +29,9 @@ def random_streams() -> dict[str, Tensor]:
 
 
 def restore_random_streams(streams: dict[str, Tensor]) -> None:
-    """Continue from states that :func:`random_streams` gave."""
+    """Continue from states that :func:`random_streams` gave; with none, nothing."""
+    if not streams:
+        return
     torch.set_rng_state(streams["torch"])
     _unpack_numpy(streams["numpy"].tolist())
     _unpack_python(streams["python"].tolist())

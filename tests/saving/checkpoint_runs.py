@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -83,18 +84,40 @@ class Model(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
+class Resumable(DataLoader):
+    """Goes on in the middle of an epoch: where the Trainer stood when it saved."""
+
+    start = 0
+    trainer: L.Trainer
+
+    def __iter__(self) -> Any:
+        start, self.start = self.start, 0
+        return islice(super().__iter__(), start, None)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"batch": self.trainer.fit_loop.epoch_loop.batch_progress.current.processed % len(self)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.start = state["batch"]
+
+
 class Data(L.LightningDataModule):
     """The same samples in the same global batches whatever the number of data ranks."""
 
-    def _loader(self) -> DataLoader:
+    def _loader(self) -> Resumable:
         ids = torch.randint(0, VOCABULARY, (SAMPLES, 7), generator=torch.Generator().manual_seed(0))
         spread = self.trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
         own = BATCH // spread["num_replicas"]
         first = spread["rank"] * own
         indices = [i for batch in range(0, SAMPLES, BATCH) for i in range(batch + first, batch + first + own)]
-        return DataLoader(Subset(TensorDataset(ids[:, :-1], ids[:, 1:]), indices), batch_size=own)
+        return Resumable(Subset(TensorDataset(ids[:, :-1], ids[:, 1:]), indices), batch_size=own)
 
-    train_dataloader = val_dataloader = test_dataloader = _loader
+    def train_dataloader(self) -> Resumable:
+        loader = self._loader()
+        loader.trainer = self.trainer
+        return loader
+
+    val_dataloader = test_dataloader = _loader
 
 
 def trainer(strategy: Any, devices: int, epochs: int = 1, precision: str = "32-true", **options: Any) -> L.Trainer:
