@@ -97,6 +97,7 @@ def load_from_checkpoint(module: type[_Module], path: str | os.PathLike[str], **
         FileNotFoundError: there is none.
         CorruptCheckpointError: a file of it is not what was written.
     """
+    arguments.setdefault("weights_only", True)  # said explicitly, an environment variable cannot turn it off
     found = places.find(Path(path))
     if not found.is_dir():
         return module.load_from_checkpoint(found, **arguments)

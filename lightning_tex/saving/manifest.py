@@ -105,13 +105,15 @@ class Manifest:
             if own != actual or text != _text({**body, "xxh3_128": own}):
                 raise CorruptCheckpointError(f"{path}: expected xxh3_128 {own}, found {actual} or another spelling")
             if body.pop("format") != FORMAT:
-                raise CorruptCheckpointError(f"{path}: format {text[:40]!r}; legal: {FORMAT}")
+                raise CorruptCheckpointError(f"{path}: expected format {FORMAT}, found another")
             files = {_plain_name(name): FileRecord(**record) for name, record in body.pop("files").items()}
             return cls(**body, files=files)
         except CorruptCheckpointError:
             raise
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise CorruptCheckpointError(f"{path} is not a manifest: {error}") from error
+            raise CorruptCheckpointError(
+                f"{path}: expected a manifest, found {error or type(error).__name__}"
+            ) from error
 
 
 def digest(data: Any) -> str:
@@ -153,7 +155,7 @@ def index_from_bytes(text: bytes, files: dict[str, FileRecord]) -> list[TensorRe
     try:
         return [_tensor(entry, files) for entry in json.loads(text)]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CorruptCheckpointError(f"{INDEX} is not a table of tensors: {error}") from error
+        raise CorruptCheckpointError(f"{INDEX}: expected a table of tensors, found {error}") from error
 
 
 def _tensor(entry: dict[str, Any], files: dict[str, FileRecord]) -> TensorRecord:

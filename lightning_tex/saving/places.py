@@ -146,7 +146,9 @@ def manifest_of(path: Path) -> Manifest:
     try:
         manifest = Manifest.from_bytes((path / MANIFEST).read_bytes(), path / MANIFEST)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise CorruptCheckpointError(f"{path} is not a complete checkpoint: expected {MANIFEST}, found none") from error
+        raise CorruptCheckpointError(
+            f"{path / MANIFEST}: expected the manifest of a complete checkpoint, found none"
+        ) from error
     for name, record in manifest.files.items():
         file = path / name
         size = file.stat().st_size if file.is_file() else None

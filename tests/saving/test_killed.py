@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -94,13 +95,19 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]
 
 
 def points(undisturbed: list[dict[str, Any]], count: int, seed: int) -> list[dict[str, int]]:
-    """Where to kill: three of five times within a save, at any event of any rank; else at a step of any rank."""
+    """Where to kill: three of five times within a save, at an event of each kind in turn; else at a step."""
     draw = random.Random(seed)
+    kinds: dict[str, list[tuple[int, int]]] = {}
+    for rank, events in enumerate(own["events"] for own in undisturbed):
+        for number, event in enumerate(events, start=1):
+            # Names of hidden versions are random.
+            kinds.setdefault(re.sub(r"\.[0-9a-f]{8}|__\d|=\d+", "", event), []).append((rank, number))
+    order = draw.sample(sorted(kinds), len(kinds))
     chosen = []
     for index in range(count):
-        rank = draw.randrange(4)
-        inside = {"event": draw.randint(1, len(undisturbed[rank]["events"]))}
-        chosen.append({"rank": rank, **(inside if index % 5 < 3 else {"step": draw.randrange(1, STEPS)})})
+        rank, event = draw.choice(kinds[order[index % len(order)]])
+        step = {"rank": draw.randrange(4), "step": draw.randrange(1, STEPS)}
+        chosen.append({"rank": rank, "event": event} if index % 5 < 3 else step)
     return chosen
 
 

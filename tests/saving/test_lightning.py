@@ -204,7 +204,7 @@ def test_hooks_and_callbacks_keep_their_state(ranks: list[dict[str, Any]]) -> No
         ("storage options", "TypeError: TexMoEStrategy.save_checkpoint(storage_options=...)"),
         ("remote", "s3://bucket/a.ckpt is not on a mounted file system"),
         ("shapes", "missing from the checkpoint: more; of another shape: scale (saved [], model [3])"),
-        ("no checkpoint", "is not a complete checkpoint: expected manifest.json, found none"),
+        ("no checkpoint", "manifest.json: expected the manifest of a complete checkpoint, found none"),
         ("nothing there", "FileNotFoundError"),
         ("cannot write", "NotADirectoryError"),
     ],
