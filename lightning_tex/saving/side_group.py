@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -23,17 +25,39 @@ class SideGroup:
         self._group = dist.new_group(backend="gloo", timeout=timeout) if world.size > 1 else None
 
     def gather(self, value: Any) -> list[Any] | None:
-        """Every rank's value on rank 0, ``None`` elsewhere."""
-        if self._group is None:
+        """Every rank's value on rank 0, ``None`` elsewhere.
+
+        Raises:
+            RuntimeError: a rank has gone.
+        """
+        if self._world.size == 1:
             return [value]
         values: list[Any] | None = [None] * self._world.size if self._world.rank == 0 else None
-        dist.gather_object(value, values, dst=0, group=self._group)
+        with self._closed_on_error() as group:
+            dist.gather_object(value, values, dst=0, group=group)
         return values
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's value."""
-        if self._group is None:
+        """Rank 0's value.
+
+        Raises:
+            RuntimeError: a rank has gone.
+        """
+        if self._world.size == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values, src=0, group=self._group)
+        with self._closed_on_error() as group:
+            dist.broadcast_object_list(values, src=0, group=group)
         return values[0]
+
+    @contextmanager
+    def _closed_on_error(self) -> Iterator[dist.ProcessGroup]:
+        """Pass a failure on: ranks that wait for this one, not for the one that has gone, would wait for ever."""
+        if self._group is None:
+            raise RuntimeError("another rank has gone, so nothing can be saved any more")
+        try:
+            yield self._group
+        except Exception:
+            dist.destroy_process_group(self._group)
+            self._group = None
+            raise
