@@ -79,6 +79,7 @@ class ModelSizes:
     tie_embeddings: bool = True
     load_balance_coefficient: float = 0.01
     z_loss_coefficient: float = 0.0
+    norm_topk_prob: bool = False
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "num_layers", "num_heads", "num_experts", "top_k", "moe_every"):
