@@ -12,6 +12,9 @@ from lightning_tex.planner.memory import Memory, memory
 from lightning_tex.planner.sizes import ModelSizes
 from lightning_tex.planner.step_time import StepTime, step_time
 
+# Formats of states that give the same numbers.
+EXACT = ("fp32", "split")
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -50,10 +53,12 @@ class Plans:
     def recommended(self) -> Planned | None:
         """The fastest that fits; ``None`` if nothing does.
 
-        Of those within one percent of it, the one that leaves most memory free.
+        States that are rounded at random or kept in 8 bits only if nothing else fits. Of those within one percent of
+        the fastest, the one that leaves most memory free.
         """
         if not (fitting := self.fitting):
             return None
+        fitting = [each for each in fitting if each.candidate.state_format in EXACT] or fitting
         best = min(each.time.total for each in fitting)
         return min((each for each in fitting if each.time.total <= 1.01 * best), key=lambda each: each.memory.peak)
 
