@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import Namespace
 
-from lightning_tex import plan_show
+from lightning_tex import plan_paper, plan_show
 from lightning_tex.models import DecoderConfig
 from lightning_tex.planner import paper
 from lightning_tex.planner.cluster import CLUSTERS, Cluster
@@ -49,9 +49,9 @@ def main(arguments: Sequence[str]) -> None:
         parser.error("--plot needs matplotlib; legal: pip install matplotlib, or no --plot")
     if options.reproduce_paper:
         report = paper.reproduce()
-        plan_show.show_paper(report)
+        plan_paper.show(report)
         if options.plot:
-            plan_show.draw_paper(report, options.plot)
+            plan_paper.draw(report, options.plot)
     else:
         report = _plan(options, more, parser)
     if options.json:

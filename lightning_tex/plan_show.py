@@ -99,37 +99,37 @@ def _own_row(own: Mapping[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str
 
 def show(found: Mapping[str, Any], rows: int) -> None:
     """Print a report: the first layouts as a table, and the recommended one broken down."""
-    console = _console()
+    out = console()
     counts = found["parameters"]
-    console.print(
-        f"{sum(counts.values()) / 1e9:.2f}B parameters ({(counts['cut'] + counts['uncut']) / 1e9:.2f}B dense, "
-        f"{counts['expert'] / 1e9:.2f}B experts) on {found['gpus']} x {found['cluster']['name']} with "
-        f"{found['usable_bytes'] / GIB:.1f} GiB for tensors; {found['global_batch_size']} x {found['sequence_length']} "
+    out.print(
+        f"{_many(sum(counts.values()))} parameters ({_many(counts['cut'] + counts['uncut'])} dense, "
+        f"{_many(counts['expert'])} experts) on {found['gpus']} x {found['cluster']['name']} with "
+        f"{size(found['usable_bytes'])} for tensors; {found['global_batch_size']} x {found['sequence_length']} "
         f"tokens a step, {found['precision']}"
     )
     table = Table(box=SIMPLE, padding=(0, 1))
-    for heading in ("tensor", "expert", "e.tensor", "ZeRO", "seq.", "recompute", "states", "micro", "GiB",
-                    "step s", "comm. s", "tokens/s", "MFU"):  # fmt: skip
+    for heading in ("tensor", "expert", "e.tensor", "ZeRO", "seq.", "recompute", "states", "micro", "memory",
+                    "step", "waiting", "tokens/s", "MFU"):  # fmt: skip
         table.add_column(heading, justify="left" if heading in ("recompute", "states") else "right", no_wrap=True)
     shown = found["layouts"][:rows]
     for each in shown:
         table.add_row(*_cells(each))
-    console.print(table)
+    out.print(table)
     fitting = found["fitting"]
-    console.print(f"{fitting} of {len(found['layouts'])} ways fit ({found['considered']} with their micro-batches).")
+    out.print(f"{fitting} of {len(found['layouts'])} ways fit ({found['considered']} with their micro-batches).")
     if found["recipe"] is not None:
         own = found["recipe"]
-        console.print(
-            f"The recipe's own layout: {own['peak_bytes'] / GIB:.1f} GiB, "
-            f"{'fits' if own['fits'] else 'does not fit'}, {own['step_seconds']:.3g} s a step."
+        out.print(
+            f"The recipe's own layout: {size(own['peak_bytes'])}, "
+            f"{'fits' if own['fits'] else 'does not fit'}, {seconds(own['step_seconds'])} a step."
         )
     best = found["recommended"]
     if best is None:
         least = min(each["peak_bytes"] for each in found["layouts"])
-        console.print(f"Nothing fits: the least that any layout needs is {least / GIB:.1f} GiB.")
+        out.print(f"Nothing fits: the least that any layout needs is {size(least)}.")
     else:
-        _break_down(console, best)
-    console.print(found["flops"])
+        _break_down(out, best)
+    out.print(found["flops"])
 
 
 def _cells(each: Mapping[str, Any]) -> list[str]:
@@ -144,37 +144,37 @@ def _cells(each: Mapping[str, Any]) -> list[str]:
         recompute,
         each["optimizer_state_format"],
         str(each["micro_batch"]),
-        f"{each['peak_bytes'] / GIB:.1f}" + ("" if each["fits"] else " !"),
-        f"{each['step_seconds']:.3g}",
-        f"{communication:.3g}",
+        size(each["peak_bytes"]) + ("" if each["fits"] else " !"),
+        seconds(each["step_seconds"]),
+        seconds(communication),
         f"{each['tokens_per_second']:,.0f}",
         f"{100 * each['mfu']:.1f} %",
     ]
 
 
-def _break_down(console: Console, best: Mapping[str, Any]) -> None:
+def _break_down(out: Console, best: Mapping[str, Any]) -> None:
     options = {key: best[key] for key in ("tensor_parallel_size", "expert_parallel_size",
                "expert_tensor_parallel_size", "zero_stage", "sequence_parallel", "activation_checkpointing",
                "optimizer_state_format")}  # fmt: skip
     arguments = ", ".join(f"{key}={value!r}" for key, value in options.items())
-    console.print(f"Recommended: TexMoEStrategy({arguments}),")
-    console.print(
+    out.print(f"Recommended: TexMoEStrategy({arguments}),")
+    out.print(
         f"micro-batches of {best['micro_batch']}, accumulate_grad_batches={best['accumulate_grad_batches']}: "
         f"{best['layout']}"
     )
     table = Table(box=SIMPLE, padding=(0, 1))
-    for heading in ("memory of a rank", "GiB", "time of a step", "s", "%"):
-        table.add_column(heading, justify="right" if heading in ("GiB", "s", "%") else "left", no_wrap=True)
-    memory = [(name, f"{size / GIB:.2f}") for name, size in best["memory_bytes"].items() if size]
-    memory.append(("peak", f"{best['peak_bytes'] / GIB:.2f}"))
+    for heading in ("memory of a rank", "", "time of a step", "", "%"):
+        table.add_column(heading, justify="right" if len(heading) < 2 else "left", no_wrap=True)
+    memory = [(name, size(taken)) for name, taken in best["memory_bytes"].items() if taken]
+    memory.append(("peak", size(best["peak_bytes"])))
     total = best["step_seconds"]
-    time = [(name, f"{t:.3g}", f"{100 * t / total:.1f}") for name, t in best["step_seconds_by_part"].items() if t]
-    time.append(("step", f"{total:.3g}", "100"))
+    time = [(name, seconds(t), f"{100 * t / total:.1f}") for name, t in best["step_seconds_by_part"].items() if t]
+    time.append(("step", seconds(total), "100"))
     for i in range(max(len(memory), len(time))):
         left = memory[i] if i < len(memory) else ("", "")
         table.add_row(*left, *(time[i] if i < len(time) else ("", "", "")))
-    console.print(table)
-    console.print(f"Beside these, {best['hidden_seconds']:.3g} s of gradients and parameters are hidden behind others.")
+    out.print(table)
+    out.print(f"Beside these, {seconds(best['hidden_seconds'])} of gradients and parameters are hidden behind others.")
 
 
 def largest_report(job: Job, cluster: Cluster, largest: LargestBase | None) -> dict[str, Any]:
@@ -194,14 +194,14 @@ def largest_report(job: Job, cluster: Cluster, largest: LargestBase | None) -> d
 
 def show_largest(found: Mapping[str, Any]) -> None:
     """Print the largest base model."""
-    console, sizes = _console(), found["sizes"]
-    console.print(
+    out, sizes = console(), found["sizes"]
+    out.print(
         f"Largest base model with {sizes['num_experts']} experts in every {sizes['moe_every']}. layer on "
-        f"{found['gpus']} x {found['cluster']['name']}: {found['base_parameters'] / 1e9:.2f}B parameters "
+        f"{found['gpus']} x {found['cluster']['name']}: {_many(found['base_parameters'])} parameters "
         f"({sizes['num_layers']} layers, {sizes['dim']} wide, {sizes['num_heads']} heads); "
-        f"{sum(found['parameters'].values()) / 1e9:.1f}B with its experts"
+        f"{_many(sum(found['parameters'].values()))} with its experts"
     )
-    _break_down(console, found["recommended"])
+    _break_down(out, found["recommended"])
 
 
 def draw(found: Mapping[str, Any], path: Path, rows: int) -> None:
@@ -247,9 +247,20 @@ def _name(each: Mapping[str, Any]) -> str:
     )
 
 
-def show_paper(found): ...
-def draw_paper(found, path): ...
+def seconds(time: float) -> str:
+    """A time with its unit."""
+    return f"{time:.3g} s" if time >= 1 else f"{1e3 * time:.3g} ms"
 
 
-def _console() -> Console:
-    return Console(width=max(120, Console().width), highlight=False)
+def size(bytes_: float) -> str:
+    """A size of memory with its unit."""
+    return f"{bytes_ / GIB:.2f} GiB" if bytes_ >= 0.1 * GIB else f"{bytes_ / 2**20:.1f} MiB"
+
+
+def _many(parameters: float) -> str:
+    return f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.2f}M"
+
+
+def console() -> Console:
+    """As wide as the tables."""
+    return Console(width=max(130, Console().width), highlight=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
@@ -99,33 +99,37 @@ def plan_all(job: Job, cluster: Cluster, choices: Choices | None = None) -> Plan
 
 # --- the largest base model
 
-# Brown et al. 2020, table 2.1: layers and width of the GPT-3 family, with heads of 128 from 2.7B on.
+# Brown et al. 2020, table 2.1: layers and width of the GPT-3 family.
 GPT3 = (
     (12, 768), (24, 1024), (24, 1536), (24, 2048), (32, 2560), (32, 4096), (40, 5120), (96, 12288),
 )  # fmt: skip
-_HEAD, _WIDTH_STEP = 128, 1024
+_HEAD = 128
 
 
-def family(like: ModelSizes, smallest: int = 768, largest: int = 65536) -> Iterator[ModelSizes]:
-    """Models of growing width, otherwise like one: depth follows the GPT-3 family.
+def family(like: ModelSizes, largest: int = 49152) -> list[ModelSizes]:
+    """Models of growing size, otherwise like one: width and depth follow the GPT-3 family.
 
-    Widths are multiples of 1024 (below that of 256), so that 8 tensor ranks divide heads of 128 and matrices; the number
-    of layers is interpolated between the family's, linearly in the width, and is a multiple of ``moe_every``. Hidden
-    width and key/value heads keep their ratio to the width and to the heads.
+    Widths are multiples of 1024 with heads of 128, so that 8 tensor ranks divide heads and matrices (below: 256, 512,
+    768). At each width the number of layers begins at what the family's table has, interpolated linearly in the width, and
+    grows by ``moe_every`` until the next width's model is as large. Hidden width and key/value heads keep their ratios.
     """
     ratio, shared = like.hidden / like.dim, like.num_heads // like.kv_heads
-    width = smallest
-    while width <= largest:
-        layers = _layers(width) // like.moe_every * like.moe_every
+    widths = [256, 512, 768, *range(1024, largest + 1, 1024)]
+    found = []
+    for width, following in zip(widths, [*widths[1:], widths[-1] + 1024], strict=True):
         heads = width // _HEAD
-        kv_heads = max(1, heads // shared) if heads % shared == 0 else heads
-        yield replace(like, dim=width, num_layers=max(layers, like.moe_every), num_heads=heads, num_kv_heads=kv_heads,
-                      hidden_dim=int(ratio * width))  # fmt: skip
-        width += 256 if width < _WIDTH_STEP else _WIDTH_STEP
+        kv_heads = heads // shared if heads % shared == 0 else heads
+        layers = max(_layers(width) // like.moe_every, 1) * like.moe_every
+        last = _layers(following) * (following / width) ** 2
+        while layers < last:
+            found.append(replace(like, dim=width, num_layers=layers, num_heads=heads, num_kv_heads=kv_heads,
+                                 hidden_dim=int(ratio * width)))  # fmt: skip
+            layers += like.moe_every
+    return found
 
 
 def _layers(width: int) -> int:
-    points = sorted({w: l for l, w in GPT3}.items())
+    points = sorted({wide: deep for deep, wide in GPT3}.items())
     for (w0, l0), (w1, l1) in zip(points, points[1:], strict=False):
         if width <= w1:
             return round(l0 + (l1 - l0) * (max(width, w0) - w0) / (w1 - w0))
@@ -165,17 +169,16 @@ def largest_base(
         cluster, choices: as of :func:`plan_all`.
         models: growing sizes to search; empty: :func:`family`.
     """
-    family_ = list(models or family(job.sizes))
-    low, high, best = 0, len(family_) - 1, None
+    growing = list(models or family(job.sizes))
+    low, high, best = 0, len(growing) - 1, None
     while low <= high:
         middle = (low + high) // 2
-        found = _smallest_need(replace(job, sizes=family_[middle]), cluster, choices)
+        found = _smallest_need(replace(job, sizes=growing[middle]), cluster, choices)
         if found is None:
-            family_.pop(middle)
+            growing.pop(middle)
             high -= 1
-            continue
-        if found[1] <= cluster.usable_bytes:
-            low, best = middle + 1, (family_[middle], found[0])
+        elif found[1] <= cluster.usable_bytes:
+            low, best = middle + 1, (growing[middle], found[0])
         else:
             high = middle - 1
     if best is None:
