@@ -10,12 +10,15 @@ from lightning.pytorch.cli import ArgsType
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lightning_tex import bench, checkpoint_command
+from lightning_tex import bench, checkpoint_command, plan_command
 from lightning_tex.recipe import DEFAULTS, TexCLI
+
+# Those that are not the Trainer's.
+_COMMANDS = {"plan": plan_command.main, "bench": bench.main, "checkpoint": checkpoint_command.main}
 
 
 def main(args: ArgsType = None) -> None:
-    """Run ``lightning-tex fit|validate|test|predict|bench|checkpoint``.
+    """Run ``lightning-tex fit|validate|test|predict|plan|bench|checkpoint``.
 
     What the user can put right (a wrong option, layout or file) ends in one line per failing rank and exit code 2, as
     the parser's own errors do; everything else keeps its traceback. A rank that another one left says only that.
@@ -27,10 +30,8 @@ def main(args: ArgsType = None) -> None:
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     try:
         words = sys.argv[1:] if args is None else args
-        if isinstance(words, list) and words[:1] == ["bench"]:
-            bench.main(words[1:])
-        elif isinstance(words, list) and words[:1] == ["checkpoint"]:
-            checkpoint_command.main(words[1:])
+        if isinstance(words, list) and words and words[0] in _COMMANDS:
+            _COMMANDS[words[0]](words[1:])
         else:
             TexCLI(**DEFAULTS, args=args)
     except (ValueError, TypeError, RuntimeError, OSError, MisconfigurationException) as error:

@@ -116,6 +116,11 @@ class Recipe:
         config.pop("config", None)
         self._config = config
 
+    @property
+    def config(self) -> Namespace:
+        """What the recipe says, options and defaults included; a copy."""
+        return deepcopy(self._config)
+
     def strategy_options(self) -> dict[str, Any]:
         """The arguments that the recipe gives the strategy."""
         strategy = self._config.trainer.strategy

@@ -9,13 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tex.collectives import Started, gather_in_place, own_part
+from lightning_tex.flat_sizes import aligned, bucketed, part_length
 from lightning_tex.placement import Placement
 from lightning_tex.topology import Axis
-
-# Fused CPU kernels give bit-equal results only on windows that start at a multiple of this many elements.
-ALIGNMENT = 64
-# Elements of a buffer. Gradients are reduced buffer by buffer: several, to begin early; not too small, to be fast.
-BUCKETS, SMALLEST_BUCKET, LARGEST_BUCKET = 8, 1 << 18, 1 << 24
 
 Member = tuple[nn.Parameter, Placement]
 
@@ -47,8 +43,7 @@ class FlatBuffer:
         self.parts: Axis = placement.parts
         self.divisor = placement.divisor
         self.counted = placement.counted and (sharded or self.replicas.rank == 0)
-        length = sum(_aligned(p.numel()) for p, _ in parameters)
-        part = _aligned(-(-length // self.owners.size))
+        part = part_length([p.numel() for p, _ in parameters], self.owners.size)
         self.parameters = torch.zeros(part * self.owners.size, dtype=first.dtype, device=first.device)
         self.entries: list[Entry] = []
         start = 0
@@ -58,7 +53,7 @@ class FlatBuffer:
             view.copy_(parameter.detach())
             parameter.data = view
             self.entries.append(entry)
-            start += _aligned(parameter.numel())
+            start += aligned(parameter.numel())
 
     @staticmethod
     def view(flat: Tensor, entry: Entry) -> Tensor:
@@ -87,21 +82,5 @@ def kind(parameter: nn.Parameter, placement: Placement) -> tuple[object, ...]:
 
 def buckets(members: list[Member]) -> Iterator[list[Member]]:
     """Consecutive parameters, as many as make up a buffer; all in one where there is nothing to communicate."""
-    limit = sum(parameter.numel() for parameter, _ in members) // BUCKETS
-    limit = min(max(limit, SMALLEST_BUCKET), LARGEST_BUCKET)
-    if members[0][1].replicas.size == 1:
-        yield members
-        return
-    bucket: list[Member] = []
-    size = 0
-    for member in members:
-        if bucket and size + member[0].numel() > limit:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(member)
-        size += member[0].numel()
-    yield bucket
-
-
-def _aligned(length: int) -> int:
-    return -(-length // ALIGNMENT) * ALIGNMENT
+    for span in bucketed([parameter.numel() for parameter, _ in members], members[0][1].replicas.size):
+        yield members[span]

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_tex.flat_sizes import ALIGNMENT, most_elements
 from lightning_tex.optim.compact import CompactStates, RoundedMaster, SplitMaster
 from lightning_tex.optim.engine import fastest
-from lightning_tex.optim.flat import ALIGNMENT, FlatBuffer
+from lightning_tex.optim.flat import FlatBuffer
 from lightning_tex.optim.formats import LOW_PRECISION, PlainStates, StateFormat
 from lightning_tex.optim.gradients import FullGradients, Gradients, ShardedGradients
 from lightning_tex.optim.moments import Fp32Moments, Int8Moments, RoundedMoments
@@ -21,13 +22,6 @@ from lightning_tex.optim.rounding import Dice, Rounding
 
 StateFormatName = Literal["fp32", "split", "int8", "stochastic"]
 ZeroStage = Literal[0, 1, 2]
-
-# What a step may allocate besides what it keeps, in bytes, and the most elements of a tile, by device. Those of the CPU
-# are measured (docs/optimizer.md), those of GPUs are not.
-BUDGET_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
-SCALARS_BYTES = 4096  # of the budget, for what does not grow with the tile
-LARGEST_TILE = {"cpu": 1 << 22, "cuda": 1 << 24}
-
 
 @dataclass(frozen=True)
 class Storage:
@@ -115,12 +109,3 @@ class Storage:
         if self.state_format == "int8":
             return CompactStates(own, tile_size, SplitMaster(own), Int8Moments(own, probed.nonnegative, rounding))
         return CompactStates(own, tile_size, RoundedMaster(own, rounding), RoundedMoments(own, rounding))
-
-
-def most_elements(temporary_bytes: float, device: str) -> int:
-    """Elements of a tile whose step, at so many bytes of temporaries per element, keeps to the device's budget."""
-    most = LARGEST_TILE.get(device, LARGEST_TILE["cuda"])
-    if temporary_bytes:
-        budget = BUDGET_BYTES.get(device, BUDGET_BYTES["cuda"]) - SCALARS_BYTES
-        most = min(most, int(budget / temporary_bytes))
-    return most // ALIGNMENT * ALIGNMENT

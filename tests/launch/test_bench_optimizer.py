@@ -18,7 +18,7 @@ from lightning_tex.bench.memory import live_bytes
 from lightning_tex.bench.optimizer import stepped
 from lightning_tex.bench.peers import ZeroRedundancy
 from lightning_tex.cli import main
-from lightning_tex.optim.storage import LARGEST_TILE
+from lightning_tex.flat_sizes import LARGEST_TILE
 from lightning_tex.topology import Topology
 
 ELEMENTS = 1 << 18

@@ -18,7 +18,7 @@ from lightning_tex.optim.formats import PlainStates
 from lightning_tex.optim.moments import BLOCK, Int8Moments
 from lightning_tex.optim.probe import Allocations, temporary_bytes
 from lightning_tex.optim.rounding import Dice, Rounding, global_index, round_stochastically
-from lightning_tex.optim.storage import BUDGET_BYTES, most_elements
+from lightning_tex.flat_sizes import BUDGET_BYTES, most_elements
 from lightning_tex.placement import Box, Placement
 from lightning_tex.topology import Axis, Topology
 

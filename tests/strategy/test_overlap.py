@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_tex import TexMoEStrategy
 from lightning_tex.layers import VocabParallelCrossEntropy
 from lightning_tex.models import Decoder, DecoderConfig
-from lightning_tex.optim import flat
+from lightning_tex import flat_sizes
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance\\(treespec, LeafSpec\\).*")
 
@@ -68,7 +68,7 @@ class LooksAtGradients(Watched):
 
 
 def fit(layout: dict[str, Any], overlap: bool, make: Any = Watched, **flags: Any) -> Any:
-    flat.SMALLEST_BUCKET = 64
+    flat_sizes.SMALLEST_BUCKET = 64
     module = make()
     trainer = new_trainer(layout, **{"gradient_clip_val": 0.1, **flags})
     assert isinstance(trainer.strategy, TexMoEStrategy)
@@ -133,7 +133,7 @@ def test_a_gradient_in_several_parts_is_refused_by_name() -> None:
 
 def third_gradient(layout: dict[str, Any], second_fails: bool) -> list[Tensor]:
     """The combined gradients of a third backward, after a second one that failed when some gradients had left."""
-    flat.SMALLEST_BUCKET = 64
+    flat_sizes.SMALLEST_BUCKET = 64
     module = Watched()
     trainer = new_trainer(layout, max_steps=0)
     trainer.fit(module, on_data_axis(trainer, batches(1)))

@@ -1,0 +1,54 @@
+"""Floor 0: how many elements flat buffers and tiles have: arithmetic that the optimizer does and the planner foresees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+# Fused CPU kernels give bit-equal results only on windows that start at a multiple of this many elements.
+ALIGNMENT = 64
+# Elements of a buffer. Gradients are reduced buffer by buffer: several, to begin early; not too small, to be fast.
+BUCKETS, SMALLEST_BUCKET, LARGEST_BUCKET = 8, 1 << 18, 1 << 24
+# What a step may allocate besides what it keeps, in bytes, and the most elements of a tile, by device. Those of the CPU
+# are measured (docs/optimizer.md), those of GPUs are not.
+BUDGET_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+SCALARS_BYTES = 4096  # of the budget, for what does not grow with the tile
+LARGEST_TILE = {"cpu": 1 << 22, "cuda": 1 << 24}
+
+
+def aligned(length: int) -> int:
+    """The next multiple of :data:`ALIGNMENT`."""
+    return -(-length // ALIGNMENT) * ALIGNMENT
+
+
+def bucketed(lengths: Sequence[int], replicas: int) -> Iterator[slice]:
+    """Which consecutive parameters make up a buffer; all in one where there is nothing to communicate.
+
+    Args:
+        lengths: elements of each parameter.
+        replicas: ranks that hold copies.
+    """
+    if replicas == 1:
+        yield slice(0, len(lengths))
+        return
+    limit = min(max(sum(lengths) // BUCKETS, SMALLEST_BUCKET), LARGEST_BUCKET)
+    start = size = 0
+    for i, length in enumerate(lengths):
+        if i > start and size + length > limit:
+            yield slice(start, i)
+            start, size = i, 0
+        size += length
+    yield slice(start, len(lengths))
+
+
+def part_length(lengths: Sequence[int], owners: int) -> int:
+    """Elements of one owner's part of a buffer of parameters; the buffer has ``owners`` times as many."""
+    return aligned(-(-sum(map(aligned, lengths)) // owners))
+
+
+def most_elements(temporary_bytes: float, device: str) -> int:
+    """Elements of a tile whose step, at so many bytes of temporaries per element, keeps to the device's budget."""
+    most = LARGEST_TILE.get(device, LARGEST_TILE["cuda"])
+    if temporary_bytes:
+        budget = BUDGET_BYTES.get(device, BUDGET_BYTES["cuda"]) - SCALARS_BYTES
+        most = min(most, int(budget / temporary_bytes))
+    return most // ALIGNMENT * ALIGNMENT

@@ -1,0 +1,198 @@
+"""Clusters as numbers: memory, arithmetic and links of a GPU and of its node, built in or read from a YAML file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+GB, GIB, TERA = 1e9, 2**30, 1e12
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a planner has to know of a machine. Links are one-directional, per second.
+
+    Args:
+        name: of the hardware.
+        gpus_per_node: GPUs (or CPU processes) of a node.
+        memory_bytes: of one GPU.
+        reserved_bytes: of that, what no tensor can use: the driver's context, communication libraries, fragmentation.
+        peak_flops: of products in 16 bits, with fp32 accumulation.
+        peak_flops_fp32: of products in fp32.
+        product_efficiency: share of the peak that large products reach when measured.
+        memory_bandwidth: bytes per second that one GPU reads and writes, as measured by a copy.
+        link_bandwidth: bytes per second that one GPU sends to others of its node.
+        link_latency: seconds of one message inside a node.
+        network_bandwidth: bytes per second that a whole node sends, over all its adapters.
+        network_latency: seconds of one message between nodes.
+        device: ``cuda`` or ``cpu``.
+
+    Raises:
+        ValueError: a number that is not positive.
+    """
+
+    name: str
+    gpus_per_node: int
+    memory_bytes: float
+    peak_flops: float
+    peak_flops_fp32: float
+    product_efficiency: float
+    memory_bandwidth: float
+    link_bandwidth: float
+    link_latency: float
+    network_bandwidth: float
+    network_latency: float
+    reserved_bytes: float = 1 * GIB
+    device: str = "cuda"
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in ("name", "device"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(f"cluster {self.name!r}: {field.name}={value!r} must be a number")
+            if value < 0 or (value == 0 and field.name not in ("reserved_bytes", "link_latency", "network_latency")):
+                raise ValueError(f"cluster {self.name!r}: {field.name}={value} must be positive")
+        if self.product_efficiency > 1:
+            raise ValueError(f"cluster {self.name!r}: product_efficiency={self.product_efficiency} must be at most 1")
+        if self.gpus_per_node != int(self.gpus_per_node):
+            raise ValueError(f"cluster {self.name!r}: gpus_per_node={self.gpus_per_node} must be a whole number")
+        if self.device not in ("cuda", "cpu"):
+            raise ValueError(f"cluster {self.name!r}: device={self.device!r}; legal: 'cuda', 'cpu'")
+
+    @property
+    def usable_bytes(self) -> float:
+        """Memory of one GPU that tensors can use."""
+        return self.memory_bytes - self.reserved_bytes
+
+    def peak(self, precision: str) -> float:
+        """Peak FLOP/s of products in a Trainer's precision."""
+        return self.peak_flops_fp32 if precision in ("32-true", "64-true") else self.peak_flops
+
+    @classmethod
+    def named(cls, name: str) -> Cluster:
+        """A built-in profile by name, or the one that a YAML file holds.
+
+        Raises:
+            ValueError: no such profile or file, or a file with other fields than :class:`Cluster` has.
+        """
+        if name in CLUSTERS:
+            return CLUSTERS[name]
+        path = Path(name)
+        if path.suffix not in (".yaml", ".yml"):
+            raise ValueError(f"cluster {name!r} is not known; legal: {', '.join(CLUSTERS)}, or a .yaml file")
+        if not path.is_file():
+            raise ValueError(f"cluster file {name} does not exist; built-in clusters: {', '.join(CLUSTERS)}")
+        try:
+            given = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise ValueError(f"cluster file {name} is not YAML: {' '.join(str(error).split())}") from None
+        return cls.from_fields(given, name)
+
+    @classmethod
+    def from_fields(cls, given: Any, source: str) -> Cluster:
+        """A cluster from a mapping of its fields.
+
+        Raises:
+            ValueError: naming fields that are missing or unknown.
+        """
+        required = {f.name for f in fields(cls)} - {"reserved_bytes", "device"}
+        if not isinstance(given, Mapping):
+            raise ValueError(f"cluster file {source} must be a mapping of {', '.join(sorted(required))}")
+        missing, unknown = required - set(given), set(given) - {f.name for f in fields(cls)}
+        if missing or unknown:
+            said = [f"{what}: {', '.join(sorted(map(str, names)))}" for what, names in
+                    (("missing", missing), ("unknown", unknown)) if names]  # fmt: skip
+            raise ValueError(f"cluster file {source}: {'; '.join(said)}")
+        numbers = {key: _number(value) for key, value in given.items()}
+        return cls(**{**numbers, "name": str(given["name"])})
+
+    def write(self, path: Path) -> None:
+        """Write the YAML that :meth:`named` reads."""
+        path.write_text(yaml.safe_dump(asdict(self), sort_keys=False))
+
+    def with_gpus_per_node(self, gpus: int) -> Cluster:
+        """The same nodes, of which each lends that many GPUs."""
+        return replace(self, name=f"{self.name}, {gpus} of {self.gpus_per_node} GPUs a node", gpus_per_node=gpus)
+
+
+def _number(value: Any) -> Any:
+    try:  # YAML 1.1 reads 1e9 as a word
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+# Latencies are of one message of a ring step as seen by a collective: about 5 us over NVLink and 10 us over InfiniBand
+# in nccl-tests at small sizes (an all-reduce of 8 bytes over 8 GPUs of a DGX takes 40 to 80 us, 14 steps); not published
+# by the makers. Efficiency of V100 products: 83 of 112.5 TFLOP/s with cuBLAS (Markidis et al., "NVIDIA Tensor Core
+# Programmability, Performance & Precision", IPDPSW 2018), of its memory 750 of 900 GB/s (Jia et al., "Dissecting the
+# NVIDIA Volta GPU Architecture via Microbenchmarking", 2018). Efficiencies of A100, H100, H200 are round numbers, to be
+# replaced by those of ``lightning-tex bench calibrate``: large bf16 products commonly reach 0.8 of an A100's peak and
+# 0.7 of an H100's, which its power limits.
+_V100 = {
+    # NVIDIA V100 data sheet (SXM2): 125 TFLOP/s tensor, 15.7 fp32, 900 GB/s.
+    "peak_flops": 125 * TERA,
+    "peak_flops_fp32": 15.7 * TERA,
+    "product_efficiency": 0.74,
+    "memory_bandwidth": 750 * GB,
+    "link_latency": 5e-6,
+    "network_latency": 10e-6,
+}
+_A100 = {
+    # NVIDIA A100 data sheet (SXM4): 312 TFLOP/s bf16, 19.5 fp32, NVLink 600 GB/s in both directions together.
+    "gpus_per_node": 8,
+    "peak_flops": 312 * TERA,
+    "peak_flops_fp32": 19.5 * TERA,
+    "product_efficiency": 0.8,
+    "link_bandwidth": 300 * GB,
+    "link_latency": 5e-6,
+    "network_bandwidth": 8 * 25 * GB,  # DGX A100 user guide: 8 x HDR 200 Gbit/s for the compute fabric
+    "network_latency": 10e-6,
+}
+_H100 = {
+    # NVIDIA H100 and H200 data sheets (SXM): 989 TFLOP/s bf16 dense, 67 fp32, NVLink 900 GB/s in both directions.
+    "gpus_per_node": 8,
+    "peak_flops": 989 * TERA,
+    "peak_flops_fp32": 67 * TERA,
+    "product_efficiency": 0.7,
+    "link_bandwidth": 450 * GB,
+    "link_latency": 5e-6,
+    "network_bandwidth": 8 * 50 * GB,  # DGX H100 user guide: 8 x NDR 400 Gbit/s for the compute fabric
+    "network_latency": 10e-6,
+}
+CLUSTERS: dict[str, Cluster] = {
+    cluster.name: cluster
+    for cluster in (
+        Cluster(
+            # OLCF Summit user guide: six V100 a node, two NVLink bricks (50 GB/s each way) between GPUs of a socket,
+            # dual-rail EDR InfiniBand, 2 x 12.5 GB/s.
+            name="summit-v100-16gb",
+            gpus_per_node=6,
+            memory_bytes=16 * GIB,
+            link_bandwidth=50 * GB,
+            network_bandwidth=2 * 12.5 * GB,
+            **_V100,
+        ),
+        Cluster(
+            # NVIDIA DGX-1 (V100) user guide: eight V100 of 32 GB, six NVLinks of 25 GB/s each way a GPU in a hybrid
+            # cube mesh, 4 x EDR InfiniBand.
+            name="dgx1-v100-32gb",
+            gpus_per_node=8,
+            memory_bytes=32 * GIB,
+            link_bandwidth=150 * GB,
+            network_bandwidth=4 * 12.5 * GB,
+            **_V100,
+        ),
+        # Memory of a copy: 0.85 of the data sheet's 1555, 2039, 3350 and 4800 GB/s.
+        Cluster(name="a100-40gb", memory_bytes=40 * GIB, memory_bandwidth=0.85 * 1555 * GB, **_A100),
+        Cluster(name="a100-80gb", memory_bytes=80 * GIB, memory_bandwidth=0.85 * 2039 * GB, **_A100),
+        Cluster(name="h100", memory_bytes=80 * GIB, memory_bandwidth=0.85 * 3350 * GB, **_H100),
+        Cluster(name="h200", memory_bytes=141 * GB, memory_bandwidth=0.85 * 4800 * GB, **_H100),
+    )
+}

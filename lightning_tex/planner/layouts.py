@@ -1,0 +1,200 @@
+"""Every legal layout of a world, by the topology's own rules, and the options that go with each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lightning_tex.planner.sizes import ELEMENT_BYTES, ModelSizes
+from lightning_tex.topology import Communication, Layout
+
+Recompute = Literal["full", "communication_aware"] | None
+RECOMPUTE: tuple[Recompute, ...] = (None, "full", "communication_aware")
+FORMATS = ("fp32", "split", "int8", "stochastic")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained, whatever the layout.
+
+    Args:
+        sizes: the model.
+        world: ranks.
+        sequence_length: tokens of a sequence, S.
+        global_batch_size: sequences of one optimizer step over all ranks.
+        precision: the Trainer's.
+        imbalance: rows at the fullest expert rank over their mean, in dropless routing; 1: balanced.
+
+    Raises:
+        ValueError: naming the option and what is legal.
+    """
+
+    sizes: ModelSizes
+    world: int
+    sequence_length: int
+    global_batch_size: int
+    precision: str = "bf16-mixed"
+    imbalance: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("world", "sequence_length", "global_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.precision not in ELEMENT_BYTES:
+            raise ValueError(f"precision={self.precision!r}; legal: {', '.join(map(repr, ELEMENT_BYTES))}")
+        if self.imbalance < 1:
+            raise ValueError(f"imbalance={self.imbalance} must be at least 1, which is balanced")
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one activation."""
+        return ELEMENT_BYTES[self.precision][0]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one optimizer step."""
+        return self.global_batch_size * self.sequence_length
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run a job: the arguments of TexMoEStrategy, and the micro-batch.
+
+    Args:
+        layout: sizes of the axes.
+        micro_batch: sequences of one data rank in a micro-step.
+        accumulation: micro-steps of an optimizer step.
+        zero_stage, recompute, state_format: as the strategy's.
+        communication: duplicates, fusion, sequence parallelism, overlap.
+    """
+
+    layout: Layout
+    micro_batch: int = 1
+    accumulation: int = 1
+    zero_stage: int = 1
+    recompute: Recompute = None
+    state_format: str = "fp32"
+    communication: Communication = field(default_factory=Communication)
+
+    @property
+    def sequence_parallel(self) -> bool:
+        return self.communication.sequence_parallel
+
+    def options(self) -> dict[str, object]:
+        """The arguments of TexMoEStrategy that this stands for, with the micro-batch and the accumulation."""
+        layout = self.layout
+        return {
+            "tensor_parallel_size": layout.tensor,
+            "expert_parallel_size": layout.expert,
+            "expert_tensor_parallel_size": layout.expert_tensor,
+            "zero_stage": self.zero_stage,
+            "sequence_parallel": self.sequence_parallel,
+            "activation_checkpointing": self.recompute,
+            "optimizer_state_format": self.state_format,
+            "duplicate_token_dropping": self.communication.split_duplicates,
+            "micro_batch": self.micro_batch,
+            "accumulate_grad_batches": self.accumulation,
+        }
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What is varied beside the layout; ``None`` or a whole tuple: everything legal.
+
+    Args:
+        tensor, expert, expert_tensor, micro_batch: sizes to keep to.
+        zero_stage, sequence_parallel, recompute, state_format: values to try.
+        split_duplicates: duplicate-token dropping where it is a choice.
+    """
+
+    tensor: int | None = None
+    expert: int | None = None
+    expert_tensor: int | None = None
+    micro_batch: int | None = None
+    zero_stage: Sequence[int] = (0, 1, 2)
+    sequence_parallel: Sequence[bool] = (False, True)
+    recompute: Sequence[Recompute] = RECOMPUTE
+    state_format: Sequence[str] = FORMATS
+    split_duplicates: bool = True
+
+
+def layouts(sizes: ModelSizes, world: int, choices: Choices | None = None) -> list[Layout]:
+    """Every layout that the world, the topology's rules and the model's sizes allow.
+
+    Raises:
+        ValueError: none is; with what the topology says of the one that was asked for.
+    """
+    choices = choices or Choices()
+    found: list[Layout] = []
+    refusal = ValueError(f"no layout of {world} ranks is possible")
+    tensors = _divisors(world) if choices.tensor is None else [choices.tensor]
+    for tensor in tensors:
+        for folded in dict.fromkeys((tensor, 1) if choices.expert_tensor is None else (choices.expert_tensor,)):
+            legal = Layout.legal_expert_sizes(world, max(1, folded), sizes.experts) if sizes.moe_layers else [1]
+            for expert in legal if choices.expert is None else [choices.expert]:
+                try:
+                    layout = Layout.resolve(world, tensor, expert, folded, sizes.experts, choices.split_duplicates)
+                    sizes.check(layout)
+                    layout.require_experts(sizes.experts)
+                except ValueError as error:
+                    refusal = error
+                else:
+                    found.append(layout)
+    if not found:
+        raise refusal
+    return found
+
+
+def candidates(job: Job, choices: Choices | None = None) -> Iterator[Candidate]:
+    """Every legal way to run a job.
+
+    Micro-batches are the powers of two, and all of a rank's sequences, that divide those. Sequence parallelism needs a
+    length that the tensor axis divides, formats other than fp32 need bf16 parameters, ZeRO needs replicas, fewer bytes
+    of communication at a recomputation need a recomputation: what would be another candidate's equal is left out.
+
+    Raises:
+        ValueError: nothing is legal, with the reason.
+    """
+    choices = choices or Choices()
+    none = True
+    for layout in layouts(job.sizes, job.world, choices):
+        for micro, accumulation in _micro_batches(job, layout, choices):
+            for options in _options(job, layout, choices):
+                none = False
+                yield Candidate(layout, micro, accumulation, *options)
+    if none:
+        raise ValueError(
+            f"global_batch_size={job.global_batch_size} sequences cannot be shared evenly over the data axis of any "
+            f"layout of {job.world} ranks"
+            + ("" if choices.micro_batch is None else f" with micro_batch={choices.micro_batch}")
+        )
+
+
+def _micro_batches(job: Job, layout: Layout, choices: Choices) -> Iterator[tuple[int, int]]:
+    if job.global_batch_size % layout.data:
+        return
+    share = job.global_batch_size // layout.data
+    sizes = {1 << i for i in range(share.bit_length())} if choices.micro_batch is None else {choices.micro_batch}
+    for micro in sorted(sizes):
+        if micro <= share and share % micro == 0:
+            yield micro, share // micro
+
+
+def _options(job: Job, layout: Layout, choices: Choices) -> Iterator[tuple[int, Recompute, str, Communication]]:
+    formats = [f for f in choices.state_format if f == "fp32" or job.precision.startswith("bf16")]
+    replicated = layout.data > 1
+    for sequence in choices.sequence_parallel:
+        if sequence and (layout.tensor == 1 or job.sequence_length % layout.tensor):
+            continue
+        communication = Communication(choices.split_duplicates, sequence_parallel=sequence)
+        for stage in choices.zero_stage if replicated else list(choices.zero_stage)[:1]:
+            for recompute in choices.recompute:
+                if recompute == "communication_aware" and job.world == 1 and "full" in choices.recompute:
+                    continue
+                for state_format in formats:
+                    yield stage, recompute, state_format, communication
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]

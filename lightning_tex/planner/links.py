@@ -1,0 +1,92 @@
+"""Time of a collective on its axis: alpha-beta, by where the axis's ranks stand on nodes."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import ceil, log2
+from typing import NamedTuple
+
+import numpy as np
+
+from lightning_tex.planner.cluster import Cluster
+from lightning_tex.planner.traffic import Collective
+from lightning_tex.topology import Layout
+
+
+class Span(NamedTuple):
+    """How the groups of an axis lie on nodes. Ranks are numbered node by node.
+
+    Args:
+        inside: every group stands on one node.
+        rings: the most groups whose rings leave one node: they share its network.
+        remote: of the busiest node, the sum over its ranks of the share of a rank's peers that stand elsewhere.
+        local: the largest share of a rank's peers that stand on its node.
+    """
+
+    inside: bool
+    rings: int
+    remote: float
+    local: float
+
+
+@lru_cache(maxsize=65536)
+def span(layout: Layout, axis: str, gpus_per_node: int) -> Span:
+    """How the groups of an axis lie on nodes of that many ranks."""
+    ranks = np.arange(layout.world)
+    node = ranks // gpus_per_node
+    group = _group(layout, axis, ranks)
+    size = layout.world if axis == "world" else getattr(layout, axis)
+    nodes = int(node[-1]) + 1
+    # Members of one group on one node, and at each rank their number.
+    places, at, members = np.unique(group * nodes + node, return_inverse=True, return_counts=True)
+    on_node = members[at]
+    inside = bool((on_node == size).all())
+    leaving = np.bincount(places[members < size] % nodes, minlength=nodes)
+    remote = np.bincount(node, weights=(size - on_node) / max(1, size - 1), minlength=nodes)
+    local = float((on_node - 1).max() / max(1, size - 1))
+    return Span(inside, int(leaving.max()), float(remote.max()), local)
+
+
+def _group(layout: Layout, axis: str, ranks: np.ndarray) -> np.ndarray:
+    """A number for each rank's group of an axis."""
+    tensor, cut, expert = layout.tensor, layout.expert_tensor, layout.expert
+    if axis == "world":
+        return ranks * 0
+    if axis == "tensor":
+        return ranks // tensor
+    if axis == "data":
+        return ranks % tensor
+    if axis == "expert_tensor":
+        return ranks // cut
+    if axis == "expert_data":
+        return ranks % (cut * expert)
+    assert axis == "expert"
+    return ranks // (cut * expert) * cut + ranks % cut
+
+
+def seconds(collective: Collective, layout: Layout, cluster: Cluster) -> float:
+    """Time of one collective of that kind.
+
+    Rings: every rank sends its bytes to the next; on a node that a ring leaves, the rings of all its groups share the
+    network. An all-reduce takes the better of ring and tree. An all-to-all sends to all peers at once: inside the node
+    over links, outside over the network that all ranks of the node share.
+    """
+    size = collective.size
+    if size == 1:
+        return 0.0
+    where = span(layout, collective.axis, cluster.gpus_per_node)
+    sent = float(collective.sent_bytes)
+    latency = cluster.link_latency if where.inside else cluster.network_latency
+    if collective.operation == "all_to_all":
+        local, remote = where.local * sent / cluster.link_bandwidth, where.remote * sent / cluster.network_bandwidth
+        return max(local, remote) + ceil(log2(size)) * latency
+    per_byte = 1 / cluster.link_bandwidth
+    if not where.inside:
+        per_byte = max(per_byte, where.rings / cluster.network_bandwidth)
+    if collective.operation == "broadcast":
+        return collective.whole_bytes * per_byte + ceil(log2(size)) * latency
+    if collective.operation == "all_reduce":
+        ring = sent * per_byte + 2 * (size - 1) * latency
+        tree = 2 * collective.whole_bytes * per_byte + 2 * ceil(log2(size)) * latency
+        return min(ring, tree)
+    return sent * per_byte + (size - 1) * latency

@@ -1,0 +1,200 @@
+"""Of all ways to run a job, the one to take; and the largest base model that a cluster holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import inf
+
+from lightning_tex.planner.cluster import Cluster
+from lightning_tex.planner.layouts import Candidate, Choices, Job, candidates
+from lightning_tex.planner.memory import Memory, memory
+from lightning_tex.planner.sizes import ModelSizes
+from lightning_tex.planner.step_time import StepTime, step_time
+
+# Formats of states that give the same numbers.
+EXACT = ("fp32", "split")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A candidate with what is foreseen of it."""
+
+    candidate: Candidate
+    memory: Memory
+    time: StepTime
+    fits: bool
+
+
+def plan(job: Job, candidate: Candidate, cluster: Cluster) -> Planned:
+    """Foresee memory and time of one candidate."""
+    needed = memory(job, candidate, cluster.device)
+    return Planned(candidate, needed, step_time(job, candidate, cluster), needed.peak <= cluster.usable_bytes)
+
+
+@dataclass(frozen=True)
+class Plans:
+    """All candidates of a job, the ones that fit first, each kind by speed.
+
+    Args:
+        found: of each layout and set of strategy's arguments, the fastest micro-batch that fits; if none does, the one
+            that needs least.
+        considered: how many candidates there were.
+    """
+
+    found: list[Planned]
+    considered: int
+
+    @property
+    def fitting(self) -> list[Planned]:
+        return [each for each in self.found if each.fits]
+
+    @property
+    def recommended(self) -> Planned | None:
+        """The fastest that fits; ``None`` if nothing does.
+
+        States that are rounded at random or kept in 8 bits only if nothing else fits. Of those within one percent of
+        the fastest, the one that leaves most memory free.
+        """
+        if not (fitting := self.fitting):
+            return None
+        fitting = [each for each in fitting if each.candidate.state_format in EXACT] or fitting
+        best = min(each.time.total for each in fitting)
+        return min((each for each in fitting if each.time.total <= 1.01 * best), key=lambda each: each.memory.peak)
+
+    def nearest(self, count: int) -> list[Planned]:
+        """Those that need least memory."""
+        return sorted(self.found, key=lambda each: each.memory.peak)[:count]
+
+
+def plan_all(job: Job, cluster: Cluster, choices: Choices | None = None) -> Plans:
+    """Foresee all candidates of a job.
+
+    Time is worked out for candidates that fit, and for one of each other group.
+
+    Raises:
+        ValueError: nothing is legal.
+    """
+    considered = 0
+    best: dict[Candidate, Planned] = {}
+    least: dict[Candidate, tuple[Candidate, Memory]] = {}
+    for candidate in candidates(job, choices):
+        considered += 1
+        group = replace(candidate, micro_batch=0, accumulation=0)
+        needed = memory(job, candidate, cluster.device)
+        if needed.peak <= cluster.usable_bytes:
+            time = step_time(job, candidate, cluster)
+            if group not in best or time.total < best[group].time.total:
+                best[group] = Planned(candidate, needed, time, True)
+        elif group not in least or needed.peak < least[group][1].peak:
+            least[group] = candidate, needed
+    rest = [
+        Planned(candidate, needed, step_time(job, candidate, cluster), False)
+        for group, (candidate, needed) in least.items()
+        if group not in best
+    ]
+    found = [*sorted(best.values(), key=lambda p: p.time.total), *sorted(rest, key=lambda p: p.memory.peak)]
+    return Plans(found, considered)
+
+
+# --- the largest base model
+
+# Brown et al. 2020, table 2.1: layers and width of the GPT-3 family.
+GPT3 = (
+    (12, 768), (24, 1024), (24, 1536), (24, 2048), (32, 2560), (32, 4096), (40, 5120), (96, 12288),
+)  # fmt: skip
+_HEAD = 128
+
+
+def family(like: ModelSizes, largest: int = 49152) -> list[ModelSizes]:
+    """Models of growing size, otherwise like one: width and depth follow the GPT-3 family.
+
+    Widths are multiples of 1024 with heads of 128, so that 8 tensor ranks divide heads and matrices (below: 256, 512,
+    768). At each width the number of layers begins at what the family's table has, interpolated linearly in the width, and
+    grows by ``moe_every`` until the next width's model is as large. Hidden width and key/value heads keep their ratios.
+    """
+    ratio, shared = like.hidden / like.dim, like.num_heads // like.kv_heads
+    widths = [256, 512, 768, *range(1024, largest + 1, 1024)]
+    found = []
+    for width, following in zip(widths, [*widths[1:], widths[-1] + 1024], strict=True):
+        heads = width // _HEAD
+        kv_heads = heads // shared if heads % shared == 0 else heads
+        layers = max(_layers(width) // like.moe_every, 1) * like.moe_every
+        last = _layers(following) * (following / width) ** 2
+        while layers < last:
+            found.append(replace(like, dim=width, num_layers=layers, num_heads=heads, num_kv_heads=kv_heads,
+                                 hidden_dim=int(ratio * width)))  # fmt: skip
+            layers += like.moe_every
+    return found
+
+
+def _layers(width: int) -> int:
+    points = sorted({wide: deep for deep, wide in GPT3}.items())
+    for (w0, l0), (w1, l1) in zip(points, points[1:], strict=False):
+        if width <= w1:
+            return round(l0 + (l1 - l0) * (max(width, w0) - w0) / (w1 - w0))
+    (w0, l0), (w1, l1) = points[-2:]
+    return round(l1 + (l1 - l0) * (width - w1) / (w1 - w0))
+
+
+def base_parameters(sizes: ModelSizes) -> int:
+    """Parameters of the base model: the same without experts, every block dense."""
+    return sum(replace(sizes, num_experts=1, top_k=1).counts().values())
+
+
+@dataclass(frozen=True)
+class LargestBase:
+    """The largest base model that fits, and how.
+
+    Args:
+        sizes: the model with its experts.
+        base: parameters of the base model.
+        planned: how it is run.
+    """
+
+    sizes: ModelSizes
+    base: int
+    planned: Planned
+
+
+def largest_base(
+    job: Job, cluster: Cluster, choices: Choices | None = None, models: Sequence[ModelSizes] = ()
+) -> LargestBase | None:
+    """The largest base model of a family that some legal layout holds; ``None`` if the smallest does not fit.
+
+    Need grows with the model, so the search halves. A size that no layout can be cut for is passed over.
+
+    Args:
+        job: what is trained; its sizes give experts, vocabulary and activation.
+        cluster, choices: as of :func:`plan_all`.
+        models: growing sizes to search; empty: :func:`family`.
+    """
+    growing = list(models or family(job.sizes))
+    low, high, best = 0, len(growing) - 1, None
+    while low <= high:
+        middle = (low + high) // 2
+        found = _smallest_need(replace(job, sizes=growing[middle]), cluster, choices)
+        if found is None:
+            growing.pop(middle)
+            high -= 1
+        elif found[1] <= cluster.usable_bytes:
+            low, best = middle + 1, (growing[middle], found[0])
+        else:
+            high = middle - 1
+    if best is None:
+        return None
+    sizes, candidate = best
+    return LargestBase(sizes, base_parameters(sizes), plan(replace(job, sizes=sizes), candidate, cluster))
+
+
+def _smallest_need(job: Job, cluster: Cluster, choices: Choices | None) -> tuple[Candidate, float] | None:
+    most, at = inf, None
+    try:
+        for candidate in candidates(job, choices):
+            if candidate.micro_batch == (choices.micro_batch if choices and choices.micro_batch else 1):
+                needed = memory(job, candidate, cluster.device).peak
+                if needed < most:
+                    most, at = needed, candidate
+    except ValueError:
+        return None
+    return None if at is None else (at, most)

@@ -1,0 +1,132 @@
+"""Time of an optimizer step, broken down: computation, each collective on each axis, the optimizer, what overlaps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_tex.planner.cluster import Cluster
+from lightning_tex.planner.layouts import Candidate, Job
+from lightning_tex.planner.links import seconds
+from lightning_tex.planner.states import Buffer, buffers, kept_format
+from lightning_tex.planner.traffic import Collective, collection, combination, micro_step, reduction
+from lightning_tex.planner.work import computation, model_flops
+from lightning_tex.topology import Layout
+
+# Bytes that a step reads and writes for an element of the own part: AdamW's states, master, gradient, parameter, and
+# the temporaries of each format (docs/optimizer.md).
+STEP_BYTES = {"fp32": 36, "split": 44, "int8": 60, "stochastic": 52}
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step.
+
+    Args:
+        forward, recompute, backward: computation of all micro-steps.
+        communication: of collectives that computation waits for, by (operation, axis).
+        optimizer: of the update.
+        reduction, collection: of gradients to their owners and of parameters from them, as long as they take.
+        hidden: of these two, what runs beside the backward and the update.
+        tokens: of the step.
+        model_flops: of the step, all ranks.
+        peak_flops: of all ranks together.
+    """
+
+    forward: float
+    recompute: float
+    backward: float
+    communication: dict[tuple[str, str], float]
+    optimizer: float
+    reduction: float
+    collection: float
+    hidden: float
+    tokens: int
+    model_flops: float
+    peak_flops: float
+
+    @property
+    def computation(self) -> float:
+        return self.forward + self.recompute + self.backward
+
+    @property
+    def total(self) -> float:
+        visible = self.reduction + self.collection - self.hidden
+        return self.computation + sum(self.communication.values()) + self.optimizer + visible
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.total
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs over what the hardware could have done: see :mod:`lightning_tex.planner.work`."""
+        return self.model_flops / (self.total * self.peak_flops)
+
+    def parts(self) -> dict[str, float]:
+        """What the total is made of, in seconds; the sum is the total."""
+        found = {"forward": self.forward, "recompute": self.recompute, "backward": self.backward}
+        for (operation, axis), time in self.communication.items():
+            found[f"{operation} over {axis}"] = time
+        found["optimizer"] = self.optimizer
+        found["gradients and parameters, not hidden"] = self.reduction + self.collection - self.hidden
+        return found
+
+
+def step_time(job: Job, candidate: Candidate, cluster: Cluster) -> StepTime:
+    """Foresee the time of an optimizer step.
+
+    Computation waits for the collectives of layers. Gradient reduction runs beside the last backward (ZeRO 2: every
+    one), all but its last buffer; parameters are collected beside the update of the buffers that follow.
+    """
+    layout, each = candidate.layout, computation(job, candidate, cluster)
+    steps = candidate.accumulation
+    communication: dict[tuple[str, str], float] = {}
+    for collective in micro_step(job, candidate):
+        key = collective.operation, collective.axis
+        communication[key] = communication.get(key, 0.0) + steps * collective.times * seconds(
+            collective, layout, cluster
+        )
+    if job.world > 1:
+        norm = Collective("all_reduce", "world", job.world, "optimizer", 16)
+        communication["all_reduce", "world"] = seconds(norm, layout, cluster)
+    of = buffers(job, candidate)
+    for buffer in of:
+        for collective in combination(buffer, candidate):
+            key = collective.operation, collective.axis
+            communication[key] = communication.get(key, 0.0) + seconds(collective, layout, cluster)
+    reducing = [sum(_each(c, layout, cluster) for c in reduction(b, candidate)) for b in of]
+    collecting = [sum(_each(c, layout, cluster) for c in collection(b)) for b in of]
+    updating = [update_seconds(b, job, candidate, cluster) for b in of]
+    windows = steps if candidate.zero_stage == 2 else 1
+    hidden = 0.0
+    if candidate.communication.overlap:
+        # The first buffers of the model are complete last: nothing is left to hide the last one behind.
+        beside = each.backward + each.recompute
+        hidden += windows * min(sum(reducing[1:]) / windows, beside * (len(of) - 1) / len(of))
+    hidden += min(sum(collecting[:-1]), sum(updating[1:]))
+    return StepTime(
+        each.forward * steps,
+        each.recompute * steps,
+        each.backward * steps,
+        communication,
+        sum(updating),
+        sum(reducing),
+        sum(collecting),
+        hidden,
+        job.tokens,
+        model_flops(job),
+        cluster.peak(job.precision) * job.world,
+    )
+
+
+def update_seconds(buffer: Buffer, job: Job, candidate: Candidate, cluster: Cluster) -> float:
+    """Zeroing the gradients, their norm, and the update of the own part, by memory bandwidth."""
+    kept = kept_format(job.precision, candidate.state_format, buffer.element_bytes)
+    # Plainly kept: gradient read, parameter and two states read and written.
+    per_element = 7 * buffer.element_bytes if kept == "plain" else STEP_BYTES[kept]
+    moved = buffer.bytes + buffer.part * (buffer.element_bytes + per_element)
+    return moved / cluster.memory_bandwidth
+
+
+def _each(collective: Collective, layout: Layout, cluster: Cluster) -> float:
+    return collective.times * seconds(collective, layout, cluster)
