@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial, update_wrapper
 from types import MethodType
@@ -144,3 +146,21 @@ def _without_run(cli: type[TexCLI], args: Any) -> TexCLI:
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
         # Nor does it write the configuration anywhere: what is measured is no run of the user's.
         return cli(**DEFAULTS, save_config_callback=None, args=args, run=False)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what Lightning says about every Trainer anew."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
+    loggers.append(logging.getLogger("lightning.pytorch.utilities.rank_zero"))
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not have many workers")
+            warnings.filterwarnings("ignore", message="The number of training batches")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
