@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import gc
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import yaml
 from lightning import Callback
 from torch import Tensor
 from torch._C._profiler import _ExtraFields_Allocation
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from lightning_tex import LanguageModel
+from lightning_tex import LanguageModel, collectives
 from lightning_tex.meter import Sent
 from lightning_tex.models import DecoderConfig
 from lightning_tex.moe import SoftmaxRouter
@@ -109,6 +111,44 @@ class Second(Callback):
             self.live = sum(storages.values())
 
 
+class Settled:
+    """torch.distributed's functions, or a started collective: done when gloo's threads have let go of the tensors.
+
+    A profiler's counter sees what the profiled thread frees. Without this, it would miss what another one frees last.
+    """
+
+    def __init__(self, inside: Any, tensors: tuple[Tensor, ...] = (), counts: tuple[int, ...] = ()) -> None:
+        self.inside, self.tensors, self.counts = inside, tensors, counts
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        tensors = tuple(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+        started = Settled(None, tensors, tuple(t._use_count() for t in tensors))
+        started.inside = self.inside(*args, **kwargs)
+        if started.inside is not None:
+            return started
+        return started.settle()
+
+    def wait(self) -> None:
+        self.inside.wait()
+        self.inside = None
+        self.settle()
+
+    def settle(self) -> None:
+        until = time.monotonic() + 0.02  # views made meanwhile count as well, and stay
+        while any(t._use_count() > count for t, count in zip(self.tensors, self.counts, strict=True)):
+            time.sleep(1e-4)
+            if time.monotonic() > until:
+                break
+        self.tensors = ()
+
+
+def settle_collectives() -> None:
+    """Replace torch.distributed's functions in this process."""
+    for name in ("all_reduce", "broadcast", "all_to_all_single"):
+        setattr(dist, name, Settled(getattr(dist, name)))
+    collectives._all_gather_single = Settled(collectives._all_gather_single)
+
+
 def walk(events: list[Any]) -> Iterator[Any]:
     waiting = list(events)
     while waiting:
@@ -120,6 +160,7 @@ def walk(events: list[Any]) -> Iterator[Any]:
 def really(path: Path, world: int, strategy: dict[str, Any], trainer: dict[str, Any]) -> dict[str, Any]:
     """The second step of a real run on this rank: bytes sent, bytes of state, and the allocation counter's peak."""
     warnings.simplefilter("ignore")
+    settle_collectives()
     second = Second()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         with quiet():
@@ -128,7 +169,6 @@ def really(path: Path, world: int, strategy: dict[str, Any], trainer: dict[str, 
             fit.trainer.fit(fit.model, MadeUpBlocks.like(fit.datamodule))
     events = seen.profiler.kineto_results.experimental_event_tree()
     within = next(e for e in walk(events) if e.name == "second step")
-    # The counter is of all threads; the changes are of those that are profiled, and gloo frees in others.
     counter = [
         e.extra_fields.total_allocated
         for e in walk(events)
