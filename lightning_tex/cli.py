@@ -10,12 +10,12 @@ from lightning.pytorch.cli import ArgsType
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lightning_tex import bench
+from lightning_tex import bench, planner_trace
 from lightning_tex.recipe import DEFAULTS, TexCLI
 
 
 def main(args: ArgsType = None) -> None:
-    """Run ``lightning-tex fit|validate|test|predict|bench``.
+    """Run ``lightning-tex fit|validate|test|predict|plan|bench``.
 
     What the user can put right (a wrong option, layout or file) ends in one line per failing rank and exit code 2, as
     the parser's own errors do; everything else keeps its traceback. A rank that another one left says only that.
@@ -29,6 +29,8 @@ def main(args: ArgsType = None) -> None:
         words = sys.argv[1:] if args is None else args
         if isinstance(words, list) and words[:1] == ["bench"]:
             bench.main(words[1:])
+        elif isinstance(words, list) and words[:1] == ["plan"]:
+            planner_trace.command.run(words[1:])
         else:
             TexCLI(**DEFAULTS, args=args)
     except (ValueError, TypeError, RuntimeError, OSError, MisconfigurationException) as error:

@@ -124,6 +124,21 @@ class Recipe:
         given = strategy.get("init_args") if isinstance(strategy, (Namespace, dict)) else None
         return dict(given.as_dict() if isinstance(given, Namespace) else given or {})
 
+    def world_size(self) -> int:
+        """Processes in all that the recipe asks for.
+
+        Raises:
+            ValueError: it leaves their number open.
+        """
+        nodes, devices = self._config.trainer.num_nodes, self._config.trainer.devices
+        if isinstance(devices, str) and devices.isdigit():
+            devices = int(devices)
+        if isinstance(devices, list):
+            devices = len(devices)
+        if not isinstance(devices, int) or devices < 1:
+            raise ValueError(f"trainer.devices={devices!r} leaves the number of processes open; legal: a number")
+        return int(nodes) * devices
+
     def instantiate(self, strategy: Mapping[str, Any], trainer: Mapping[str, Any]) -> TexCLI:
         """Model, data and Trainer, with a TexMoEStrategy.
 

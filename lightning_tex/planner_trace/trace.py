@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -77,6 +78,7 @@ def trace(
     strategy: Mapping[str, Any] | None = None,
     trainer: Mapping[str, Any] | None = None,
     imbalance: float = 1.0,
+    own_data: bool = False,
 ) -> Trace:
     """Take two optimizer steps of a recipe as one rank of a world of any size, and read the second.
 
@@ -95,6 +97,7 @@ def trace(
         strategy: arguments of the strategy that replace the recipe's.
         trainer: arguments of the Trainer that replace the recipe's, such as ``precision``.
         imbalance: choices of experts that fall on the traced rank's, relative to the mean over ranks.
+        own_data: take a :class:`TextDataModule`'s own batches, too, which needs its data.
 
     Raises:
         ValueError: a layout, rank or model that is not legal, or an imbalance below 0 or beyond all choices.
@@ -112,9 +115,10 @@ def trace(
         reader = _Reader(tracker, routing)
         fit.trainer.callbacks.append(reader)  # type: ignore[attr-defined]
         data = fit.datamodule
-        if isinstance(data, TextDataModule):
+        if isinstance(data, TextDataModule) and not own_data:
             data = MadeUpBlocks.like(data)
         played.broadcast = lambda obj, src=0: obj  # type: ignore[method-assign]  # nobody else has sent anything
+        fit.trainer._data_connector.prepare_data = partial(_prepare, fit.trainer)  # type: ignore[attr-defined]
         fit.trainer.fit(fit.model, data)
     if reader.read is None:
         raise ValueError("the recipe's data ended before 2 optimizer steps, which a trace takes; legal: more data")
@@ -143,6 +147,13 @@ _DRY: dict[str, Any] = {
     "enable_progress_bar": False,
     "enable_model_summary": False,
 }
+
+
+def _prepare(trainer: Trainer) -> None:
+    """What Lightning does, but without a gloo group in which to wait for the others."""
+    for each in (trainer.datamodule, trainer.lightning_module):  # type: ignore[attr-defined]
+        if each is not None:
+            each.prepare_data()
 
 
 class _Reader(Callback):

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lightning_tex.planner_trace.flops import operation_flops
+from lightning_tex.planner_trace.values import takes_memory, tensors_in
 from lightning_tex.recording import current_pass
 
 _FOREVER = 1 << 62
@@ -49,15 +49,16 @@ class Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if func.namespace == "prim":  # where a tensor lies, and the like
+            return func(*args, **kwargs)
+        given = tensors_in(args, kwargs.values())
         before = {_storage(t) for t in given}
         result = func(*args, **kwargs)
         self._clock += 1
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and not tensor.is_meta:
-                at = _storage(tensor)
-                if at not in before and at not in self._live:
-                    self._hold(at, tensor.untyped_storage())
+        for tensor in tensors_in([result]):
+            at = _storage(tensor)
+            if at not in before and at not in self._live and takes_memory(tensor):
+                self._hold(at, tensor.untyped_storage())
         if func.namespace == "c10d":
             self.tell(given, "collective")
         if self.counting and (flops := operation_flops(func, args, kwargs, result)):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -10,9 +12,8 @@ from torch import Tensor
 from torch._C._distributed_c10d import ProcessGroup
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-aten, c10d = torch.ops.aten, torch.ops.c10d
+aten, c10d, prim = torch.ops.aten, torch.ops.c10d, torch.ops.prim
 
 
 @dataclass
@@ -61,7 +62,9 @@ class ShapesOnly(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if func is prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device
+        tensors = tensors_in(args, kwargs.values())
         if any(isinstance(t, FakeTensor) for t in tensors):
             return self._without_values(func, args, kwargs)
         if not tensors:
@@ -86,7 +89,7 @@ class ShapesOnly(TorchDispatchMode):
     def _made(self, func: Any, args: Any, kwargs: Any) -> Any:
         with self.fake:
             made = func(*args, **kwargs)
-        if isinstance(made, FakeTensor) and made.is_floating_point() and made.dim() and not made.is_meta:
+        if isinstance(made, FakeTensor) and made.is_floating_point() and made.dim() and made.fake_device.type != "meta":
             return made
         return func(*args, **kwargs)
 
@@ -94,6 +97,22 @@ class ShapesOnly(TorchDispatchMode):
         like = func(*args, **{**kwargs, "device": torch.device("meta")})
         options = {"dtype": like.dtype, "device": kwargs["device"]}
         return self._made(aten.empty_strided.default, (like.shape, like.stride()), options)
+
+
+def tensors_in(*values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among an operation's arguments or results, those in lists included."""
+    found: list[Tensor] = []
+    for value in chain(*values):
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += tensors_in(value)
+    return found
+
+
+def takes_memory(tensor: Tensor) -> bool:
+    """Whether a tensor would, or does: it is not on the meta device."""
+    return isinstance(tensor, FakeTensor) or not tensor.is_meta
 
 
 def _answer(unknown: Tensor) -> bool | float:
