@@ -33,7 +33,7 @@ class MadeUpBlocks(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         assert self.trainer is not None
-        share = Share(self.global_batch_size, **self.trainer.distributed_sampler_kwargs)
+        share = Share(self.global_batch_size, **(self.trainer.distributed_sampler_kwargs or {}))
         return DataLoader(_Endless(self.vocab_size, share.rows, self.sequence_length), batch_size=None)
 
     def val_dataloader(self) -> DataLoader:

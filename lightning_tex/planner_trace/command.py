@@ -66,8 +66,8 @@ def show(name: str, traced: Trace) -> None:
     console.print(memory)
     passes = ("forward", "recompute", "backward", "optimizer")
     sent: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for kind, count in traced.sent_bytes.items():
-        sent[f"{kind.operation} over {kind.axis}"][kind.during] += count
+    for what, count in traced.sent_bytes.items():
+        sent[f"{what.operation} over {what.axis}"][what.during] += count
     traffic = Table("sent in a step, MB", box=SIMPLE, padding=(0, 1))
     for heading in passes:
         traffic.add_column(heading, justify="right")

@@ -26,7 +26,10 @@ def states(model: nn.Module, topology: Topology, optimizer: TiledOptimizer | Non
     """
     parameters = dict(model.named_parameters())
     for name, placement in placements(model, topology).items():
-        yield ("expert_parameters" if placement.replicas.name == "expert_data" else "dense_parameters", parameters[name])
+        yield (
+            "expert_parameters" if placement.replicas.name == "expert_data" else "dense_parameters",
+            parameters[name],
+        )
     for shard in [] if optimizer is None else optimizer.shards:
         yield "gradients", shard.gradients.memory
         yield from shard.states.memory()

@@ -118,7 +118,7 @@ def trace(
         if isinstance(data, TextDataModule) and not own_data:
             data = MadeUpBlocks.like(data)
         played.broadcast = lambda obj, src=0: obj  # type: ignore[method-assign]  # nobody else has sent anything
-        fit.trainer._data_connector.prepare_data = partial(_prepare, fit.trainer)  # type: ignore[attr-defined]
+        fit.trainer._data_connector.prepare_data = partial(_prepare, fit.trainer)  # type: ignore[method-assign]
         fit.trainer.fit(fit.model, data)
     if reader.read is None:
         raise ValueError("the recipe's data ended before 2 optimizer steps, which a trace takes; legal: more data")

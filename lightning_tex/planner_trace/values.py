@@ -81,7 +81,7 @@ class ShapesOnly(TorchDispatchMode):
             return _answer(args[0])
         result = func(*args, **kwargs)
         if func is aten.topk.default and args[0].dim() == 2:
-            return result[0], self.routing.choose(*result[1].shape, args[0].shape[-1])
+            return result[0], self.routing.choose(len(result[1]), result[1].shape[1], args[0].shape[-1])
         if isinstance(result, FakeTensor) and args and isinstance(args[0], Tensor) and _in_place(func):
             return args[0]
         return result

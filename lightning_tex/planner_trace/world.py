@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -82,7 +83,7 @@ def one_of_many(rank: int, world_size: int) -> Iterator[OneOfMany]:
     if dist.is_initialized():
         raise RuntimeError("a trace needs a process of its own: this one has joined a process group already")
     before = getattr(rank_zero_only, "rank", None), getattr(utilities_rank_zero_only, "rank", None)
-    level = dist.get_debug_level()
+    level, environment = dist.get_debug_level(), dict(os.environ)
     dist.set_debug_level(dist.DebugLevel.OFF)  # or torch would have gloo check collectives that move nothing
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
@@ -90,4 +91,6 @@ def one_of_many(rank: int, world_size: int) -> Iterator[OneOfMany]:
     finally:
         dist.destroy_process_group()
         dist.set_debug_level(level)
+        os.environ.clear()
+        os.environ.update(environment)
         rank_zero_only.rank, utilities_rank_zero_only.rank = before  # type: ignore[attr-defined]

@@ -162,11 +162,10 @@ def really(path: Path, world: int, strategy: dict[str, Any], trainer: dict[str, 
     warnings.simplefilter("ignore")
     settle_collectives()
     second = Second()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        with quiet():
-            fit = Recipe(str(path)).instantiate(strategy, {**_DRY, **trainer, "devices": world})
-            fit.trainer.callbacks.append(second)
-            fit.trainer.fit(fit.model, MadeUpBlocks.like(fit.datamodule))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen, quiet():
+        fit = Recipe(str(path)).instantiate(strategy, {**_DRY, **trainer, "devices": world})
+        fit.trainer.callbacks.append(second)
+        fit.trainer.fit(fit.model, MadeUpBlocks.like(fit.datamodule))
     events = seen.profiler.kineto_results.experimental_event_tree()
     within = next(e for e in walk(events) if e.name == "second step")
     counter = [

@@ -48,7 +48,14 @@ def small(recipe: Path) -> list[str]:
     """One micro-batch a step, of one sequence for each data rank, and the first blocks of a deep model."""
     if WORLDS[recipe.stem] == 4:
         return []
-    return ["--trainer.accumulate_grad_batches", "1", "--data.global_batch_size", "32", "--model.config.num_layers", "2"]
+    return [
+        "--trainer.accumulate_grad_batches",
+        "1",
+        "--data.global_batch_size",
+        "32",
+        "--model.config.num_layers",
+        "2",
+    ]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

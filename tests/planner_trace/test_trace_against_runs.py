@@ -27,7 +27,9 @@ def layout(tensor: int, expert: int, **more: Any) -> dict[str, Any]:
 FOLDED = {"expert_tensor_parallel_size": 1}
 QUICK = {
     "TED, all of it replayed": Case(4, layout(2, 2, **CAC)),
-    "capacity, recomputed, ZeRO 0": Case(2, layout(1, 2, activation_checkpointing="full", zero_stage=0), "32-true", 1.25),
+    "capacity, recomputed, ZeRO 0": Case(
+        2, layout(1, 2, activation_checkpointing="full", zero_stage=0), "32-true", 1.25
+    ),
     "sequence, 8 bits, accumulated": Case(
         2, layout(2, 1, sequence_parallel=True, optimizer_state_format="int8"), "bf16-mixed", accumulate=2
     ),
@@ -56,7 +58,7 @@ MORE = {
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.full) for name in MORE)])
 def test_a_trace_is_what_a_run_does(name, tmp_path):
     case = {**QUICK, **MORE}[name]
-    path = write_recipe(tmp_path, capacity_factor=case.capacity, **case.sizes)
+    path = write_recipe(tmp_path, capacity_factor=case.capacity, num_layers=2, **case.sizes)
     trainer = {"precision": case.precision, "accumulate_grad_batches": case.accumulate}
     runs = run_ranks(case.world, really, path, case.world, case.strategy, trainer, detail=False)
     ranks = sorted({0, case.world - 1})
