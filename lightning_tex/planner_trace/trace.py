@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import prod
@@ -19,7 +20,7 @@ from lightning_tex.placement import placements
 from lightning_tex.planner_trace.batches import MadeUpBlocks
 from lightning_tex.planner_trace.states import state_bytes, states
 from lightning_tex.planner_trace.tracker import Tracker
-from lightning_tex.planner_trace.values import Routing, ShapesOnly
+from lightning_tex.planner_trace.values import Routing, ShapesOnly, conversions_in_place
 from lightning_tex.planner_trace.world import one_of_many
 from lightning_tex.recipe import Recipe, quiet
 from lightning_tex.recompute import stash, stash_bytes
@@ -107,7 +108,7 @@ def trace(
         raise ValueError(f"imbalance={imbalance}; legal: above 0, 1 being perfect balance")
     began = time.perf_counter()
     routing, tracker = Routing(imbalance), Tracker()
-    with one_of_many(rank, world_size) as environment, ShapesOnly(routing), tracker, quiet():
+    with one_of_many(rank, world_size) as environment, ShapesOnly(routing), tracker, _undisturbed():
         given = {**(trainer or {}), **_DRY, "devices": world_size, "plugins": [environment.described()]}
         fit = recipe.instantiate(dict(strategy or {}), given)
         played = fit.trainer.strategy
@@ -147,6 +148,12 @@ _DRY: dict[str, Any] = {
     "enable_progress_bar": False,
     "enable_model_summary": False,
 }
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    with conversions_in_place(), quiet():
+        yield
 
 
 def _prepare(trainer: Trainer) -> None:

@@ -12,15 +12,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import yaml
-from lightning import Callback
+from lightning import Callback, LightningModule
 from torch import Tensor
 from torch._C._profiler import _ExtraFields_Allocation
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from lightning_tex import LanguageModel, collectives
+from lightning_tex.layers import ParallelAttention, VocabParallelCrossEntropy, VocabParallelEmbedding, VocabParallelHead
 from lightning_tex.meter import Sent
 from lightning_tex.models import DecoderConfig
-from lightning_tex.moe import SoftmaxRouter
+from lightning_tex.moe import MoE, SoftmaxRouter
 from lightning_tex.planner_trace import Trace, trace
 from lightning_tex.planner_trace.batches import MadeUpBlocks
 from lightning_tex.planner_trace.states import state_bytes
@@ -54,7 +55,27 @@ class EvenlyRouted(LanguageModel):
                 moe.router.__class__ = EvenRouter
 
 
-def write_recipe(folder: Path, **sizes: Any) -> Path:
+class OwnModule(LightningModule):
+    """Built where it is constructed, with plain layers among the TEX ones."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config, width = config, config.dim
+        self.embedding, self.head = VocabParallelEmbedding(VOCABULARY, width), VocabParallelHead(width, VOCABULARY)
+        self.attention, self.norm = ParallelAttention(width, config.num_heads), torch.nn.LayerNorm(width)
+        self.moe = MoE(width, config.hidden_dim, config.num_experts, config.top_k, config.capacity_factor)
+        self.moe.router.__class__ = EvenRouter
+        self.gate, self.scale = torch.nn.Linear(width, 1), torch.nn.Parameter(torch.ones(1))
+        self.loss = VocabParallelCrossEntropy()
+
+    def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
+        x = self.embedding(batch["input_ids"])
+        x = self.norm(x + self.attention(x))
+        x = x + self.scale * self.gate(x).sigmoid() * self.moe(x)
+        return self.loss(self.head(x), batch["labels"])
+
+
+def write_recipe(folder: Path, model: str = "EvenlyRouted", **sizes: Any) -> Path:
     config = {
         "dim": 64,
         "num_layers": 4,
@@ -69,7 +90,7 @@ def write_recipe(folder: Path, **sizes: Any) -> Path:
     recipe = {
         "seed_everything": 1,
         "trainer": {"accelerator": "cpu", "devices": 1, "gradient_clip_val": 1.0},
-        "model": {"class_path": "small_runs.EvenlyRouted", "init_args": {"config": config}},
+        "model": {"class_path": f"small_runs.{model}", "init_args": {"config": config}},
         "data": {
             "class_path": "lightning_tex.TextDataModule",
             "init_args": {"vocab_size": VOCABULARY, "sequence_length": LENGTH, "global_batch_size": BATCH},

@@ -35,6 +35,8 @@ QUICK = {
     ),
 }
 MORE = {
+    "own module": Case(2, layout(2, 1), "bf16-mixed", sizes={"model": "OwnModule"}),
+    "own module, experts": Case(2, layout(1, 2), "16-mixed", sizes={"model": "OwnModule"}),
     "one process": Case(1),
     "16-mixed": Case(2, layout(2, 1), "16-mixed"),
     "TED": Case(4, layout(2, 2)),
