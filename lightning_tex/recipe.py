@@ -139,6 +139,10 @@ class Recipe:
             raise ValueError(f"trainer.devices={devices!r} leaves the number of processes open; legal: a number")
         return int(nodes) * devices
 
+    def accelerator(self) -> str:
+        """The Trainer's, by name."""
+        return str(self._config.trainer.accelerator)
+
     def instantiate(self, strategy: Mapping[str, Any], trainer: Mapping[str, Any]) -> TexCLI:
         """Model, data and Trainer, with a TexMoEStrategy.
 

@@ -37,10 +37,14 @@ def run(arguments: Sequence[str]) -> None:
         default=1.0,
         help="choices of experts that fall on this rank's, relative to the mean over ranks (default: 1)",
     )
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], help="whose ways to take (default: cuda, unless the recipe says cpu)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     options, more = parser.parse_known_args(arguments)
     recipe = Recipe(options.config, more)
-    traced = trace(recipe, options.gpus or recipe.world_size(), options.rank, imbalance=options.imbalance)
+    world = recipe.world_size() if options.gpus is None else options.gpus
+    traced = trace(recipe, world, options.rank, imbalance=options.imbalance, device=options.device)
     show(options.config, traced)
     if options.json:
         print(json.dumps({"recipe": options.config, **traced.as_dict()}), flush=True)
@@ -77,6 +81,6 @@ def show(name: str, traced: Trace) -> None:
     flops = ", ".join(f"{during} {count / 1e12:.2f}" for during, count in traced.flops.items())
     console.print(f"computed in a step, TFLOP of products: {flops}")
     console.print(
-        f"Traced in {traced.seconds:.0f} s. Kept: between steps. At the peak: when most bytes are live. Most: of this "
+        f"Traced in {traced.seconds:.0f} s of processor time. Kept: between steps. At the peak: when most bytes are live. Most: of this "
         "kind, whenever that is. Routing is taken to be even, gradients finite."
     )

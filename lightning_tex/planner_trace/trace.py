@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_tex.data import TextDataModule
+from lightning_tex.device import played_device
 from lightning_tex.meter import Sent
 from lightning_tex.optim import TiledOptimizer
 from lightning_tex.placement import placements
@@ -47,7 +48,7 @@ class Trace:
         stash_bytes_by_block: what each recomputed block's tape keeps.
         sent_bytes, calls: by operation, axis and pass; see :class:`lightning_tex.meter.ByteMeter`.
         flops: of products, by pass; see :mod:`lightning_tex.planner_trace.flops`.
-        seconds: that the trace took.
+        seconds: of processor time that the trace took.
     """
 
     layout: Layout
@@ -80,11 +81,12 @@ def trace(
     trainer: Mapping[str, Any] | None = None,
     imbalance: float = 1.0,
     own_data: bool = False,
+    device: Literal["cpu", "cuda"] | None = None,
 ) -> Trace:
     """Take two optimizer steps of a recipe as one rank of a world of any size, and read the second.
 
     Everything that runs is what trains: LightningCLI's model and Trainer, the strategy, its collectives and optimizer;
-    they run as they do on CPUs. Only floating-point tensors have no contents, and the process group is torch's fake
+    they run on CPU kernels. Only floating-point tensors have no contents, and the process group is torch's fake
     one, so that neither memory nor other processes are needed. A :class:`TextDataModule` gives blocks of made-up
     tokens; another data module gives its own first batches.
 
@@ -98,6 +100,8 @@ def trace(
         strategy: arguments of the strategy that replace the recipe's.
         trainer: arguments of the Trainer that replace the recipe's, such as ``precision``.
         imbalance: choices of experts that fall on the traced rank's, relative to the mean over ranks.
+        device: whose ways are taken where the package's own differ: how gradients are reduced, how large an optimizer
+            tile is. ``None``: those of GPUs, unless the recipe's accelerator is ``cpu``.
         own_data: take a :class:`TextDataModule`'s own batches, too, which needs its data.
 
     Raises:
@@ -106,9 +110,10 @@ def trace(
     """
     if imbalance <= 0:
         raise ValueError(f"imbalance={imbalance}; legal: above 0, 1 being perfect balance")
-    began = time.perf_counter()
+    began = time.process_time()
+    kind = device or ("cpu" if recipe.accelerator() == "cpu" else "cuda")
     routing, tracker = Routing(imbalance), Tracker()
-    with one_of_many(rank, world_size) as environment, ShapesOnly(routing), tracker, _undisturbed():
+    with one_of_many(rank, world_size) as environment, ShapesOnly(routing), tracker, _undisturbed(kind):
         given = {**(trainer or {}), **_DRY, "devices": world_size, "plugins": [environment.described()]}
         fit = recipe.instantiate(dict(strategy or {}), given)
         played = fit.trainer.strategy
@@ -123,7 +128,7 @@ def trace(
         fit.trainer.fit(fit.model, data)
     if reader.read is None:
         raise ValueError("the recipe's data ended before 2 optimizer steps, which a trace takes; legal: more data")
-    return Trace(rank=rank, seconds=time.perf_counter() - began, **reader.read)
+    return Trace(rank=rank, seconds=time.process_time() - began, **reader.read)
 
 
 # What a Trainer does besides training.
@@ -151,9 +156,13 @@ _DRY: dict[str, Any] = {
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    with conversions_in_place(), quiet():
-        yield
+def _undisturbed(device: str) -> Iterator[None]:
+    token = played_device.set(device)
+    try:
+        with conversions_in_place(), quiet():
+            yield
+    finally:
+        played_device.reset(token)
 
 
 def _prepare(trainer: Trainer) -> None:
