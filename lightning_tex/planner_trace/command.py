@@ -81,6 +81,6 @@ def show(name: str, traced: Trace) -> None:
     flops = ", ".join(f"{during} {count / 1e12:.2f}" for during, count in traced.flops.items())
     console.print(f"computed in a step, TFLOP of products: {flops}")
     console.print(
-        f"Traced in {traced.seconds:.0f} s of processor time. Kept: between steps. At the peak: when most bytes are live. "
-        "Most: of this kind, whenever that is. Routing is taken to be even, gradients finite."
+        f"Traced in {traced.seconds:.0f} s of processor time. Kept: between steps. At the peak: when most bytes are "
+        "live. Most: of this kind, whenever that is. Routing is taken to be even, gradients finite."
     )

@@ -99,13 +99,14 @@ def trace(
         rank: the one to play.
         strategy: arguments of the strategy that replace the recipe's.
         trainer: arguments of the Trainer that replace the recipe's, such as ``precision``.
-        imbalance: choices of experts that fall on the traced rank's, relative to the mean over ranks.
+        imbalance: choices of experts that fall on the traced rank's, relative to the mean over ranks;
+            at most all of them.
         device: whose ways are taken where the package's own differ: how gradients are reduced, how large an optimizer
             tile is. ``None``: those of GPUs, unless the recipe's accelerator is ``cpu``.
         own_data: take a :class:`TextDataModule`'s own batches, too, which needs its data.
 
     Raises:
-        ValueError: a layout, rank or model that is not legal, or an imbalance below 0 or beyond all choices.
+        ValueError: a layout, rank or model that is not legal, or an imbalance that is not positive.
         RuntimeError: the process has joined a process group already.
     """
     if imbalance <= 0:
