@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_tex.device import device_type
 from lightning_tex.recording import count_sent, recorded
 from lightning_tex.topology import Axis
 
@@ -50,7 +51,7 @@ class _SummedOnArrival(NamedTuple):
 
 
 def _reduce_scatter_single(out: Tensor, x: Tensor, group: dist.ProcessGroup | None, async_op: bool = False) -> Any:
-    if x.device.type != "cpu":
+    if device_type(x) != "cpu":
         return _native_reduce_scatter(out, x, group=group, async_op=async_op)
     # Gloo's own is an all-reduce on the wire: twice the bytes and three times the CPU of this.
     parts = torch.empty_like(x)

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_tex.placement import Box, TexModule
 
@@ -88,7 +89,7 @@ def stable_hash(*parts: object) -> int:
 @torch.no_grad()
 def draw_uniform_(parameter: Tensor, bound: float, box: Box) -> None:
     """Fill a stored part with U(-bound, bound) by global index. Takes one number from torch's random state."""
-    if not parameter.is_meta:
+    if has_values(parameter):
         _fill(parameter, box, lambda index, key: (2 * _unit(index, key) - 1) * bound)
 
 
@@ -100,8 +101,13 @@ def draw_normal_(parameter: Tensor, std: float, box: Box) -> None:
         radius = (-2 * torch.log(1 - _unit(index, key))).sqrt()
         return std * radius * torch.cos(2 * torch.pi * _unit(index, key ^ 0x5DEECE66D))
 
-    if not parameter.is_meta:
+    if has_values(parameter):
         _fill(parameter, box, normal)
+
+
+def has_values(parameter: Tensor) -> bool:
+    """Whether a parameter is more than a shape: neither on the meta device nor one of a trace's."""
+    return not parameter.is_meta and not isinstance(parameter, FakeTensor)
 
 
 def _fill(parameter: Tensor, box: Box, value: Callable[[Tensor, int], Tensor]) -> None:

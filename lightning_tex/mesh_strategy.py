@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 from torch.distributed.device_mesh import DeviceMesh
 
+from lightning_tex.drawing import has_values
 from lightning_tex.topology import Layout, build_mesh
 
 
@@ -109,8 +110,8 @@ class MeshStrategy(ParallelStrategy):
 
     def teardown(self) -> None:
         module = self._lightning_module
-        if module is not None and any(parameter.is_meta for parameter in module.parameters()):
-            # Refused before it had weights: there is nothing to move, and trying to would hide the reason.
+        if module is not None and not all(map(has_values, module.parameters())):
+            # A trace, or refused before it had weights: there is nothing to move, and trying to would hide the reason.
             self._lightning_module = None
         super().teardown()
         self._lightning_module = module

@@ -41,6 +41,11 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         ValueError: what the user can put right, in one line.
     """
+    if "--trace" in arguments:
+        from lightning_tex.planner_trace.command import run  # takes seconds to import
+
+        run(arguments)
+        return
     parser = _parser()
     options, more = parser.parse_known_args(arguments)
     if more and options.config is None:
@@ -157,7 +162,9 @@ def _parser() -> _Parser:
         "the recipe's own, such as --trainer.num_nodes 16.",
     )
     parser.add_argument("--config", help="a recipe; sizes given as options take precedence")
-    parser.add_argument("--cluster", metavar="NAME|FILE", help=f"{', '.join(CLUSTERS)}, or a .yaml file of their fields")
+    parser.add_argument(
+        "--cluster", metavar="NAME|FILE", help=f"{', '.join(CLUSTERS)}, or a .yaml file of their fields"
+    )
     parser.add_argument("--gpus", type=int, help="ranks (default: the recipe's)")
     parser.add_argument("--gpus-per-node", type=int, help="used of each node (default: all)")
     parser.add_argument("--sequence-length", type=int, help=f"tokens (default: the recipe's, else {_SEQUENCE_LENGTH})")
@@ -178,6 +185,7 @@ def _parser() -> _Parser:
     kept.add_argument("--activation-checkpointing", nargs="+", choices=list(_RECOMPUTE), default=list(_RECOMPUTE))
     kept.add_argument("--optimizer-state-format", nargs="+", choices=FORMATS, default=list(FORMATS))
     shown = parser.add_argument_group("what is shown")
+    shown.add_argument("--trace", action="store_true", help="run the recipe itself without memory; --trace --help")
     shown.add_argument("--largest-base", action="store_true", help="search the largest base model that fits")
     shown.add_argument("--reproduce-paper", action="store_true", help="the figures of the TED paper, beside its own")
     shown.add_argument("--rows", type=_positive, default=12, help="layouts in the table (default: 12)")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial, update_wrapper
 from types import MethodType
@@ -127,6 +129,25 @@ class Recipe:
         given = strategy.get("init_args") if isinstance(strategy, (Namespace, dict)) else None
         return dict(given.as_dict() if isinstance(given, Namespace) else given or {})
 
+    def world_size(self) -> int:
+        """Processes in all that the recipe asks for.
+
+        Raises:
+            ValueError: it leaves their number open.
+        """
+        nodes, devices = self._config.trainer.num_nodes, self._config.trainer.devices
+        if isinstance(devices, str) and devices.isdigit():
+            devices = int(devices)
+        if isinstance(devices, list):
+            devices = len(devices)
+        if not isinstance(devices, int) or devices < 1:
+            raise ValueError(f"trainer.devices={devices!r} leaves the number of processes open; legal: a number")
+        return int(nodes) * devices
+
+    def accelerator(self) -> str:
+        """The Trainer's, by name."""
+        return str(self._config.trainer.accelerator)
+
     def instantiate(self, strategy: Mapping[str, Any], trainer: Mapping[str, Any]) -> TexCLI:
         """Model, data and Trainer, with a TexMoEStrategy.
 
@@ -149,3 +170,21 @@ def _without_run(cli: type[TexCLI], args: Any) -> TexCLI:
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
         # Nor does it write the configuration anywhere: what is measured is no run of the user's.
         return cli(**DEFAULTS, save_config_callback=None, args=args, run=False)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what Lightning says about every Trainer anew."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
+    loggers.append(logging.getLogger("lightning.pytorch.utilities.rank_zero"))
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not have many workers")
+            warnings.filterwarnings("ignore", message="The number of training batches")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

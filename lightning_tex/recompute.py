@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -47,9 +48,14 @@ class BlockTape(Tape):
         self._cursor = 0
 
     @property
+    def stash(self) -> list[Tensor]:
+        """The recorded results."""
+        return [tensor for _, tensor, _ in self._entries]
+
+    @property
     def stash_bytes(self) -> int:
         """Bytes of the recorded results."""
-        return sum(tensor.numel() * tensor.element_size() for _, tensor, _ in self._entries)
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.stash)
 
     def record(self, key: str, result: Tensor) -> None:
         if self.replay:
@@ -100,6 +106,7 @@ class Recomputed:
     def __init__(self, forward: Callable[..., Any], mode: Mode) -> None:
         self.forward, self.mode = forward, mode
         self.stash_bytes = 0
+        self.tapes: WeakSet[BlockTape] = WeakSet()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -107,6 +114,7 @@ class Recomputed:
         tape = BlockTape(replay=self.mode == "communication_aware")
         result = checkpoint(self.forward, *args, use_reentrant=False, context_fn=tape.contexts, **kwargs)
         self.stash_bytes = tape.stash_bytes
+        self.tapes.add(tape)
         return result
 
 
@@ -156,5 +164,18 @@ def _blocks(root: nn.Module, policy: set[type[nn.Module]] | None) -> Iterator[tu
 
 def stash_bytes(root: nn.Module) -> dict[str, int]:
     """Bytes that the tape of each recomputed block kept in its last forward, by block name."""
-    wrapped = {name: module.__dict__.get("forward") for name, module in root.named_modules()}
-    return {name: forward.stash_bytes for name, forward in wrapped.items() if isinstance(forward, Recomputed)}
+    return {name: forward.stash_bytes for name, forward in _recomputed(root)}
+
+
+def stash(root: nn.Module) -> Iterator[Tensor]:
+    """What the tapes hold whose backward is still to come, or has not let go of them yet."""
+    for _, forward in _recomputed(root):
+        for tape in forward.tapes:
+            yield from tape.stash
+
+
+def _recomputed(root: nn.Module) -> Iterator[tuple[str, Recomputed]]:
+    for name, module in root.named_modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, Recomputed):
+            yield name, forward

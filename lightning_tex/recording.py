@@ -100,15 +100,17 @@ def product_to_record(x: Tensor, weight: Tensor) -> Tensor:
     return _Product.apply(x, weight, not replayed)
 
 
+def current_pass() -> str:
+    """``forward``, ``recompute`` or ``backward``."""
+    if any(tape.recomputing for tape in active_tapes.get()):
+        return "recompute"
+    return "forward" if torch._C._current_graph_task_id() == -1 else "backward"
+
+
 def count_sent(operation: str, axis: Axis, scaled_bytes: int) -> None:
     """Tell the axis's meter of a collective that sent ``scaled_bytes / axis.size`` bytes."""
     meter = axis.meter
     if meter is None or not meter.on:
         return
-    if meter.optimizing:
-        during = "optimizer"
-    elif any(tape.recomputing for tape in active_tapes.get()):
-        during = "recompute"
-    else:
-        during = "forward" if torch._C._current_graph_task_id() == -1 else "backward"
+    during = "optimizer" if meter.optimizing else current_pass()
     meter.add(Sent(operation, axis.name, during), scaled_bytes, axis.size)

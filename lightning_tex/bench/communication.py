@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
-import logging
 import os
 import statistics
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +17,7 @@ from rich.table import Table
 
 from lightning_tex.bench.combinations import Combination
 from lightning_tex.bench.stopwatch import Measured, Stopwatch
-from lightning_tex.recipe import Recipe
+from lightning_tex.recipe import Recipe, quiet
 from lightning_tex.strategy import TexMoEStrategy
 from lightning_tex.topology import Layout, Topology
 
@@ -174,24 +171,6 @@ class on_the_same_processes:
                 MASTER_ADDR=environment.main_address,
                 MASTER_PORT=str(environment.main_port),
             )
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without what Lightning says about every Trainer anew."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
-    loggers.append(logging.getLogger("lightning.pytorch.utilities.rank_zero"))
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.WARNING)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*does not have many workers")
-            warnings.filterwarnings("ignore", message="The number of training batches")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def show(report: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from lightning_tex.data.order import FixedBatchSampler, GlobalBatchSampler, Shar
 from lightning_tex.data.packing import Blocks, StreamedBlocks, unigram_loss
 from lightning_tex.data.prepared import Preparation, Prepared, default_cache_dir
 from lightning_tex.data.resume import Cursor, check_same, check_tokenizer, trainer_cursor
-from lightning_tex.data.tokenizer import SMALLEST_VOCABULARY, TextTokenizer
+from lightning_tex.data.tokenizer import SMALLEST_VOCABULARY, TextTokenizer, is_hub_name
 
 DEFAULT_VOCABULARY = 4096
 
@@ -52,8 +52,10 @@ class TextDataModule(LightningDataModule):
         streaming: do not download; tokenise and pack while reading.
         shuffle_buffer: documents in the shuffle buffer of a stream; 0: in the stream's order.
         text_column: column that holds the text.
-        tokenizer: a ``tokenizers`` JSON file or a folder with ``tokenizer.json``. None: train a byte-level BPE.
-        vocab_size: tokens of the BPE (default 4096), or a size to which that of ``tokenizer`` is padded.
+        tokenizer: a ``tokenizers`` JSON file, a folder with ``tokenizer.json``, or a repository of the Hugging Face hub
+            that has one, ``owner/name``. None: train a byte-level BPE.
+        vocab_size: tokens of the BPE (default 4096), or a size to which that of ``tokenizer`` is padded. Given for a
+            tokenizer of the hub, that is downloaded only when the data is prepared.
         end_of_document: the token that ends a document. None: the first the tokenizer has of the usual ones.
         sequence_length: tokens a sample predicts.
         global_batch_size: sequences of one micro-step over the whole data axis.
@@ -163,6 +165,8 @@ class TextDataModule(LightningDataModule):
         cache_dir, hub_cache_dir = self._cache_dirs()
         if self._prepared is None:
             self._prepared = self._preparation.open(cache_dir) or self._preparation.run(cache_dir, hub_cache_dir)
+            if (smallest := self._prepared.tokenizer.size) > self.vocab_size:
+                raise ValueError(f"vocab_size={self.vocab_size} is too small; legal are {smallest} and more")
         if self._loaded is not None:
             check_tokenizer(self._loaded, self._identity())
 
@@ -271,8 +275,10 @@ class TextDataModule(LightningDataModule):
 def _vocab_size(tokenizer: str | None, wanted: int | None, end_of_document: str | None) -> int:
     if tokenizer is None:
         smallest, size = SMALLEST_VOCABULARY, wanted or DEFAULT_VOCABULARY
+    elif wanted is not None and is_hub_name(tokenizer):
+        return wanted  # checked when the data is prepared
     else:
-        smallest = TextTokenizer.from_file(tokenizer, end_of_document).size
+        smallest = TextTokenizer.load(tokenizer, end_of_document).size
         size = wanted or smallest
     if size < smallest:
         raise ValueError(f"vocab_size={size} is too small; legal are {smallest} and more")

@@ -13,7 +13,7 @@ from typing import Any
 
 from lightning_tex.data.corpus import Documents, Source, fingerprint
 from lightning_tex.data.packing import Blocks, write_blocks
-from lightning_tex.data.tokenizer import TextTokenizer, quiet_forks, texts_of, train_bpe
+from lightning_tex.data.tokenizer import TextTokenizer, quiet_forks, texts_of, tokenizer_file, train_bpe
 
 _FORMAT = "1"  # raise it when the same settings no longer give the same files
 
@@ -86,7 +86,7 @@ class Preparation:
 
     def _tokenizer_dir(self, documents: Documents, cache_dir: Path) -> Path:
         if self.tokenizer is not None:
-            return Path(self.tokenizer).expanduser().resolve()
+            return tokenizer_file(self.tokenizer).resolve()
 
         def build(folder: Path) -> None:
             train_bpe(texts_of(documents.train), self.vocab_size).save(str(folder / "tokenizer.json"))

@@ -38,6 +38,11 @@ class TextTokenizer:
         self.fingerprint = fingerprint([tokenizer.to_str(), str(self.end_of_document_id)])
 
     @classmethod
+    def load(cls, name: str | Path, end_of_document: str | None = None) -> TextTokenizer:
+        """That of a file or folder or, if there is none of this name, of a repository of the Hugging Face hub."""
+        return cls.from_file(tokenizer_file(name), end_of_document)
+
+    @classmethod
     def from_file(cls, path: str | Path, end_of_document: str | None = None) -> TextTokenizer:
         """Reads a ``tokenizers`` JSON file, or ``tokenizer.json`` in a folder."""
         import tokenizers
@@ -62,6 +67,32 @@ class TextTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some tokens, end-of-document tokens spelled out; padding (negative ids) is left out."""
         return self.tokenizer.decode([int(i) for i in ids if int(i) >= 0], skip_special_tokens=False)
+
+
+def is_hub_name(name: str | Path) -> bool:
+    """Whether a tokenizer's name is that of a repository: no such file or folder, and of the form ``owner/name``."""
+    parts = str(name).split("/")
+    return not Path(name).expanduser().exists() and len(parts) == 2 and all(parts) and not str(name).endswith(".json")
+
+
+def tokenizer_file(name: str | Path) -> Path:
+    """Where a tokenizer's file lies; one of the hub is downloaded once, to where the hub's client keeps its files.
+
+    Raises:
+        FileNotFoundError: the hub cannot be reached, or has no such repository or no ``tokenizer.json`` in it.
+    """
+    if not is_hub_name(name):
+        return Path(name).expanduser()
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(str(name), "tokenizer.json"))
+    except Exception as error:  # the client has no common class for them
+        reason = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(
+            f"tokenizer={str(name)!r} is no file or folder here, and the Hugging Face hub gives no tokenizer.json of "
+            f"that name ({type(error).__name__}: {reason})"
+        ) from error
 
 
 def _end_id(tokenizer: tokenizers.Tokenizer, wanted: str | None) -> int:

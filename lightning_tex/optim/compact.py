@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,10 @@ class Master(ABC):
     def take_up(self) -> None:  # noqa: B027
         """The parameters are the values now."""
 
+    def memory(self) -> list[Tensor]:
+        """What is kept beside the parameters."""
+        return []
+
 
 class SplitMaster(Master):
     """The parameter is the master's upper half, rounded to nearest (ties up in magnitude); the rest is kept beside.
@@ -65,6 +69,9 @@ class SplitMaster(Master):
 
     def take_up(self) -> None:
         self.remainder.zero_()
+
+    def memory(self) -> list[Tensor]:
+        return [self.remainder]
 
 
 class RoundedMaster(Master):
@@ -125,6 +132,12 @@ class CompactStates(StateFormat):
 
     def take_up(self) -> None:
         self.master.take_up()
+
+    def memory(self) -> Iterator[tuple[Literal["master", "moments"], Tensor]]:
+        yield from (("master", tensor) for tensor in self.master.memory())
+        yield from (("moments", tensor) for tensor in self.moments.memory())
+        for numbers in self.numbers:
+            yield from (("moments", value) for value in numbers.values() if isinstance(value, Tensor))
 
     def kept(self, i: int) -> dict[str, Any]:
         span = self.spans[i]

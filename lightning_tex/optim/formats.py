@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,10 @@ class StateFormat(ABC):
         """Drop the optimizer's states."""
 
     @abstractmethod
+    def memory(self) -> Iterator[tuple[Literal["master", "moments"], Tensor]]:
+        """Every tensor that is kept between steps, with what it is for."""
+
+    @abstractmethod
     def kept(self, i: int) -> dict[str, Any]:
         """States of window ``i``: :class:`Kept` or, where there is one for all elements, a number."""
 
@@ -101,6 +105,12 @@ class PlainStates(StateFormat):
     def forget(self) -> None:
         for window in self.windows:
             window.state.clear()
+
+    def memory(self) -> Iterator[tuple[Literal["master", "moments"], Tensor]]:
+        if self.has_master:
+            yield "master", self.values
+        for window in self.windows:
+            yield from (("moments", value) for value in window.state.values() if isinstance(value, Tensor))
 
     def kept(self, i: int) -> dict[str, Any]:
         window = self.windows[i]

@@ -45,6 +45,11 @@ class Gradients(ABC):
         """The own part: a sum over replicas, still to be divided by ``divisor``. [n]"""
 
     @property
+    @abstractmethod
+    def memory(self) -> Tensor:
+        """What is kept between steps."""
+
+    @property
     def reducing(self) -> bool:
         """Whether the gradients are on their way to their owners."""
         return self._reduction is not None
@@ -135,6 +140,10 @@ class FullGradients(Gradients):
     def own(self) -> Tensor:
         return own_part(self.flat, self.buffer.owners)
 
+    @property
+    def memory(self) -> Tensor:
+        return self.flat
+
     def zero(self) -> None:
         """Set all gradients to zero and make every ``.grad`` a view again."""
         self.finish()  # what was sent in a step that was given up
@@ -192,6 +201,10 @@ class ShardedGradients(Gradients):
     def own(self) -> Tensor:
         # What was shown may have been changed.
         return self.sum if self._exposed is None else own_part(self._exposed, self.buffer.owners)
+
+    @property
+    def memory(self) -> Tensor:
+        return self.sum
 
     def zero(self) -> None:
         """Forget the sum, and every ``.grad``."""

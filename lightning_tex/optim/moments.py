@@ -42,6 +42,10 @@ class Moments(ABC):
             exact: they were kept in this form before: round to nearest, which changes nothing.
         """
 
+    @abstractmethod
+    def memory(self) -> list[Tensor]:
+        """What is kept."""
+
     def forget(self) -> None:
         """Drop everything."""
         self.keys = []
@@ -62,8 +66,12 @@ class Fp32Moments(Moments):
         return self.values[key][span]
 
     def write(self, key: str, span: slice, values: Tensor, exact: bool = False) -> None:
-        if values.data_ptr() != self.values[key][span].data_ptr():
-            self.values[key][span].copy_(values)
+        kept = self.values[key][span]
+        if not values.is_set_to(kept):
+            kept.copy_(values)
+
+    def memory(self) -> list[Tensor]:
+        return list(self.values.values())
 
     def forget(self) -> None:
         super().forget()
@@ -91,6 +99,9 @@ class RoundedMoments(Moments):
             kept.copy_(values)
         else:
             round_stochastically(values, self.rounding.bits(span, key), kept)
+
+    def memory(self) -> list[Tensor]:
+        return list(self.values.values())
 
     def forget(self) -> None:
         super().forget()
@@ -145,6 +156,9 @@ class Int8Moments(Moments):
 
     def _scales(self, key: str, span: slice) -> Tensor:
         return self.scales[key][span.start // BLOCK : span.stop // BLOCK, None]
+
+    def memory(self) -> list[Tensor]:
+        return [*self.codes.values(), *self.scales.values()]
 
     def forget(self) -> None:
         super().forget()

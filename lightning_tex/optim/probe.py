@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from lightning_tex.optim.engine import Engine, fastest
@@ -36,6 +36,11 @@ def probe(optimizer: Optimizer, group: dict[str, Any]) -> Probed:
     Raises:
         ValueError: naming the optimizer and the reason.
     """
+    with _disable_current_modes():  # a trial is of real numbers, whatever a trace makes of the others
+        return _try(optimizer, group)
+
+
+def _try(optimizer: Optimizer, group: dict[str, Any]) -> Probed:
     name = type(optimizer).__name__
     need = "the sharded step updates windows of flat buffers and needs an elementwise one (Adam, AdamW, SGD, ..)"
     generator = torch.Generator().manual_seed(0)
@@ -132,10 +137,21 @@ def temporary_bytes(
         like: parameters, whose dtype and device are meant.
         make_states: the state format, from own part and tile size.
     """
-    device = torch.device("cpu") if like.is_meta else like.device
+    with _disable_current_modes():
+        return _tried_bytes(optimizer, group, like.dtype, like.device, make_states)
+
+
+def _tried_bytes(
+    optimizer: Optimizer,
+    group: dict[str, Any],
+    dtype: torch.dtype,
+    like_device: torch.device,
+    make_states: Callable[[Tensor, int], StateFormat],
+) -> float:
+    device = torch.device("cpu") if like_device.type == "meta" else like_device
     options = _on_cpu(optimizer, group) if device.type == "cpu" else fastest(optimizer, group)
     engine = Engine(optimizer)
-    values = torch.linspace(-1, 1, _ELEMENTS, device=device).to(like.dtype)  # the run's random numbers are not ours
+    values = torch.linspace(-1, 1, _ELEMENTS, device=device).to(dtype)  # the run's random numbers are not ours
     states, gradient = make_states(values.clone(), _ELEMENTS), values
     with torch.no_grad():
         for _ in range(2):  # the first step makes the states

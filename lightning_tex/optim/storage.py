@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_tex.device import device_type
 from lightning_tex.flat_sizes import ALIGNMENT, most_elements
 from lightning_tex.optim.compact import CompactStates, RoundedMaster, SplitMaster
 from lightning_tex.optim.engine import fastest
@@ -22,6 +23,7 @@ from lightning_tex.optim.rounding import Dice, Rounding
 
 StateFormatName = Literal["fp32", "split", "int8", "stochastic"]
 ZeroStage = Literal[0, 1, 2]
+
 
 @dataclass(frozen=True)
 class Storage:
@@ -86,7 +88,7 @@ class Storage:
                     return self._states(own, tile_size, probed, Rounding(dice, [largest], largest.start, own.device))
 
                 needed = temporary_bytes(optimizer, group, buffer.parameters, trial)
-                tile = self.tile_size or most_elements(needed, buffer.parameters.device.type)
+                tile = self.tile_size or most_elements(needed, device_type(buffer.parameters))
                 anywhere = self.state_format != "int8" and not fastest(optimizer, group).get("fused")
                 tiles[dtype] = tile if anywhere else -(-tile // ALIGNMENT) * ALIGNMENT
             rounding = Rounding(dice, buffer.entries, buffer.own_start, buffer.parameters.device)

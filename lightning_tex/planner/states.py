@@ -55,9 +55,7 @@ def buffers(job: Job, candidate: Candidate) -> tuple[Buffer, ...]:
 
 
 @lru_cache(maxsize=4096)
-def _buffers(
-    sizes: ModelSizes, layout: Layout, precision: str, sharded: bool, two_groups: bool
-) -> tuple[Buffer, ...]:
+def _buffers(sizes: ModelSizes, layout: Layout, precision: str, sharded: bool, two_groups: bool) -> tuple[Buffer, ...]:
     usual, full = ELEMENT_BYTES[precision]
     kinds: dict[tuple[bool, bool, bool, int], list[int]] = {}
     for vectors in (False, True) if two_groups else (None,):

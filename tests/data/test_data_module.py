@@ -147,6 +147,31 @@ def stream(make, jsonl):
     return lambda **more: make(**(options | {"sequence_length": 72} | more))
 
 
+def test_a_tokenizer_of_the_hub(stream, jsonl, monkeypatch, tmp_path):
+    """From where the hub's client keeps what it has downloaded, with the hub out of reach."""
+    trained = TextDataModule(path=str(jsonl), text_column="body", vocab_size=300)
+    repository = tmp_path / "models--someone--bpe"
+    (repository / "snapshots" / "1").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("1")
+    trained.prepared.tokenizer.tokenizer.save(str(repository / "snapshots" / "1" / "tokenizer.json"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    assert stream(tokenizer="someone/bpe", vocab_size=None).vocab_size == trained.prepared.tokenizer.size
+    padded = stream(tokenizer="someone/bpe", vocab_size=512)
+    assert padded.vocab_size == 512
+    batch = next(iter(padded.train_dataloader()))
+    assert batch["input_ids"].max() < trained.prepared.tokenizer.size
+
+    unread = stream(tokenizer="someone/else", vocab_size=512)  # not looked for before it is needed
+    assert unread.vocab_size == 512
+    with pytest.raises(FileNotFoundError, match="tokenizer='someone/else' is no file or folder here, and the Hugging"):
+        unread.setup()
+    with pytest.raises(ValueError, match="vocab_size=260 is too small; legal are 300 and more"):
+        stream(tokenizer="someone/bpe", vocab_size=260).setup()
+
+
 def test_a_stream_gives_the_blocks_of_the_file(stream):
     whole = stream(streaming=False)
     blocks = whole.prepared.train[list(range(40))]

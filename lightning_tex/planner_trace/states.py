@@ -1,0 +1,47 @@
+"""What a rank keeps between steps, and what each tensor of it is for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from lightning_tex.optim import TiledOptimizer
+from lightning_tex.placement import placements
+from lightning_tex.topology import Topology
+
+# The kinds of what is kept between steps.
+STATES = ("dense_parameters", "expert_parameters", "gradients", "master", "moments")
+
+
+def states(model: nn.Module, topology: Topology, optimizer: TiledOptimizer | None) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that a rank keeps of parameters, gradients and optimizer states, with its kind.
+
+    Several tensors may be views of one storage; a storage belongs to the kind that names it first.
+
+    Args:
+        model: cut already.
+        topology: what it was cut by.
+        optimizer: its optimizer, if it has one.
+    """
+    parameters = dict(model.named_parameters())
+    for name, placement in placements(model, topology).items():
+        yield (
+            "expert_parameters" if placement.replicas.name == "expert_data" else "dense_parameters",
+            parameters[name],
+        )
+    for shard in [] if optimizer is None else optimizer.shards:
+        yield "gradients", shard.gradients.memory
+        yield from shard.states.memory()
+
+
+def state_bytes(model: nn.Module, topology: Topology, optimizer: TiledOptimizer | None) -> dict[str, int]:
+    """Bytes of the storages that a rank keeps between steps, by kind."""
+    found: dict[int, tuple[str, int]] = {}
+    for kind, tensor in states(model, topology, optimizer):
+        storage = tensor.untyped_storage()
+        found.setdefault(storage._cdata, (kind, storage.nbytes()))
+    totals = dict.fromkeys(STATES, 0)
+    for kind, size in found.values():
+        totals[kind] += size
+    return totals
