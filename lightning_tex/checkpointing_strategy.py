@@ -12,7 +12,6 @@ from typing import Any
 from lightning import Trainer
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -49,6 +48,7 @@ class CheckpointingStrategy(MeshStrategy):
         self._save_distributed_checkpoint = distributed
         self._save_in_background = background
         self._background = Background()
+        self._training = False
         self._side_group: SideGroup | None = None
         self._random_at_first_step: dict[str, Tensor] = {}
 
@@ -120,9 +120,7 @@ class CheckpointingStrategy(MeshStrategy):
     def _after_saves(self, job: Callable[[], None]) -> None:
         """Do it after all saves so far: in the background of a fit, else now."""
         self._background.submit(job)
-        state = self._trainer.state if self._trainer is not None else None
-        fitting = state is not None and (state.fn, state.status) == (TrainerFn.FITTING, TrainerStatus.RUNNING)
-        if not (self._save_in_background and fitting):
+        if not (self._save_in_background and self._training):
             self._background.wait()
 
     def remove_checkpoint(self, filepath: Any) -> None:
@@ -150,11 +148,17 @@ class CheckpointingStrategy(MeshStrategy):
         self._random_at_first_step = {}
         return super().training_step(*args, **kwargs)
 
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self._training = True
+
     def on_train_end(self) -> None:
         super().on_train_end()
+        self._training = False
         self._background.wait()
 
     def teardown(self) -> None:
+        self._training = False
         failure = self._background.close()
         if failure is not None:  # something else has ended the fit
             _log.error("%s", failure)
