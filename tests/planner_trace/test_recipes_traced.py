@@ -84,4 +84,4 @@ def test_a_large_recipe_fits_the_machine_it_is_named_for(name):
 def whole(recipe: Path):
     warnings.simplefilter("ignore")
     loaded = Recipe(str(recipe))
-    return trace(loaded, loaded.world_size())
+    return trace(loaded, loaded.world_size(), trainer={"accumulate_grad_batches": 1})
