@@ -1,4 +1,4 @@
-"""Floor 0: how many elements flat buffers and tiles have: arithmetic that the optimizer does and the planner foresees."""
+"""Floor 0: how many elements flat buffers and tiles have: what the optimizer does and the planner foresees."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 ALIGNMENT = 64
 # Elements of a buffer. Gradients are reduced buffer by buffer: several, to begin early; not too small, to be fast.
 BUCKETS, SMALLEST_BUCKET, LARGEST_BUCKET = 8, 1 << 18, 1 << 24
-# What a step may allocate besides what it keeps, in bytes, and the most elements of a tile, by device. Those of the CPU
-# are measured (docs/optimizer.md), those of GPUs are not.
+# What a step may allocate besides what it keeps, in bytes, by device. That of the CPU is measured (docs/optimizer.md),
+# that of GPUs is not.
 BUDGET_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 SCALARS_BYTES = 4096  # of the budget, for what does not grow with the tile
-LARGEST_TILE = {"cpu": 1 << 22, "cuda": 1 << 24}
+UNBOUNDED = 1 << 62  # elements
 
 
 def aligned(length: int) -> int:
@@ -47,8 +47,7 @@ def part_length(lengths: Sequence[int], owners: int) -> int:
 
 def most_elements(temporary_bytes: float, device: str) -> int:
     """Elements of a tile whose step, at so many bytes of temporaries per element, keeps to the device's budget."""
-    most = LARGEST_TILE.get(device, LARGEST_TILE["cuda"])
-    if temporary_bytes:
-        budget = BUDGET_BYTES.get(device, BUDGET_BYTES["cuda"]) - SCALARS_BYTES
-        most = min(most, int(budget / temporary_bytes))
-    return most // ALIGNMENT * ALIGNMENT
+    if not temporary_bytes:
+        return UNBOUNDED
+    budget = BUDGET_BYTES.get(device, BUDGET_BYTES["cuda"]) - SCALARS_BYTES
+    return int(budget / temporary_bytes) // ALIGNMENT * ALIGNMENT

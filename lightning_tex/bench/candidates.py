@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_tex import placement
+from lightning_tex.flat_sizes import UNBOUNDED
 from lightning_tex.layers import ParallelAttention
 from lightning_tex.moe import MoE
 from lightning_tex.optim import Storage, TiledOptimizer
@@ -30,7 +31,6 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "Adagrad": {"lr": 1e-4},
 }
 FORMATS: tuple[str, ...] = get_args(StateFormatName)
-EVERYTHING = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,9 @@ class Tiled(Candidate):
 
     @property
     def tile_size(self) -> int:
-        """Elements in a tile."""
-        return max(shard.states.tile_size for shard in self.optimizer.shards)
+        """Elements in the largest tile."""
+        spans = (span for shard in self.optimizer.shards for span in shard.states.spans)
+        return max(span.stop - span.start for span in spans)
 
     def step(self) -> None:
         self.optimizer.step()
@@ -206,7 +207,7 @@ def ours(tile_size: int | None, state_formats: Sequence[StateFormatName]) -> dic
     found: dict[str, Build] = {}
     for name in state_formats:
         found["tiled" if name == "fp32" else f"tiled, {name}"] = partial(Tiled, tile_size=tile_size, state_format=name)
-    return found | {"untiled": partial(Tiled, tile_size=EVERYTHING)}
+    return found | {"untiled": partial(Tiled, tile_size=UNBOUNDED)}
 
 
 def torchs(low_precision: bool) -> dict[str, Build]:

@@ -80,7 +80,10 @@ def add_optimizer(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--tile-size", type=whole, help="elements in a tile (default: the strategy's)")
     parser.add_argument("--tensor-parallel-size", type=whole, default=1)
     parser.add_argument("--expert-parallel-size", type=whole, default=1)
-    parser.add_argument("--turns", type=whole, default=11, help="steps timed of each, in turns (default: 11)")
+    parser.add_argument(
+        "--turns", type=whole, help="steps timed of each, in turns (default: 15 to 300, more of small sizes)"
+    )
+    parser.add_argument("--builds", type=whole, default=5, help="times that all are made anew in between (default: 5)")
     parser.add_argument("--threads", type=whole, default=1, help="of torch, on CPU (default: 1)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--memory-gib", type=float, help="memory that may be taken (default: half of what is free)")
@@ -110,7 +113,7 @@ def add_optimizer(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         ]
         free = optimizer.free_bytes(device, topology) // 2
         limit = free if options.memory_gib is None else int(options.memory_gib * 2**30)
-        plan = optimizer.Plan(workloads, options.tile_size, options.formats, options.turns, limit)
+        plan = optimizer.Plan(workloads, options.tile_size, options.formats, options.turns, options.builds, limit)
         optimizer.run(plan, options.json, options.plot)
 
     parser.set_defaults(run=run)

@@ -24,6 +24,7 @@ from lightning_tex.optim.storage import StateFormatName
 from lightning_tex.topology import Layout, Topology
 
 PROBE_ELEMENTS = 1 << 16
+FEWEST_TURNS, MOST_TURNS, STEPPED_ELEMENTS = 15, 300, 4 * 10**8
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,23 @@ class Plan:
         workloads: the sizes, each measured by itself.
         tile_size: elements in a tile; ``None``: the default.
         state_formats: how the tiled step keeps its states.
-        turns: steps that are timed of each candidate, one in a turn.
+        turns: steps that are timed of each candidate, one in a turn; ``None``: the more, the smaller the workload.
+        builds: how often candidates are made anew meanwhile: where tensors come to lie changes a step's time.
         limit_bytes: memory that may be taken at once.
     """
 
     workloads: Sequence[Workload]
     tile_size: int | None
     state_formats: Sequence[StateFormatName]
-    turns: int
+    turns: int | None
+    builds: int
     limit_bytes: int
+
+    def turns_of(self, elements: int) -> int:
+        """Turns of a workload of so many elements."""
+        if self.turns is not None:
+            return self.turns
+        return min(max(FEWEST_TURNS, STEPPED_ELEMENTS // elements), MOST_TURNS)
 
 
 def run(plan: Plan, as_json: bool, plot: Path | None) -> None:
@@ -61,11 +70,11 @@ def run(plan: Plan, as_json: bool, plot: Path | None) -> None:
         "threads": torch.get_num_threads(),
         "layout": str(first.topology.layout),
         "torch": torch.__version__,
-        "turns": plan.turns,
+        "builds": plan.builds,
         "cases": [],
     }
     if speaks:
-        tell("{optimizer} on {device}, {threads} threads, {layout}, {turns} turns".format(**report))
+        tell("{optimizer} on {device}, {threads} threads, {layout}, {builds} builds".format(**report))
     gc.collect()
     gc.freeze()  # every count collects garbage, and need not go through all that was imported
     try:
@@ -96,6 +105,7 @@ class Case:
     def __init__(self, workload: Workload, plan: Plan) -> None:
         self.workload, self.plan = workload, plan
         self.elements = workload.count()
+        self.turns = plan.turns_of(self.elements)
         formats = plan.state_formats if workload.low_precision else ("fp32",)  # the others are made for bf16
         self.ours = ours(plan.tile_size, formats)
         self.builds = self.ours | torchs(workload.low_precision) | peers()
@@ -115,6 +125,7 @@ class Case:
         return {
             "elements": self.elements,
             "experts": self.workload.experts,
+            "turns": self.turns,
             "dtype": str(self.workload.dtype).removeprefix("torch."),
             "copy_gb_per_s": self._time(),
             "candidates": self.rows,
@@ -164,30 +175,40 @@ class Case:
         """Time as many candidates as fit into memory together, in turns. Gives the speed of a plain copy in GB/s."""
         source, target = (torch.ones(self.elements, device=self.workload.device) for _ in range(2))
         copy_bytes = source.nbytes + target.nbytes
-        running = self._fitting(self.plan.limit_bytes - copy_bytes)
+        names = self._fitting(self.plan.limit_bytes - copy_bytes)
         copies: list[Clocked] = []
-        times: dict[str, list[Clocked]] = {name: [] for name in running}
-        for turn in range(self.plan.turns):
-            first = turn % max(1, len(running))
-            names = list(running)[first:] + list(running)[:first]  # nobody always steps behind the same neighbour
-            for name in names:
+        times: dict[str, list[Clocked]] = {name: [] for name in names}
+        running: dict[str, Candidate] = {}
+        builds = min(self.plan.builds, self.turns)
+        for turn in range(self.turns):
+            first = turn % max(1, len(names))
+            order = names[first:] + names[:first]  # nobody always steps, or lies in memory, behind the same neighbour
+            if turn * builds // self.turns != (turn - 1) * builds // self.turns:
+                running = self._built(running, order)
+            for name in order:
                 running[name].prepare()
                 times[name].append(self._clock(running[name].step))
             copies.append(self._clock(partial(target.copy_, source)))
-        for candidate in running.values():
-            candidate.close()
+        self._built(running, [])
         for name, row in self.rows.items():
             row |= timing(times.get(name, []), times.get(REFERENCE, []), row["moved_bytes"])
         return copy_bytes / statistics.median(copy.wall_ms for copy in copies) / 1e6
 
-    def _fitting(self, room: int) -> dict[str, Candidate]:
-        """Candidates by name, two steps on, whose tensors fit into ``room`` bytes together; first the reference."""
-        running = {}
+    def _fitting(self, room: int) -> list[str]:
+        """Candidates whose tensors fit into ``room`` bytes together; first the reference."""
+        names = []
         for name in sorted(self.rows, key=lambda name: name != REFERENCE):
             if self._needs[name] <= room:
                 room -= self.rows[name]["state_bytes"]
-                running[name] = stepped(stepped(self.builds[name](self.workload)))
-        return running
+                names.append(name)
+        return names
+
+    def _built(self, before: dict[str, Candidate], names: list[str]) -> dict[str, Candidate]:
+        """New candidates, two steps on, when those before are gone."""
+        for name in list(before):
+            before.pop(name).close()
+        gc.collect()
+        return {name: stepped(stepped(self.builds[name](self.workload))) for name in names}
 
     def _clock(self, run: Callable[[], object]) -> Clocked:
         """All ranks starting together."""

@@ -59,12 +59,13 @@ class SplitMaster(Master):
         self.remainder = torch.zeros_like(own, dtype=torch.int16)
 
     def read(self, span: slice) -> Tensor:
-        bits = self.own[span].view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
-        return bits.add_(self.remainder[span].to(torch.int32)).view(torch.float32)
+        values = self.own[span].float()  # its bits are the parameter's, shifted up
+        values.view(torch.int32).add_(self.remainder[span])
+        return values
 
     def write(self, span: slice, values: Tensor) -> None:
         bits = values.view(torch.int32)
-        self.remainder[span] = bits.to(torch.int16)  # the lower half, as a signed number
+        self.remainder[span].copy_(bits)  # the lower half, as a signed number
         self.own[span].view(torch.int16).copy_(bits.add_(0x8000).bitwise_right_shift_(16))
 
     def take_up(self) -> None:

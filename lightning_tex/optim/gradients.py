@@ -132,13 +132,14 @@ class FullGradients(Gradients):
     def __init__(self, buffer: FlatBuffer) -> None:
         super().__init__(buffer)
         self.flat = torch.zeros_like(buffer.parameters)
+        self._own = own_part(self.flat, buffer.owners)
         self.views = {entry: buffer.view(self.flat, entry) for entry in buffer.entries}
         for entry, view in self.views.items():
             entry.parameter.grad = view
 
     @property
     def own(self) -> Tensor:
-        return own_part(self.flat, self.buffer.owners)
+        return self._own
 
     @property
     def memory(self) -> Tensor:

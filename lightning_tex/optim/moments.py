@@ -13,6 +13,7 @@ from lightning_tex.optim.rounding import Rounding, round_stochastically
 
 BLOCK = 64  # elements that share a scale; windows, shards and parameters begin at multiples of it
 _CODES = {torch.int8: 127, torch.uint8: 255}
+_SMALLEST_ROOT = 1e-12  # below the fourth root of every fp32 number but 0
 
 
 class Moments(ABC):
@@ -136,23 +137,31 @@ class Int8Moments(Moments):
     def read(self, key: str, span: slice) -> Tensor:
         codes = self.codes[key][span]
         values = codes.float().div_(_CODES[codes.dtype])
-        fourth = values.abs().mul_(values)  # keeps the sign
-        values.square_()
-        return fourth.mul_(values).view(-1, BLOCK).mul_(self._scales(key, span)).view(-1)
+        if codes.dtype == torch.int8:
+            values = values.square().square_().copysign_(values)
+        else:
+            values.square_().square_()
+        values.view(-1, BLOCK).mul_(self._scales(key, span))
+        return values
 
     def write(self, key: str, span: slice, values: Tensor, exact: bool = False) -> None:
-        codes, blocks = self.codes[key][span], values.view(-1, BLOCK)
-        scales = blocks.abs().amax(1, keepdim=True)
+        codes = self.codes[key][span]
+        size = values.abs()
+        blocks = size.view(-1, BLOCK)
+        scales = blocks.amax(1, keepdim=True)
         self._scales(key, span).copy_(scales)
-        size = blocks.abs().div_(scales.clamp_(min=torch.finfo(torch.float32).tiny)).sqrt_().sqrt_().view(-1)
-        size.mul_(_CODES[codes.dtype])
+        # The fourth root of a quotient, as a quotient of roots. They are rounded, but the largest value gets the largest
+        # code: it comes out a little above that, and what is added at random stays as much below 1.
+        roots = scales.sqrt_().sqrt_().clamp_(min=_SMALLEST_ROOT)
+        size.sqrt_().sqrt_()
+        blocks.mul_(roots.reciprocal_().mul_(_CODES[codes.dtype] * (1 + 2**-21)))
         if codes.dtype == torch.int8:
             codes.copy_(size.round_().copysign_(values))
         elif exact:
             codes.copy_(size.round_())
         else:
-            size.add_(self.rounding.bits(span, key).float().mul_(2**-16)).floor_()
-            codes.copy_(size.maximum(values.sign_()))
+            size.add_(self.rounding.bits(span, key), alpha=2**-16 * (1 - 2**-11))
+            codes.copy_(size.maximum(values.sign_()))  # cuts off, downwards
 
     def _scales(self, key: str, span: slice) -> Tensor:
         return self.scales[key][span.start // BLOCK : span.stop // BLOCK, None]

@@ -50,9 +50,9 @@ class Shard:
         self.refresh()
         options = fastest(engine.optimizer, self.group)
         scale /= self.gradients.divisor
-        own = self.gradients.own
-        for i, span in enumerate(self.states.spans):
-            engine.step_window(self.states, i, own[span], scale, options)
+        own, spans = self.gradients.own, self.states.spans
+        for i, span in enumerate(spans):
+            engine.step_window(self.states, i, own[span] if len(spans) > 1 else own, scale, options)
 
     def refresh(self) -> None:
         """Take up parameters that somebody else wrote since the last step (a loaded state dict, a callback)."""
