@@ -44,7 +44,7 @@ def remove_leftovers(path: Path) -> None:
     """Remove what was cut off: saves to ``path``, versions of it that no name leads to, removals in its folder."""
     current = path.resolve()
     for gone in path.parent.glob(f".*{_REMOVED}"):
-        shutil.rmtree(gone)
+        shutil.rmtree(gone, ignore_errors=True)
     for version in _versions(path):
         if version.name.endswith(_PARTIAL) or (os.path.lexists(path) and version.resolve() != current):
             remove(version)
@@ -126,7 +126,7 @@ def remove(path: Path) -> None:
     elif path.is_dir():
         gone = hidden(path, _REMOVED)
         os.rename(path, gone)
-        shutil.rmtree(gone)
+        shutil.rmtree(gone, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 
