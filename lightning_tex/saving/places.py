@@ -15,7 +15,8 @@ from pathlib import Path
 
 from lightning_tex.saving.manifest import MANIFEST, CorruptCheckpointError, Manifest
 
-_PARTIAL = ".partial"
+# Being written, perhaps by another run in the same folder; and given up, whosever it was.
+_PARTIAL, _REMOVED = ".partial", ".removed"
 
 
 def hidden(path: Path, ending: str = "") -> Path:
@@ -40,8 +41,10 @@ def _versions(path: Path) -> list[Path]:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what saves to ``path`` that were cut off have left, and versions of it that no name leads to."""
+    """Remove what was cut off: saves to ``path``, versions of it that no name leads to, removals in its folder."""
     current = path.resolve()
+    for gone in path.parent.glob(f".*{_REMOVED}"):
+        shutil.rmtree(gone, ignore_errors=True)
     for version in _versions(path):
         if version.name.endswith(_PARTIAL) or (os.path.lexists(path) and version.resolve() != current):
             remove(version)
@@ -121,10 +124,9 @@ def remove(path: Path) -> None:
         if behind.parent == path.parent.resolve() and _is_version(behind, path):
             remove(behind)
     elif path.is_dir():
-        gone = path if path.name.endswith(_PARTIAL) else hidden(path, _PARTIAL)
-        if gone != path:
-            os.rename(path, gone)
-        shutil.rmtree(gone)
+        gone = hidden(path, _REMOVED)
+        os.rename(path, gone)
+        shutil.rmtree(gone, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 
@@ -166,7 +168,7 @@ def latest(folder: str | os.PathLike[str]) -> Path | None:
     newest: tuple[int, float, Path] | None = None
     with suppress(FileNotFoundError, NotADirectoryError):
         for entry in sorted(Path(folder).iterdir()):
-            if entry.name.endswith(_PARTIAL) or not entry.is_dir():
+            if entry.name.endswith((_PARTIAL, _REMOVED)) or not entry.is_dir():
                 continue
             with suppress(CorruptCheckpointError):
                 manifest = manifest_of(entry)
