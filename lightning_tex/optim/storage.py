@@ -108,8 +108,8 @@ class Storage:
         if self.state_format != "fp32" and dtype in LOW_PRECISION and probed.not_floating:
             odd = ", ".join(f"{key!r} ({kind})" for key, kind in sorted(probed.not_floating.items()))
             raise ValueError(
-                f"optimizer {name} keeps {odd} for every element, and optimizer_state_format={self.state_format!r} is for "
-                "floating-point numbers; legal: 'fp32'"
+                f"optimizer {name} keeps {odd} for every element, and "
+                f"optimizer_state_format={self.state_format!r} is for floating-point numbers; legal: 'fp32'"
             )
 
     def _states(self, own: Tensor, tile_size: int, probed: Probed, rounding: Rounding) -> StateFormat:

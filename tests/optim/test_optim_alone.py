@@ -173,13 +173,8 @@ def test_groups_without_anything_to_step():
     for model in (ours, theirs):
         model[2].requires_grad_(False)
         trained = [p for p in model.parameters() if p.requires_grad]
-        groups = [
-            {"params": []},
-            {"params": list(model[2].parameters())},
-            {"params": trained, "lr": 1e-2},
-            {"params": []},
-        ]
-        optimizers.append(torch.optim.AdamW(groups))
+        groups = [[], list(model[2].parameters()), trained, []]
+        optimizers.append(torch.optim.AdamW([{"params": group} for group in groups], lr=1e-2))
     optimizer = tiled(ours, optimizers[0])
     assert [len(group["params"]) for group in optimizer.param_groups] == [0, 2, 3, 0]
     for step in range(3):

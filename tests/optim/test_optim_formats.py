@@ -207,12 +207,12 @@ def test_a_square_above_zero_never_becomes_zero_and_zero_stays():
 def test_the_largest_value_of_every_block_is_kept_exactly():
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(2000, BLOCK, generator=generator) * 10 ** torch.linspace(-36, 36, 2000)[:, None]
-    for key, given in (("m", values), ("v", values.abs())):
+    for key, whole in (("m", values), ("v", values.abs())):
         kept = moments(values.numel())
-        kept.write(key, slice(0, values.numel()), given.flatten().clone())
+        kept.write(key, slice(0, values.numel()), whole.flatten().clone())
         read = kept.read(key, slice(0, values.numel())).view(-1, BLOCK)
-        at = given.abs().argmax(1, keepdim=True)
-        assert torch.equal(read.gather(1, at), given.gather(1, at)), key
+        at = whole.abs().argmax(1, keepdim=True)
+        assert torch.equal(read.gather(1, at), whole.gather(1, at)), key
 
 
 def test_a_slow_average_is_not_stuck_at_a_code():
