@@ -277,7 +277,15 @@ class TexMoEStrategy(CheckpointingStrategy):
         assert self.model is not None
         self._compare_batch(args, kwargs)
         auxiliary_loss(self.model)  # what an aborted step left behind
-        return super().training_step(*args, **kwargs)
+        output = super().training_step(*args, **kwargs)
+        assert self.lightning_module is not None
+        if output is None and self.lightning_module.automatic_optimization and self.topology.world.size > 1:
+            raise RuntimeError(
+                f"training_step returned None on rank {self.global_rank}: without a backward of its own it would leave "
+                f"the other {self.topology.world.size - 1} ranks waiting in theirs. Legal: a loss on every rank, "
+                "0 * loss where a batch is to count for nothing; None in a run of one process"
+            )
+        return output
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         return self._evaluate(super().validation_step, *args, **kwargs)

@@ -127,9 +127,16 @@ class Tiled(Candidate):
         workload: the elements.
         tile_size: elements in a tile; ``None``: the default.
         state_format: how states are kept.
+        guard: look for infinities and NaN first, as the strategy does unless told otherwise; that takes the norm.
     """
 
-    def __init__(self, workload: Workload, tile_size: int | None, state_format: StateFormatName = "fp32") -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        tile_size: int | None,
+        state_format: StateFormatName = "fp32",
+        guard: int | None = None,
+    ) -> None:
         super().__init__(workload)
         module = workload.module().to_empty(device=workload.device)
         named = dict(module.named_parameters())
@@ -137,7 +144,7 @@ class Tiled(Candidate):
             parameter.data.copy_(workload.drawn(*parameter.shape))
         places = {named[name]: place for name, place in placement.placements(module, workload.topology).items()}
         inner = workload.build(list(named.values()))
-        storage = Storage(state_format=state_format, tile_size=tile_size)
+        storage = Storage(state_format=state_format, tile_size=tile_size, guard=guard)
         self.optimizer = TiledOptimizer(inner, places, workload.topology.world, storage)
         for parameter in named.values():
             assert parameter.grad is not None
@@ -198,7 +205,7 @@ REFERENCE = "torch fused"
 
 
 def ours(tile_size: int | None, state_formats: Sequence[StateFormatName]) -> dict[str, Build]:
-    """This package's step by name: tiled, once for each state format, and with all elements in one tile.
+    """This package's step by name: tiled, once for each state format; guarded; and with all elements in one tile.
 
     Args:
         tile_size: elements in a tile; ``None``: the default.
@@ -207,6 +214,7 @@ def ours(tile_size: int | None, state_formats: Sequence[StateFormatName]) -> dic
     found: dict[str, Build] = {}
     for name in state_formats:
         found["tiled" if name == "fp32" else f"tiled, {name}"] = partial(Tiled, tile_size=tile_size, state_format=name)
+    found["tiled, guarded"] = partial(Tiled, tile_size=tile_size, guard=1)
     return found | {"untiled": partial(Tiled, tile_size=UNBOUNDED)}
 
 

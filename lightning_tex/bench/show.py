@@ -26,7 +26,8 @@ def tabulate(case: dict[str, Any]) -> None:
     console = Console(width=max(110, Console().width), highlight=False)
     experts = "" if case["experts"] is None else f" of a block with {case['experts']} experts"
     table = Table(box=SIMPLE, padding=(0, 1), title_justify="left")
-    table.title = f"{case['elements']:,} elements{experts}, {case['dtype']}, {case['turns']} turns; a copy: {case['copy_gb_per_s']:.1f} GB/s"
+    what = f"{case['elements']:,} elements{experts}, {case['dtype']}, {case['turns']} turns"
+    table.title = f"{what}; a copy: {case['copy_gb_per_s']:.1f} GB/s"
     table.add_column("", no_wrap=True)
     for heading in ("temp MB", "B/param", "step ms", "to fused", "CPU ms", "to fused", "moved B", "GB/s"):
         table.add_column(heading, justify="right", no_wrap=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_tex.collectives import Started, gather_in_place, own_part, reduce_scatter_in_place, sum_in_place
 from lightning_tex.optim.flat import Entry, FlatBuffer
 
-_AT_ONCE = 1 << 20  # elements of which a norm is taken
+_AT_ONCE = 1 << 18  # elements of which a norm is taken: more cost accuracy and, being upcast, time
 
 
 class Gradients(ABC):
@@ -104,9 +104,10 @@ class Gradients(ABC):
 
     def squared_norm(self) -> Tensor:
         """Sum of squares, in fp64, of the combined own part: a scalar."""
-        total = torch.zeros((), dtype=torch.float64, device=self.own.device)
-        dtype = torch.promote_types(self.own.dtype, torch.float32)
-        for part in self.own.split(_AT_ONCE):  # what is not fp32 already is upcast on the way
+        own = self.own
+        total = torch.zeros((), dtype=torch.float64, device=own.device)
+        dtype = torch.promote_types(own.dtype, torch.float32)
+        for part in own.split(_AT_ONCE):  # what is not fp32 already is upcast on the way
             total += torch.linalg.vector_norm(part, dtype=dtype).double().square()
         return total / self.divisor**2
 
@@ -116,8 +117,9 @@ class Gradients(ABC):
 
     def bad_entry(self) -> Entry | None:
         """The first parameter that has an infinity or NaN in the own part."""
+        own = self.own
         for entry in self.buffer.entries:
-            if not bool(torch.isfinite(self.own[self._within_own(entry)]).all()):
+            if not bool(torch.isfinite(own[self._within_own(entry)]).all()):
                 return entry
         return None
 
@@ -200,8 +202,19 @@ class ShardedGradients(Gradients):
 
     @property
     def own(self) -> Tensor:
-        # What was shown may have been changed.
-        return self.sum if self._exposed is None else own_part(self._exposed, self.buffer.owners)
+        if self._exposed is not None:
+            self._take_up_changes(own_part(self._exposed, self.buffer.owners))
+        return self.sum
+
+    def _take_up_changes(self, shown: Tensor) -> None:
+        """Take up what somebody changed in the gradients that were shown, rounded to the parameters' dtype."""
+        for kept, now in zip(self.sum.split(_AT_ONCE), shown.split(_AT_ONCE), strict=True):
+            kept.copy_(torch.where(kept.to(now.dtype) == now, kept, now))
+
+    def clamp(self, limit: float) -> None:
+        super().clamp(limit)
+        if self._exposed is not None:  # shown, what is kept must not look changed
+            own_part(self._exposed, self.buffer.owners).copy_(self.sum)
 
     @property
     def memory(self) -> Tensor:

@@ -150,8 +150,8 @@ class Int8Moments(Moments):
         blocks = size.view(-1, BLOCK)
         scales = blocks.amax(1, keepdim=True)
         self._scales(key, span).copy_(scales)
-        # The fourth root of a quotient, as a quotient of roots. They are rounded, but the largest value gets the largest
-        # code: it comes out a little above that, and what is added at random stays as much below 1.
+        # The fourth root of a quotient, as a quotient of roots. However these are rounded, the largest value gets the
+        # largest code: it comes out a little above that, and what is added at random stays as much below 1.
         roots = scales.sqrt_().sqrt_().clamp_(min=_SMALLEST_ROOT)
         size.sqrt_().sqrt_()
         blocks.mul_(roots.reciprocal_().mul_(_CODES[codes.dtype] * (1 + 2**-21)))

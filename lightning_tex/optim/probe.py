@@ -22,9 +22,11 @@ class Probed(NamedTuple):
     """What a trial showed.
 
     nonnegative: states that were never below zero, whatever the gradients.
+    not_floating: states with one value per element that are no floating-point numbers, and their dtype.
     """
 
     nonnegative: frozenset[str]
+    not_floating: dict[str, torch.dtype]
 
 
 def probe(optimizer: Optimizer, group: dict[str, Any]) -> Probed:
@@ -72,7 +74,9 @@ def _try(optimizer: Optimizer, group: dict[str, Any]) -> Probed:
             f"optimizer {name} is not elementwise: a random matrix stepped whole and in windows differ by up to "
             f"{(windowed - whole.detach().flatten()).abs().max():.1e}; {need}"
         )
-    return Probed(_nonnegative(windows))
+    state, tile = windows[0].state, windows[0].tile
+    odd = {key: v.dtype for key, v in state.items() if per_element(v, tile) and not v.is_floating_point()}
+    return Probed(_nonnegative(windows), odd)
 
 
 class _CountedClosure:

@@ -74,14 +74,17 @@ class Storage:
             dice: for formats that round at random.
 
         Raises:
-            ValueError: an optimizer that is not elementwise, by name; a format for parameters it is not made for.
+            ValueError: an optimizer that is not elementwise, by name; a format for parameters or states that it is not
+                made for.
         """
         probed = probe(optimizer, group)
+        name = type(optimizer).__name__
         tiles: dict[torch.dtype, int] = {}
 
         def states(buffer: FlatBuffer) -> StateFormat:
             dtype = buffer.parameters.dtype
             if dtype not in tiles:
+                self._require_floating(name, dtype, probed)
 
                 def trial(own: Tensor, tile_size: int) -> StateFormat:
                     largest = max(buffer.entries, key=lambda entry: entry.stop - entry.start)
@@ -95,6 +98,15 @@ class Storage:
             return self._states(buffer.own, tiles[dtype], probed, rounding)
 
         return states
+
+    def _require_floating(self, name: str, dtype: torch.dtype, probed: Probed) -> None:
+        """Refuse to round what is no floating-point number."""
+        if self.state_format != "fp32" and dtype in LOW_PRECISION and probed.not_floating:
+            odd = ", ".join(f"{key!r} ({kind})" for key, kind in sorted(probed.not_floating.items()))
+            raise ValueError(
+                f"optimizer {name} keeps {odd} for every element, and "
+                f"optimizer_state_format={self.state_format!r} is for floating-point numbers; legal: 'fp32'"
+            )
 
     def _states(self, own: Tensor, tile_size: int, probed: Probed, rounding: Rounding) -> StateFormat:
         if own.dtype not in LOW_PRECISION:

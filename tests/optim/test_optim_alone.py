@@ -167,6 +167,27 @@ def test_a_group_added_later_is_stepped():
     assert {shard.group["lr"] for shard in optimizer.shards} == {0.01, 0.3}
 
 
+def test_groups_without_anything_to_step():
+    ours, theirs = network(), network()
+    optimizers = []
+    for model in (ours, theirs):
+        model[2].requires_grad_(False)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        groups = [[], list(model[2].parameters()), trained, []]
+        optimizers.append(torch.optim.AdamW([{"params": group} for group in groups], lr=1e-2))
+    optimizer = tiled(ours, optimizers[0])
+    assert [len(group["params"]) for group in optimizer.param_groups] == [0, 2, 3, 0]
+    for step in range(3):
+        for model, each in ((ours, optimizer), (theirs, optimizers[1])):
+            each.zero_grad()
+            backward(model, step)
+        optimizer.clip_by_norm(0.1)
+        nn.utils.clip_grad_norm_(theirs.parameters(), 0.1)
+        optimizer.step()
+        optimizers[1].step()
+    equal(ours, theirs, 1e-10)
+
+
 def test_frozen_parameters_stay_and_foreign_ones_are_refused():
     model = network()
     model[0].weight.requires_grad_(False)

@@ -204,6 +204,17 @@ def test_a_square_above_zero_never_becomes_zero_and_zero_stays():
     assert read[0] == 1 and read[1] == 0 and (read[2:] > 0).all()
 
 
+def test_the_largest_value_of_every_block_is_kept_exactly():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(2000, BLOCK, generator=generator) * 10 ** torch.linspace(-36, 36, 2000)[:, None]
+    for key, whole in (("m", values), ("v", values.abs())):
+        kept = moments(values.numel())
+        kept.write(key, slice(0, values.numel()), whole.flatten().clone())
+        read = kept.read(key, slice(0, values.numel())).view(-1, BLOCK)
+        at = whole.abs().argmax(1, keepdim=True)
+        assert torch.equal(read.gather(1, at), whole.gather(1, at)), key
+
+
 def test_a_slow_average_is_not_stuck_at_a_code():
     count, steps = BLOCK * 8, 3000
     weight = nn.Parameter(torch.zeros(count, dtype=torch.bfloat16))
@@ -360,3 +371,34 @@ def test_a_step_keeps_to_the_budget_torchs_own_temporaries_included(state_format
     optimizer.step()
     assert len(optimizer.shards[0].states.spans) > 1
     assert 0.9 * BUDGET_BYTES["cpu"] < peak_bytes(optimizer.step, torch.device("cpu")) <= BUDGET_BYTES["cpu"]
+
+
+class CountsSigns(torch.optim.SGD):
+    """SGD that keeps how often each element's gradient was positive, as a whole number."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                count = self.state[p].setdefault("count", torch.zeros_like(p, dtype=torch.int32))
+                count += p.grad > 0
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("state_format", COMPACT)
+def test_a_state_of_whole_numbers_is_refused_by_name(state_format):
+    model = network(torch.bfloat16)
+    said = rf"CountsSigns keeps 'count' \(torch.int32\) .*'{state_format}' .*legal: 'fp32'"
+    with pytest.raises(ValueError, match=said):
+        tiled(model, CountsSigns(model.parameters(), lr=0.1), None, state_format=state_format)
+
+
+def test_a_state_of_whole_numbers_stays_one_in_fp32():
+    model = network(torch.bfloat16)
+    optimizer = tiled(model, CountsSigns(model.parameters(), lr=0.1), 64, state_format="fp32")
+    for _ in range(3):
+        optimizer.zero_grad()
+        for p in model.parameters():
+            p.grad.fill_(1.0)
+        optimizer.step()
+    counts = [window.state["count"] for shard in optimizer.shards for window in shard.states.windows]
+    assert {count.dtype for count in counts} == {torch.int32} and max(int(count.max()) for count in counts) == 3

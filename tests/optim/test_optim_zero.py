@@ -81,6 +81,28 @@ def test_whole_gradients_can_be_looked_at_and_changed_before_the_step(stage):
     run_ranks(4, whole_gradients, stage)
 
 
+def looked_at(limit):
+    """Two steps of bf16 parameters; gradients shown, which are bf16, or not."""
+    steps = []
+    for whole in (False, True):
+        case = Case((1, 2, 1), SGD, torch.bfloat16, zero_stage=2)
+        for step in range(2):
+            case.optimizer.zero_grad()
+            for micro in range(3):
+                backward(case, step, micro)
+            case.optimizer.reduce_gradients(whole=whole)
+            if limit is not None:
+                case.optimizer.clip_by_value(limit)
+            case.optimizer.step()
+        steps.append([shard.states.values.clone() for shard in case.optimizer.shards])
+    return all(torch.equal(p, q) for p, q in zip(*steps, strict=True))
+
+
+def test_gradients_that_are_shown_keep_their_precision_under_zero_2():
+    for limit in (None, 1e-2):
+        assert run_ranks(4, looked_at, limit) == [True] * 4
+
+
 def what_is_held(stage):
     case = Case((1, 2, 1), KINDS[0], torch.bfloat16, zero_stage=stage)
     case.optimizer.zero_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,42 @@ def test_manual_optimization_under_zero_2() -> None:
     (expected, *_), stage_2 = (on_ranks(2, manual_run, stage) for stage in (1, 2))
     for parameters in stage_2:
         assert all(distance(parameters[key], value) <= 1e-10 for key, value in expected.items())
+
+
+class LeavesOut(PublicNames):
+    """Has no loss for one batch on one rank."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor | None:
+        loss = super().training_step(batch, batch_idx)
+        return None if (self.trainer.global_rank, batch_idx) == (1, 1) else loss
+
+
+def without_a_loss(stage: int) -> None:
+    fitted(LeavesOut(), {"expert_parallel_size": 2, "zero_stage": stage}, accumulate_grad_batches=2)
+
+
+@pytest.mark.parametrize("stage", [2, pytest.param(0, marks=pytest.mark.full), pytest.param(1, marks=pytest.mark.full)])
+def test_a_rank_without_a_loss_is_an_error_and_leaves_nobody_waiting(stage: int) -> None:
+    with pytest.raises(AssertionError, match=r"training_step returned None on rank 1: .*0 \* loss") as error:
+        on_ranks(2, without_a_loss, stage)
+    assert "still running" not in str(error.value)
+
+
+def test_no_loss_in_a_run_of_one_process_is_lightnings_business() -> None:
+    on_ranks(1, without_a_loss_alone)
+
+
+class LeavesOutAlone(PublicNames):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor | None:
+        return super().training_step(batch, batch_idx) if batch_idx else None
+
+
+def without_a_loss_alone() -> None:
+    module = LeavesOutAlone()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*returned `None`")
+        trainer = fitted(module, {}, 4)
+    assert trainer.global_step == 4
 
 
 # --- 16-mixed
