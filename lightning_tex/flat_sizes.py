@@ -1,4 +1,4 @@
-"""Floor 0: how many elements flat buffers and tiles have: arithmetic that the optimizer does and the planner foresees."""
+"""Floor 0: how many elements flat buffers and tiles have: the optimizer makes them, the planner foresees them."""
 
 from __future__ import annotations
 

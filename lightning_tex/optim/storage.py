@@ -23,6 +23,7 @@ from lightning_tex.optim.rounding import Dice, Rounding
 StateFormatName = Literal["fp32", "split", "int8", "stochastic"]
 ZeroStage = Literal[0, 1, 2]
 
+
 @dataclass(frozen=True)
 class Storage:
     """What the optimizer keeps, in which form, on which ranks.

@@ -12,13 +12,13 @@ from test_optim_alone import SignDescent, network, tiled
 from torch import nn
 
 from lightning_tex.bench.memory import peak_bytes
+from lightning_tex.flat_sizes import BUDGET_BYTES, most_elements
 from lightning_tex.optim.compact import SplitMaster
 from lightning_tex.optim.flat import Entry
 from lightning_tex.optim.formats import PlainStates
 from lightning_tex.optim.moments import BLOCK, Int8Moments
 from lightning_tex.optim.probe import Allocations, temporary_bytes
 from lightning_tex.optim.rounding import Dice, Rounding, global_index, round_stochastically
-from lightning_tex.flat_sizes import BUDGET_BYTES, most_elements
 from lightning_tex.placement import Box, Placement
 from lightning_tex.topology import Axis, Topology
 

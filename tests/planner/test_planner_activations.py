@@ -89,7 +89,9 @@ def test_what_routing_losses_keep() -> None:
     indices = logits.detach().topk(config.top_k).indices
     saved: dict[int, torch.Tensor] = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
-        routing_losses(Route(indices, logits, logits.softmax(-1), logits), None, Axis("data"), AlikeStream(Axis("tensor")))
+        routing_losses(
+            Route(indices, logits, logits.softmax(-1), logits), None, Axis("data"), AlikeStream(Axis("tensor"))
+        )
     planned = Activations(Job(ModelSizes.of(config), 1, S, B, "32-true"), Candidate(Layout(1), B))
     of_each_token = [t for t in saved.values() if t.dim() and t.shape[0] == tokens and t is not None]
     softmax = tokens * experts * 4  # the router's own
@@ -112,9 +114,7 @@ def compare_stashes(layouts: tuple[tuple[int, int, int, bool], ...]) -> int:
             continue
         topology = join(*layout, sequence_parallel=sequence)
         job = Job(ModelSizes.of(config), topology.layout.world, S, B * topology.layout.data, "32-true")
-        candidate = Candidate(
-            topology.layout, B, recompute="communication_aware", communication=topology.communication
-        )
+        candidate = Candidate(topology.layout, B, recompute="communication_aware", communication=topology.communication)
         model = nn.Module()
         model.blocks = nn.ModuleList(Block(config, layer) for layer in range(2))
         placement.cut(model, topology)
@@ -130,5 +130,7 @@ def compare_stashes(layouts: tuple[tuple[int, int, int, bool], ...]) -> int:
 
 @pytest.mark.parametrize("world", [1, 4])
 def test_stashes_are_those_on_the_tapes(world: int) -> None:
-    layouts = ((1, 1, 1, True),) if world == 1 else ((2, 2, 2, True), (2, 2, 2, False), (2, 4, 1, True), (1, 4, 1, True))
+    layouts = (
+        ((1, 1, 1, True),) if world == 1 else ((2, 2, 2, True), (2, 2, 2, False), (2, 4, 1, True), (1, 4, 1, True))
+    )
     assert min(run_ranks(world, compare_stashes, layouts, detail=False)) >= 3

@@ -13,10 +13,9 @@ from behaviour_modules import batches, gathered, new_trainer, on_data_axis, on_r
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_tex import TexMoEStrategy
+from lightning_tex import TexMoEStrategy, flat_sizes
 from lightning_tex.layers import VocabParallelCrossEntropy
 from lightning_tex.models import Decoder, DecoderConfig
-from lightning_tex import flat_sizes
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance\\(treespec, LeafSpec\\).*")
 
