@@ -78,9 +78,12 @@ def _plan(options: argparse.Namespace, more: list[str], parser: _Parser) -> dict
         options.zero_stage,
         [bool(value) for value in options.sequence_parallel],
         [_RECOMPUTE[name] for name in options.activation_checkpointing],  # type: ignore[misc]
-        options.optimizer_state_format,
+        options.optimizer_state_format or FORMATS,
     )
     if options.largest_base:
+        # Cutting every matrix over many nodes would fit anything, at no speed to speak of.
+        formats = options.optimizer_state_format or ["fp32"]
+        choices = replace(choices, most_tensor=cluster.gpus_per_node, state_format=formats)
         largest = largest_base(job, cluster, choices)
         report = plan_show.largest_report(job, cluster, largest)
         plan_show.show_largest(report)
@@ -183,10 +186,14 @@ def _parser() -> _Parser:
     kept.add_argument("--zero-stage", nargs="+", type=int, choices=[0, 1, 2], default=[0, 1, 2])
     kept.add_argument("--sequence-parallel", nargs="+", type=_yes_no, default=[False, True], metavar="true|false")
     kept.add_argument("--activation-checkpointing", nargs="+", choices=list(_RECOMPUTE), default=list(_RECOMPUTE))
-    kept.add_argument("--optimizer-state-format", nargs="+", choices=FORMATS, default=list(FORMATS))
+    kept.add_argument("--optimizer-state-format", nargs="+", choices=FORMATS)
     shown = parser.add_argument_group("what is shown")
     shown.add_argument("--trace", action="store_true", help="run the recipe itself without memory; --trace --help")
-    shown.add_argument("--largest-base", action="store_true", help="search the largest base model that fits")
+    shown.add_argument(
+        "--largest-base",
+        action="store_true",
+        help="the largest base model that fits, tensor ranks within a node",
+    )
     shown.add_argument("--reproduce-paper", action="store_true", help="the figures of the TED paper, beside its own")
     shown.add_argument("--rows", type=_positive, default=12, help="layouts in the table (default: 12)")
     shown.add_argument("--json", action="store_true", help="print one JSON object as the last line")

@@ -17,7 +17,7 @@ from lightning_tex.planner.search import LargestBase, Planned, Plans
 from lightning_tex.planner.traffic import sent_bytes, step_collectives
 
 FLOPS = (
-    "MFU: model FLOPs over peak; model FLOPs are 3 x 2mnk of every product on whole matrices (forward, backward twice), "
+    "MFU: model FLOPs over peak; model FLOPs are 3 x 2mnk of every product on whole matrices (a backward is twice), "
     "attention over the whole square, top_k experts a token, no recomputation."
 )
 
@@ -210,32 +210,35 @@ def draw(found: Mapping[str, Any], path: Path, rows: int) -> None:
     from matplotlib.figure import Figure
 
     shown = found["layouts"][:rows]
-    figure = Figure(figsize=(12, 1.6 + 0.42 * len(shown)), layout="constrained")
+    figure = Figure(figsize=(13, 2.4 + 0.42 * len(shown)), layout="constrained")
     FigureCanvasAgg(figure)
     names = [_name(each) for each in shown]
-    for axes, key, unit, label in zip(
-        figure.subplots(1, 2, sharey=True), ("memory_bytes", "step_seconds_by_part"), (GIB, 1),
-        ("GiB of a rank", "seconds of a step"), strict=True,
-    ):  # fmt: skip
-        stack(axes, names, [each[key] for each in shown], unit)
+    memory, time = figure.subplots(1, 2, sharey=True)
+    for axes, key, unit, label in (
+        (memory, "memory_bytes", GIB, "GiB of a rank; dashed: what tensors can use"),
+        (time, "step_seconds_by_part", 1, "seconds of a step"),
+    ):
+        parts = list(dict.fromkeys(part for each in shown for part, value in each[key].items() if value))
+        stack(axes, names, [each[key] for each in shown], parts, unit)
         axes.set_xlabel(label)
-        axes.invert_yaxis()
-    figure.axes[0].axvline(found["usable_bytes"] / GIB, color="black", linestyle="--", linewidth=1)
+        axes.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
+    memory.invert_yaxis()
+    memory.axvline(found["usable_bytes"] / GIB, color="black", linestyle="--", linewidth=1)
     figure.savefig(path, dpi=120)
 
 
-def stack(axes: Any, names: Sequence[str], rows: Sequence[Mapping[str, float]], unit: float) -> None:
+def stack(
+    axes: Any, names: Sequence[str], rows: Sequence[Mapping[str, float]], parts: Sequence[str], unit: float
+) -> None:
     """Horizontal stacked bars: one for each name, one colour for each part."""
     from matplotlib import colormaps
 
-    parts = [part for part in dict.fromkeys(p for each in rows for p in each) if any(each.get(part) for each in rows)]
     left = [0.0] * len(names)
     for i, part in enumerate(parts):
         widths = [each.get(part, 0) / unit for each in rows]
         axes.barh(range(len(names)), widths, left=left, label=part, color=colormaps["tab20"](i % 20))
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axes.set_yticks(range(len(names)), names, fontsize=7)
-    axes.legend(fontsize=6)
 
 
 def _name(each: Mapping[str, Any]) -> str:

@@ -84,7 +84,7 @@ class Activations:
         return self.held * (self._sizes.dim + 1) * self._norm_bytes
 
     def attention(self) -> int:
-        """The input of the three projections; sines and cosines; what the attention kernel saves, its result included."""
+        """The input of the projections; sines and cosines; what the attention kernel saves, its result included."""
         sizes, tensor = self._sizes, self.candidate.layout.tensor
         heads = 2 * sizes.num_heads + 2 * sizes.kv_heads  # query and result, key and value
         kernel = self.tokens * heads * sizes.head_dim // tensor * self._bytes

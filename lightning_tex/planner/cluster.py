@@ -128,14 +128,13 @@ def _number(value: Any) -> Any:
         return value
 
 
-# Latencies are of one message of a ring step as seen by a collective: about 5 us over NVLink and 10 us over InfiniBand
-# in nccl-tests at small sizes (an all-reduce of 8 bytes over 8 GPUs of a DGX takes 40 to 80 us, 14 steps); not published
-# by the makers. Efficiency of V100 products: 83 of 112.5 TFLOP/s with cuBLAS (Markidis et al., "NVIDIA Tensor Core
-# Programmability, Performance & Precision", IPDPSW 2018), of its memory 750 of 900 GB/s (Jia et al., "Dissecting the
-# NVIDIA Volta GPU Architecture via Microbenchmarking", 2018). Efficiencies of A100, H100, H200 are round numbers, to be
-# replaced by those of ``lightning-tex bench calibrate``: large bf16 products commonly reach 0.8 of an A100's peak and
-# 0.7 of an H100's, which its power limits.
-_V100 = {
+# Latencies are of one message of a ring as a collective sees it. No maker publishes them: 5 us inside a node and 10 us
+# outside are assumptions, to be replaced by what ``lightning-tex bench calibrate`` measures. Efficiency of V100
+# products: 83 of 112.5 TFLOP/s with cuBLAS (Markidis et al., "NVIDIA Tensor Core Programmability, Performance &
+# Precision", IPDPSW 2018), of its memory 750 of 900 GB/s (Jia et al., "Dissecting the NVIDIA Volta GPU Architecture
+# via Microbenchmarking", 2018). Those of A100, H100 and H200 are assumptions: 0.8 of an A100's peak, 0.7 of an H100's,
+# whose power limit keeps large products below the rated clock.
+_V100: dict[str, Any] = {
     # NVIDIA V100 data sheet (SXM2): 125 TFLOP/s tensor, 15.7 fp32, 900 GB/s.
     "peak_flops": 125 * TERA,
     "peak_flops_fp32": 15.7 * TERA,
@@ -144,7 +143,7 @@ _V100 = {
     "link_latency": 5e-6,
     "network_latency": 10e-6,
 }
-_A100 = {
+_A100: dict[str, Any] = {
     # NVIDIA A100 data sheet (SXM4): 312 TFLOP/s bf16, 19.5 fp32, NVLink 600 GB/s in both directions together.
     "gpus_per_node": 8,
     "peak_flops": 312 * TERA,
@@ -155,7 +154,7 @@ _A100 = {
     "network_bandwidth": 8 * 25 * GB,  # DGX A100 user guide: 8 x HDR 200 Gbit/s for the compute fabric
     "network_latency": 10e-6,
 }
-_H100 = {
+_H100: dict[str, Any] = {
     # NVIDIA H100 and H200 data sheets (SXM): 989 TFLOP/s bf16 dense, 67 fp32, NVLink 900 GB/s in both directions.
     "gpus_per_node": 8,
     "peak_flops": 989 * TERA,

@@ -106,6 +106,7 @@ class Choices:
         tensor, expert, expert_tensor, micro_batch: sizes to keep to.
         zero_stage, sequence_parallel, recompute, state_format: values to try.
         split_duplicates: duplicate-token dropping where it is a choice.
+        most_tensor: no larger tensor axis, such as the GPUs of a node.
     """
 
     tensor: int | None = None
@@ -117,6 +118,7 @@ class Choices:
     recompute: Sequence[Recompute] = RECOMPUTE
     state_format: Sequence[str] = FORMATS
     split_duplicates: bool = True
+    most_tensor: int | None = None
 
 
 def layouts(sizes: ModelSizes, world: int, choices: Choices | None = None) -> list[Layout]:
@@ -128,7 +130,8 @@ def layouts(sizes: ModelSizes, world: int, choices: Choices | None = None) -> li
     choices = choices or Choices()
     found: list[Layout] = []
     refusal = ValueError(f"no layout of {world} ranks is possible")
-    tensors = _divisors(world) if choices.tensor is None else [choices.tensor]
+    most = choices.most_tensor or world
+    tensors = [t for t in _divisors(world) if t <= most] if choices.tensor is None else [choices.tensor]
     for tensor in tensors:
         for folded in dict.fromkeys((tensor, 1) if choices.expert_tensor is None else (choices.expert_tensor,)):
             legal = Layout.legal_expert_sizes(world, max(1, folded), sizes.experts) if sizes.moe_layers else [1]

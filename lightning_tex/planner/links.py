@@ -75,7 +75,7 @@ def seconds(collective: Collective, layout: Layout, cluster: Cluster) -> float:
     if size == 1:
         return 0.0
     where = span(layout, collective.axis, cluster.gpus_per_node)
-    sent = float(collective.sent_bytes)
+    sent = (2 if collective.operation == "all_reduce" else 1) * (size - 1) / size * collective.whole_bytes
     latency = cluster.link_latency if where.inside else cluster.network_latency
     if collective.operation == "all_to_all":
         local, remote = where.local * sent / cluster.link_bandwidth, where.remote * sent / cluster.network_bandwidth

@@ -108,7 +108,7 @@ def block_backward(at: Activations) -> int:
 
 def gradient_buffers(job: Job, candidate: Candidate, device: str) -> int:
     """Gradients under way that are no states: of ZeRO 2 whole buffers; on CPU what a reduce-scatter receives."""
-    of = [buffer for buffer in buffers(job, candidate)]
+    of = buffers(job, candidate)
     sent = sorted((buffer.bytes for buffer in of), reverse=True)
     total = sum(sent[:_UNDER_WAY]) if candidate.zero_stage == 2 else 0
     if device == "cpu" and candidate.zero_stage > 0:

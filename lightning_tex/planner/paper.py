@@ -5,6 +5,7 @@ The paper's model is a GPT with biases, LayerNorms and learned positions; ours h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -100,9 +101,13 @@ def _states() -> list[dict[str, Any]]:
 
 
 def _largest() -> list[dict[str, Any]]:
+    return _largest_of((32, 64, 128, 256, 512), (8, 16, 32, 64, 128))
+
+
+def _largest_of(worlds: Sequence[int], numbers_of_experts: Sequence[int]) -> list[dict[str, Any]]:
     rows = []
-    for world in (32, 64, 128, 256, 512):
-        for experts in (8, 16, 32, 64, 128):
+    for world in worlds:
+        for experts in numbers_of_experts:
             bases: dict[int, float] = {}
             for tensor in (1, 2, 4, 8):
                 if experts * tensor > world:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import inf
 
 from lightning_tex.planner.cluster import Cluster
@@ -110,8 +111,9 @@ def family(like: ModelSizes, largest: int = 49152) -> list[ModelSizes]:
     """Models of growing size, otherwise like one: width and depth follow the GPT-3 family.
 
     Widths are multiples of 1024 with heads of 128, so that 8 tensor ranks divide heads and matrices (below: 256, 512,
-    768). At each width the number of layers begins at what the family's table has, interpolated linearly in the width, and
-    grows by ``moe_every`` until the next width's model is as large. Hidden width and key/value heads keep their ratios.
+    768). At each width the number of layers begins at what the family's table has, interpolated linearly in the width,
+    and grows by ``moe_every`` until the next width's model is as large. The hidden width's and key/value heads' ratios
+    stay.
     """
     ratio, shared = like.hidden / like.dim, like.num_heads // like.kv_heads
     widths = [256, 512, 768, *range(1024, largest + 1, 1024)]
@@ -130,7 +132,7 @@ def family(like: ModelSizes, largest: int = 49152) -> list[ModelSizes]:
 
 def _layers(width: int) -> int:
     points = sorted({wide: deep for deep, wide in GPT3}.items())
-    for (w0, l0), (w1, l1) in zip(points, points[1:], strict=False):
+    for (w0, l0), (w1, l1) in pairwise(points):
         if width <= w1:
             return round(l0 + (l1 - l0) * (max(width, w0) - w0) / (w1 - w0))
     (w0, l0), (w1, l1) = points[-2:]
@@ -184,7 +186,9 @@ def largest_base(
     if best is None:
         return None
     sizes, candidate = best
-    return LargestBase(sizes, base_parameters(sizes), plan(replace(job, sizes=sizes), candidate, cluster))
+    job = replace(job, sizes=sizes)
+    fastest = plan_all(job, cluster, choices).recommended
+    return LargestBase(sizes, base_parameters(sizes), fastest or plan(job, candidate, cluster))
 
 
 def _smallest_need(job: Job, cluster: Cluster, choices: Choices | None) -> tuple[Candidate, float] | None:

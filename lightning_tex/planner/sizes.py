@@ -146,8 +146,8 @@ class ModelSizes:
         vocabulary = (self.vocab_size, self.dim)
         found = [Parameter("embedding.weight", vocabulary, _TENSOR_0)]
         for layer in range(self.num_layers):
-            for name, *rest in self._block(self.has_experts(layer)):
-                found.append(Parameter(f"blocks.{layer}.{name}", *rest))
+            block = self._block(self.has_experts(layer))
+            found += [parameter._replace(name=f"blocks.{layer}.{parameter.name}") for parameter in block]
         found.append(Parameter("norm.weight", (self.dim,), {}, True))
         if not self.tie_embeddings:
             found.append(Parameter("head.weight", vocabulary, _TENSOR_0))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -75,6 +77,12 @@ def _buffers(sizes: ModelSizes, layout: Layout, precision: str, sharded: bool, t
     return tuple(found)
 
 
+@lru_cache(maxsize=4096)
+def distinct(of: tuple[Buffer, ...]) -> Mapping[Buffer, int]:
+    """How many buffers there are of each kind and size."""
+    return Counter(of)
+
+
 @dataclass(frozen=True)
 class StateBytes:
     """Bytes that one rank keeps from step to step.
@@ -116,9 +124,9 @@ def _state_bytes(
     of: tuple[Buffer, ...], precision: str, zero_stage: int, state_format: str, tile_size: int | None, device: str
 ) -> StateBytes:
     gradients = master = moments = scalars = 0
-    for buffer in of:
-        own = buffer.part
-        gradients += own * max(4, buffer.element_bytes) if zero_stage == 2 else buffer.bytes
+    for buffer, times in distinct(of).items():
+        own = buffer.part * times
+        gradients += own * max(4, buffer.element_bytes) if zero_stage == 2 else buffer.bytes * times
         kept = kept_format(precision, state_format, buffer.element_bytes)
         per_master, per_moment = {
             "plain": (0, buffer.element_bytes),
@@ -131,7 +139,7 @@ def _state_bytes(
         moments += 2 * per_moment * own
         if kept == "int8":
             moments += 2 * 4 * (own // ALIGNMENT)
-        scalars += _SCALAR_BYTES * -(-own // tile_elements(kept, tile_size, device))
+        scalars += _SCALAR_BYTES * times * -(-buffer.part // tile_elements(kept, tile_size, device))
     dense = sum(buffer.bytes for buffer in of if not buffer.expert)
     expert = sum(buffer.bytes for buffer in of if buffer.expert)
     return StateBytes(dense, expert, gradients, master, moments, scalars)
@@ -153,7 +161,7 @@ def tile_elements(kept: str, tile_size: int | None, device: str) -> int:
 def tile_bytes(job: Job, candidate: Candidate, tile_size: int | None = None, device: str = "cuda") -> int:
     """The most temporary memory of an optimizer step."""
     most = 0
-    for buffer in buffers(job, candidate):
+    for buffer in distinct(buffers(job, candidate)):
         kept = kept_format(job.precision, candidate.state_format, buffer.element_bytes)
         tile = min(buffer.part, tile_elements(kept, tile_size, device))
         most = max(most, tile * TEMPORARY_BYTES[kept])

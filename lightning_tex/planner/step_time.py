@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NamedTuple
 
 from lightning_tex.planner.cluster import Cluster
 from lightning_tex.planner.layouts import Candidate, Job
 from lightning_tex.planner.links import seconds
-from lightning_tex.planner.states import Buffer, buffers, kept_format
+from lightning_tex.planner.states import Buffer, buffers, distinct, kept_format
 from lightning_tex.planner.traffic import Collective, collection, combination, micro_step, reduction
 from lightning_tex.planner.work import computation, model_flops
-from lightning_tex.topology import Layout
 
 # Bytes that a step reads and writes for an element of the own part: AdamW's states, master, gradient, parameter, and
 # the temporaries of each format (docs/optimizer.md).
@@ -90,28 +92,25 @@ def step_time(job: Job, candidate: Candidate, cluster: Cluster) -> StepTime:
         norm = Collective("all_reduce", "world", job.world, "optimizer", 16)
         communication["all_reduce", "world"] = seconds(norm, layout, cluster)
     of = buffers(job, candidate)
-    for buffer in of:
-        for collective in combination(buffer, candidate):
-            key = collective.operation, collective.axis
-            communication[key] = communication.get(key, 0.0) + seconds(collective, layout, cluster)
-    reducing = [sum(_each(c, layout, cluster) for c in reduction(b, candidate)) for b in of]
-    collecting = [sum(_each(c, layout, cluster) for c in collection(b)) for b in of]
-    updating = [update_seconds(b, job, candidate, cluster) for b in of]
+    once = replace(candidate, micro_batch=1, accumulation=1)
+    flat = _buffer_times(of, job.precision, once, cluster)
+    if flat.combination:
+        communication["all_reduce", "tensor"] = communication.get(("all_reduce", "tensor"), 0.0) + flat.combination
     windows = steps if candidate.zero_stage == 2 else 1
     hidden = 0.0
     if candidate.communication.overlap:
         # The first buffers of the model are complete last: nothing is left to hide the last one behind.
         beside = each.backward + each.recompute
-        hidden += windows * min(sum(reducing[1:]) / windows, beside * (len(of) - 1) / len(of))
-    hidden += min(sum(collecting[:-1]), sum(updating[1:]))
+        hidden += windows * min(flat.reduction - flat.first_reduction, beside * (len(of) - 1) / len(of))
+    hidden += min(flat.collection - flat.last_collection, flat.update - flat.first_update)
     return StepTime(
         each.forward * steps,
         each.recompute * steps,
         each.backward * steps,
         communication,
-        sum(updating),
-        sum(reducing),
-        sum(collecting),
+        flat.update,
+        windows * flat.reduction,
+        flat.collection,
         hidden,
         job.tokens,
         model_flops(job),
@@ -119,14 +118,46 @@ def step_time(job: Job, candidate: Candidate, cluster: Cluster) -> StepTime:
     )
 
 
-def update_seconds(buffer: Buffer, job: Job, candidate: Candidate, cluster: Cluster) -> float:
+class _BufferTimes(NamedTuple):
+    """Seconds of what is done to all flat buffers, and to the first or last one, in one micro-step or step."""
+
+    reduction: float
+    first_reduction: float
+    combination: float
+    update: float
+    first_update: float
+    collection: float
+    last_collection: float
+
+
+@lru_cache(maxsize=65536)
+def _buffer_times(of: tuple[Buffer, ...], precision: str, candidate: Candidate, cluster: Cluster) -> _BufferTimes:
+    def time(collectives: list[Collective]) -> float:
+        return sum(c.times * seconds(c, candidate.layout, cluster) for c in collectives)
+
+    def all_of(one: Callable[[Buffer], float]) -> float:
+        return sum(times * one(buffer) for buffer, times in distinct(of).items())
+
+    def reducing(buffer: Buffer) -> float:
+        return time(reduction(buffer, candidate))
+
+    def collecting(buffer: Buffer) -> float:
+        return time(collection(buffer))
+
+    def updating(buffer: Buffer) -> float:
+        return update_seconds(buffer, precision, candidate, cluster)
+
+    combining = all_of(lambda buffer: time(combination(buffer, candidate)))
+    return _BufferTimes(
+        all_of(reducing), reducing(of[0]), combining, all_of(updating), updating(of[0]), all_of(collecting),
+        collecting(of[-1]),
+    )  # fmt: skip
+
+
+def update_seconds(buffer: Buffer, precision: str, candidate: Candidate, cluster: Cluster) -> float:
     """Zeroing the gradients, their norm, and the update of the own part, by memory bandwidth."""
-    kept = kept_format(job.precision, candidate.state_format, buffer.element_bytes)
+    kept = kept_format(precision, candidate.state_format, buffer.element_bytes)
     # Plainly kept: gradient read, parameter and two states read and written.
     per_element = 7 * buffer.element_bytes if kept == "plain" else STEP_BYTES[kept]
     moved = buffer.bytes + buffer.part * (buffer.element_bytes + per_element)
     return moved / cluster.memory_bandwidth
-
-
-def _each(collective: Collective, layout: Layout, cluster: Cluster) -> float:
-    return collective.times * seconds(collective, layout, cluster)

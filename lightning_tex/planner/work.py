@@ -1,8 +1,8 @@
 """Arithmetic of a step: products as 2 m n k each, and the bytes that everything else reads and writes.
 
-Model FLOPs are three forwards (forward, and a backward of twice that) of every product on whole matrices, attention over
-whole squares: what a Trainer's MFU is usually measured by. What a rank computes besides (recomputation, equal work on
-tensor ranks, imbalance) takes time and is no model FLOP.
+Model FLOPs are three forwards (a forward, and a backward of twice that) of every product on whole matrices, attention
+over whole squares: what MFU is usually measured by. What a rank computes besides (recomputation, equal work on tensor
+ranks, imbalance) takes time and is no model FLOP.
 """
 
 from __future__ import annotations
