@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import pickle
+import random
 import socket
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +19,17 @@ import torch.multiprocessing as mp
 
 
 def run_ranks(
-    world: int, function: Callable[..., Any], *args: Any, timeout: float = 120, detail: bool = True
+    world: int, function: Callable[..., Any], *args: Any, timeout: float = 120, detail: bool = False
 ) -> list[Any]:
     """``[function(*args) on rank r for r in range(world)]``. Each rank runs in a process of its own.
 
     ``RANK`` and so on are set so that ``Trainer(devices=world)`` finds itself already launched; process groups are the
     function's business. A rank that fails fails the test with that rank's traceback; one that hangs is ended.
-    ``detail`` is ``TORCH_DISTRIBUTED_DEBUG=DETAIL``: collectives that do not match are named, at twice their time.
+    ``detail`` is ``TORCH_DISTRIBUTED_DEBUG=DETAIL``: collectives that do not match are named, at twice their time; that
+    variable does the same for all tests.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     context = mp.get_context("fork")
-    with tempfile.TemporaryDirectory() as folder:
+    with reserved_port() as port, tempfile.TemporaryDirectory() as folder:
         ranks = [
             context.Process(target=_rank, args=(rank, world, port, folder, detail, function, args))
             for rank in range(world)
@@ -54,6 +54,25 @@ def run_ranks(
     return [value for _, value in outcomes]
 
 
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """A TCP port for rank 0 to listen at, which no other run of these tests takes meanwhile.
+
+    It is below those that systems give out by themselves; the UDP port of its number is held in sign of that.
+    """
+    for port in random.SystemRandom().sample(range(20_000, 30_000), 100):
+        with socket.socket(type=socket.SOCK_DGRAM) as sign, socket.socket() as trial:
+            try:
+                sign.bind(("127.0.0.1", port))
+                trial.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            trial.close()
+            yield port
+            return
+    raise RuntimeError("no free port among 100 of 20000 to 29999")
+
+
 def _outcome(path: Path) -> tuple[bool, Any]:
     if not path.exists():
         return False, "ended without a result"
@@ -71,7 +90,8 @@ def _rank(rank: int, world: int, port: int, folder: str, detail: bool, function:
         GLOO_SOCKET_IFNAME="lo",
     )
     # torch has read the variable when it was imported, before the fork.
-    dist.set_debug_level(dist.DebugLevel.DETAIL if detail else dist.DebugLevel.OFF)
+    if detail:
+        dist.set_debug_level(dist.DebugLevel.DETAIL)
     torch.set_num_threads(1)
     try:
         outcome = True, function(*args)
