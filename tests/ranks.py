@@ -25,7 +25,8 @@ def run_ranks(
 
     ``RANK`` and so on are set so that ``Trainer(devices=world)`` finds itself already launched; process groups are the
     function's business. A rank that fails fails the test with that rank's traceback; one that hangs is ended.
-    ``detail`` is ``TORCH_DISTRIBUTED_DEBUG=DETAIL``: collectives that do not match are named, at twice their time.
+    ``detail`` is ``TORCH_DISTRIBUTED_DEBUG=DETAIL``: collectives that do not match are named, at twice their time; that
+    variable does the same for all tests.
     """
     context = mp.get_context("fork")
     with reserved_port() as port, tempfile.TemporaryDirectory() as folder:
@@ -89,7 +90,8 @@ def _rank(rank: int, world: int, port: int, folder: str, detail: bool, function:
         GLOO_SOCKET_IFNAME="lo",
     )
     # torch has read the variable when it was imported, before the fork.
-    dist.set_debug_level(dist.DebugLevel.DETAIL if detail else dist.DebugLevel.OFF)
+    if detail:
+        dist.set_debug_level(dist.DebugLevel.DETAIL)
     torch.set_num_threads(1)
     try:
         outcome = True, function(*args)

@@ -83,7 +83,7 @@ def plain():
 
 
 def test_plain_collectives():
-    run_ranks(4, plain)
+    run_ranks(4, plain, detail=True)
 
 
 # --- with a backward
@@ -122,7 +122,7 @@ def enter_and_reduce():
 
 
 def test_enter_reduce_and_sum_over():
-    run_ranks(4, enter_and_reduce)
+    run_ranks(4, enter_and_reduce, detail=True)
 
 
 def averaged_loss():
@@ -141,7 +141,7 @@ def averaged_loss():
 
 
 def test_gradient_of_a_data_wide_sum_averages_to_the_single_process_gradient():
-    run_ranks(4, averaged_loss)
+    run_ranks(4, averaged_loss, detail=True)
 
 
 def gather_and_split():
@@ -167,7 +167,7 @@ def gather_and_split():
 
 
 def test_gather_and_split_even_uneven_and_empty():
-    run_ranks(4, gather_and_split)
+    run_ranks(4, gather_and_split, detail=True)
 
 
 def rows_to_ranks():
@@ -193,7 +193,7 @@ def rows_to_ranks():
 
 
 def test_all_to_all_even_uneven_and_empty_and_its_transpose():
-    run_ranks(4, rows_to_ranks)
+    run_ranks(4, rows_to_ranks, detail=True)
 
 
 def test_on_an_axis_of_size_one_all_are_the_identity():

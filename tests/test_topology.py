@@ -65,7 +65,7 @@ def build_as_each_of_16_ranks():
 
 
 def test_process_groups_of_16_ranks_are_those_of_the_design():
-    (seen,) = run_ranks(1, build_as_each_of_16_ranks, detail=False)
+    (seen,) = run_ranks(1, build_as_each_of_16_ranks)
     assert len(seen) == 2 * 16 * len(AXES)
     assert all(all(ok) for ok in seen)
 

@@ -102,7 +102,7 @@ def steps():
 
 
 def test_steps_on_every_layout_are_those_of_one_process():
-    run_ranks(4, steps, detail=False)
+    run_ranks(4, steps)
 
 
 def norms_and_clipping():

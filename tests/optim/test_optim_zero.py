@@ -57,7 +57,7 @@ def accumulating_steps(stage):
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_every_stage_steps_as_one_process_does(stage):
-    run_ranks(4, accumulating_steps, stage, detail=False)
+    run_ranks(4, accumulating_steps, stage)
 
 
 def whole_gradients(stage):
@@ -209,7 +209,7 @@ def rounded(state_format):
 
 @pytest.mark.parametrize("state_format", ["fp32", "split", "stochastic"])
 def test_no_layout_changes_what_is_rounded(state_format):
-    for results in run_ranks(4, rounded, state_format, detail=False):
+    for results in run_ranks(4, rounded, state_format):
         for other in results[1:]:
             assert all(torch.equal(other[name], value) for name, value in results[0].items())
 

@@ -143,7 +143,7 @@ def gathered(module: L.LightningModule, trainer: L.Trainer) -> dict[str, Tensor]
 
 def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """``function(*args)`` by rank, without Lightning's advice in the output."""
-    return run_ranks(world, _quietly, function, args, detail=False)
+    return run_ranks(world, _quietly, function, args)
 
 
 def _quietly(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
