@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import Namespace
 
-from lightning_tex import plan_paper, plan_show
+from lightning_tex import plan_paper, plan_scaling, plan_show
 from lightning_tex.models import DecoderConfig
 from lightning_tex.planner import paper
 from lightning_tex.planner.cluster import CLUSTERS, Cluster
@@ -87,6 +87,12 @@ def _plan(options: argparse.Namespace, more: list[str], parser: _Parser) -> dict
         largest = largest_base(job, cluster, choices)
         report = plan_show.largest_report(job, cluster, largest)
         plan_show.show_largest(report)
+        return report
+    if options.weak_scaling:
+        report = plan_scaling.report(job, cluster, choices)
+        plan_scaling.show(report)
+        if options.plot:
+            plan_scaling.draw(report, options.plot)
         return report
     plans = plan_all(job, cluster, choices)
     report = plan_show.report(job, cluster, plans, own)
@@ -194,6 +200,7 @@ def _parser() -> _Parser:
         action="store_true",
         help="the largest base model that fits, tensor ranks within a node",
     )
+    shown.add_argument("--weak-scaling", action="store_true", help="growth with ranks, experts, base; what axes pay")
     shown.add_argument("--reproduce-paper", action="store_true", help="the figures of the TED paper, beside its own")
     shown.add_argument("--rows", type=_positive, default=12, help="layouts in the table (default: 12)")
     shown.add_argument("--json", action="store_true", help="print one JSON object as the last line")

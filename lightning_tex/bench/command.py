@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
-from lightning_tex.bench import communication, optimizer
+from lightning_tex.bench import calibrate, communication, optimizer
 from lightning_tex.bench.candidates import FORMATS, OPTIMIZERS, Workload
 from lightning_tex.bench.combinations import COMBINATIONS
+from lightning_tex.planner.cluster import Cluster
 from lightning_tex.recipe import Recipe
 
 
@@ -26,6 +27,7 @@ def main(arguments: Sequence[str]) -> None:
     kinds = parser.add_subparsers(dest="kind", required=True)
     add_communication(kinds)
     add_optimizer(kinds)
+    add_calibrate(kinds)
     options, more = parser.parse_known_args(arguments)
     options.run(options, more)
 
@@ -115,6 +117,37 @@ def add_optimizer(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         limit = free if options.memory_gib is None else int(options.memory_gib * 2**30)
         plan = optimizer.Plan(workloads, options.tile_size, options.formats, options.turns, options.builds, limit)
         optimizer.run(plan, options.json, options.plot)
+
+    parser.set_defaults(run=run)
+
+
+def add_calibrate(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """``bench calibrate``: the profile of this machine, for ``lightning-tex plan --cluster``."""
+    parser = kinds.add_parser(
+        "calibrate",
+        help="measure this machine's profile for lightning-tex plan",
+        description="Measure products, memory and collectives with all ranks at work, and write the YAML that "
+        "`lightning-tex plan --cluster FILE` reads. Ranks are those of torchrun, on every node, or as many as --ranks "
+        "says on this machine.",
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.yaml", help="where the profile goes")
+    parser.add_argument("--ranks", type=whole, help="without torchrun: processes (default: the GPUs, else 4)")
+    parser.add_argument("--like", help="a built-in cluster whose data-sheet peak and memory the GPUs have")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--megabytes", type=whole, default=64, help="of the largest tensor sent (default: 64)")
+    parser.add_argument("--turns", type=whole, default=7, help="of which the median counts (default: 7)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+
+    def run(options: argparse.Namespace, more: list[str]) -> None:
+        if more:
+            parser.error(f"unknown: {' '.join(more)}")
+        if options.output.suffix not in (".yaml", ".yml"):
+            parser.error(f"--output {options.output}; legal: a .yaml file")
+        if options.device == "cuda" and not torch.cuda.is_available():
+            parser.error("--device cuda, but torch sees no CUDA device; legal: cpu")
+        like = None if options.like is None else Cluster.named(options.like)
+        task = calibrate.Task(options.device, options.megabytes << 20, options.turns, like)
+        calibrate.run(task, options.ranks, options.output, options.json)
 
     parser.set_defaults(run=run)
 
