@@ -1,9 +1,9 @@
 """Every layout trains as one process does: losses, gradient norms, gradients and parameters over 20 optimizer steps.
 
-By default each of the 40 layouts runs twice (each of the 22 on eight ranks once, for 8 steps) with options that together
-cover all pairs. ``-m full`` runs the rest of the cases that cover all pairs of layout and option, in fp32 and fp64, and the grid:
-every layout with every combination of routing by capacity, duplicates not split, AdamW, accumulation and clipping, 960
-cases in fp64, over which the other six options rotate. It takes about an hour and a half on two cores; with ``-s`` it
+By default each of the 40 layouts runs twice (each of the 22 on eight ranks once, for 8 steps) with options that cover all
+pairs. ``-m full`` runs the rest of the cases that cover all pairs of layout and option, in fp32 and fp64 for 20 steps,
+and the grid: every layout with every combination of routing by capacity, duplicates not split, AdamW, accumulation and
+clipping, 960 cases in fp64, over which the other six options rotate. It takes about an hour and a half on two cores; with ``-s`` it
 ends with the worst errors.
 """
 
@@ -89,7 +89,9 @@ def find_references(runs: list[Run]) -> None:
 
 
 @cache
-def errors_on_layout(sizes: Sizes, runs: tuple[Run, ...], steps: int) -> dict[Run, list[dict[str, float]]] | AssertionError:
+def errors_on_layout(
+    sizes: Sizes, runs: tuple[Run, ...], steps: int
+) -> dict[Run, list[dict[str, float]]] | AssertionError:
     """All runs of one layout in one forked world, which is tried once: by run, then by rank."""
     references = [_references[reference_of(*run, steps)] for run in runs]
     try:
