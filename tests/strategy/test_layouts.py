@@ -89,7 +89,9 @@ def find_references(runs: list[Run]) -> None:
 
 
 @cache
-def errors_on_layout(sizes: Sizes, runs: tuple[Run, ...], steps: int) -> dict[Run, list[dict[str, float]]] | AssertionError:
+def errors_on_layout(
+    sizes: Sizes, runs: tuple[Run, ...], steps: int
+) -> dict[Run, list[dict[str, float]]] | AssertionError:
     """All runs of one layout in one forked world, which is tried once: by run, then by rank."""
     references = [_references[reference_of(*run, steps)] for run in runs]
     try:
