@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -123,8 +124,6 @@ def on_data_axis(trainer: L.Trainer, given: list[list[Tensor]]) -> DataLoader:
 
 def new_trainer(layout: dict[str, Any] | None, **flags: Any) -> L.Trainer:
     """On all ranks of this world with a layout, or ``strategy="auto"`` in one process for ``None``; fp64."""
-    import os
-
     strategy: Any = "auto" if layout is None else tex.TexMoEStrategy(**layout)
     devices = int(os.environ["WORLD_SIZE"])
     return L.Trainer(
@@ -144,6 +143,20 @@ def gathered(module: L.LightningModule, trainer: L.Trainer) -> dict[str, Tensor]
 def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """``function(*args)`` by rank, without Lightning's advice in the output."""
     return run_ranks(world, _quietly, function, args)
+
+
+def together(world: int, runs: dict[Any, tuple[Any, ...]]) -> dict[Any, list[Any]]:
+    """Some (function, arguments), one after the other on the same processes: by key, then by rank."""
+    by_rank = on_ranks(world, _one_by_one, list(runs.values()))
+    return {key: [found[i] for found in by_rank] for i, key in enumerate(runs)}
+
+
+def _one_by_one(runs: list[tuple[Any, ...]]) -> list[Any]:
+    launched, results = dict(os.environ), []
+    for function, *args in runs:
+        os.environ.update(launched)  # a Trainer ends with what told it that its processes exist
+        results.append(function(*args))
+    return results
 
 
 def _quietly(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from behaviour_modules import LAYOUTS, batches, new_trainer, on_data_axis, on_ranks
+from behaviour_modules import LAYOUTS, batches, new_trainer, on_data_axis, together
 from layout_errors import distance
 from torch import Tensor, nn
 
@@ -50,8 +50,9 @@ def fit_in(layout: Any, precision: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_bf16_mixed(layout: dict[str, int]) -> None:
-    exact = on_ranks(4, fit_in, layout, "32-true")[0]["losses"]
-    for found in on_ranks(4, fit_in, layout, "bf16-mixed"):
+    by_precision = together(4, {precision: (fit_in, layout, precision) for precision in ("32-true", "bf16-mixed")})
+    exact = by_precision["32-true"][0]["losses"]
+    for found in by_precision["bf16-mixed"]:
         assert (found["full"], found["low"]) == ({torch.float32}, {torch.bfloat16})
         assert found["masters"] == {torch.float32}
         assert found["losses"][-1] < 0.6 * found["losses"][0]

@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from behaviour_modules import DictLogger, batches, gathered, new_trainer, on_data_axis, on_ranks
+from behaviour_modules import DictLogger, batches, gathered, new_trainer, on_data_axis, together
 from torch import Tensor
 
 from lightning_tex.callbacks import CommunicationMonitor
@@ -55,10 +55,10 @@ def fit(layout: dict[str, Any], mode: str | None, policy: Any = None) -> tuple[d
 
 @pytest.mark.parametrize("layout", [TED, FOLDED], ids=["ted", "folded"])
 def test_training_with_recomputation_is_bit_equal_and_its_bytes_are_logged(layout: dict[str, Any]) -> None:
-    for mode, policy in (("full", None), ("communication_aware", None), ("communication_aware", {Block})):
-        for (plain, _), (again, logged) in zip(
-            on_ranks(4, fit, layout, None), on_ranks(4, fit, layout, mode, policy), strict=True
-        ):
+    ways = [(None, None), ("full", None), ("communication_aware", None), ("communication_aware", {Block})]
+    none, *others = together(4, {i: (fit, layout, *way) for i, way in enumerate(ways)}).values()
+    for (mode, _), found in zip(ways[1:], others, strict=True):
+        for (plain, _), (again, logged) in zip(none, found, strict=True):
             assert all(torch.equal(again[name], value) for name, value in plain.items())
             if logged:  # on rank 0
                 sent = {name: value for name, value in logged.items() if name.startswith("sent_bytes/")}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import lightning as L
 import pytest
 import torch
 import yaml
-from behaviour_modules import FOLDED, TED, PublicNames, batches, new_trainer, on_data_axis, on_ranks
+from behaviour_modules import FOLDED, TED, PublicNames, batches, new_trainer, on_data_axis, on_ranks, together
 from layout_errors import distance
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
@@ -58,20 +57,6 @@ def fitted(module: L.LightningModule, layout: Any, steps: int = 8, **flags: Any)
 def whole_parameters(module: nn.Module, trainer: L.Trainer) -> dict[str, Tensor]:
     placed = placement.placements(module, trainer.strategy.topology)
     return {name: placed[name].gather(p.detach()).clone() for name, p in module.named_parameters()}
-
-
-def together(world: int, runs: dict[Any, tuple[Any, ...]]) -> dict[Any, list[Any]]:
-    """Some (function, arguments), one after the other on the same processes: by key, then by rank."""
-    by_rank = on_ranks(world, one_by_one, list(runs.values()))
-    return {key: [found[i] for found in by_rank] for i, key in enumerate(runs)}
-
-
-def one_by_one(runs: list[tuple[Any, ...]]) -> list[Any]:
-    launched, results = dict(os.environ), []
-    for function, *args in runs:
-        os.environ.update(launched)  # a Trainer ends with what told it that its processes exist
-        results.append(function(*args))
-    return results
 
 
 # --- ZeRO
