@@ -219,7 +219,7 @@ def trainer(options: Options, precision: str, devices: int, strategy: Any, **cha
     )
 
 
-def train_case(case: Case, precision: str, steps: int = STEPS) -> Record:
+def train_case(case: Case, precision: str) -> Record:
     """One case on this rank of its world."""
     options, sizes = case.options, case.sizes
     strategy = tex.TexMoEStrategy(
@@ -231,26 +231,24 @@ def train_case(case: Case, precision: str, steps: int = STEPS) -> Record:
     )
     module = Recorded(decoder_config(options, **small(sizes)), options.adamw, options.collect)
     fit = trainer(options, precision, sizes.world, strategy)
-    fit.fit(module, SlicedData(steps * fit.accumulate_grad_batches))
+    fit.fit(module, SlicedData(STEPS * fit.accumulate_grad_batches))
     return module.record
 
 
-def train_reference(
-    options: Options, slices: int, precision: str, changes: tuple[tuple[str, int], ...], steps: int
-) -> Record:
+def train_reference(options: Options, slices: int, precision: str, changes: tuple[tuple[str, int], ...]) -> Record:
     """The same in one process without the strategy, whole micro-steps of all data ranks at a time."""
     module = Recorded(decoder_config(options, **dict(changes)), options.adamw, collect=True)
     decide_overflow_as(module, slices)
     fit = trainer(options, precision, 1, "auto")
-    fit.fit(module, SlicedData(steps * fit.accumulate_grad_batches))
+    fit.fit(module, SlicedData(STEPS * fit.accumulate_grad_batches))
     return module.record
 
 
-def errors_of_cases(runs: list[tuple[Case, str]], references: list[Record], steps: int) -> list[dict[str, float]]:
+def errors_of_cases(runs: list[tuple[Case, str]], references: list[Record]) -> list[dict[str, float]]:
     """Several cases of one world, one after the other on the same processes: this rank's errors of each."""
     quiet()
     return [
-        errors(train_case(case, precision, steps), reference, kinds(case))
+        errors(train_case(case, precision), reference, kinds(case))
         for (case, precision), reference in zip(runs, references, strict=True)
     ]
 
@@ -264,10 +262,10 @@ def train_references(wanted: list[tuple[Any, ...]]) -> list[Record]:
     return [train_reference(*each) for each in wanted[rank::world]]
 
 
-def reference_of(case: Case, precision: str, steps: int) -> tuple[Any, ...]:
+def reference_of(case: Case, precision: str) -> tuple[Any, ...]:
     """What a case's reference depends on: the arguments of ``train_reference``."""
     slices = case.sizes.data if case.options.capacity else 1
-    return case.options.mathematics(), slices, precision, tuple(small(case.sizes).items()), steps
+    return case.options.mathematics(), slices, precision, tuple(small(case.sizes).items())
 
 
 def kinds(case: Case) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Every layout trains as one process does: losses, gradient norms, gradients and parameters over 20 optimizer steps.
 
-By default each of the 40 layouts runs twice (each of the 22 on eight ranks once) with options that together
-cover all pairs. ``-m full`` runs the rest of the cases that cover all pairs of layout and option, in fp32 and fp64, and the grid:
+By default each of the 40 layouts runs twice (each of the 22 on eight ranks once) with options that together cover all
+pairs. ``-m full`` runs the rest of the cases that cover all pairs of layout and option, in fp32 and fp64, and the grid:
 every layout with every combination of routing by capacity, duplicates not split, AdamW, accumulation and clipping, 960
 cases in fp64, over which the other six options rotate. It takes about an hour and a half on two cores; with ``-s`` it
 ends with the worst errors.
@@ -47,7 +47,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance\\(treespec, LeafSpe
 Run = tuple[Case, str]
 
 TOLERANCE = {"32-true": 1e-5, "64-true": 1e-10}
-FEW_STEPS = STEPS
 PAIRWISE = pairwise()
 GRID = [(case, "64-true") for case in grid()]
 
@@ -75,27 +74,20 @@ def name(run: Run) -> str:
     return f"{run[0]}-fp{run[1][:2]}"
 
 
-def steps_of(sizes: Sizes, among: list[Run]) -> int:
-    return FEW_STEPS if among is DEFAULT and sizes.world == 8 else STEPS
-
-
 def find_references(runs: list[Run]) -> None:
-    names = dict.fromkeys(reference_of(*run, steps_of(run[0].sizes, runs)) for run in runs)
-    wanted = [name for name in names if name not in _references]
+    wanted = [r for r in dict.fromkeys(reference_of(*run) for run in runs) if r not in _references]
     if wanted:
-        first, second = run_ranks(2, train_references, wanted, timeout=120 + 30 * len(wanted))
+        first, second = run_ranks(2, train_references, wanted, timeout=120 + 30 * len(wanted), detail=False)
         _references.update(zip(wanted[0::2], first, strict=True))
         _references.update(zip(wanted[1::2], second, strict=True))
 
 
 @cache
-def errors_on_layout(
-    sizes: Sizes, runs: tuple[Run, ...], steps: int
-) -> dict[Run, list[dict[str, float]]] | AssertionError:
+def errors_on_layout(sizes: Sizes, runs: tuple[Run, ...]) -> dict[Run, list[dict[str, float]]] | AssertionError:
     """All runs of one layout in one forked world, which is tried once: by run, then by rank."""
-    references = [_references[reference_of(*run, steps)] for run in runs]
+    references = [_references[reference_of(*run)] for run in runs]
     try:
-        by_rank = run_ranks(sizes.world, errors_of_cases, runs, references, steps, timeout=120 + 60 * len(runs))
+        by_rank = run_ranks(sizes.world, errors_of_cases, runs, references, timeout=120 + 60 * len(runs), detail=False)
     except AssertionError as failure:
         return failure
     return {run: [found[i] for found in by_rank] for i, run in enumerate(runs)}
@@ -112,12 +104,11 @@ def check(run: Run, among: list[Run]) -> None:
     """``run`` equals one process; all runs of its layout among some are trained together."""
     case, precision = run
     find_references(among)
-    steps = steps_of(case.sizes, among)
-    reference = _references[reference_of(*run, steps)]
-    assert len(reference.losses) == steps
+    reference = _references[reference_of(*run)]
+    assert len(reference.losses) == STEPS
     assert sum(reference.losses[-2:]) < sum(reference.losses[:2]), "the reference does not learn"
     assert not case.options.capacity or reference.overflowed > 0, "nothing overflows"
-    found = errors_on_layout(case.sizes, tuple(other for other in among if other[0].sizes == case.sizes), steps)
+    found = errors_on_layout(case.sizes, tuple(other for other in among if other[0].sizes == case.sizes))
     if isinstance(found, AssertionError):
         raise found
     assert len(found[run]) == case.sizes.world
