@@ -126,8 +126,7 @@ class Checkpoints:
             self.io.save_checkpoint(plain_data(checkpoint), filepath)
             return
         path = Path(filepath)
-        if path.is_dir() and not places.has_manifest(path):
-            raise IsADirectoryError(f"{path} is a directory, and not a checkpoint that could be replaced")
+        places.require_replaceable(path)
         partial = places.partial_name(path)
         try:
             self.io.save_checkpoint(plain_data(checkpoint), partial)

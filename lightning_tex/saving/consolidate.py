@@ -45,11 +45,8 @@ def consolidated(path: str | os.PathLike[str], weights_only: bool = False) -> di
     for (kind, *name), value in tensors.items():
         if kind == MODEL:
             weights[name[0]] = masters.get(ties.get(name[0], name[0]), value)
-    if weights_only:
-        keep = ("epoch", "global_step", "pytorch-lightning_version", "hyper_parameters", "hparams_name", "loops")
-        return {**{key: rest[key] for key in keep if key in rest}, "state_dict": weights}
     checkpoint = {**rest, "state_dict": weights}
-    if "optimizer" in own:
+    if "optimizer" in own and not weights_only:
         checkpoint["optimizer_states"] = [_optimizer_state(own["optimizer"], tensors)]
     return checkpoint
 

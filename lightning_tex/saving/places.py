@@ -34,6 +34,12 @@ def _is_version(entry: Path, path: Path) -> bool:
     return re.fullmatch(pattern, entry.name) is not None
 
 
+def require_replaceable(path: Path) -> None:
+    """Raise ``IsADirectoryError`` if a directory of somebody's is at ``path``, and not a checkpoint."""
+    if path.is_dir() and not path.is_symlink() and not has_manifest(path) and any(path.iterdir()):
+        raise IsADirectoryError(f"{path} is a directory, and not a checkpoint that could be replaced")
+
+
 def _versions(path: Path) -> list[Path]:
     with suppress(FileNotFoundError, NotADirectoryError):
         return [entry for entry in path.parent.iterdir() if _is_version(entry, path)]
@@ -44,7 +50,8 @@ def remove_leftovers(path: Path) -> None:
     """Remove what was cut off: saves to ``path``, versions of it that no name leads to, removals in its folder."""
     current = path.resolve()
     for gone in path.parent.glob(f".*{_REMOVED}"):
-        shutil.rmtree(gone, ignore_errors=True)
+        if re.search(rf"\.[0-9a-f]{{8}}{re.escape(_REMOVED)}$", gone.name):
+            shutil.rmtree(gone, ignore_errors=True)
     for version in _versions(path):
         if version.name.endswith(_PARTIAL) or (os.path.lexists(path) and version.resolve() != current):
             remove(version)
@@ -87,6 +94,7 @@ def replace_by_file(new: Path, path: Path) -> None:
 
 def link(target: Path, path: Path) -> None:
     """Let ``path`` lead to the checkpoint ``target``, and remove what it stood for alone."""
+    require_replaceable(path)
     before = path.resolve()
     if path.is_dir() and not path.is_symlink():
         os.rename(path, before := hidden(path))

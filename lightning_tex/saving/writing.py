@@ -65,6 +65,7 @@ def begin(
     partial = Path(broadcast(str(places.partial_name(path))))
 
     def prepare() -> bytes:
+        places.require_replaceable(path)
         places.remove_leftovers(path)
         partial.mkdir(parents=True)
         return serialised(rest)

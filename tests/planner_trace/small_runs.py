@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 import warnings
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from torch._C._profiler import _ExtraFields_Allocation
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from lightning_tex import LanguageModel, collectives
+from lightning_tex.bench.memory import live_bytes
 from lightning_tex.layers import ParallelAttention, VocabParallelCrossEntropy, VocabParallelEmbedding, VocabParallelHead
 from lightning_tex.meter import Sent
 from lightning_tex.models import DecoderConfig
@@ -109,6 +109,7 @@ class Second(Callback):
         self.sent: dict[Sent, float] = {}
         self.states: dict[str, int] = {}
         self.live = 0
+        self._inherited = live_bytes(torch.device("cpu"))  # from the process that this one was forked from
         self._step: Any = None
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
@@ -126,10 +127,7 @@ class Second(Callback):
             meter.on = False
             self.sent = meter.sent_bytes()
             self.states = state_bytes(module, trainer.strategy.topology, trainer.strategy.optimizers[0])
-            gc.collect()
-            tensors = [x for x in gc.get_objects() if isinstance(x, Tensor)]
-            storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}
-            self.live = sum(storages.values())
+            self.live = live_bytes(torch.device("cpu")) - self._inherited
 
 
 class Settled:
@@ -189,13 +187,15 @@ def really(path: Path, world: int, strategy: dict[str, Any], trainer: dict[str, 
         fit.trainer.fit(fit.model, MadeUpBlocks.like(fit.datamodule))
     events = seen.profiler.kineto_results.experimental_event_tree()
     within = next(e for e in walk(events) if e.name == "second step")
-    counter = [
+    allocations = [e for e in walk(events) if isinstance(e.extra_fields, _ExtraFields_Allocation)]
+    first = min(allocations, key=lambda e: e.start_time_ns).extra_fields
+    peak = max(
         e.extra_fields.total_allocated
-        for e in walk(events)
-        if isinstance(e.extra_fields, _ExtraFields_Allocation)
-        and within.start_time_ns <= e.start_time_ns <= within.end_time_ns
-    ]
-    return {"sent": second.sent, "states": second.states, "peak": max(counter), "live": second.live}
+        for e in allocations
+        if within.start_time_ns <= e.start_time_ns <= within.end_time_ns
+    )
+    peak -= first.total_allocated - first.alloc_size  # what the counter stood at before
+    return {"sent": second.sent, "states": second.states, "peak": peak, "live": second.live}
 
 
 def traced(path: Path, world: int, rank: int, strategy: dict[str, Any], trainer: dict[str, Any]) -> Trace:

@@ -138,6 +138,7 @@ def refused(folder: str) -> dict[str, str]:
         "shapes": message(lambda: fresh.test(Wider(), Data(), ckpt_path=path)),
         "no checkpoint": message(lambda: fresh.test(Model(), Data(), ckpt_path=folder)),
         "nothing there": message(lambda: fresh.test(Model(), Data(), ckpt_path=f"{folder}/nothing")),
+        "somebody's": message(lambda: run.save_checkpoint(folder)),
         "cannot write": message(lambda: run.save_checkpoint(f"{path}/meta.pt/below.ckpt")),
     }
 
@@ -196,6 +197,11 @@ def test_hooks_and_callbacks_keep_their_state(ranks: list[dict[str, Any]]) -> No
         assert remembered["best"] == 1.5
 
 
+@pytest.mark.parametrize("case", ["hooks 0", "hooks 1"])
+def test_hooks_see_the_whole_checkpoint_without_a_trainer(folder: Path, ranks: object, case: str) -> None:
+    assert tex.load_from_checkpoint(Hooked, folder / case).found == {"answer": 42}
+
+
 @pytest.mark.parametrize(
     ("case", "words"),
     [
@@ -206,6 +212,7 @@ def test_hooks_and_callbacks_keep_their_state(ranks: list[dict[str, Any]]) -> No
         ("shapes", "missing from the checkpoint: more; of another shape: scale (saved [], model [3])"),
         ("no checkpoint", "manifest.json: expected the manifest of a complete checkpoint, found none"),
         ("nothing there", "FileNotFoundError"),
+        ("somebody's", "is a directory, and not a checkpoint that could be replaced"),
         ("cannot write", "NotADirectoryError"),
     ],
 )
