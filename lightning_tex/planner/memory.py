@@ -20,8 +20,9 @@ class Memory:
         activations: what the forwards of all blocks keep for the backward, without the stash.
         stash: what communication-aware recomputation keeps of collectives.
         working: the most that lives beside these for a moment: the logits, or one block's recomputation and gradients.
-        collective_buffers: gradients on their way that are no states.
-        tile: temporaries of the optimizer's step, when activations are gone.
+        collective_buffers: of ZeRO 2, gradients of whole buffers on their way.
+        tile: temporaries of the optimizer's step, when activations are gone; on CPU what a reduce-scatter receives, if
+            that is more.
     """
 
     states: StateBytes
@@ -76,42 +77,72 @@ def memory(job: Job, candidate: Candidate, device: str = "cuda", tile_size: int 
         state_bytes(job, candidate, tile_size, device),
         at.forward() - stash,
         stash,
-        max(at.logits(), block_backward(at)),
-        gradient_buffers(job, candidate, device),
-        tile_bytes(job, candidate, tile_size, device),
+        # The last block's backward begins when head and last norm are done.
+        max(at.logits(), block_backward(at) - at.ends()),
+        gradient_buffers(job, candidate),
+        max(tile_bytes(job, candidate, tile_size, device), received_bytes(job, candidate, device)),
     )
 
 
 def block_backward(at: Activations) -> int:
-    """The most that one block's backward takes beside what the forwards kept.
+    """The most that one block's backward takes beside what the forwards kept: a bound over its moments."""
+    sizes = at.job.sizes
+    kinds = [experts for experts, there in ((False, sizes.dense_layers), (True, sizes.moe_layers)) if there]
+    return max(_recomputed(at, experts) + (_moe_flow(at) if experts else _mlp_flow(at)) for experts in kinds)
 
-    Its recomputed activations, where they are; the gradients of the stream, of the rows at the experts and of what
-    stands between two products; and the gradient of its largest matrix before it is added up.
+
+def _recomputed(at: Activations, experts: bool) -> int:
+    """What a recomputation makes anew: the block's activations, but its input and what is on the tape."""
+    if at.candidate.recompute is None:
+        return 0
+    made = at.block(experts)
+    if at.norm_sees_stream:
+        made -= at.stream
+    if at.candidate.recompute == "communication_aware" and experts:
+        made -= at.arrived + at.home
+    return made
+
+
+def _mlp_flow(at: Activations) -> int:
+    """The gradients of the stream, of what goes into the last product, and of its matrix."""
+    sizes, tensor, size = at.job.sizes, at.candidate.layout.tensor, at.job.element_bytes
+    hidden = sizes.hidden // tensor
+    return at.stream + (at.tokens + sizes.dim) * hidden * size
+
+
+def _moe_flow(at: Activations) -> int:
+    """Of the moments of a MoE layer's backward the one that takes most.
+
+    The weighted sum: gradients of rows and weights in the weights' precision. The way to the experts: gradients at
+    home, picked, and at the experts. The last product: gradients of its result, its input and its matrix, when what
+    came home is given back (unless it is on a tape). The end of a recomputed forward: what the experts gave, reordered
+    and picked.
     """
-    sizes, layout = at.job.sizes, at.candidate.layout
-    most = 0
-    for experts in (False, True):
-        if not (sizes.moe_layers if experts else sizes.dense_layers):
-            continue
-        recomputed = at.block(experts) if at.candidate.recompute is not None else 0
-        if experts:
-            hidden = at.rows * sizes.hidden // layout.expert_tensor
-            matrix = sizes.num_experts // layout.expert * sizes.hidden // layout.expert_tensor * sizes.dim
-            flow = at.stream + (2 * at.rows * sizes.dim + 2 * hidden) * at.job.element_bytes
-        else:
-            hidden = at.tokens * sizes.hidden // layout.tensor
-            matrix = sizes.hidden // layout.tensor * sizes.dim
-            flow = 2 * at.stream + 2 * hidden * at.job.element_bytes
-        most = max(most, recomputed + flow + matrix * at.job.element_bytes)
-    return most
+    sizes, layout, size = at.job.sizes, at.candidate.layout, at.job.element_bytes
+    cut = sizes.hidden // layout.expert_tensor
+    matrix = sizes.num_experts // layout.expert * cut * sizes.dim * size
+    given_back = 0 if at.candidate.recompute == "communication_aware" else at.home
+    moments = [
+        2 * at.home // size * at.score_bytes,
+        2 * at.home + at.arrived - given_back,
+        at.arrived + matrix + at.rows * cut * size - given_back,
+    ]
+    if at.candidate.recompute == "full":
+        moments.append(3 * at.arrived)
+    return at.stream + max(moments)
 
 
-def gradient_buffers(job: Job, candidate: Candidate, device: str) -> int:
-    """Gradients under way that are no states: of ZeRO 2 whole buffers; on CPU what a reduce-scatter receives."""
-    of = buffers(job, candidate)
-    sent = sorted((buffer.bytes for buffer in of), reverse=True)
-    total = sum(sent[:_UNDER_WAY]) if candidate.zero_stage == 2 else 0
-    if device == "cpu" and candidate.zero_stage > 0:
-        received = sorted((buffer.bytes for buffer in of if buffer.owners > 1), reverse=True)
-        total += sum(received[: _UNDER_WAY - 1] if candidate.zero_stage == 2 else received)
-    return total
+def gradient_buffers(job: Job, candidate: Candidate) -> int:
+    """Gradients of whole buffers under ZeRO 2 before they are reduced; where they do not leave early, all of them."""
+    if candidate.zero_stage != 2:
+        return 0
+    of = sorted((buffer.bytes for buffer in buffers(job, candidate)), reverse=True)
+    return sum(of[:_UNDER_WAY] if candidate.communication.overlap else of)
+
+
+def received_bytes(job: Job, candidate: Candidate, device: str) -> int:
+    """What the ranks' parts of gradients take before they are summed: on CPU, where we sum them."""
+    if device != "cpu" or candidate.zero_stage == 0:
+        return 0
+    of = sorted((buffer.bytes for buffer in buffers(job, candidate) if buffer.owners > 1), reverse=True)
+    return sum(of[: _UNDER_WAY - 1] if candidate.zero_stage == 2 else of)

@@ -123,7 +123,7 @@ class Work:
     def moe_bytes(self) -> float:
         """Router, rows picked and reordered on both ways, what stands between the products, the weighted sum."""
         sizes, at, size = self._sizes, self._activations, self.job.element_bytes
-        score, dim = at._score_bytes, sizes.dim
+        score, dim = at.score_bytes, sizes.dim
         router = at.held * (dim * (size + score) + 8 * sizes.num_experts * score)
         hidden = at.rows * sizes.hidden / self.candidate.layout.expert_tensor
         rows = at.rows * dim * size * 2 * 2
@@ -135,7 +135,7 @@ class Work:
     def loss_bytes(self) -> float:
         """Cross-entropy of the logits in full precision, forward and backward together."""
         at = self._activations
-        size, score = self.job.element_bytes, at._score_bytes
+        size, score = self.job.element_bytes, at.score_bytes
         casts = 2 * (size + score) if size != score else 0
         return at.tokens * at.columns * (casts + (1 + 2 + 2 + 1 + 2 + 2) * score)
 
