@@ -13,41 +13,34 @@ _UNDER_WAY = 3  # buffers of ZeRO 2 that exist at once: two that are sent, one t
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank.
+    """Bytes of one rank, at the fullest moment of a step.
 
     Args:
         states: what is kept from step to step.
-        activations: what the forwards of all blocks keep for the backward, without the stash.
-        stash: what communication-aware recomputation keeps of collectives.
-        working: the most that lives beside these for a moment: the logits, or one block's recomputation and gradients.
-        collective_buffers: of ZeRO 2, gradients of whole buffers on their way.
-        tile: temporaries of the optimizer's step, when activations are gone; on CPU what a reduce-scatter receives, if
-            that is more.
+        moment: ``logits``, when the loss is computed; ``last block``, when its backward begins; ``first block``, when
+            the backward ends; ``step``, the optimizer's.
+        activations: what forwards keep for backwards then, without the stash.
+        stash: what communication-aware recomputation keeps of collectives then.
+        working: what lives beside these for that moment: the logits, or one block's recomputation and gradients.
+        gradient_buffers: gradients on their way that are no states.
+        tile: temporaries of the optimizer's step.
     """
 
     states: StateBytes
-    activations: int
-    stash: int
-    working: int
-    collective_buffers: int
-    tile: int
-
-    @property
-    def training(self) -> int:
-        """The most in forward and backward."""
-        return self.states.total + self.activations + self.stash + self.working + self.collective_buffers
-
-    @property
-    def stepping(self) -> int:
-        """The most in the optimizer's step."""
-        return self.states.total + self.tile
+    moment: str
+    activations: int = 0
+    stash: int = 0
+    working: int = 0
+    gradient_buffers: int = 0
+    tile: int = 0
 
     @property
     def peak(self) -> int:
-        return max(self.training, self.stepping)
+        parts = self.activations + self.stash + self.working + self.gradient_buffers + self.tile
+        return self.states.total + parts
 
     def parts(self) -> dict[str, int]:
-        """What the peak is made of; the sum is the peak, but that a tile counts only as far as it stands out."""
+        """What the peak is made of."""
         states = self.states
         return {
             "dense parameters": states.dense_parameters,
@@ -58,8 +51,8 @@ class Memory:
             "activations": self.activations,
             "stash": self.stash,
             "working": self.working,
-            "collective buffers": self.collective_buffers,
-            "tile": max(0, self.stepping - self.training),
+            "gradient buffers": self.gradient_buffers,
+            "tile": self.tile,
         }
 
 
@@ -72,16 +65,18 @@ def memory(job: Job, candidate: Candidate, device: str = "cuda", tile_size: int 
         tile_size: as the strategy's.
     """
     at = Activations(job, candidate)
-    stash = at.stashes()
-    return Memory(
-        state_bytes(job, candidate, tile_size, device),
-        at.forward() - stash,
-        stash,
-        # The last block's backward begins when head and last norm are done.
-        max(at.logits(), block_backward(at) - at.ends()),
-        gradient_buffers(job, candidate),
-        max(tile_bytes(job, candidate, tile_size, device), received_bytes(job, candidate, device)),
+    states = state_bytes(job, candidate, tile_size, device)
+    forward, stash, block = at.forward(), at.stashes(), block_backward(at)
+    filling, under_way, received = gradient_buffers(job, candidate, device)
+    layers = max(1, job.sizes.num_layers)
+    moments = (
+        Memory(states, "logits", forward - stash, stash, at.logits()),
+        Memory(states, "last block", forward - stash - at.ends(), stash, block, filling),
+        # One block of all is left.
+        Memory(states, "first block", (forward - stash - at.ends()) // layers, stash // layers, block, under_way),
+        Memory(states, "step", gradient_buffers=received, tile=tile_bytes(job, candidate, tile_size, device)),
     )
+    return max(moments, key=lambda moment: moment.peak)
 
 
 def block_backward(at: Activations) -> int:
@@ -132,17 +127,18 @@ def _moe_flow(at: Activations) -> int:
     return at.stream + max(moments)
 
 
-def gradient_buffers(job: Job, candidate: Candidate) -> int:
-    """Gradients of whole buffers under ZeRO 2 before they are reduced; where they do not leave early, all of them."""
-    if candidate.zero_stage != 2:
-        return 0
-    of = sorted((buffer.bytes for buffer in buffers(job, candidate)), reverse=True)
-    return sum(of[:_UNDER_WAY] if candidate.communication.overlap else of)
+def gradient_buffers(job: Job, candidate: Candidate, device: str) -> tuple[int, int, int]:
+    """Gradients on their way that are no states: when the backward begins, when it ends, and before the step.
 
-
-def received_bytes(job: Job, candidate: Candidate, device: str) -> int:
-    """What the ranks' parts of gradients take before they are summed: on CPU, where we sum them."""
-    if device != "cpu" or candidate.zero_stage == 0:
-        return 0
-    of = sorted((buffer.bytes for buffer in buffers(job, candidate) if buffer.owners > 1), reverse=True)
-    return sum(of[: _UNDER_WAY - 1] if candidate.zero_stage == 2 else of)
+    ZeRO 2 moves them to whole buffers: one fills, two are sent; or all, where they do not leave early. On CPU, where we
+    sum the parts of a reduce-scatter, the other ranks' parts are received.
+    """
+    of = sorted(buffers(job, candidate), key=lambda buffer: -buffer.bytes)
+    sends = [buffer.bytes if device == "cpu" and buffer.owners > 1 else 0 for buffer in of]
+    if candidate.zero_stage == 0:
+        return 0, 0, 0
+    if candidate.zero_stage == 1:
+        return 0, 0, sum(sends)
+    alive = _UNDER_WAY if candidate.communication.overlap else len(of)
+    total = sum(buffer.bytes for buffer in of[:alive])
+    return of[0].bytes, total, total + sum(sends[: alive - 1])

@@ -17,7 +17,7 @@ TEMPORARY_BYTES = {"plain": 0, "fp32": 4, "split": 8, "int8": 24, "stochastic": 
 _SCALAR_BYTES = 4  # AdamW's step, one a tile
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Buffer:
     """One flat buffer of a rank.
 
@@ -56,7 +56,7 @@ def buffers(job: Job, candidate: Candidate) -> tuple[Buffer, ...]:
     return _buffers(job.sizes, candidate.layout, job.precision, candidate.zero_stage > 0, True)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=512)
 def _buffers(sizes: ModelSizes, layout: Layout, precision: str, sharded: bool, two_groups: bool) -> tuple[Buffer, ...]:
     usual, full = ELEMENT_BYTES[precision]
     kinds: dict[tuple[bool, bool, bool, int], list[int]] = {}
@@ -68,16 +68,18 @@ def _buffers(sizes: ModelSizes, layout: Layout, precision: str, sharded: bool, t
                 key = bool(vectors), parameter.kind == "expert", repeated, element_bytes
                 kinds.setdefault(key, []).append(elements)
     found = []
+    same: dict[Buffer, Buffer] = {}  # blocks repeat their buffers: one object for all
     for (_, expert, repeated, element_bytes), lengths in kinds.items():
         replicas = layout.expert_data if expert else layout.data
         owners = replicas if sharded else 1
         for span in bucketed(lengths, replicas):
             part = part_length(lengths[span], owners)
-            found.append(Buffer(expert, repeated, replicas, owners, part, sum(lengths[span]), element_bytes))
+            buffer = Buffer(expert, repeated, replicas, owners, part, sum(lengths[span]), element_bytes)
+            found.append(same.setdefault(buffer, buffer))
     return tuple(found)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=512)
 def distinct(of: tuple[Buffer, ...]) -> Mapping[Buffer, int]:
     """How many buffers there are of each kind and size."""
     return Counter(of)
@@ -119,7 +121,7 @@ def state_bytes(job: Job, candidate: Candidate, tile_size: int | None = None, de
                         tile_size, device)  # fmt: skip
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=512)
 def _state_bytes(
     of: tuple[Buffer, ...], precision: str, zero_stage: int, state_format: str, tile_size: int | None, device: str
 ) -> StateBytes:

@@ -1,4 +1,8 @@
-"""Planned peak memory of a training step against torch's own record of allocations, within 5 percent."""
+"""Planned peak memory of a training step against what it was seen to hold, within 5 percent.
+
+In one process by torch's own record of allocations. That record misses what other threads free, as gloo's do: on
+several ranks the tensors that operations make are counted instead, as long as they live.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,7 @@ from lightning_tex.layers import VocabParallelCrossEntropy
 from lightning_tex.models import Decoder, DecoderConfig
 from lightning_tex.moe import auxiliary_loss
 from lightning_tex.optim import Storage, TiledOptimizer
+from lightning_tex.optim.probe import Allocations
 from lightning_tex.planner.layouts import Candidate, Job
 from lightning_tex.planner.memory import memory
 from lightning_tex.planner.sizes import ModelSizes
@@ -65,8 +70,13 @@ def measured_and_planned(
     job = Job(ModelSizes.of(config), topology.layout.world, S, B * topology.layout.data, precision)
     candidate = Candidate(topology.layout, B, 1, stage, mode, "fp32", topology.communication)
     planned = memory(job, candidate, "cpu")
-    # States are compared byte for byte elsewhere.
-    return peak_bytes(step, torch.device("cpu")) + planned.states.total, planned.peak
+    if topology.layout.world == 1:
+        seen = peak_bytes(step, torch.device("cpu"))
+    else:
+        with Allocations() as allocations:
+            step()
+        seen = allocations.peak_bytes
+    return seen + planned.states.total, planned.peak  # states are compared byte for byte elsewhere
 
 
 def compare(layouts: tuple[tuple[int, ...], ...], every: int) -> list[str]:
@@ -91,7 +101,11 @@ def within(ratios: list[str], share: float) -> None:
 
 
 def test_peak_memory_in_one_process() -> None:
-    within(run_ranks(1, compare, ((1, 1, 1),), 5, detail=False)[0], 0.05)
+    within(run_ranks(1, compare, ((1, 1, 1),), 7, detail=False)[0], 0.05)
+
+
+def test_peak_memory_on_two_ranks() -> None:
+    within(run_ranks(2, compare, ((2, 1, 2), (1, 2, 1), (2, 2, 1)), 29, detail=False)[0], 0.05)
 
 
 @pytest.mark.full
