@@ -13,6 +13,7 @@ from rich.table import Table
 
 from lightning_tex.planner.cluster import GIB, Cluster
 from lightning_tex.planner.layouts import Job
+from lightning_tex.planner.memory import size
 from lightning_tex.planner.search import LargestBase, Planned, Plans
 from lightning_tex.planner.traffic import sent_bytes, step_collectives
 
@@ -253,11 +254,6 @@ def _name(each: Mapping[str, Any]) -> str:
 def seconds(time: float) -> str:
     """A time with its unit."""
     return f"{time:.3g} s" if time >= 1 else f"{1e3 * time:.3g} ms"
-
-
-def size(bytes_: float) -> str:
-    """A size of memory with its unit."""
-    return f"{bytes_ / GIB:.2f} GiB" if bytes_ >= 0.1 * GIB else f"{bytes_ / 2**20:.1f} MiB"
 
 
 def _many(parameters: float) -> str:

@@ -206,9 +206,17 @@ class Activations:
         copies = 2 * score if score == self._bytes else 2 * score + self._bytes
         return self.tokens * self.columns * copies
 
-    def softmax(self) -> int:
-        """What the cross-entropy keeps."""
-        return self.tokens * (self.columns * self.score_bytes + _INT64 + 1)
+    def head_backward(self) -> int:
+        """Gradients of the logits, of the head's matrix and of its input."""
+        return self.tokens * self.columns * self._bytes + self._vocabulary + self._whole
+
+    def embedding_backward(self) -> int:
+        """Gradients of the stream and of the embedding."""
+        return self.stream + self._vocabulary
+
+    @property
+    def _vocabulary(self) -> int:
+        return self.columns * self._sizes.dim * self._bytes
 
     def forward(self) -> int:
         """What is kept when the last block's forward is over."""

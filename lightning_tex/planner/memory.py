@@ -17,8 +17,8 @@ class Memory:
 
     Args:
         states: what is kept from step to step.
-        moment: ``logits``, when the loss is computed; ``last block``, when its backward begins; ``first block``, when
-            the backward ends; ``step``, the optimizer's.
+        moment: ``logits``, when the loss is computed; ``head``, its backward; ``last block``, when its backward begins;
+            ``first block`` and ``embedding``, when the backward ends; ``step``, the optimizer's.
         activations: what forwards keep for backwards then, without the stash.
         stash: what communication-aware recomputation keeps of collectives then.
         working: what lives beside these for that moment: the logits, or one block's recomputation and gradients.
@@ -74,9 +74,16 @@ def memory(job: Job, candidate: Candidate, device: str = "cuda", tile_size: int 
         Memory(states, "last block", forward - stash - at.ends(), stash, block, filling),
         # One block of all is left.
         Memory(states, "first block", (forward - stash - at.ends()) // layers, stash // layers, block, under_way),
+        Memory(states, "head", forward - stash, stash, at.head_backward(), filling),
+        Memory(states, "embedding", working=at.embedding_backward(), gradient_buffers=under_way),
         Memory(states, "step", gradient_buffers=received, tile=tile_bytes(job, candidate, tile_size, device)),
     )
     return max(moments, key=lambda moment: moment.peak)
+
+
+def size(bytes_: float) -> str:
+    """A size of memory with its unit."""
+    return f"{bytes_ / 2**30:.2f} GiB" if bytes_ >= 0.1 * 2**30 else f"{bytes_ / 2**20:.1f} MiB"
 
 
 def block_backward(at: Activations) -> int:
