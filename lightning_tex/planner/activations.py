@@ -79,6 +79,16 @@ class Activations:
         return self._own_tokens * self._sizes.top_k * self._sizes.dim * self._bytes
 
     @property
+    def hidden(self) -> int:
+        """One tensor between the experts' products: [N, H]."""
+        return self.rows * self._sizes.hidden // self.candidate.layout.expert_tensor * self._bytes
+
+    @property
+    def gather(self) -> int:
+        """Ranks that what arrived is put together over."""
+        return self._exchange.gather
+
+    @property
     def rows(self) -> int:
         """N, at the fullest rank."""
         rows = self._exchange.arrived_rows()
@@ -134,9 +144,7 @@ class Activations:
 
     def experts(self) -> int:
         """Rows that arrived, and what stands between the products."""
-        sizes = self._sizes
-        hidden = self.rows * sizes.hidden // self.candidate.layout.expert_tensor
-        return self.arrived + self._between * hidden * self._bytes
+        return self.arrived + self._between * self.hidden
 
     def combine(self) -> int:
         """What came home, by choice, and the weights: all that are held, of which the own may be a view."""

@@ -18,7 +18,8 @@ class Memory:
     Args:
         states: what is kept from step to step.
         moment: ``logits``, when the loss is computed; ``head``, its backward; ``last block``, when its backward begins;
-            ``first block`` and ``embedding``, when the backward ends; ``step``, the optimizer's.
+            ``first gradients`` of it; ``next block``, the one with experts before it; ``embedding``, when the backward
+            ends; ``step``, the optimizer's.
         activations: what forwards keep for backwards then, without the stash.
         stash: what communication-aware recomputation keeps of collectives then.
         working: what lives beside these for that moment: the logits, or one block's recomputation and gradients.
@@ -67,14 +68,16 @@ def memory(job: Job, candidate: Candidate, device: str = "cuda", tile_size: int 
     at = Activations(job, candidate)
     states = state_bytes(job, candidate, tile_size, device)
     forward, stash, block = at.forward(), at.stashes(), block_backward(at)
-    filling, under_way, received = gradient_buffers(job, candidate, device)
-    layers = max(1, job.sizes.num_layers)
+    blocks = forward - stash - at.ends()
+    filling, experts, under_way, received = gradient_buffers(job, candidate, device)
+    layers = job.sizes.num_layers
+    left = max(1, layers - job.sizes.moe_every)  # blocks, when the last one with experts is done
     moments = (
         Memory(states, "logits", forward - stash, stash, at.logits()),
-        Memory(states, "last block", forward - stash - at.ends(), stash, block, filling),
-        # One block of all is left.
-        Memory(states, "first block", (forward - stash - at.ends()) // layers, stash // layers, block, under_way),
-        Memory(states, "head", forward - stash, stash, at.head_backward(), filling),
+        Memory(states, "head", forward - stash, stash, at.head_backward()),
+        Memory(states, "last block", blocks, stash, block, filling),
+        Memory(states, "first gradients", blocks, stash, first_gradients(at), filling + experts),
+        Memory(states, "next block", left * blocks // layers, left * stash // layers, block, under_way),
         Memory(states, "embedding", working=at.embedding_backward(), gradient_buffers=under_way),
         Memory(states, "step", gradient_buffers=received, tile=tile_bytes(job, candidate, tile_size, device)),
     )
@@ -116,36 +119,51 @@ def _moe_flow(at: Activations) -> int:
     """Of the moments of a MoE layer's backward the one that takes most.
 
     The weighted sum: gradients of rows and weights in the weights' precision. The way to the experts: gradients at
-    home, picked, and at the experts. The last product: gradients of its result, its input and its matrix, when what
-    came home is given back (unless it is on a tape). The end of a recomputed forward: what the experts gave, reordered
-    and picked.
+    home, picked, the own part of them, and at the experts. The last product: gradients of its result, its input and its
+    matrix, when what came home is given back (unless it is on a tape). The end of a recomputed forward: what the
+    experts gave, reordered and picked.
     """
-    sizes, layout, size = at.job.sizes, at.candidate.layout, at.job.element_bytes
-    cut = sizes.hidden // layout.expert_tensor
-    matrix = sizes.num_experts // layout.expert * cut * sizes.dim * size
-    given_back = 0 if at.candidate.recompute == "communication_aware" else at.home
+    size, gather = at.job.element_bytes, at.gather
     moments = [
         2 * at.home // size * at.score_bytes,
-        2 * at.home + at.arrived - given_back,
-        at.arrived + matrix + at.rows * cut * size - given_back,
+        2 * at.home + at.arrived + (at.arrived // gather if gather > 1 else 0) - _given_back(at),
+        at.arrived + _expert_matrix(at) + at.hidden - _given_back(at),
     ]
     if at.candidate.recompute == "full":
         moments.append(3 * at.arrived)
     return at.stream + max(moments)
 
 
-def gradient_buffers(job: Job, candidate: Candidate, device: str) -> tuple[int, int, int]:
-    """Gradients on their way that are no states: when the backward begins, when it ends, and before the step.
+def first_gradients(at: Activations) -> int:
+    """Beside what the forwards kept, when the last MoE layer's first gradient is given to its buffer."""
+    if not at.job.sizes.moe_layers:
+        return 0
+    return _recomputed(at, True) + at.stream + at.arrived + _expert_matrix(at) - _given_back(at)
 
-    ZeRO 2 moves them to whole buffers: one fills, two are sent; or all, where they do not leave early. On CPU, where we
-    sum the parts of a reduce-scatter, the other ranks' parts are received.
+
+def _expert_matrix(at: Activations) -> int:
+    sizes, layout = at.job.sizes, at.candidate.layout
+    experts, hidden = sizes.num_experts // layout.expert, sizes.hidden // layout.expert_tensor
+    return experts * hidden * sizes.dim * at.job.element_bytes
+
+
+def _given_back(at: Activations) -> int:
+    return 0 if at.candidate.recompute == "communication_aware" else at.home
+
+
+def gradient_buffers(job: Job, candidate: Candidate, device: str) -> tuple[int, int, int, int]:
+    """Gradients on their way that are no states: the first buffer, the first of experts, at the end, before the step.
+
+    ZeRO 2 moves them to whole buffers: one fills, two are sent; or all are there, where they do not leave early. The
+    head's is the first. On CPU, where we sum the parts of a reduce-scatter, the other ranks' parts are received.
     """
     of = sorted(buffers(job, candidate), key=lambda buffer: -buffer.bytes)
     sends = [buffer.bytes if device == "cpu" and buffer.owners > 1 else 0 for buffer in of]
     if candidate.zero_stage == 0:
-        return 0, 0, 0
+        return 0, 0, 0, 0
     if candidate.zero_stage == 1:
-        return 0, 0, sum(sends)
+        return 0, 0, 0, sum(sends)
     alive = _UNDER_WAY if candidate.communication.overlap else len(of)
     total = sum(buffer.bytes for buffer in of[:alive])
-    return of[0].bytes, total, total + sum(sends[: alive - 1])
+    filling, experts = (next((b.bytes for b in of if b.expert == expert), 0) for expert in (False, True))
+    return filling, experts, total, total + sum(sends[:_UNDER_WAY])

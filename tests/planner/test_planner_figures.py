@@ -94,14 +94,14 @@ def test_what_a_layout_needs_and_takes_adds_up(data: st.DataObject) -> None:
 
 
 def test_the_recommended_one_fits_and_is_as_fast_as_any_exact_one_that_fits() -> None:
-    job = Job(replace(SMALL, dim=2048, num_heads=16, num_layers=24), 32, 1024, 64)
-    tight = replace(H100, memory_bytes=7e9, reserved_bytes=0)
+    job = Job(replace(SMALL, dim=2048, num_heads=16, num_layers=8), 16, 1024, 32)
+    tight = replace(H100, memory_bytes=2e9, reserved_bytes=0)
     plans = plan_all(job, tight)
     best = plans.recommended
-    assert best is not None and best.memory.peak <= 7e9
+    assert best is not None and best.memory.peak <= 2e9
     everything = [plan(job, candidate, tight) for candidate in candidates(job, Choices(state_format=("fp32", "split")))]
     assert plans.considered == 2 * len(everything)
-    fastest = min(each.time.total for each in everything if each.memory.peak <= 7e9)
+    fastest = min(each.time.total for each in everything if each.memory.peak <= 2e9)
     assert fastest <= best.time.total <= 1.01 * fastest
     assert any(not each.fits for each in plans.found)
     assert plan_all(job, replace(tight, memory_bytes=1e6)).recommended is None
@@ -152,7 +152,7 @@ def test_simulated_savings_on_summit_are_the_models_own() -> None:
 
 def test_planning_for_16384_ranks_is_a_matter_of_seconds() -> None:
     job = Job(ModelSizes(51200, 4096, 32, 32, num_experts=16, capacity_factor=1.0), 16384, 2048, 16384)
-    plans = plan_all(job, H100)
+    plans = plan_all(job, H100, Choices(zero_stage=(0, 1), state_format=("fp32",)))
     assert plans.considered > 1000 and plans.recommended is not None
 
 

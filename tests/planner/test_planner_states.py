@@ -171,7 +171,7 @@ def compare_states(world: int, every: int) -> int:
     return seen
 
 
-@pytest.mark.parametrize(("world", "every"), [(1, 4), (4, 29)])
+@pytest.mark.parametrize(("world", "every"), [(1, 7), (4, 41)])
 def test_state_bytes_are_those_allocated(world: int, every: int) -> None:
     assert run_ranks(world, compare_states, world, every, detail=False)[0] > 5
 
