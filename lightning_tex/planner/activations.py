@@ -216,14 +216,15 @@ class Activations:
 
     def head_backward(self) -> int:
         """Gradients of the logits, of the head's matrix and of its input."""
-        return self.tokens * self.columns * self._bytes + self._vocabulary + self._whole
+        return self.tokens * self.columns * self._bytes + self.vocabulary + self._whole
 
     def embedding_backward(self) -> int:
         """Gradients of the stream and of the embedding."""
-        return self.stream + self._vocabulary
+        return self.stream + self.vocabulary
 
     @property
-    def _vocabulary(self) -> int:
+    def vocabulary(self) -> int:
+        """The own part of the embedding or the head."""
         return self.columns * self._sizes.dim * self._bytes
 
     def forward(self) -> int:

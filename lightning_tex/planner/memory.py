@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from lightning_tex.planner.activations import Activations
 from lightning_tex.planner.layouts import Candidate, Job
-from lightning_tex.planner.states import StateBytes, buffers, state_bytes, tile_bytes
+from lightning_tex.planner.states import StateBytes, buffers, last_members, state_bytes, tile_bytes
 
 _UNDER_WAY = 3  # buffers of ZeRO 2 that exist at once: two that are sent, one that fills
 
@@ -69,17 +70,19 @@ def memory(job: Job, candidate: Candidate, device: str = "cuda", tile_size: int 
     states = state_bytes(job, candidate, tile_size, device)
     forward, stash, block = at.forward(), at.stashes(), block_backward(at)
     blocks = forward - stash - at.ends()
-    filling, experts, under_way, received = gradient_buffers(job, candidate, device)
+    sent = gradient_buffers(job, candidate, device)
+    # Of a shared matrix, the head's gradient waits for the embedding's.
+    tied = at.vocabulary if job.sizes.tie_embeddings else 0
     layers = job.sizes.num_layers
     left = max(1, layers - job.sizes.moe_every)  # blocks, when the last one with experts is done
     moments = (
         Memory(states, "logits", forward - stash, stash, at.logits()),
         Memory(states, "head", forward - stash, stash, at.head_backward()),
-        Memory(states, "last block", blocks, stash, block, filling),
-        Memory(states, "first gradients", blocks, stash, first_gradients(at), filling + experts),
-        Memory(states, "next block", left * blocks // layers, left * stash // layers, block, under_way),
-        Memory(states, "embedding", working=at.embedding_backward(), gradient_buffers=under_way),
-        Memory(states, "step", gradient_buffers=received, tile=tile_bytes(job, candidate, tile_size, device)),
+        Memory(states, "last block", blocks, stash, tied + block, sent.head),
+        Memory(states, "first gradients", blocks, stash, tied + first_gradients(at), sent.first),
+        Memory(states, "next block", left * blocks // layers, left * stash // layers, tied + block, sent.blocks),
+        Memory(states, "embedding", working=tied + at.embedding_backward(), gradient_buffers=sent.end),
+        Memory(states, "step", gradient_buffers=sent.received, tile=tile_bytes(job, candidate, tile_size, device)),
     )
     return max(moments, key=lambda moment: moment.peak)
 
@@ -138,7 +141,7 @@ def first_gradients(at: Activations) -> int:
     """Beside what the forwards kept, when the last MoE layer's first gradient is given to its buffer."""
     if not at.job.sizes.moe_layers:
         return 0
-    return _recomputed(at, True) + at.stream + at.arrived + _expert_matrix(at) - _given_back(at)
+    return _recomputed(at, True) + at.stream + _expert_matrix(at) - _given_back(at)
 
 
 def _expert_matrix(at: Activations) -> int:
@@ -151,19 +154,42 @@ def _given_back(at: Activations) -> int:
     return 0 if at.candidate.recompute == "communication_aware" else at.home
 
 
-def gradient_buffers(job: Job, candidate: Candidate, device: str) -> tuple[int, int, int, int]:
-    """Gradients on their way that are no states: the first buffer, the first of experts, at the end, before the step.
+class GradientBuffers(NamedTuple):
+    """Bytes of gradients on their way that are no states, at the moments of a backward.
 
-    ZeRO 2 moves them to whole buffers: one fills, two are sent; or all are there, where they do not leave early. The
-    head's is the first. On CPU, where we sum the parts of a reduce-scatter, the other ranks' parts are received.
+    Args:
+        head: when the last block's begins; first: when its experts' first gradient is there; blocks: when the last
+            ``moe_every`` blocks are done; end: of the backward; received: before the step.
     """
-    of = sorted(buffers(job, candidate), key=lambda buffer: -buffer.bytes)
-    sends = [buffer.bytes if device == "cpu" and buffer.owners > 1 else 0 for buffer in of]
-    if candidate.zero_stage == 0:
-        return 0, 0, 0, 0
-    if candidate.zero_stage == 1:
-        return 0, 0, 0, sum(sends)
+
+    head: int = 0
+    first: int = 0
+    blocks: int = 0
+    end: int = 0
+    received: int = 0
+
+
+def gradient_buffers(job: Job, candidate: Candidate, device: str) -> GradientBuffers:
+    """What ZeRO 2 moves to whole buffers: one fills, two are sent; or all are there, where they do not leave early.
+
+    On CPU, where we sum the parts of a reduce-scatter, the other ranks' parts are received.
+    """
+    of, stage = buffers(job, candidate), candidate.zero_stage
+    sends = sorted((buffer.bytes for buffer in of if device == "cpu" and buffer.owners > 1), reverse=True)
+    if stage < 2:
+        return GradientBuffers(received=sum(sends) if stage == 1 else 0)
     alive = _UNDER_WAY if candidate.communication.overlap else len(of)
-    total = sum(buffer.bytes for buffer in of[:alive])
-    filling, experts = (next((b.bytes for b in of if b.expert == expert), 0) for expert in (False, True))
-    return filling, experts, total, total + sum(sends[:_UNDER_WAY])
+
+    def begun(place: int) -> int:
+        """Of the buffers with a gradient, once those of all parameters from ``place`` on are there."""
+        there = [b.bytes for b, last in zip(of, last_members(job, candidate), strict=True) if last >= place]
+        return sum(sorted(there, reverse=True)[:alive])
+
+    names = [parameter.name for parameter in job.sizes.parameters()]
+    # Behind the last block come the last norm and the head, if it has a matrix of its own.
+    head = begun(names.index("norm.weight"))
+    experts = [place for place, name in enumerate(names) if name.endswith("experts.down")]
+    first = begun(experts[-1]) if experts else head
+    block = max(0, job.sizes.num_layers - job.sizes.moe_every)
+    blocks, end = begun(names.index(f"blocks.{block}.attention_norm.weight")), begun(0)
+    return GradientBuffers(head, first, blocks, end, end + sum(sends[:_UNDER_WAY]))
