@@ -51,28 +51,28 @@ class Buffer:
 def buffers(job: Job, candidate: Candidate) -> tuple[Buffer, ...]:
     """The flat buffers of one rank, in the optimizer's order; those of all ranks are of equal sizes.
 
-    Groups are those of ``LanguageModel.configure_optimizers``: matrices, then vectors.
+    With two groups, matrices come first, then vectors.
     """
-    return _laid_out(job.sizes, candidate.layout, job.precision, candidate.zero_stage > 0)[0]
+    return _laid_out(job.sizes, candidate.layout, job.precision, candidate.zero_stage > 0, job.two_groups)[0]
 
 
 def last_members(job: Job, candidate: Candidate) -> tuple[int, ...]:
     """Of each buffer, the place of its last parameter among the model's: a backward reaches that one first."""
-    return _laid_out(job.sizes, candidate.layout, job.precision, candidate.zero_stage > 0)[1]
+    return _laid_out(job.sizes, candidate.layout, job.precision, candidate.zero_stage > 0, job.two_groups)[1]
 
 
 @lru_cache(maxsize=512)
 def _laid_out(
-    sizes: ModelSizes, layout: Layout, precision: str, sharded: bool
+    sizes: ModelSizes, layout: Layout, precision: str, sharded: bool, two_groups: bool
 ) -> tuple[tuple[Buffer, ...], tuple[int, ...]]:
     usual, full = ELEMENT_BYTES[precision]
     kinds: dict[tuple[bool, bool, bool, int], list[tuple[int, int]]] = {}
-    for vectors in (False, True):
+    for vectors in (False, True) if two_groups else (None,):
         for place, (parameter, elements) in enumerate(zip(sizes.parameters(), sizes.stored(layout), strict=True)):
-            if vectors == (len(parameter.shape) == 1):
+            if vectors is None or vectors == (len(parameter.shape) == 1):
                 repeated = parameter.kind == "uncut" and layout.tensor > 1
                 element_bytes = full if parameter.full_precision else usual
-                key = vectors, parameter.kind == "expert", repeated, element_bytes
+                key = bool(vectors), parameter.kind == "expert", repeated, element_bytes
                 kinds.setdefault(key, []).append((elements, place))
     found, last = [], []
     same: dict[Buffer, Buffer] = {}  # blocks repeat their buffers: one object for all

@@ -68,11 +68,13 @@ def test_flops_are_twice_the_multiplications() -> None:
     tokens, d = 3 * 64, 256
     each = 4 * (4 * d * d + 2 * 64 * d) + 2 * 8 * d * d + 2 * (8 * d * d + 8 * d) + 1000 * d
     assert model_flops(job) == 3 * 2 * tokens * each
-    # One rank computes that, but half the square of attention; full recomputation is one more forward of the blocks.
+    # One rank computes that, but half the square of attention, with 5 products of it in a backward in place of 4; full
+    # recomputation is one more forward of the blocks.
+    half = 2 * tokens * 4 * 64 * d
     alone = computation(job, Candidate(Layout(1), 3), H100).flops
-    assert alone == model_flops(job) - 3 * 2 * tokens * 4 * 64 * d
+    assert alone == model_flops(job) - 3 * half + half / 2
     again = computation(job, Candidate(Layout(1), 3, recompute="full"), H100).flops
-    assert again == pytest.approx(alone * 4 / 3 - 2 * tokens * 1000 * d)
+    assert again == pytest.approx(alone + model_flops(job) / 3 - half - 2 * tokens * 1000 * d)
 
 
 def test_work_is_shared_by_the_tensor_axis() -> None:
@@ -133,11 +135,12 @@ def test_the_papers_figures() -> None:
 
 def test_the_papers_spike_is_between_four_and_six_bytes_an_element_and_flat_with_tiles() -> None:
     rows = paper._spike()
-    assert rows[-1]["experts"] == 32 and rows[-1]["shard_elements"] == pytest.approx(0.895e9, rel=2e-3)
-    low, high = rows[-1]["untiled_gb"]
+    papers = next(row for row in rows if row["experts"] == 32)
+    assert papers["shard_elements"] == pytest.approx(0.895e9, rel=2e-3)
+    low, high = papers["untiled_gb"]
     assert low < paper.PAPER_SPIKE_GB < high
-    assert rows[-1]["own_untiled_gb"] == pytest.approx(low, rel=1e-3)
-    assert max(row["own_tiled_gb"] for row in rows) <= 0.256 * 2**30 / 1e9
+    assert papers["own_untiled_gb"] == pytest.approx(low, rel=1e-3)
+    assert rows[-1]["own_untiled_gb"] > 3.5 * low and max(row["own_tiled_gb"] for row in rows) <= 0.25 * 2**30 / 1e9
 
 
 def test_simulated_savings_on_summit_are_the_models_own() -> None:

@@ -186,7 +186,7 @@ def test_state_bytes_of_every_layout_are_those_allocated(world: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tiles_are_as_large_as_the_strategys(state_format: str, dtype: torch.dtype) -> None:
     layer = nn.Linear(64, 64, bias=False, dtype=dtype)
-    placed = {layer.weight: p for p in placement.placements(layer, Topology.single()).values()}
+    placed = {layer.weight: placement.placements(layer, Topology.single())["weight"]}
     optimizer = TiledOptimizer(torch.optim.AdamW(layer.parameters()), placed, Axis("world"), Storage(1, state_format))
     kept = kept_format("bf16-mixed", state_format, layer.weight.element_size())
     assert optimizer.shards[0].states.tile_size == tile_elements(kept, None, "cpu")
