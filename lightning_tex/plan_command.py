@@ -16,9 +16,10 @@ from lightning_tex import plan_paper, plan_scaling, plan_show
 from lightning_tex.models import DecoderConfig
 from lightning_tex.planner import paper
 from lightning_tex.planner.cluster import CLUSTERS, Cluster
-from lightning_tex.planner.layouts import FORMATS, Choices, Job
-from lightning_tex.planner.search import largest_base, plan_all
+from lightning_tex.planner.layouts import FORMATS, Candidate, Choices, Job
+from lightning_tex.planner.search import largest_base, plan, plan_all
 from lightning_tex.planner.sizes import ELEMENT_BYTES, ModelSizes
+from lightning_tex.topology import Communication, Layout
 
 _SIZES = [field.name for field in fields(ModelSizes)]
 _RECOMPUTE = {"none": None, "full": "full", "communication_aware": "communication_aware"}
@@ -95,7 +96,8 @@ def _plan(options: argparse.Namespace, more: list[str], parser: _Parser) -> dict
             plan_scaling.draw(report, options.plot)
         return report
     plans = plan_all(job, cluster, choices)
-    report = plan_show.report(job, cluster, plans, own)
+    candidate = _own_candidate(job, own)
+    report = plan_show.report(job, cluster, plans, None if candidate is None else plan(job, candidate, cluster))
     plan_show.show(report, options.rows)
     if options.plot:
         plan_show.draw(report, options.plot, options.rows)
@@ -128,7 +130,32 @@ def _job(options: argparse.Namespace, more: list[str], parser: _Parser) -> tuple
         parser.error("--global-batch-size is needed: sequences of one optimizer step over all ranks")
     length = options.sequence_length or defaults["sequence_length"]
     precision = options.precision or defaults["precision"]
-    return Job(sizes, gpus, length, batch, precision, options.imbalance), own
+    two_groups = defaults.get("two_groups", True)
+    return Job(sizes, gpus, length, batch, precision, options.imbalance, two_groups), own
+
+
+def _own_candidate(job: Job, own: dict[str, Any]) -> Candidate | None:
+    """What a recipe itself says; ``None`` where it would not run so on these ranks, or there is none."""
+    accumulation = own.get("accumulate_grad_batches")
+    if accumulation is None:
+        return None
+    sizes = "tensor_parallel_size", "expert_parallel_size", "expert_tensor_parallel_size", "duplicate_token_dropping"
+    given = {name: own[name] for name in sizes if name in own}
+    try:
+        layout = Layout.resolve(job.world, **given, num_experts=job.sizes.experts)
+        job.sizes.check(layout)
+    except ValueError:
+        return None
+    micro_batch = job.global_batch_size // (accumulation * layout.data)
+    if micro_batch * accumulation * layout.data != job.global_batch_size:
+        return None
+    how = Communication(
+        own.get("duplicate_token_dropping", True), sequence_parallel=own.get("sequence_parallel", False)
+    )
+    return Candidate(
+        layout, micro_batch, accumulation, own.get("zero_stage", 1), own.get("activation_checkpointing"),
+        own.get("optimizer_state_format", "fp32"), how,
+    )  # fmt: skip
 
 
 def _from_recipe(path: str, more: list[str]) -> tuple[DecoderConfig, dict[str, Any], dict[str, Any]]:
@@ -153,13 +180,15 @@ def _from_recipe(path: str, more: list[str]) -> tuple[DecoderConfig, dict[str, A
     defaults: dict[str, Any] = {
         "sequence_length": data.get("sequence_length") or sizes.get("max_sequence_length"),
         "precision": str(trainer.get("precision") or "32-true"),
+        "two_groups": not config.get("optimizer"),
     }
     if data.get("global_batch_size"):  # of a micro-step over all ranks
         defaults["global_batch_size"] = data["global_batch_size"] * int(trainer.get("accumulate_grad_batches") or 1)
     devices = str(trainer.get("devices"))
     if devices.isdigit():
         defaults["gpus"] = int(devices) * int(trainer.get("num_nodes") or 1)
-    return DecoderConfig(**sizes), defaults, recipe.strategy_options()
+    own = {**recipe.strategy_options(), "accumulate_grad_batches": int(trainer.get("accumulate_grad_batches") or 1)}
+    return DecoderConfig(**sizes), defaults, own
 
 
 def _parser() -> _Parser:

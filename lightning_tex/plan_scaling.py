@@ -10,10 +10,11 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.table import Table
 
-from lightning_tex.plan_show import console, row, seconds, size, stack
+from lightning_tex.plan_show import console, row, seconds, stack
 from lightning_tex.planner import scaling
 from lightning_tex.planner.cluster import GIB, Cluster
 from lightning_tex.planner.layouts import Choices, Job
+from lightning_tex.planner.memory import size
 from lightning_tex.planner.scaling import Point
 
 TITLES = {

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from lightning_tex.planner.cluster import GIB, Cluster
 from lightning_tex.planner.layouts import Job
+from lightning_tex.planner.memory import size
 from lightning_tex.planner.search import LargestBase, Planned, Plans
 from lightning_tex.planner.traffic import sent_bytes, step_collectives
 
@@ -54,12 +55,12 @@ def _job(job: Job, cluster: Cluster) -> dict[str, Any]:
     }
 
 
-def report(job: Job, cluster: Cluster, plans: Plans, own: Mapping[str, Any]) -> dict[str, Any]:
+def report(job: Job, cluster: Cluster, plans: Plans, own: Planned | None) -> dict[str, Any]:
     """Everything of a plan, as it is printed with ``--json``.
 
     Args:
         job, cluster, plans: the plan.
-        own: what the recipe gives the strategy: its layout is marked.
+        own: what the recipe itself says.
     """
     best = plans.recommended
     rows = [row(each) for each in plans.found]
@@ -69,32 +70,12 @@ def report(job: Job, cluster: Cluster, plans: Plans, own: Mapping[str, Any]) -> 
         "fitting": len(plans.fitting),
         "layouts": rows,
         "recommended": None,
-        "recipe": _own_row(own, rows),
+        "recipe": None if own is None else row(own),
     }
     if best is not None:
         sent = sent_bytes(step_collectives(job, best.candidate))
         found["recommended"] = {**row(best), "sent_bytes": {"/".join(key): float(n) for key, n in sent.items()}}
     return found
-
-
-def _own_row(own: Mapping[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The row of a recipe's own layout; what it leaves out is the strategy's default."""
-    if not own:
-        return None
-    tensor = own.get("tensor_parallel_size", 1)
-    wanted = {
-        "tensor_parallel_size": tensor,
-        "expert_tensor_parallel_size": own.get("expert_tensor_parallel_size") or tensor,
-        "zero_stage": own.get("zero_stage", 1),
-        "sequence_parallel": own.get("sequence_parallel", False),
-        "activation_checkpointing": own.get("activation_checkpointing"),
-        "optimizer_state_format": own.get("optimizer_state_format", "fp32"),
-    }
-    same = [each for each in rows if all(each[key] == value for key, value in wanted.items())]
-    expert = own.get("expert_parallel_size", "auto")
-    if expert == "auto":
-        expert = max((each["expert_parallel_size"] for each in same), default=1)
-    return next((each for each in same if each["expert_parallel_size"] == expert), None)
 
 
 def show(found: Mapping[str, Any], rows: int) -> None:
@@ -253,11 +234,6 @@ def _name(each: Mapping[str, Any]) -> str:
 def seconds(time: float) -> str:
     """A time with its unit."""
     return f"{time:.3g} s" if time >= 1 else f"{1e3 * time:.3g} ms"
-
-
-def size(bytes_: float) -> str:
-    """A size of memory with its unit."""
-    return f"{bytes_ / GIB:.2f} GiB" if bytes_ >= 0.1 * GIB else f"{bytes_ / 2**20:.1f} MiB"
 
 
 def _many(parameters: float) -> str:

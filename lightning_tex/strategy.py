@@ -28,6 +28,7 @@ from lightning_tex import drawing, placement
 from lightning_tex.agreement import agreed_loader, evaluation_loader, gather_numbers, require_same_batch
 from lightning_tex.checkpointing_strategy import CheckpointingStrategy
 from lightning_tex.evaluation import run_until_all_are_done
+from lightning_tex.fit_check import require_memory
 from lightning_tex.layers.vocab import require_both_ends
 from lightning_tex.moe import MoE, auxiliary_loss
 from lightning_tex.optim import Storage, TiledOptimizer
@@ -76,6 +77,7 @@ class TexMoEStrategy(CheckpointingStrategy):
             (16-mixed) that decides instead.
         background_saving: in a fit, a checkpoint directory is written beside training from a copy of the states in host
             memory; a failure is raised at the next step. False: training waits until it is written.
+        check_memory: refuse at the start a training that by its plan does not fit the GPU (``lightning-tex plan``).
 
     Raises:
         ValueError: a layout that the world or the model does not allow, naming the option and the legal values.
@@ -106,6 +108,7 @@ class TexMoEStrategy(CheckpointingStrategy):
         timeout: timedelta | None = default_pg_timeout,
         max_skipped_steps: int | None = 10,
         background_saving: bool = True,
+        check_memory: bool = True,
     ) -> None:
         lightnings = (accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
         super().__init__(save_distributed_checkpoint, background_saving, process_group_backend, timeout, *lightnings)
@@ -128,6 +131,7 @@ class TexMoEStrategy(CheckpointingStrategy):
                 "'full', 'communication_aware'"
             )
         self._recompute = partial(recompute, mode=activation_checkpointing, policy=activation_checkpointing_policy)
+        self._check_memory, self._recompute_mode = check_memory, activation_checkpointing
         self._topology: Topology | None = None
         self._seed = 0
         self._compared: Counter[Any] = Counter()
@@ -191,6 +195,8 @@ class TexMoEStrategy(CheckpointingStrategy):
         if self._expert_size_given:
             layout.require_experts(self._num_experts())
         placement.check(self.model, layout)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._require_memory(layout)
         if self.communication.sequence_parallel:
             require_both_ends(self.model)
         if self._topology is None or self._topology.layout != layout:
@@ -212,6 +218,20 @@ class TexMoEStrategy(CheckpointingStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
+
+    def _require_memory(self, layout: Layout) -> None:
+        device_bytes = self._device_bytes()
+        if self._check_memory and device_bytes is not None:
+            assert self.lightning_module is not None
+            plugin = self.precision_plugin
+            storage, how, mode = plugin.storage(self._storage), self.communication, self._recompute_mode
+            require_memory(self.lightning_module, layout, how, storage, mode, str(plugin.precision), device_bytes)
+
+    def _device_bytes(self) -> int | None:
+        """Memory of this rank's GPU; ``None`` on CPU, where ranks share what there is."""
+        if self.root_device.type != "cuda":
+            return None
+        return int(torch.cuda.get_device_properties(self.root_device).total_memory)
 
     def _require_same_model(self) -> None:
         assert self.model is not None

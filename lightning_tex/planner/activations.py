@@ -44,7 +44,8 @@ class Activations:
         return ELEMENT_BYTES[self.job.precision][1]
 
     @property
-    def _score_bytes(self) -> int:
+    def score_bytes(self) -> int:
+        """Of a router's score."""
         return self._exchange.score_bytes
 
     @property
@@ -61,6 +62,31 @@ class Activations:
     def stream(self) -> int:
         """What a block is given: [s, D]."""
         return self.held * self._sizes.dim * self._bytes
+
+    @property
+    def norm_sees_stream(self) -> bool:
+        """Whether a norm keeps the stream itself, and no copy in another precision."""
+        return self._norm_bytes == self._bytes
+
+    @property
+    def arrived(self) -> int:
+        """Rows at the experts: [N, D]."""
+        return self.rows * self._sizes.dim * self._bytes
+
+    @property
+    def home(self) -> int:
+        """What comes home, by choice: [t k, D]."""
+        return self._own_tokens * self._sizes.top_k * self._sizes.dim * self._bytes
+
+    @property
+    def hidden(self) -> int:
+        """One tensor between the experts' products: [N, H]."""
+        return self.rows * self._sizes.hidden // self.candidate.layout.expert_tensor * self._bytes
+
+    @property
+    def gather(self) -> int:
+        """Ranks that what arrived is put together over."""
+        return self._exchange.gather
 
     @property
     def rows(self) -> int:
@@ -105,27 +131,24 @@ class Activations:
     def router(self) -> int:
         """The input in full precision, scores, choices, and for the routing losses logits."""
         sizes = self._sizes
-        per_token = self._score_bytes * (sizes.dim + sizes.num_experts) + _INT64 * sizes.top_k
+        per_token = self.score_bytes * (sizes.dim + sizes.num_experts) + _INT64 * sizes.top_k
         if sizes.norm_topk_prob:
-            per_token += self._score_bytes * (sizes.top_k + 1)
+            per_token += self.score_bytes * (sizes.top_k + 1)
         return self.held * per_token + self.routing_losses()
 
     def routing_losses(self) -> int:
         """Logits and two numbers of each token; kept in recomputation as well."""
         if not self._sizes.routing_losses:
             return 0
-        return self.held * self._score_bytes * (self._sizes.num_experts + 1)
+        return self.held * self.score_bytes * (self._sizes.num_experts + 1)
 
     def experts(self) -> int:
         """Rows that arrived, and what stands between the products."""
-        sizes = self._sizes
-        hidden = self.rows * sizes.hidden // self.candidate.layout.expert_tensor
-        return (self.rows * sizes.dim + self._between * hidden) * self._bytes
+        return self.arrived + self._between * self.hidden
 
     def combine(self) -> int:
         """What came home, by choice, and the weights: all that are held, of which the own may be a view."""
-        came = self._own_tokens * self._sizes.dim * self._bytes
-        return self._sizes.top_k * (came + self.held * self._score_bytes)
+        return self.home + self._sizes.top_k * self.held * self.score_bytes
 
     def indices(self) -> int:
         """Which row each choice has, and the order of rows: int64 numbers that the way keeps."""
@@ -171,8 +194,7 @@ class Activations:
                 total += _INT64 * layout.tensor * sizes.top_k * exchange.sequences * (sizes.num_experts + 1)
             if exchange.split > 1:
                 total += self._whole
-        home = self._own_tokens * sizes.top_k * sizes.dim * self._bytes
-        return total + self.rows * sizes.dim * self._bytes + home
+        return total + self.arrived + self.home
 
     def kept(self, experts: bool) -> int:
         """What is left of a block when its forward is over, stash included."""
@@ -188,13 +210,22 @@ class Activations:
 
     def logits(self) -> int:
         """The most that logits take at once: themselves, in full precision, and their softmax or gradient."""
-        score = self._score_bytes
+        score = self.score_bytes
         copies = 2 * score if score == self._bytes else 2 * score + self._bytes
         return self.tokens * self.columns * copies
 
-    def softmax(self) -> int:
-        """What the cross-entropy keeps."""
-        return self.tokens * (self.columns * self._score_bytes + _INT64 + 1)
+    def head_backward(self) -> int:
+        """Gradients of the logits, of the head's matrix and of its input."""
+        return self.tokens * self.columns * self._bytes + self.vocabulary + self._whole
+
+    def embedding_backward(self) -> int:
+        """Gradients of the stream and of the embedding."""
+        return self.stream + self.vocabulary
+
+    @property
+    def vocabulary(self) -> int:
+        """The own part of the embedding or the head."""
+        return self.columns * self._sizes.dim * self._bytes
 
     def forward(self) -> int:
         """What is kept when the last block's forward is over."""

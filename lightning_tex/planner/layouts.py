@@ -25,6 +25,8 @@ class Job:
         global_batch_size: sequences of one optimizer step over all ranks.
         precision: the Trainer's.
         imbalance: rows at the fullest expert rank over their mean, in dropless routing; 1: balanced.
+        two_groups: the optimizer has matrices and vectors in groups of their own, as ``LanguageModel`` builds it; else
+            all in one, as the command line's ``--optimizer`` does.
 
     Raises:
         ValueError: naming the option and what is legal.
@@ -36,6 +38,7 @@ class Job:
     global_batch_size: int
     precision: str = "bf16-mixed"
     imbalance: float = 1.0
+    two_groups: bool = True
 
     def __post_init__(self) -> None:
         for name in ("world", "sequence_length", "global_batch_size"):

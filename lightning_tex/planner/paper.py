@@ -139,10 +139,10 @@ def _planned_base(world: int, experts: int, tensor: int) -> float | None:
 
 def _spike() -> list[dict[str, Any]]:
     rows = []
-    for experts in (4, 8, 16, 32):
+    for experts in (4, 8, 16, 32, 64, 128):
         gpt = gpt_parameters(32, 2560, VOCABULARY, LENGTH, experts)
         job = Job(BASE_2_7B(num_experts=experts), 32, LENGTH, 32, "16-mixed")
-        candidate = Candidate(Layout(32, 1, experts, 1))
+        candidate = Candidate(Layout(32, 1, min(experts, 32), 1))
         shard = sum(gpt.values()) / 32
         rows.append(
             {

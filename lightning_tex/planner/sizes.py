@@ -209,7 +209,7 @@ class ModelSizes:
             )
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=512)
 def _stored(sizes: ModelSizes, layout: Layout) -> tuple[int, ...]:
     shapes: dict[tuple[Any, ...], int] = {}  # blocks repeat their parameters' shapes
     for parameter in sizes.parameters():

@@ -13,11 +13,11 @@ from lightning_tex.planner.sizes import ELEMENT_BYTES, ModelSizes
 from lightning_tex.topology import Layout
 
 # Temporaries of a step in bytes per element, by what is kept, as a trial of fused AdamW shows them (optim/probe.py).
-TEMPORARY_BYTES = {"plain": 0, "fp32": 4, "split": 8, "int8": 24, "stochastic": 20}
+TEMPORARY_BYTES = {"plain": 0, "fp32": 4, "split": 8, "int8": 24 + 4 / 64, "stochastic": 20}
 _SCALAR_BYTES = 4  # AdamW's step, one a tile
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Buffer:
     """One flat buffer of a rank.
 
@@ -51,33 +51,44 @@ class Buffer:
 def buffers(job: Job, candidate: Candidate) -> tuple[Buffer, ...]:
     """The flat buffers of one rank, in the optimizer's order; those of all ranks are of equal sizes.
 
-    Groups are those of ``LanguageModel.configure_optimizers``: matrices, then vectors.
+    With two groups, matrices come first, then vectors.
     """
-    return _buffers(job.sizes, candidate.layout, job.precision, candidate.zero_stage > 0, True)
+    return _laid_out(job.sizes, candidate.layout, job.precision, candidate.zero_stage > 0, job.two_groups)[0]
 
 
-@lru_cache(maxsize=4096)
-def _buffers(sizes: ModelSizes, layout: Layout, precision: str, sharded: bool, two_groups: bool) -> tuple[Buffer, ...]:
+def last_members(job: Job, candidate: Candidate) -> tuple[int, ...]:
+    """Of each buffer, the place of its last parameter among the model's: a backward reaches that one first."""
+    return _laid_out(job.sizes, candidate.layout, job.precision, candidate.zero_stage > 0, job.two_groups)[1]
+
+
+@lru_cache(maxsize=512)
+def _laid_out(
+    sizes: ModelSizes, layout: Layout, precision: str, sharded: bool, two_groups: bool
+) -> tuple[tuple[Buffer, ...], tuple[int, ...]]:
     usual, full = ELEMENT_BYTES[precision]
-    kinds: dict[tuple[bool, bool, bool, int], list[int]] = {}
+    kinds: dict[tuple[bool, bool, bool, int], list[tuple[int, int]]] = {}
     for vectors in (False, True) if two_groups else (None,):
-        for parameter, elements in zip(sizes.parameters(), sizes.stored(layout), strict=True):
+        for place, (parameter, elements) in enumerate(zip(sizes.parameters(), sizes.stored(layout), strict=True)):
             if vectors is None or vectors == (len(parameter.shape) == 1):
                 repeated = parameter.kind == "uncut" and layout.tensor > 1
                 element_bytes = full if parameter.full_precision else usual
                 key = bool(vectors), parameter.kind == "expert", repeated, element_bytes
-                kinds.setdefault(key, []).append(elements)
-    found = []
-    for (_, expert, repeated, element_bytes), lengths in kinds.items():
+                kinds.setdefault(key, []).append((elements, place))
+    found, last = [], []
+    same: dict[Buffer, Buffer] = {}  # blocks repeat their buffers: one object for all
+    for (_, expert, repeated, element_bytes), members in kinds.items():
+        lengths = [elements for elements, _ in members]
         replicas = layout.expert_data if expert else layout.data
         owners = replicas if sharded else 1
         for span in bucketed(lengths, replicas):
             part = part_length(lengths[span], owners)
-            found.append(Buffer(expert, repeated, replicas, owners, part, sum(lengths[span]), element_bytes))
-    return tuple(found)
+            buffer = Buffer(expert, repeated, replicas, owners, part, sum(lengths[span]), element_bytes)
+            found.append(same.setdefault(buffer, buffer))
+            last.append(members[span][-1][1])
+    return tuple(found), tuple(last)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=512)
 def distinct(of: tuple[Buffer, ...]) -> Mapping[Buffer, int]:
     """How many buffers there are of each kind and size."""
     return Counter(of)
@@ -119,7 +130,7 @@ def state_bytes(job: Job, candidate: Candidate, tile_size: int | None = None, de
                         tile_size, device)  # fmt: skip
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=512)
 def _state_bytes(
     of: tuple[Buffer, ...], precision: str, zero_stage: int, state_format: str, tile_size: int | None, device: str
 ) -> StateBytes:
@@ -164,7 +175,7 @@ def tile_bytes(job: Job, candidate: Candidate, tile_size: int | None = None, dev
     for buffer in distinct(buffers(job, candidate)):
         kept = kept_format(job.precision, candidate.state_format, buffer.element_bytes)
         tile = min(buffer.part, tile_elements(kept, tile_size, device))
-        most = max(most, tile * TEMPORARY_BYTES[kept])
+        most = max(most, int(tile * TEMPORARY_BYTES[kept]))
     return most
 
 

@@ -130,7 +130,7 @@ class _BufferTimes(NamedTuple):
     last_collection: float
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=4096)
 def _buffer_times(of: tuple[Buffer, ...], precision: str, candidate: Candidate, cluster: Cluster) -> _BufferTimes:
     def time(collectives: list[Collective]) -> float:
         return sum(c.times * seconds(c, candidate.layout, cluster) for c in collectives)

@@ -23,6 +23,7 @@ class Product(NamedTuple):
     Args:
         recorded: what comes of it goes to a collective only: communication-aware recomputation leaves it out.
         full_precision: computed in fp32.
+        backward: products of that size in the backward; attention's kernel computes the scores once more.
     """
 
     m: float
@@ -31,6 +32,7 @@ class Product(NamedTuple):
     batch: float = 1
     recorded: bool = False
     full_precision: bool = False
+    backward: float = 2.0
 
     @property
     def flops(self) -> float:
@@ -70,8 +72,8 @@ class Work:
         yield Product(tokens, d / tensor, d)
         yield Product(tokens, 2 * kv / tensor, d)
         length, heads = self.job.sequence_length, self.candidate.micro_batch * sizes.num_heads / tensor
-        yield Product(length, length / 2, sizes.head_dim, heads)
-        yield Product(length, sizes.head_dim, length / 2, heads)
+        yield Product(length, length / 2, sizes.head_dim, heads, backward=2.5)
+        yield Product(length, sizes.head_dim, length / 2, heads, backward=2.5)
         yield Product(tokens, d, d / tensor, recorded=tensor > 1)
 
     @property
@@ -123,7 +125,7 @@ class Work:
     def moe_bytes(self) -> float:
         """Router, rows picked and reordered on both ways, what stands between the products, the weighted sum."""
         sizes, at, size = self._sizes, self._activations, self.job.element_bytes
-        score, dim = at._score_bytes, sizes.dim
+        score, dim = at.score_bytes, sizes.dim
         router = at.held * (dim * (size + score) + 8 * sizes.num_experts * score)
         hidden = at.rows * sizes.hidden / self.candidate.layout.expert_tensor
         rows = at.rows * dim * size * 2 * 2
@@ -135,7 +137,7 @@ class Work:
     def loss_bytes(self) -> float:
         """Cross-entropy of the logits in full precision, forward and backward together."""
         at = self._activations
-        size, score = self.job.element_bytes, at._score_bytes
+        size, score = self.job.element_bytes, at.score_bytes
         casts = 2 * (size + score) if size != score else 0
         return at.tokens * at.columns * (casts + (1 + 2 + 2 + 1 + 2 + 2) * score)
 
@@ -160,9 +162,9 @@ class Computation:
 
 
 def computation(job: Job, candidate: Candidate, cluster: Cluster) -> Computation:
-    """Roofline time of everything that one rank computes in a micro-step; a backward is two forwards."""
+    """Roofline time of all that one rank computes in a micro-step; a backward is two forwards, attention's 2.5."""
     work, sizes = Work(job, candidate), job.sizes
-    forward = again = flops = flops_again = 0.0
+    forward = again = backward = flops = 0.0
     parts = (
         (sizes.num_layers, list(work.attention()), work.attention_bytes() + work.norm_bytes()),
         (sizes.dense_layers, list(work.mlp()), work.mlp_bytes() + work.norm_bytes()),
@@ -175,16 +177,17 @@ def computation(job: Job, candidate: Candidate, cluster: Cluster) -> Computation
         repeated = [not (replays and p.recorded) for p in products]
         rest = moved / cluster.memory_bandwidth
         forward += times * (sum(time) + rest)
-        flops += times * sum(p.flops for p in products)
+        backward += times * (sum(p.backward * t for p, t in zip(products, time, strict=True)) + 2 * rest)
+        flops += times * sum((1 + p.backward) * p.flops for p in products)
         if candidate.recompute is not None:
             again += times * (sum(t for t, r in zip(time, repeated, strict=True) if r) + rest)
-            flops_again += times * sum(p.flops for p, r in zip(products, repeated, strict=True) if r)
+            flops += times * sum(p.flops for p, r in zip(products, repeated, strict=True) if r)
     head = list(work.head())
-    forward += sum(p.seconds(cluster, job.precision, job.element_bytes) for p in head)
-    forward += work.norm_bytes() / cluster.memory_bandwidth
-    flops += sum(p.flops for p in head)
+    last = sum(p.seconds(cluster, job.precision, job.element_bytes) for p in head)
+    last += work.norm_bytes() / cluster.memory_bandwidth
+    flops += 3 * sum(p.flops for p in head)
     loss = work.loss_bytes() / cluster.memory_bandwidth
-    return Computation(forward + loss / 2, again, 2 * forward + loss / 2, 3 * flops + flops_again)
+    return Computation(forward + last + loss / 2, again, backward + 2 * last + loss / 2, flops)
 
 
 def model_flops(job: Job) -> float:

@@ -10,6 +10,7 @@ import pytest
 from lightning_tex import plan_paper, plan_show
 from lightning_tex.cli import main
 from lightning_tex.planner import paper
+from lightning_tex.planner.memory import size
 
 # Lightning 2.6's own calls.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -103,5 +104,5 @@ def test_what_is_wrong_is_one_line(capsys, words: str, said: tuple[str, ...]) ->
 
 def test_times_and_sizes_have_units() -> None:
     assert plan_show.seconds(12.345) == "12.3 s" and plan_show.seconds(0.0123) == "12.3 ms"
-    assert plan_show.size(2 * 2**30) == "2.00 GiB" and plan_show.size(3 * 2**20) == "3.0 MiB"
+    assert size(2 * 2**30) == "2.00 GiB" and size(3 * 2**20) == "3.0 MiB"
     assert plan_paper.seconds is plan_show.seconds

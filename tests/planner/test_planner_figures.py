@@ -68,11 +68,13 @@ def test_flops_are_twice_the_multiplications() -> None:
     tokens, d = 3 * 64, 256
     each = 4 * (4 * d * d + 2 * 64 * d) + 2 * 8 * d * d + 2 * (8 * d * d + 8 * d) + 1000 * d
     assert model_flops(job) == 3 * 2 * tokens * each
-    # One rank computes that, but half the square of attention; full recomputation is one more forward of the blocks.
+    # One rank computes that, but half the square of attention, with 5 products of it in a backward in place of 4; full
+    # recomputation is one more forward of the blocks.
+    half = 2 * tokens * 4 * 64 * d
     alone = computation(job, Candidate(Layout(1), 3), H100).flops
-    assert alone == model_flops(job) - 3 * 2 * tokens * 4 * 64 * d
+    assert alone == model_flops(job) - 3 * half + half / 2
     again = computation(job, Candidate(Layout(1), 3, recompute="full"), H100).flops
-    assert again == pytest.approx(alone * 4 / 3 - 2 * tokens * 1000 * d)
+    assert again == pytest.approx(alone + model_flops(job) / 3 - half - 2 * tokens * 1000 * d)
 
 
 def test_work_is_shared_by_the_tensor_axis() -> None:
@@ -94,14 +96,14 @@ def test_what_a_layout_needs_and_takes_adds_up(data: st.DataObject) -> None:
 
 
 def test_the_recommended_one_fits_and_is_as_fast_as_any_exact_one_that_fits() -> None:
-    job = Job(replace(SMALL, dim=2048, num_heads=16, num_layers=24), 32, 1024, 64)
-    tight = replace(H100, memory_bytes=7e9, reserved_bytes=0)
+    job = Job(replace(SMALL, dim=2048, num_heads=16, num_layers=8), 16, 1024, 32)
+    tight = replace(H100, memory_bytes=2e9, reserved_bytes=0)
     plans = plan_all(job, tight)
     best = plans.recommended
-    assert best is not None and best.memory.peak <= 7e9
+    assert best is not None and best.memory.peak <= 2e9
     everything = [plan(job, candidate, tight) for candidate in candidates(job, Choices(state_format=("fp32", "split")))]
     assert plans.considered == 2 * len(everything)
-    fastest = min(each.time.total for each in everything if each.memory.peak <= 7e9)
+    fastest = min(each.time.total for each in everything if each.memory.peak <= 2e9)
     assert fastest <= best.time.total <= 1.01 * fastest
     assert any(not each.fits for each in plans.found)
     assert plan_all(job, replace(tight, memory_bytes=1e6)).recommended is None
@@ -133,11 +135,12 @@ def test_the_papers_figures() -> None:
 
 def test_the_papers_spike_is_between_four_and_six_bytes_an_element_and_flat_with_tiles() -> None:
     rows = paper._spike()
-    assert rows[-1]["experts"] == 32 and rows[-1]["shard_elements"] == pytest.approx(0.895e9, rel=2e-3)
-    low, high = rows[-1]["untiled_gb"]
+    papers = next(row for row in rows if row["experts"] == 32)
+    assert papers["shard_elements"] == pytest.approx(0.895e9, rel=2e-3)
+    low, high = papers["untiled_gb"]
     assert low < paper.PAPER_SPIKE_GB < high
-    assert rows[-1]["own_untiled_gb"] == pytest.approx(low, rel=1e-3)
-    assert max(row["own_tiled_gb"] for row in rows) <= 0.256 * 2**30 / 1e9
+    assert papers["own_untiled_gb"] == pytest.approx(low, rel=1e-3)
+    assert rows[-1]["own_untiled_gb"] > 3.5 * low and max(row["own_tiled_gb"] for row in rows) <= 0.25 * 2**30 / 1e9
 
 
 def test_simulated_savings_on_summit_are_the_models_own() -> None:
@@ -152,7 +155,7 @@ def test_simulated_savings_on_summit_are_the_models_own() -> None:
 
 def test_planning_for_16384_ranks_is_a_matter_of_seconds() -> None:
     job = Job(ModelSizes(51200, 4096, 32, 32, num_experts=16, capacity_factor=1.0), 16384, 2048, 16384)
-    plans = plan_all(job, H100)
+    plans = plan_all(job, H100, Choices(zero_stage=(0, 1), state_format=("fp32",)))
     assert plans.considered > 1000 and plans.recommended is not None
 
 

@@ -15,9 +15,9 @@ from lightning_tex.models import Decoder, DecoderConfig
 from lightning_tex.optim import Storage, TiledOptimizer
 from lightning_tex.planner.layouts import Candidate, Job, layouts
 from lightning_tex.planner.sizes import ModelSizes
-from lightning_tex.planner.states import StateBytes, state_bytes
+from lightning_tex.planner.states import StateBytes, kept_format, state_bytes, tile_elements
 from lightning_tex.precision import TexHalfPrecision, TexMixedPrecision, TexPrecision
-from lightning_tex.topology import Layout, Topology
+from lightning_tex.topology import Axis, Layout, Topology
 
 CONFIGS = {
     "swiglu, grouped heads, padded vocabulary": DecoderConfig(
@@ -171,7 +171,7 @@ def compare_states(world: int, every: int) -> int:
     return seen
 
 
-@pytest.mark.parametrize(("world", "every"), [(1, 4), (4, 29)])
+@pytest.mark.parametrize(("world", "every"), [(1, 7), (4, 41)])
 def test_state_bytes_are_those_allocated(world: int, every: int) -> None:
     assert run_ranks(world, compare_states, world, every, detail=False)[0] > 5
 
@@ -180,3 +180,13 @@ def test_state_bytes_are_those_allocated(world: int, every: int) -> None:
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 8])
 def test_state_bytes_of_every_layout_are_those_allocated(world: int) -> None:
     run_ranks(world, compare_states, world, 1, timeout=600, detail=False)
+
+
+@pytest.mark.parametrize("state_format", ["fp32", "split", "int8", "stochastic"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiles_are_as_large_as_the_strategys(state_format: str, dtype: torch.dtype) -> None:
+    layer = nn.Linear(64, 64, bias=False, dtype=dtype)
+    placed = {layer.weight: placement.placements(layer, Topology.single())["weight"]}
+    optimizer = TiledOptimizer(torch.optim.AdamW(layer.parameters()), placed, Axis("world"), Storage(1, state_format))
+    kept = kept_format("bf16-mixed", state_format, layer.weight.element_size())
+    assert optimizer.shards[0].states.tile_size == tile_elements(kept, None, "cpu")
