@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from math import prod
 
 import torch
@@ -105,16 +104,14 @@ def _hash(box: Box, start: int, salt: int, out: Tensor) -> None:
 
 
 def _count(first: int, out: Tensor) -> None:
-    """Fill with consecutive numbers, modulo 2^32: several times as fast as ``arange``."""
-    numbers = _numbers(out.device)
-    for start in range(0, len(out), len(numbers)):
-        part = out[start : start + len(numbers)]
+    """Fill with consecutive numbers, modulo 2^32: several times as fast as ``arange``, which only begins it."""
+    step = 1 << 16
+    numbers = out[:step]
+    torch.arange(len(numbers), dtype=torch.int32, device=out.device, out=numbers)
+    for start in range(step, len(out), step):
+        part = out[start : start + step]
         torch.add(numbers[: len(part)], _int32(first + start), out=part)
-
-
-@cache
-def _numbers(device: torch.device) -> Tensor:
-    return torch.arange(1 << 16, dtype=torch.int32, device=device)
+    numbers.add_(_int32(first))
 
 
 def _int32(n: int) -> int:
