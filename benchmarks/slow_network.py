@@ -18,7 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,36 +52,43 @@ def main() -> None:
 
 def measure(rate: str, options: argparse.Namespace, more: list[str]) -> dict[str, Any]:
     """The report of ``lightning-tex bench communication`` at one rate."""
-    bench = [sys.executable, "-m", "lightning_tex", "bench", "communication", "--json", "--config", options.config]
+    bench = ["-m", "lightning_tex", "bench", "communication", "--json", "--config", str(options.config)]
     bench += ["--steps", str(options.steps), "--turns", str(options.turns), *more]
     bench += ["--trainer.devices", str(RANKS_PER_HOST), "--trainer.num_nodes", str(HOSTS)]
-    running: list[subprocess.Popen[str]] = []
     with hosts(rate) as names:
-        try:
-            for rank in range(HOSTS * RANKS_PER_HOST):
-                command = ["ip", "netns", "exec", names[rank // RANKS_PER_HOST], *bench]
-                output = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
-                running.append(subprocess.Popen(command, env=environment(rank), stdout=output, text=True))
-            assert running[0].stdout is not None
-            lines = []
-            for line in running[0].stdout:
-                lines.append(line)
-                if not line.startswith("{"):
-                    print(line, end="", flush=True)
-            if any(process.wait() for process in running):
-                sys.exit("a rank failed; see above")
-        finally:
-            for process in running:
-                if process.poll() is None:
-                    process.kill()
-                    process.wait()
+        return run(names, bench)
+
+
+def run(names: list[str], arguments: list[str], environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Run Python on every rank of the hosts, tell what rank 0 prints, and return the object of its last line."""
+    running: list[subprocess.Popen[str]] = []
+    try:
+        for rank in range(HOSTS * RANKS_PER_HOST):
+            command = ["ip", "netns", "exec", names[rank // RANKS_PER_HOST], sys.executable, *arguments]
+            output = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
+            variables = {**launched(rank), **(environment or {})}
+            running.append(subprocess.Popen(command, env=variables, stdout=output, text=True))
+        assert running[0].stdout is not None
+        lines = []
+        for line in running[0].stdout:
+            lines.append(line)
+            if not line.startswith("{"):
+                print(line, end="", flush=True)
+        if any(process.wait() for process in running):
+            sys.exit("a rank failed; see above")
+    finally:
+        for process in running:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
     return json.loads(lines[-1])
 
 
-def environment(rank: int) -> dict[str, str]:
+def launched(rank: int) -> dict[str, str]:
     """What a launcher would set."""
     return {
         **os.environ,
+        "RANK": str(rank),
         "NODE_RANK": str(rank // RANKS_PER_HOST),
         "LOCAL_RANK": str(rank % RANKS_PER_HOST),
         "MASTER_ADDR": "10.77.0.1",

@@ -10,16 +10,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import Namespace
-
 from lightning_tex import plan_paper, plan_scaling, plan_show
-from lightning_tex.models import DecoderConfig
+from lightning_tex.plan_recipe import own_candidate, recipe_sizes
 from lightning_tex.planner import paper
 from lightning_tex.planner.cluster import CLUSTERS, Cluster
-from lightning_tex.planner.layouts import FORMATS, Candidate, Choices, Job
+from lightning_tex.planner.layouts import FORMATS, Choices, Job
 from lightning_tex.planner.search import largest_base, plan, plan_all
 from lightning_tex.planner.sizes import ELEMENT_BYTES, ModelSizes
-from lightning_tex.topology import Communication, Layout
 
 _SIZES = [field.name for field in fields(ModelSizes)]
 _RECOMPUTE = {"none": None, "full": "full", "communication_aware": "communication_aware"}
@@ -96,7 +93,7 @@ def _plan(options: argparse.Namespace, more: list[str], parser: _Parser) -> dict
             plan_scaling.draw(report, options.plot)
         return report
     plans = plan_all(job, cluster, choices)
-    candidate = _own_candidate(job, own)
+    candidate = own_candidate(job, own)
     report = plan_show.report(job, cluster, plans, None if candidate is None else plan(job, candidate, cluster))
     plan_show.show(report, options.rows)
     if options.plot:
@@ -114,7 +111,7 @@ def _job(options: argparse.Namespace, more: list[str], parser: _Parser) -> tuple
             parser.error(f"--config, or sizes are needed: {', '.join(map(_flag, missing))} are missing")
         sizes = ModelSizes(**given)
     else:
-        config, defaults, own = _from_recipe(options.config, more)
+        config, defaults, own = recipe_sizes(options.config, more)
         sizes = replace(ModelSizes.of(config), **given)
     if not sizes.moe_layers:
         where = f"recipe {options.config}" if options.config else "the model"
@@ -132,63 +129,6 @@ def _job(options: argparse.Namespace, more: list[str], parser: _Parser) -> tuple
     precision = options.precision or defaults["precision"]
     two_groups = defaults.get("two_groups", True)
     return Job(sizes, gpus, length, batch, precision, options.imbalance, two_groups), own
-
-
-def _own_candidate(job: Job, own: dict[str, Any]) -> Candidate | None:
-    """What a recipe itself says; ``None`` where it would not run so on these ranks, or there is none."""
-    accumulation = own.get("accumulate_grad_batches")
-    if accumulation is None:
-        return None
-    sizes = "tensor_parallel_size", "expert_parallel_size", "expert_tensor_parallel_size", "duplicate_token_dropping"
-    given = {name: own[name] for name in sizes if name in own}
-    try:
-        layout = Layout.resolve(job.world, **given, num_experts=job.sizes.experts)
-        job.sizes.check(layout)
-    except ValueError:
-        return None
-    micro_batch = job.global_batch_size // (accumulation * layout.data)
-    if micro_batch * accumulation * layout.data != job.global_batch_size:
-        return None
-    how = Communication(
-        own.get("duplicate_token_dropping", True), sequence_parallel=own.get("sequence_parallel", False)
-    )
-    return Candidate(
-        layout, micro_batch, accumulation, own.get("zero_stage", 1), own.get("activation_checkpointing"),
-        own.get("optimizer_state_format", "fp32"), how,
-    )  # fmt: skip
-
-
-def _from_recipe(path: str, more: list[str]) -> tuple[DecoderConfig, dict[str, Any], dict[str, Any]]:
-    """Of a recipe, without building anything: the decoder's sizes, the job's numbers, the strategy's arguments."""
-    if not Path(path).is_file():
-        raise ValueError(f"--config {path}: there is no such file")
-    from lightning_tex.recipe import Recipe  # takes seconds to import, which sizes do not need
-
-    recipe = Recipe(path, more)
-    config = recipe.config
-    sizes = config.get("model.init_args.config")
-    known = {field.name for field in fields(DecoderConfig)}
-    sizes = sizes.as_dict() if isinstance(sizes, Namespace) else sizes
-    if not isinstance(sizes, dict) or not set(sizes) <= known:
-        raise ValueError(
-            f"recipe {path}: its model has no DecoderConfig as `config`, and its sizes cannot be read; legal: a "
-            "lightning_tex.LanguageModel, or the sizes as options, without --config"
-        )
-    data, trainer = config.get("data.init_args") or {}, config.trainer
-    if (vocabulary := data.get("vocab_size")) is not None:  # the model's is the data's
-        sizes["vocab_size"] = vocabulary
-    defaults: dict[str, Any] = {
-        "sequence_length": data.get("sequence_length") or sizes.get("max_sequence_length"),
-        "precision": str(trainer.get("precision") or "32-true"),
-        "two_groups": not config.get("optimizer"),
-    }
-    if data.get("global_batch_size"):  # of a micro-step over all ranks
-        defaults["global_batch_size"] = data["global_batch_size"] * int(trainer.get("accumulate_grad_batches") or 1)
-    devices = str(trainer.get("devices"))
-    if devices.isdigit():
-        defaults["gpus"] = int(devices) * int(trainer.get("num_nodes") or 1)
-    own = {**recipe.strategy_options(), "accumulate_grad_batches": int(trainer.get("accumulate_grad_batches") or 1)}
-    return DecoderConfig(**sizes), defaults, own
 
 
 def _parser() -> _Parser:

@@ -52,10 +52,11 @@ class CommunicationBench:
         recipe: the recipe.
         warmup: steps before the clock starts.
         steps: steps timed together.
+        baseline: the combination that the others are compared with.
     """
 
-    def __init__(self, recipe: Recipe, warmup: int, steps: int) -> None:
-        self.recipe, self.warmup, self.steps = recipe, warmup, steps
+    def __init__(self, recipe: Recipe, warmup: int, steps: int, baseline: str = "baseline") -> None:
+        self.recipe, self.warmup, self.steps, self.baseline = recipe, warmup, steps, baseline
         self.runs: dict[str, list[Measured]] = {}
         self.skipped: dict[str, str] = {}
         self.is_first_rank = True
@@ -69,7 +70,7 @@ class CommunicationBench:
             try:
                 self.runs.setdefault(name, []).append(self._run(combination))
             except (ValueError, MisconfigurationException) as error:
-                if name == "baseline":
+                if name == self.baseline:
                     raise
                 del self.runs[name]
                 self.skipped[name] = str(error)
@@ -121,7 +122,7 @@ class CommunicationBench:
 
     def report(self) -> dict[str, Any]:
         """Medians over the turns, and ratios to the baseline of the same run."""
-        base = statistics.median(run.step_ms for run in self.runs["baseline"])
+        base = statistics.median(run.step_ms for run in self.runs[self.baseline])
         rows = {}
         for name, runs in self.runs.items():
             step_ms, first = statistics.median(run.step_ms for run in runs), runs[0]

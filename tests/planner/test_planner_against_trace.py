@@ -11,7 +11,7 @@ import pytest
 from ranks import run_ranks
 
 from lightning_tex.meter import Sent
-from lightning_tex.plan_command import _from_recipe, _own_candidate
+from lightning_tex.plan_recipe import own_candidate, recipe_sizes
 from lightning_tex.planner.cluster import CLUSTERS
 from lightning_tex.planner.layouts import Job
 from lightning_tex.planner.memory import memory
@@ -34,13 +34,13 @@ def both(path: str, strategy: dict[str, object]) -> dict[str, object]:
     warnings.simplefilter("ignore")
     recipe = Recipe(path, FEWER)
     traced = trace(recipe, recipe.world_size(), 5, strategy)
-    config, numbers, own = _from_recipe(path, FEWER)
+    config, numbers, own = recipe_sizes(path, FEWER)
     job = Job(
         ModelSizes.of(config), recipe.world_size(), numbers["sequence_length"], numbers["global_batch_size"],
         numbers["precision"],
         two_groups=numbers["two_groups"],
     )  # fmt: skip
-    candidate = _own_candidate(job, {**own, **strategy})
+    candidate = own_candidate(job, {**own, **strategy})
     assert candidate is not None and candidate.layout == traced.layout
     planned = memory(job, candidate)
     states = {**vars(planned.states)}
