@@ -115,9 +115,11 @@ class CommunicationBench:
 
     def _share_groups(self, strategy: TexMoEStrategy) -> None:
         """Process groups of a layout are made once."""
+        layout = strategy.resolve_layout()
         for topology in self._topologies.values():
-            strategy._mesh = topology.mesh
-            if topology.layout == strategy.resolve_layout():
+            if topology.layout.tensor == layout.tensor:
+                strategy._mesh = topology.mesh
+            if topology.layout == layout:
                 strategy._topology = replace(topology, communication=strategy.communication)
 
     def report(self) -> dict[str, Any]:
