@@ -3,7 +3,7 @@
 At every rate: ``lightning-tex bench calibrate`` measures the profile of the two hosts; the planner foresees a step of
 the recipe from it, on every layout below; then the layouts run in turns, each for some steps, and medians are compared:
 
-    sudo python benchmarks/planned_steps.py --rates 200mbit 1gbit --json out.json
+    sudo python benchmarks/planned_steps.py --rates 500mbit 1gbit --json out.json
 
 Needs root and iproute2, as ``slow_network.py`` does.
 """
@@ -48,7 +48,6 @@ LAYOUTS = {
     "tensor 2, expert 2, replayed": ways(2, 2, **CAC),
     "tensor 2, expert 1": ways(2, 1),
     "expert 4": ways(1, 4),
-    "expert 2": ways(1, 2),
     "data 4": ways(1, 1),
     "tensor 4": ways(4, 1),
     "tensor 2, expert 4 folded, sequence": ways(2, 4, expert_tensor_parallel_size=1, sequence_parallel=True),
@@ -70,10 +69,11 @@ class Way(Combination):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rates", nargs="+", default=["200mbit", "1gbit"], help="tc rates, or 'unshaped'")
+    parser.add_argument("--rates", nargs="+", default=["500mbit", "1gbit"], help="tc rates, or 'unshaped'")
     parser.add_argument("--config", type=Path, default=HERE / "slow_network.yaml", help="the recipe")
     parser.add_argument("--steps", type=int, default=2, help="steps timed together")
-    parser.add_argument("--turns", type=int, default=5, help="turns of all layouts")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before them: the first ones are slower")
+    parser.add_argument("--turns", type=int, default=3, help="turns of all layouts")
     parser.add_argument("--json", type=Path, help="write the result here as well")
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -96,7 +96,8 @@ def compare(rate: str, options: argparse.Namespace) -> dict[str, Any]:
         launcher = {"WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(RANKS_PER_HOST)}
         run(names, calibrate, launcher)
         cluster = Cluster.named(str(profile))
-        numbers = ["--config", str(options.config), "--steps", str(options.steps), "--turns", str(options.turns)]
+        numbers = ["--config", str(options.config), "--warmup", str(options.warmup)]
+        numbers += ["--steps", str(options.steps), "--turns", str(options.turns)]
         measured = run(names, [__file__, "--rank", *numbers])["combinations"]
     rows = {}
     for name, given in LAYOUTS.items():
@@ -120,7 +121,9 @@ def plan(config: Path, given: dict[str, Any], cluster: Cluster) -> dict[str, Any
 
 def measure(options: argparse.Namespace) -> None:
     """On every rank: the layouts in turns."""
-    bench = CommunicationBench(Recipe(str(options.config), ON_RANKS), 1, options.steps, next(iter(LAYOUTS)))
+    bench = CommunicationBench(
+        Recipe(str(options.config), ON_RANKS), options.warmup, options.steps, next(iter(LAYOUTS))
+    )
     for _ in range(options.turns):
         bench.turn({name: Way(name=name) for name in LAYOUTS})
     if bench.is_first_rank:

@@ -5,26 +5,20 @@ from __future__ import annotations
 import json
 import os
 import socket
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import ceil, log2
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from lightning_tex import collectives
+from lightning_tex.bench.kernels import Clock, Kernels
 from lightning_tex.bench.show import tell
-from lightning_tex.collectives import gather_in_place, sum_in_place
 from lightning_tex.planner.cluster import Cluster
 from lightning_tex.topology import Axis
-
-# Widths of the square products of which the fastest counts, and elements of the copy.
-_WIDTHS = {"cpu": (512, 1024), "cuda": (4096, 8192)}
-_COPY = {"cpu": 1 << 24, "cuda": 1 << 28}
 
 
 @dataclass(frozen=True)
@@ -75,13 +69,13 @@ def _rank(rank: int, task: Task, output: Path, as_json: bool) -> None:
         cluster = measure(task)
         if rank == 0:
             cluster.write(output)
-            for name, value in asdict(cluster).items():
+            for name, value in cluster.as_dict().items():
                 tell(f"{name:20} {value:.4g}" if isinstance(value, float) else f"{name:20} {value}")
             if dist.get_world_size() == cluster.gpus_per_node:
                 tell("Only one node was measured: the network between nodes is written as fast as the links inside.")
             tell(f"Written to {output}.")
             if as_json:
-                print(json.dumps(asdict(cluster)), flush=True)
+                print(json.dumps(cluster.as_dict()), flush=True)
     finally:
         dist.destroy_process_group()
 
@@ -90,15 +84,19 @@ def measure(task: Task) -> Cluster:
     """The profile of the world's ranks; collective. Everything is measured on all ranks at once, as they will work."""
     world, rank = dist.get_world_size(), dist.get_rank()
     on_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    clock = _Clock(task)
+    kernels = Kernels(Clock(task.device, task.turns))
     low = torch.float16 if task.like is not None and "v100" in task.like.name else torch.bfloat16
-    flops = {dtype: clock.product_flops(dtype) for dtype in (low, torch.float32)}
+    usual = low if task.device == "cuda" else torch.float32
+    flops = {dtype: kernels.square_flops(dtype) for dtype in (low, torch.float32)}
+    narrow, memory = kernels.narrow_flops(usual), kernels.memory_bandwidth()
+    links = Links(kernels, task.largest_bytes, memory)
     inside = [_axis(range(start, start + on_node), rank) for start in range(0, world, on_node)]
-    link = clock.link(next(axis for axis in inside if axis is not None), 1)
-    network = link
+    axis = next(axis for axis in inside if axis is not None)
+    link = network = links.measure(axis, 1)
     if world > on_node:
         across = [_axis(range(local, world, on_node), rank) for local in range(on_node)]
-        network = clock.link(next(axis for axis in across if axis is not None), on_node)
+        axis = next(axis for axis in across if axis is not None)
+        network = links.measure(axis, on_node)
     like = task.like
     peak = flops[low] if like is None else like.peak_flops
     return Cluster(
@@ -108,13 +106,19 @@ def measure(task: Task) -> Cluster:
         peak_flops=peak,
         peak_flops_fp32=flops[torch.float32] if like is None else like.peak_flops_fp32,
         product_efficiency=min(1.0, flops[low] / peak),
-        memory_bandwidth=clock.memory_bandwidth(),
-        link_bandwidth=link[0],
-        link_latency=link[1],
-        network_bandwidth=network[0],
-        network_latency=network[1],
+        memory_bandwidth=memory,
+        link_bandwidth=link.bandwidth,
+        link_latency=link.latency,
+        network_bandwidth=network.bandwidth,
+        network_latency=network.latency,
         reserved_bytes=float(2**30) if task.device == "cuda" else 0.0,
         device=task.device,
+        narrow_products=tuple((width, min(1.0, reached / flops[usual])) for width, reached in narrow.items()),
+        attention_efficiency=min(1.0, kernels.attention_flops(usual) / flops[usual]),
+        pass_bandwidth=kernels.pass_bandwidth(usual),
+        link_shares=link.shares,
+        network_shares=network.shares,
+        overlap=links.overlap(axis),
     )
 
 
@@ -124,67 +128,85 @@ def _axis(ranks: range, rank: int) -> Axis | None:
     return Axis("calibrated", len(ranks), ranks.index(rank), tuple(ranks), group) if rank in ranks else None
 
 
-class _Clock:
-    """Medians of what all ranks do at once; the slowest rank's counts."""
+class Link(NamedTuple):
+    """An axis as the planner reckons with it.
 
-    def __init__(self, task: Task) -> None:
-        self.task = task
+    Args:
+        bandwidth: bytes per second of a node's all rings together.
+        latency: seconds of a message.
+        shares: operation -> share of the bandwidth that it reaches.
+    """
 
-    def seconds(self, work: Callable[[], Any], repeat: int = 1) -> float:
-        """Of one call, mean of ``repeat`` calls in a row, median over turns."""
-        work()
-        measured = []
-        for _ in range(self.task.turns):
-            dist.barrier()
-            self._synchronise()
-            start = time.perf_counter()
-            for _ in range(repeat):
-                work()
-            self._synchronise()
-            measured.append((time.perf_counter() - start) / repeat)
-        slowest = torch.tensor(statistics.median(measured), device=self.task.device, dtype=torch.float64)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        return float(slowest)
+    bandwidth: float
+    latency: float
+    shares: tuple[tuple[str, float], ...] = ()
 
-    def _synchronise(self) -> None:
-        if self.task.device == "cuda":
-            torch.cuda.synchronize()
 
-    def product_flops(self, dtype: torch.dtype) -> float:
-        """FLOP/s of the fastest square product."""
-        best = 0.0
-        for width in _WIDTHS[self.task.device]:
-            a = torch.randn(width, width, device=self.task.device).to(dtype)
-            out = torch.empty_like(a)
-            best = max(best, 2 * width**3 / self.seconds(lambda a=a, out=out: torch.mm(a, a, out=out), 3))  # type: ignore[misc]
-        return best
+@dataclass(frozen=True)
+class Links:
+    """Speed of collectives.
 
-    def memory_bandwidth(self) -> float:
-        """Bytes per second that a copy reads and writes."""
-        a = torch.zeros(_COPY[self.task.device], device=self.task.device)
-        b = torch.ones_like(a)
-        return 2 * a.numel() * a.element_size() / self.seconds(lambda: b.copy_(a))
+    Args:
+        kernels: for what runs beside them.
+        largest_bytes: of a tensor that is sent.
+        memory_bandwidth: what an axis of one rank is written as.
+    """
 
-    def link(self, axis: Axis, rings: int) -> tuple[float, float]:
-        """Bandwidth and latency of an axis, as the planner reckons with them.
+    kernels: Kernels
+    largest_bytes: int
+    memory_bandwidth: float
+
+    def _tensor(self, axis: Axis) -> torch.Tensor:
+        return torch.zeros(self.largest_bytes // 4 // axis.size * axis.size, device=self.kernels.clock.device)
+
+    def measure(self, axis: Axis, rings: int) -> Link:
+        """Alpha and beta of an axis; collective over the world.
 
         Args:
             axis: the ranks.
             rings: groups that share what leaves a node.
-
-        Returns:
-            bytes per second of a node's all rings together, and seconds of a message.
         """
         if axis.size == 1:
-            return self.memory_bandwidth(), 0.0
-        small = torch.zeros(2, device=self.task.device)
-        hops = min(axis.size - 1, ceil(log2(axis.size)))
-        latency = self.seconds(lambda: sum_in_place(small, axis).wait(), 10) / (2 * hops)
-        length = self.task.largest_bytes // 4 // axis.size * axis.size
-        large = torch.zeros(length, device=self.task.device)
-        taken = self.seconds(lambda: gather_in_place(large, axis).wait())
-        sent = (axis.size - 1) / axis.size * 4 * length
-        return rings * sent / max(taken - (axis.size - 1) * latency, 0.1 * taken), latency
+            return Link(self.memory_bandwidth, 0.0)
+        seconds, n = self.kernels.clock.seconds, axis.size
+        small, large = torch.zeros(2, device=self.kernels.clock.device), self._tensor(axis)
+        latency = seconds(lambda: collectives.sum_in_place(small, axis).wait(), 10) / (2 * min(n - 1, ceil(log2(n))))
+        sent = (n - 1) / n * 4 * large.numel()
+        taken = {
+            "all_gather": (seconds(lambda: collectives.all_gather(large[: len(large) // n], 0, axis)), 1, n - 1),
+            "reduce_scatter": (seconds(lambda: collectives.reduce_scatter(large, 0, axis)), 1, ceil(log2(n))),
+            "all_to_all": (seconds(lambda: collectives.all_to_all(large, axis)), 1, ceil(log2(n))),
+            "all_reduce": (seconds(lambda: collectives.all_reduce(large, axis)), 2, 2 * (n - 1)),
+        }
+        reached = {
+            operation: times * sent / max(time - hops * latency, 0.1 * time)
+            for operation, (time, times, hops) in taken.items()
+        }
+        best = max(reached.values())
+        return Link(rings * best, latency, tuple((name, rate / best) for name, rate in reached.items()))
+
+    def overlap(self, axis: Axis) -> float:
+        """Share of a collective's time that passes beside products; collective over the world."""
+        if axis.size == 1:
+            return 1.0
+        width, seconds, buffer = self.kernels.sizes.squares[0], self.kernels.clock.seconds, self._tensor(axis)
+        a = torch.randn(width, width, device=buffer.device)
+        out = torch.empty_like(a)
+
+        def products(count: int) -> None:
+            for _ in range(count):
+                torch.mm(a, a, out=out)
+
+        def both(count: int) -> None:
+            started = collectives.sum_in_place(buffer, axis)
+            products(count)
+            started.wait()
+
+        communication = seconds(lambda: both(0))
+        count = max(1, round(communication / seconds(lambda: products(1))))
+        computation = seconds(lambda: products(count))
+        hidden = communication + computation - seconds(lambda: both(count))
+        return min(1.0, max(0.0, hidden / min(communication, computation)))
 
 
 def _memory_bytes(device: str, ranks: int) -> int:

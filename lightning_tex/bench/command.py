@@ -134,7 +134,7 @@ def add_calibrate(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--ranks", type=whole, help="without torchrun: processes (default: the GPUs, else 4)")
     parser.add_argument("--like", help="a built-in cluster whose data-sheet peak and memory the GPUs have")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--megabytes", type=whole, default=64, help="of the largest tensor sent (default: 64)")
+    parser.add_argument("--megabytes", type=whole, default=8, help="of the tensors sent (default: 8)")
     parser.add_argument("--turns", type=whole, default=7, help="of which the median counts (default: 7)")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from itertools import pairwise
+from math import log2
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 GB, GIB, TERA = 1e9, 2**30, 1e12
+Shares = tuple[tuple[Any, float], ...]  # of a mapping; a profile can be hashed
+_SHARES = ("narrow_products", "link_shares", "network_shares")
 
 
 @dataclass(frozen=True)
@@ -30,9 +34,15 @@ class Cluster:
         network_bandwidth: bytes per second that a whole node sends, over all its adapters.
         network_latency: seconds of one message between nodes.
         device: ``cuda`` or ``cpu``.
+        narrow_products: smallest size of a product -> share of large ones' speed that it reaches; between them by
+            the logarithm.
+        attention_efficiency: share of large products' speed that the attention kernel reaches.
+        pass_bandwidth: bytes per second of the operations between products, results allocated anew; 0: as a copy.
+        link_shares, network_shares: operation -> share of the bandwidth that this collective reaches; others all.
+        overlap: share of a collective beside computation that takes no time from it.
 
     Raises:
-        ValueError: a number that is not positive.
+        ValueError: a number that is not positive, or a share above 1.
     """
 
     name: str
@@ -48,18 +58,27 @@ class Cluster:
     network_latency: float
     reserved_bytes: float = 1 * GIB
     device: str = "cuda"
+    narrow_products: Shares = ()
+    attention_efficiency: float = 1.0
+    pass_bandwidth: float = 0.0
+    link_shares: Shares = ()
+    network_shares: Shares = ()
+    overlap: float = 1.0
 
     def __post_init__(self) -> None:
+        for name in _SHARES:
+            given = getattr(self, name)
+            object.__setattr__(self, name, _shares(f"cluster {self.name!r}: {name}", given))
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name in ("name", "device"):
+            if field.name in ("name", "device", *_SHARES):
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise ValueError(f"cluster {self.name!r}: {field.name}={value!r} must be a number")
-            if value < 0 or (value == 0 and field.name not in ("reserved_bytes", "link_latency", "network_latency")):
+            if value < 0 or (value == 0 and field.name not in _MAY_BE_0):
                 raise ValueError(f"cluster {self.name!r}: {field.name}={value} must be positive")
-        if self.product_efficiency > 1:
-            raise ValueError(f"cluster {self.name!r}: product_efficiency={self.product_efficiency} must be at most 1")
+            if value > 1 and field.name in ("product_efficiency", "attention_efficiency", "overlap"):
+                raise ValueError(f"cluster {self.name!r}: {field.name}={value} must be at most 1")
         if self.gpus_per_node != int(self.gpus_per_node):
             raise ValueError(f"cluster {self.name!r}: gpus_per_node={self.gpus_per_node} must be a whole number")
         if self.device not in ("cuda", "cpu"):
@@ -73,6 +92,26 @@ class Cluster:
     def peak(self, precision: str) -> float:
         """Peak FLOP/s of products in a Trainer's precision."""
         return self.peak_flops_fp32 if precision in ("32-true", "64-true") else self.peak_flops
+
+    def product_flops(self, precision: str, smallest: float) -> float:
+        """FLOP/s that a product reaches whose smallest size is that."""
+        return self.peak(precision) * self.product_efficiency * _between(self.narrow_products, smallest)
+
+    def attention_flops(self, precision: str) -> float:
+        """FLOP/s that the attention kernel reaches."""
+        return self.peak(precision) * self.product_efficiency * self.attention_efficiency
+
+    def passes(self, moved: float) -> float:
+        """Seconds in which the operations between products read and write so many bytes."""
+        return moved / (self.pass_bandwidth or self.memory_bandwidth)
+
+    def link(self, operation: str) -> float:
+        """Bytes per second that a GPU sends to others of its node in a collective."""
+        return self.link_bandwidth * dict(self.link_shares).get(operation, 1.0)
+
+    def network(self, operation: str) -> float:
+        """Bytes per second that a node sends in a collective."""
+        return self.network_bandwidth * dict(self.network_shares).get(operation, 1.0)
 
     @classmethod
     def named(cls, name: str) -> Cluster:
@@ -101,7 +140,7 @@ class Cluster:
         Raises:
             ValueError: naming fields that are missing or unknown.
         """
-        required = {f.name for f in fields(cls)} - {"reserved_bytes", "device"}
+        required = {f.name for f in fields(cls) if f.default is MISSING}
         if not isinstance(given, Mapping):
             raise ValueError(f"cluster file {source} must be a mapping of {', '.join(sorted(required))}")
         missing, unknown = required - set(given), set(given) - {f.name for f in fields(cls)}
@@ -114,11 +153,43 @@ class Cluster:
 
     def write(self, path: Path) -> None:
         """Write the YAML that :meth:`named` reads."""
-        path.write_text(yaml.safe_dump(asdict(self), sort_keys=False))
+        path.write_text(yaml.safe_dump(self.as_dict(), sort_keys=False))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields, as a file holds them."""
+        return {**asdict(self), **{name: dict(getattr(self, name)) for name in _SHARES}}
 
     def with_gpus_per_node(self, gpus: int) -> Cluster:
         """The same nodes, of which each lends that many GPUs."""
         return replace(self, name=f"{self.name}, {gpus} of {self.gpus_per_node} GPUs a node", gpus_per_node=gpus)
+
+
+_MAY_BE_0 = ("reserved_bytes", "link_latency", "network_latency", "pass_bandwidth", "overlap")
+
+
+def _shares(what: str, given: Any) -> Shares:
+    try:
+        named = {int(key) if str(key).isdigit() else key: float(share) for key, share in dict(given).items()}
+        pairs = tuple(sorted(named.items()))  # JSON has no numbers as keys
+    except (TypeError, ValueError):
+        raise ValueError(f"{what}={given!r} must map to shares, such as {{all_to_all: 0.8}}") from None
+    if wrong := [share for _, share in pairs if not 0 < share <= 1]:
+        raise ValueError(f"{what}: {wrong[0]} must be above 0 and at most 1")
+    return pairs
+
+
+def _between(shares: Shares, size: float) -> float:
+    """The share at that size, by its logarithm; beyond the largest size, 1 at twice that."""
+    if not shares:
+        return 1.0
+    points = [(log2(at), share) for at, share in shares] + [(log2(shares[-1][0]) + 1, 1.0)]
+    x = log2(max(1.0, size))
+    if x <= points[0][0]:
+        return points[0][1]
+    for (left, low), (right, high) in pairwise(points):
+        if x <= right:
+            return low + (high - low) * (x - left) / (right - left)
+    return 1.0
 
 
 def _number(value: Any) -> Any:

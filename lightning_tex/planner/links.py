@@ -69,7 +69,8 @@ def seconds(collective: Collective, layout: Layout, cluster: Cluster) -> float:
 
     Rings: every rank sends its bytes to the next; on a node that a ring leaves, the rings of all its groups share the
     network. An all-reduce takes the better of ring and tree. An all-to-all sends to all peers at once: inside the node
-    over links, outside over the network that all ranks of the node share.
+    over links, outside over the network that all ranks of the node share; so does a reduce-scatter on CPU, where the
+    parts are sent and summed (gloo has none).
     """
     size = collective.size
     if size == 1:
@@ -77,15 +78,17 @@ def seconds(collective: Collective, layout: Layout, cluster: Cluster) -> float:
     where = span(layout, collective.axis, cluster.gpus_per_node)
     sent = (2 if collective.operation == "all_reduce" else 1) * (size - 1) / size * collective.whole_bytes
     latency = cluster.link_latency if where.inside else cluster.network_latency
-    if collective.operation == "all_to_all":
-        local, remote = where.local * sent / cluster.link_bandwidth, where.remote * sent / cluster.network_bandwidth
+    operation = collective.operation
+    link, network = cluster.link(operation), cluster.network(operation)
+    if operation == "all_to_all" or (operation == "reduce_scatter" and cluster.device == "cpu"):
+        local, remote = where.local * sent / link, where.remote * sent / network
         return max(local, remote) + ceil(log2(size)) * latency
-    per_byte = 1 / cluster.link_bandwidth
+    per_byte = 1 / link
     if not where.inside:
-        per_byte = max(per_byte, where.rings / cluster.network_bandwidth)
-    if collective.operation == "broadcast":
+        per_byte = max(per_byte, where.rings / network)
+    if operation == "broadcast":
         return collective.whole_bytes * per_byte + ceil(log2(size)) * latency
-    if collective.operation == "all_reduce":
+    if operation == "all_reduce":
         ring = sent * per_byte + 2 * (size - 1) * latency
         tree = 2 * collective.whole_bytes * per_byte + 2 * ceil(log2(size)) * latency
         return min(ring, tree)

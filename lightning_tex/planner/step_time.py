@@ -103,6 +103,7 @@ def step_time(job: Job, candidate: Candidate, cluster: Cluster) -> StepTime:
         beside = each.backward + each.recompute
         hidden += windows * min(flat.reduction - flat.first_reduction, beside * (len(of) - 1) / len(of))
     hidden += min(flat.collection - flat.last_collection, flat.update - flat.first_update)
+    hidden *= cluster.overlap
     return StepTime(
         each.forward * steps,
         each.recompute * steps,

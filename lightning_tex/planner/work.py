@@ -24,6 +24,7 @@ class Product(NamedTuple):
         recorded: what comes of it goes to a collective only: communication-aware recomputation leaves it out.
         full_precision: computed in fp32.
         backward: products of that size in the backward; attention's kernel computes the scores once more.
+        attention: of attention's kernel.
     """
 
     m: float
@@ -33,6 +34,7 @@ class Product(NamedTuple):
     recorded: bool = False
     full_precision: bool = False
     backward: float = 2.0
+    attention: bool = False
 
     @property
     def flops(self) -> float:
@@ -41,7 +43,8 @@ class Product(NamedTuple):
     def seconds(self, cluster: Cluster, precision: str, element_bytes: int) -> float:
         """By arithmetic or by memory, whichever takes longer."""
         kind, size = ("32-true", 4) if self.full_precision else (precision, element_bytes)
-        arithmetic = self.flops / (cluster.peak(kind) * cluster.product_efficiency)
+        reached = cluster.product_flops(kind, min(self.m, self.n, self.k))
+        arithmetic = self.flops / (cluster.attention_flops(kind) if self.attention else reached)
         moved = self.batch * (self.m * self.k + self.k * self.n + self.m * self.n) * size
         return max(arithmetic, moved / cluster.memory_bandwidth)
 
@@ -72,8 +75,8 @@ class Work:
         yield Product(tokens, d / tensor, d)
         yield Product(tokens, 2 * kv / tensor, d)
         length, heads = self.job.sequence_length, self.candidate.micro_batch * sizes.num_heads / tensor
-        yield Product(length, length / 2, sizes.head_dim, heads, backward=2.5)
-        yield Product(length, sizes.head_dim, length / 2, heads, backward=2.5)
+        yield Product(length, length / 2, sizes.head_dim, heads, backward=2.5, attention=True)
+        yield Product(length, sizes.head_dim, length / 2, heads, backward=2.5, attention=True)
         yield Product(tokens, d, d / tensor, recorded=tensor > 1)
 
     @property
@@ -175,7 +178,7 @@ def computation(job: Job, candidate: Candidate, cluster: Cluster) -> Computation
     for times, products, moved in parts:
         time = [p.seconds(cluster, job.precision, job.element_bytes) for p in products]
         repeated = [not (replays and p.recorded) for p in products]
-        rest = moved / cluster.memory_bandwidth
+        rest = cluster.passes(moved)
         forward += times * (sum(time) + rest)
         backward += times * (sum(p.backward * t for p, t in zip(products, time, strict=True)) + 2 * rest)
         flops += times * sum((1 + p.backward) * p.flops for p in products)
@@ -184,9 +187,9 @@ def computation(job: Job, candidate: Candidate, cluster: Cluster) -> Computation
             flops += times * sum(p.flops for p, r in zip(products, repeated, strict=True) if r)
     head = list(work.head())
     last = sum(p.seconds(cluster, job.precision, job.element_bytes) for p in head)
-    last += work.norm_bytes() / cluster.memory_bandwidth
+    last += cluster.passes(work.norm_bytes())
     flops += 3 * sum(p.flops for p in head)
-    loss = work.loss_bytes() / cluster.memory_bandwidth
+    loss = cluster.passes(work.loss_bytes())
     return Computation(forward + last + loss / 2, again, backward + 2 * last + loss / 2, flops)
 
 
