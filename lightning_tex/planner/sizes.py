@@ -153,6 +153,22 @@ class ModelSizes:
             found.append(Parameter("head.weight", vocabulary, _TENSOR_0))
         return tuple(found)
 
+    @cached_property
+    def passed(self) -> tuple[int, ...]:
+        """Of each parameter, how many parts of a backward are over when its gradient is complete.
+
+        The parts are the head, then of each block from the last on what follows attention, and attention. Of the
+        embedding, all.
+        """
+        found = []
+        for parameter in self._parameters:
+            if parameter.name.startswith("blocks."):
+                _, layer, part = parameter.name.split(".", 2)
+                found.append(2 * (self.num_layers - int(layer)) + (0 if part.startswith("mlp") else 1))
+            else:
+                found.append(2 * self.num_layers + 1 if parameter.name == "embedding.weight" else 1)
+        return tuple(found)
+
     def _block(self, experts: bool) -> Iterator[Parameter]:
         d, h, kv = self.dim, self.hidden, self.kv_heads * self.head_dim
         yield Parameter("attention_norm.weight", (d,), {}, True)

@@ -61,10 +61,15 @@ def last_members(job: Job, candidate: Candidate) -> tuple[int, ...]:
     return _laid_out(job.sizes, candidate.layout, job.precision, candidate.zero_stage > 0, job.two_groups)[1]
 
 
+def first_members(job: Job, candidate: Candidate) -> tuple[int, ...]:
+    """Of each buffer, the place of its first parameter among the model's: a backward reaches that one last."""
+    return _laid_out(job.sizes, candidate.layout, job.precision, candidate.zero_stage > 0, job.two_groups)[2]
+
+
 @lru_cache(maxsize=512)
 def _laid_out(
     sizes: ModelSizes, layout: Layout, precision: str, sharded: bool, two_groups: bool
-) -> tuple[tuple[Buffer, ...], tuple[int, ...]]:
+) -> tuple[tuple[Buffer, ...], tuple[int, ...], tuple[int, ...]]:
     usual, full = ELEMENT_BYTES[precision]
     kinds: dict[tuple[bool, bool, bool, int], list[tuple[int, int]]] = {}
     for vectors in (False, True) if two_groups else (None,):
@@ -74,7 +79,7 @@ def _laid_out(
                 element_bytes = full if parameter.full_precision else usual
                 key = bool(vectors), parameter.kind == "expert", repeated, element_bytes
                 kinds.setdefault(key, []).append((elements, place))
-    found, last = [], []
+    found, last, first = [], [], []
     same: dict[Buffer, Buffer] = {}  # blocks repeat their buffers: one object for all
     for (_, expert, repeated, element_bytes), members in kinds.items():
         lengths = [elements for elements, _ in members]
@@ -85,7 +90,8 @@ def _laid_out(
             buffer = Buffer(expert, repeated, replicas, owners, part, sum(lengths[span]), element_bytes)
             found.append(same.setdefault(buffer, buffer))
             last.append(members[span][-1][1])
-    return tuple(found), tuple(last)
+            first.append(members[span][0][1])
+    return tuple(found), tuple(last), tuple(first)
 
 
 @lru_cache(maxsize=512)

@@ -10,9 +10,9 @@ from typing import NamedTuple
 from lightning_tex.planner.cluster import Cluster
 from lightning_tex.planner.layouts import Candidate, Job
 from lightning_tex.planner.links import seconds
-from lightning_tex.planner.states import Buffer, buffers, distinct, kept_format
+from lightning_tex.planner.states import Buffer, buffers, distinct, first_members, kept_format
 from lightning_tex.planner.traffic import Collective, collection, combination, micro_step, reduction
-from lightning_tex.planner.work import computation, model_flops
+from lightning_tex.planner.work import Computation, computation, model_flops
 
 # Bytes that a step reads and writes for an element of the own part: AdamW's states, master, gradient, parameter, and
 # the temporaries of each format (docs/optimizer.md).
@@ -77,8 +77,8 @@ class StepTime:
 def step_time(job: Job, candidate: Candidate, cluster: Cluster) -> StepTime:
     """Foresee the time of an optimizer step.
 
-    Computation waits for the collectives of layers. Gradient reduction runs beside the last backward (ZeRO 2: every
-    one), all but its last buffer; parameters are collected beside the update of the buffers that follow.
+    Computation waits for the collectives of layers. Gradients are reduced beside the last backward (ZeRO 2: every one),
+    buffer by buffer as they are complete; parameters are collected beside the update of the buffers that follow.
     """
     layout, each = candidate.layout, computation(job, candidate, cluster)
     steps = candidate.accumulation
@@ -99,9 +99,7 @@ def step_time(job: Job, candidate: Candidate, cluster: Cluster) -> StepTime:
     windows = steps if candidate.zero_stage == 2 else 1
     hidden = 0.0
     if candidate.communication.overlap:
-        # The first buffers of the model are complete last: nothing is left to hide the last one behind.
-        beside = each.backward + each.recompute
-        hidden += windows * min(flat.reduction - flat.first_reduction, beside * (len(of) - 1) / len(of))
+        hidden += windows * _beside_backward(job, candidate, each, flat.reductions)
     hidden += min(flat.collection - flat.last_collection, flat.update - flat.first_update)
     hidden *= cluster.overlap
     return StepTime(
@@ -110,7 +108,7 @@ def step_time(job: Job, candidate: Candidate, cluster: Cluster) -> StepTime:
         each.backward * steps,
         communication,
         flat.update,
-        windows * flat.reduction,
+        windows * sum(flat.reductions),
         flat.collection,
         hidden,
         job.tokens,
@@ -119,11 +117,24 @@ def step_time(job: Job, candidate: Candidate, cluster: Cluster) -> StepTime:
     )
 
 
-class _BufferTimes(NamedTuple):
-    """Seconds of what is done to all flat buffers, and to the first or last one, in one micro-step or step."""
+def _beside_backward(job: Job, candidate: Candidate, each: Computation, reductions: tuple[float, ...]) -> float:
+    """Seconds of all buffers' reductions, one after another as they are complete, while a backward still runs."""
+    head, attention, mlp, moe = each.parts
+    over = [0.0, head]
+    for layer in reversed(range(job.sizes.num_layers)):
+        over.append(over[-1] + (moe if job.sizes.has_experts(layer) else mlp))
+        over.append(over[-1] + attention)
+    complete = [over[job.sizes.passed[place]] for place in first_members(job, candidate)]
+    now = 0.0
+    for ready, taken in sorted(zip(complete, reductions, strict=True)):
+        now = max(now, ready) + taken
+    return sum(reductions) - max(0.0, now - over[-1])
 
-    reduction: float
-    first_reduction: float
+
+class _BufferTimes(NamedTuple):
+    """Seconds of what is done to each flat buffer, to all, or to the first or last one, in one micro-step or step."""
+
+    reductions: tuple[float, ...]
     combination: float
     update: float
     first_update: float
@@ -148,9 +159,10 @@ def _buffer_times(of: tuple[Buffer, ...], precision: str, candidate: Candidate, 
     def updating(buffer: Buffer) -> float:
         return update_seconds(buffer, precision, candidate, cluster)
 
+    reduced = {buffer: reducing(buffer) for buffer in distinct(of)}
     combining = all_of(lambda buffer: time(combination(buffer, candidate)))
     return _BufferTimes(
-        all_of(reducing), reducing(of[0]), combining, all_of(updating), updating(of[0]), all_of(collecting),
+        tuple(reduced[buffer] for buffer in of), combining, all_of(updating), updating(of[0]), all_of(collecting),
         collecting(of[-1]),
     )  # fmt: skip
 

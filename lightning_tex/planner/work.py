@@ -152,12 +152,14 @@ class Computation:
     Args:
         forward, recompute, backward: by pass.
         flops: that a rank computes, all passes.
+        parts: backward and recomputation of the head, of one attention, of one dense MLP, of one MoE layer.
     """
 
     forward: float
     recompute: float
     backward: float
     flops: float
+    parts: tuple[float, float, float, float]
 
     @property
     def total(self) -> float:
@@ -175,22 +177,28 @@ def computation(job: Job, candidate: Candidate, cluster: Cluster) -> Computation
          work.moe_bytes() + work.norm_bytes() if sizes.moe_layers else 0),
     )  # fmt: skip
     replays = candidate.recompute == "communication_aware"
+    blocks: list[float] = []
     for times, products, moved in parts:
         time = [p.seconds(cluster, job.precision, job.element_bytes) for p in products]
         repeated = [not (replays and p.recorded) for p in products]
         rest = cluster.passes(moved)
         forward += times * (sum(time) + rest)
-        backward += times * (sum(p.backward * t for p, t in zip(products, time, strict=True)) + 2 * rest)
+        back = sum(p.backward * t for p, t in zip(products, time, strict=True)) + 2 * rest
+        backward += times * back
         flops += times * sum((1 + p.backward) * p.flops for p in products)
         if candidate.recompute is not None:
-            again += times * (sum(t for t, r in zip(time, repeated, strict=True) if r) + rest)
+            once_more = sum(t for t, r in zip(time, repeated, strict=True) if r) + rest
+            again += times * once_more
+            back += once_more
             flops += times * sum(p.flops for p, r in zip(products, repeated, strict=True) if r)
+        blocks.append(back)
     head = list(work.head())
     last = sum(p.seconds(cluster, job.precision, job.element_bytes) for p in head)
     last += cluster.passes(work.norm_bytes())
     flops += 3 * sum(p.flops for p in head)
     loss = cluster.passes(work.loss_bytes())
-    return Computation(forward + last + loss / 2, again, backward + 2 * last + loss / 2, flops)
+    end, (attention, mlp, moe) = 2 * last + loss / 2, blocks
+    return Computation(forward + last + loss / 2, again, backward + end, flops, (end, attention, mlp, moe))
 
 
 def model_flops(job: Job) -> float:

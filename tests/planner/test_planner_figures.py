@@ -17,6 +17,7 @@ from lightning_tex.planner.links import seconds, span
 from lightning_tex.planner.memory import memory
 from lightning_tex.planner.search import base_parameters, family, largest_base, plan, plan_all
 from lightning_tex.planner.sizes import ModelSizes
+from lightning_tex.planner.step_time import step_time
 from lightning_tex.planner.traffic import Collective
 from lightning_tex.planner.work import computation, model_flops, paper_flops
 from lightning_tex.topology import AXES, Layout
@@ -83,6 +84,41 @@ def test_work_is_shared_by_the_tensor_axis() -> None:
     for layout, sequences in ((Layout(8, 4, 1, 4), 4), (Layout(8, 1, 1, 1), 1)):
         flops = computation(parts, Candidate(layout, sequences), H100).flops
         assert 8 * flops == pytest.approx(computation(whole, Candidate(Layout(1), 8), H100).flops)
+
+
+def test_a_measured_profile_slows_what_it_was_measured_of() -> None:
+    shares = {"narrow_products": {256: 0.5, 1024: 0.9}, "link_shares": {"all_gather": 0.5}}
+    slower = replace(H100, **shares, attention_efficiency=0.25, pass_bandwidth=H100.memory_bandwidth / 3)
+    full = H100.peak("bf16-mixed") * H100.product_efficiency
+    reached = [slower.product_flops("bf16-mixed", size) / full for size in (8, 256, 512, 1024, 2048, 4096)]
+    assert reached == pytest.approx([0.5, 0.5, 0.7, 0.9, 1.0, 1.0])
+    assert slower.attention_flops("bf16-mixed") == pytest.approx(full / 4)
+    assert slower.passes(6e9) == pytest.approx(3 * H100.passes(6e9))
+    gather, reduction = (Collective(kind, "tensor", 4, "forward", 1 << 30) for kind in ("all_gather", "all_reduce"))
+    plain, now = (
+        [seconds(each, Layout(8, 4), replace(of, link_latency=0)) for each in (gather, reduction)]
+        for of in (H100, slower)
+    )
+    assert now == pytest.approx([2 * plain[0], plain[1]])
+
+
+def test_what_overlaps_is_hidden_by_the_measured_share() -> None:
+    job, candidate = Job(SMALL, 8, 64, 16), Candidate(Layout(8, 2, 2, 2), 4)
+    whole, half = (step_time(job, candidate, replace(H100, overlap=share)) for share in (1.0, 0.5))
+    assert 0 < half.hidden == pytest.approx(whole.hidden / 2)
+    assert half.total == pytest.approx(whole.total + whole.hidden / 2)
+
+
+def test_gradients_leave_beside_what_is_left_of_the_backward() -> None:
+    job, candidate = Job(replace(SMALL, num_layers=12), 8, 64, 16), Candidate(Layout(8, 1, 1), 2)
+    compute = computation(job, candidate, H100)
+    fast, slow = (replace(H100, link_bandwidth=H100.link_bandwidth * by, link_latency=0) for by in (1e3, 1e-6))
+    quick, late = (step_time(job, candidate, cluster) for cluster in (fast, slow))
+    # A quick network hides all but what is complete last; a slow one sends for as long as the backward lasts.
+    hideable = quick.reduction + min(quick.collection, quick.optimizer)
+    assert quick.reduction + quick.collection > quick.hidden > 0.6 * hideable
+    assert compute.backward - compute.parts[0] <= late.hidden + 1e-9 <= compute.backward + quick.optimizer + 2e-9
+    assert sum(n * t for n, t in zip((1, 12, 6, 6), compute.parts, strict=True)) == pytest.approx(compute.backward)
 
 
 @given(st.data())
@@ -164,6 +200,9 @@ def test_planning_for_16384_ranks_is_a_matter_of_seconds() -> None:
     [
         ({"memory_bytes": -1}, ("memory_bytes", "positive")),
         ({"product_efficiency": 1.2}, ("product_efficiency", "at most 1")),
+        ({"overlap": 1.2}, ("overlap", "at most 1")),
+        ({"link_shares": {"all_to_all": 2}}, ("link_shares", "at most 1")),
+        ({"narrow_products": "none"}, ("narrow_products", "shares")),
         ({"device": "tpu"}, ("device", "cuda")),
         ({"link_bandwidth": "fast"}, ("link_bandwidth", "number")),
         ({"colour": 1}, ("unknown", "colour")),
