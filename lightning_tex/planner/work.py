@@ -54,27 +54,22 @@ class Work:
     """What one rank computes in the forward of one micro-step, part by part.
 
     Args:
-        job, candidate: what is trained, and how.
+        at: its activations, of a job and a candidate.
     """
 
-    job: Job
-    candidate: Candidate
+    at: Activations
 
     @property
     def _sizes(self) -> ModelSizes:
-        return self.job.sizes
-
-    @property
-    def _activations(self) -> Activations:
-        return Activations(self.job, self.candidate)
+        return self.at.job.sizes
 
     def attention(self) -> Iterator[Product]:
         """Projections, then scores and mix of each head over the half of the square that is seen."""
-        sizes, tokens, tensor = self._sizes, self._activations.tokens, self.candidate.layout.tensor
+        sizes, tokens, tensor = self._sizes, self.at.tokens, self.at.candidate.layout.tensor
         d, kv = sizes.dim, sizes.kv_heads * sizes.head_dim
         yield Product(tokens, d / tensor, d)
         yield Product(tokens, 2 * kv / tensor, d)
-        length, heads = self.job.sequence_length, self.candidate.micro_batch * sizes.num_heads / tensor
+        length, heads = self.at.job.sequence_length, self.at.candidate.micro_batch * sizes.num_heads / tensor
         yield Product(length, length / 2, sizes.head_dim, heads, backward=2.5, attention=True)
         yield Product(length, sizes.head_dim, length / 2, heads, backward=2.5, attention=True)
         yield Product(tokens, d, d / tensor, recorded=tensor > 1)
@@ -84,12 +79,12 @@ class Work:
         return 2 if self._sizes.activation == "swiglu" else 1
 
     def mlp(self) -> Iterator[Product]:
-        sizes, tokens, tensor = self._sizes, self._activations.tokens, self.candidate.layout.tensor
+        sizes, tokens, tensor = self._sizes, self.at.tokens, self.at.candidate.layout.tensor
         yield Product(tokens, self._ups * sizes.hidden / tensor, sizes.dim)
         yield Product(tokens, sizes.dim, sizes.hidden / tensor, recorded=tensor > 1)
 
     def moe(self) -> Iterator[Product]:
-        sizes, layout, at = self._sizes, self.candidate.layout, self._activations
+        sizes, layout, at = self._sizes, self.at.candidate.layout, self.at
         here = sizes.num_experts / layout.expert
         hidden = sizes.hidden / layout.expert_tensor
         yield Product(at.held, sizes.num_experts, sizes.dim, full_precision=True)
@@ -97,40 +92,40 @@ class Work:
         yield Product(at.rows / here, sizes.dim, hidden, here, recorded=True)
 
     def head(self) -> Iterator[Product]:
-        at = self._activations
+        at = self.at
         yield Product(at.tokens, at.columns, self._sizes.dim)
 
     # --- bytes that everything but products reads and writes, as the layers' code does it
 
     def norm_bytes(self) -> float:
         """Upcast, norm, downcast where the weight has another dtype."""
-        at = self._activations
-        size, full = self.job.element_bytes, at._norm_bytes
+        at = self.at
+        size, full = self.at.job.element_bytes, at._norm_bytes
         casts = 2 * (size + full) if size != full else 0
         return at.held * self._sizes.dim * (2 * full + casts)
 
     def attention_bytes(self) -> float:
         """Rotation of queries and keys (four passes), the kernel, and the residual."""
-        sizes, at, size = self._sizes, self._activations, self.job.element_bytes
-        per_head = at.tokens * sizes.head_dim / self.candidate.layout.tensor * size
+        sizes, at, size = self._sizes, self.at, self.at.job.element_bytes
+        per_head = at.tokens * sizes.head_dim / self.at.candidate.layout.tensor * size
         rotation = 9 * per_head * (sizes.num_heads + sizes.kv_heads)
         kernel = per_head * 2 * (sizes.num_heads + sizes.kv_heads)
         return rotation + kernel + 3 * at.stream
 
     def mlp_bytes(self) -> float:
-        at = self._activations
-        hidden = at.tokens * self._sizes.hidden / self.candidate.layout.tensor
+        at = self.at
+        hidden = at.tokens * self._sizes.hidden / self.at.candidate.layout.tensor
         return self._between_bytes(hidden) + 3 * at.stream
 
     def _between_bytes(self, hidden: float) -> float:
-        return hidden * self.job.element_bytes * (2 if self._sizes.activation == "gelu" else 5)
+        return hidden * self.at.job.element_bytes * (2 if self._sizes.activation == "gelu" else 5)
 
     def moe_bytes(self) -> float:
         """Router, rows picked and reordered on both ways, what stands between the products, the weighted sum."""
-        sizes, at, size = self._sizes, self._activations, self.job.element_bytes
+        sizes, at, size = self._sizes, self.at, self.at.job.element_bytes
         score, dim = at.score_bytes, sizes.dim
         router = at.held * (dim * (size + score) + 8 * sizes.num_experts * score)
-        hidden = at.rows * sizes.hidden / self.candidate.layout.expert_tensor
+        hidden = at.rows * sizes.hidden / self.at.candidate.layout.expert_tensor
         rows = at.rows * dim * size * 2 * 2
         home = at._own_tokens * sizes.top_k * dim
         picked = 2 * at.stream + 2 * home * size * 2
@@ -139,8 +134,8 @@ class Work:
 
     def loss_bytes(self) -> float:
         """Cross-entropy of the logits in full precision, forward and backward together."""
-        at = self._activations
-        size, score = self.job.element_bytes, at.score_bytes
+        at = self.at
+        size, score = self.at.job.element_bytes, at.score_bytes
         casts = 2 * (size + score) if size != score else 0
         return at.tokens * at.columns * (casts + (1 + 2 + 2 + 1 + 2 + 2) * score)
 
@@ -168,7 +163,7 @@ class Computation:
 
 def computation(job: Job, candidate: Candidate, cluster: Cluster) -> Computation:
     """Roofline time of all that one rank computes in a micro-step; a backward is two forwards, attention's 2.5."""
-    work, sizes = Work(job, candidate), job.sizes
+    work, sizes = Work(Activations(job, candidate)), job.sizes
     forward = again = backward = flops = 0.0
     parts = (
         (sizes.num_layers, list(work.attention()), work.attention_bytes() + work.norm_bytes()),

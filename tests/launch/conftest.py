@@ -1,19 +1,10 @@
 """Settings of every test of the command line."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import tiny_recipe
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _as_started_by_a_user():
-    """No words of pytest's own command line, no notes about calls that Lightning makes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["lightning-tex"])
-        patch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-        yield
+from started import as_started_by_a_user  # noqa: F401
 
 
 @pytest.fixture(scope="module")
