@@ -14,6 +14,7 @@ import argparse
 import itertools
 import json
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -80,6 +81,7 @@ def main() -> None:
     if options.rank:
         measure(options)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # the hosts are taken down
     result = {}
     for rate in options.rates:
         result[rate] = compare(rate, options)
