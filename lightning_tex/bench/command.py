@@ -134,7 +134,7 @@ def add_calibrate(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--ranks", type=whole, help="without torchrun: processes (default: the GPUs, else 4)")
     parser.add_argument("--like", help="a built-in cluster whose data-sheet peak and memory the GPUs have")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--megabytes", type=whole, default=8, help="of the tensors sent (default: 8)")
+    parser.add_argument("--megabytes", type=whole, help="of the tensors sent (default: 8 on CPU, 64 on GPUs)")
     parser.add_argument("--turns", type=whole, default=7, help="of which the median counts (default: 7)")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
 
@@ -146,7 +146,8 @@ def add_calibrate(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         if options.device == "cuda" and not torch.cuda.is_available():
             parser.error("--device cuda, but torch sees no CUDA device; legal: cpu")
         like = None if options.like is None else Cluster.named(options.like)
-        task = calibrate.Task(options.device, options.megabytes << 20, options.turns, like)
+        megabytes = options.megabytes or (64 if options.device == "cuda" else 8)
+        task = calibrate.Task(options.device, megabytes << 20, options.turns, like)
         calibrate.run(task, options.ranks, options.output, options.json)
 
     parser.set_defaults(run=run)

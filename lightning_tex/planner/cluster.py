@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from itertools import pairwise
 from math import log2
@@ -13,7 +13,8 @@ import yaml
 
 GB, GIB, TERA = 1e9, 2**30, 1e12
 Shares = tuple[tuple[Any, float], ...]  # of a mapping; a profile can be hashed
-_SHARES = ("narrow_products", "link_shares", "network_shares")
+_OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
+_SHARES = {"narrow_products": None, "link_shares": _OPERATIONS, "network_shares": _OPERATIONS}  # of what
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,9 @@ class Cluster:
     overlap: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in _SHARES:
+        for name, keys in _SHARES.items():
             given = getattr(self, name)
-            object.__setattr__(self, name, _shares(f"cluster {self.name!r}: {name}", given))
+            object.__setattr__(self, name, _shares(f"cluster {self.name!r}: {name}", given, keys))
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name in ("name", "device", *_SHARES):
@@ -167,15 +168,19 @@ class Cluster:
 _MAY_BE_0 = ("reserved_bytes", "link_latency", "network_latency", "pass_bandwidth", "overlap")
 
 
-def _shares(what: str, given: Any) -> Shares:
-    try:
-        named = {int(key) if str(key).isdigit() else key: float(share) for key, share in dict(given).items()}
-        pairs = tuple(sorted(named.items()))  # JSON has no numbers as keys
+def _shares(what: str, given: Any, keys: Sequence[str] | None) -> Shares:
+    try:  # JSON has no numbers as keys
+        named = {str(key) if keys else int(key): float(share) for key, share in dict(given).items()}
     except (TypeError, ValueError):
-        raise ValueError(f"{what}={given!r} must map to shares, such as {{all_to_all: 0.8}}") from None
-    if wrong := [share for _, share in pairs if not 0 < share <= 1]:
+        example = "{all_to_all: 0.8}" if keys else "{256: 0.8}"
+        raise ValueError(f"{what}={given!r} must map to shares, such as {example}") from None
+    if unknown := [key for key in named if (key not in keys if keys else int(key) < 1)]:
+        raise ValueError(
+            f"{what}: {unknown[0]!r} is unknown; legal: {', '.join(keys) if keys else 'sizes of 1 or more'}"
+        )
+    if wrong := [share for share in named.values() if not 0 < share <= 1]:
         raise ValueError(f"{what}: {wrong[0]} must be above 0 and at most 1")
-    return pairs
+    return tuple(sorted(named.items()))
 
 
 def _between(shares: Shares, size: float) -> float:
