@@ -20,7 +20,7 @@ from lightning_tex.planner.traffic import sent_bytes, step_collectives
 FLOPS = (
     "MFU: model FLOPs over peak; model FLOPs are 3 x 2mnk of every product on whole matrices (a backward is twice), "
     "attention over the whole square, top_k experts a token, no recomputation.\n"
-    "Times are a lower bound, kernels following each other without gaps: far below a real step where the model is small. "
+    "Times are a lower bound, kernels following each other without gaps: far below a small model's real step. "
     "A profile that `lightning-tex bench calibrate` measured comes closer."
 )
 
