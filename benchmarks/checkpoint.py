@@ -26,11 +26,11 @@ import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from lightning_tex.parallel.topology import Axis, Layout
 from lightning_tex.saving import Background, SideGroup
 from lightning_tex.saving.reading import Directory
 from lightning_tex.saving.sharded import GlobalTensor, Part
 from lightning_tex.saving.writing import begin
-from lightning_tex.topology import Axis, Layout
 
 
 def broadcast(value: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from lightning_tex.plan_recipe import own_candidate, recipe_sizes
+from lightning_tex.cli.plan_recipe import own_candidate, recipe_sizes
 from lightning_tex.planner.layouts import Job
 from lightning_tex.planner.memory import memory, size
 from lightning_tex.planner.sizes import ModelSizes

@@ -3,7 +3,7 @@
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_tex.data import TextDataModule
-from lightning_tex.language_model import LanguageModel
+from lightning_tex.models import LanguageModel
 from lightning_tex.saving import load_from_checkpoint
 from lightning_tex.strategy import TexMoEStrategy
 

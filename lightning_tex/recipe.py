@@ -1,8 +1,9 @@
-"""Floor 7: a recipe, that is, configuration files and options, made into model, data and Trainer. A LightningCLI."""
+"""A recipe, that is, configuration files and options, made into model, data and Trainer. A LightningCLI."""
 
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,8 +19,21 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning_utilities import module_available
 
 from lightning_tex.data import TextDataModule
-from lightning_tex.language_model import LanguageModel
+from lightning_tex.models import LanguageModel
 from lightning_tex.strategy import TexMoEStrategy
+
+
+def public_path(cls: type) -> str:
+    """The shortest import path of a class, which a saved configuration names: ``lightning_tex.LanguageModel``.
+
+    Where a class is defined may change from version to version; what a package offers at its face does not.
+    """
+    packages = cls.__module__.split(".")
+    for length in range(1, len(packages)):
+        package = ".".join(packages[:length])
+        if getattr(sys.modules[package], cls.__name__, None) is cls:
+            return f"{package}.{cls.__name__}"
+    return f"{cls.__module__}.{cls.__name__}"
 
 
 class TexCLI(LightningCLI):
@@ -38,7 +52,7 @@ class TexCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for name, default in (("model", LanguageModel), ("data", TextDataModule)):
-            parser.set_defaults({name: {"class_path": f"{default.__module__}.{default.__name__}"}})
+            parser.set_defaults({name: {"class_path": public_path(default)}})
 
     def instantiate_classes(self) -> None:
         """Data first: the model's vocabulary, where it has one in its ``config``, is the data's."""
@@ -159,7 +173,7 @@ class Recipe:
         for name, value in trainer.items():
             config.trainer[name] = value
         config.trainer.strategy = {
-            "class_path": f"{TexMoEStrategy.__module__}.{TexMoEStrategy.__name__}",
+            "class_path": public_path(TexMoEStrategy),
             "init_args": {**self.strategy_options(), **strategy},
         }
         return _without_run(TexCLI, config)

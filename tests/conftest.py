@@ -1,4 +1,4 @@
-"""Its presence makes the helper modules beside it importable from every test folder."""
+"""Settings of every test."""
 
 import torch
 from hypothesis import HealthCheck, settings

@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from lightning_tex import collectives
 from lightning_tex.bench.kernels import Clock, Kernels
 from lightning_tex.bench.show import tell
+from lightning_tex.parallel import collectives
+from lightning_tex.parallel.topology import Axis
 from lightning_tex.planner.cluster import Cluster
-from lightning_tex.topology import Axis
 
 
 @dataclass(frozen=True)

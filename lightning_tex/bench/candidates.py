@@ -16,13 +16,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_tex import placement
-from lightning_tex.flat_sizes import UNBOUNDED
 from lightning_tex.layers import ParallelAttention
 from lightning_tex.moe import MoE
 from lightning_tex.optim import Storage, TiledOptimizer
+from lightning_tex.optim.flat_sizes import UNBOUNDED
 from lightning_tex.optim.storage import StateFormatName
-from lightning_tex.topology import Topology
+from lightning_tex.parallel import sharding
+from lightning_tex.parallel.topology import Topology
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "AdamW": {"lr": 1e-4},
@@ -66,8 +66,8 @@ class Workload:
                 heads = self.topology.layout.tensor  # as many as can be cut; they change no size
                 attention = ParallelAttention(self.width, heads)
                 module = nn.ModuleList([attention, MoE(self.width, 4 * self.width, self.experts)])
-        placement.check(module, self.topology.layout)
-        placement.cut(module, self.topology)
+        sharding.check(module, self.topology.layout)
+        sharding.cut(module, self.topology)
         return module.to(self.dtype)
 
     def count(self) -> int:
@@ -142,7 +142,7 @@ class Tiled(Candidate):
         named = dict(module.named_parameters())
         for parameter in named.values():
             parameter.data.copy_(workload.drawn(*parameter.shape))
-        places = {named[name]: place for name, place in placement.placements(module, workload.topology).items()}
+        places = {named[name]: place for name, place in sharding.placements(module, workload.topology).items()}
         inner = workload.build(list(named.values()))
         storage = Storage(state_format=state_format, tile_size=tile_size, guard=guard)
         self.optimizer = TiledOptimizer(inner, places, workload.topology.world, storage)

@@ -17,9 +17,9 @@ from rich.table import Table
 
 from lightning_tex.bench.combinations import Combination
 from lightning_tex.bench.stopwatch import Measured, Stopwatch
+from lightning_tex.parallel.topology import Layout, Topology
 from lightning_tex.recipe import Recipe, quiet
 from lightning_tex.strategy import TexMoEStrategy
-from lightning_tex.topology import Layout, Topology
 
 
 def run(

@@ -21,7 +21,7 @@ from lightning_tex.bench.memory import live_bytes, peak_bytes
 from lightning_tex.bench.peers import peers
 from lightning_tex.bench.show import LEGEND, draw, tabulate, tell
 from lightning_tex.optim.storage import StateFormatName
-from lightning_tex.topology import Layout, Topology
+from lightning_tex.parallel.topology import Layout, Topology
 
 PROBE_ELEMENTS = 1 << 16
 FEWEST_TURNS, MOST_TURNS, STEPPED_ELEMENTS = 15, 300, 4 * 10**8

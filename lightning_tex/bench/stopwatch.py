@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from lightning_tex.collectives import all_reduce
-from lightning_tex.recompute import stash_bytes
+from lightning_tex.parallel.activation_checkpointing import stash_bytes
+from lightning_tex.parallel.collectives import all_reduce
 from lightning_tex.strategy import TexMoEStrategy
 
 

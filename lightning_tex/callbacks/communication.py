@@ -6,16 +6,16 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
-from lightning_tex.meter import ByteMeter
-from lightning_tex.recompute import stash_bytes
+from lightning_tex.parallel.activation_checkpointing import stash_bytes
+from lightning_tex.parallel.byte_meter import ByteMeter
 
 
 class CommunicationMonitor(Callback):
     """Log the bytes rank 0 sends per training step, by operation, axis and pass, and what recomputation stashes.
 
     ``sent_bytes/{operation}/{axis}/{pass}`` are means over the steps since the last logged one, by ring costs (see
-    :class:`lightning_tex.meter.ByteMeter`); ``stash_bytes`` is the sum over recomputed blocks of what their tapes keep
-    between forward and backward.
+    :class:`lightning_tex.parallel.byte_meter.ByteMeter`); ``stash_bytes`` is the sum over recomputed blocks of what
+    their tapes keep between forward and backward.
     """
 
     def __init__(self) -> None:

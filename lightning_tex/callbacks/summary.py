@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_tex.optim import TiledOptimizer
-from lightning_tex.placement import placements
+from lightning_tex.parallel.sharding import placements
 
 
 class RunSummary(Callback):

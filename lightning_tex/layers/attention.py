@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_tex.drawing import stable_hash
 from lightning_tex.layers.linear import ColumnParallelLinear, RowParallelLinear, require_divisible
-from lightning_tex.placement import TexModule
-from lightning_tex.topology import Axis, Layout
+from lightning_tex.parallel.hashing import stable_hash
+from lightning_tex.parallel.sharding import TexModule
+from lightning_tex.parallel.topology import Axis, Layout
 
 # B sequences, S positions, D model width, H heads, K key/value heads, d head width (per rank: H/tensor, K/tensor)
 

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_tex.drawing import by_index, draw_uniform_
-from lightning_tex.placement import TexModule
-from lightning_tex.recording import product_to_record
-from lightning_tex.topology import Layout
+from lightning_tex.parallel.initialization import by_index, draw_uniform_
+from lightning_tex.parallel.replay import product_to_record
+from lightning_tex.parallel.sharding import TexModule
+from lightning_tex.parallel.topology import Layout
 
 
 def require_divisible(name: str, option: str, value: int, layout: Layout) -> None:

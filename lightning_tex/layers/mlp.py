@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_tex.layers.linear import ColumnParallelLinear, RowParallelLinear, require_divisible
-from lightning_tex.placement import TexModule
-from lightning_tex.topology import Layout
+from lightning_tex.parallel.sharding import TexModule
+from lightning_tex.parallel.topology import Layout
 
 Activation = Literal["gelu", "swiglu"]
 

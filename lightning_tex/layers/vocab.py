@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_tex.collectives import all_reduce, gather
-from lightning_tex.drawing import by_index, draw_normal_
-from lightning_tex.placement import TexModule
-from lightning_tex.topology import Axis
+from lightning_tex.parallel.collectives import all_reduce, gather
+from lightning_tex.parallel.initialization import by_index, draw_normal_
+from lightning_tex.parallel.sharding import TexModule
+from lightning_tex.parallel.topology import Axis
 
 # V vocabulary, v rows stored here = ceil(V / tensor), D model width
 

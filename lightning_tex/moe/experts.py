@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_tex.drawing import by_index, draw_uniform_
 from lightning_tex.layers.mlp import Activation, require_activation
 from lightning_tex.moe.dispatch import Arrived
-from lightning_tex.placement import TexModule
-from lightning_tex.recording import product_to_record
+from lightning_tex.parallel.initialization import by_index, draw_uniform_
+from lightning_tex.parallel.replay import product_to_record
+from lightning_tex.parallel.sharding import TexModule
 
 # N rows, D model width, H hidden width, E experts, e experts held here (per rank: H/expert_tensor)
 

@@ -6,19 +6,17 @@ import torch
 from torch import Tensor
 
 from lightning_tex.layers.mlp import Activation
-from lightning_tex.moe.dispatch import (
-    CapacityDispatcher,
-    Dispatcher,
-    DroplessDispatcher,
-    SplitCapacityDispatcher,
-)
+from lightning_tex.moe.capacity import CapacityDispatcher
+from lightning_tex.moe.dispatch import Dispatcher
+from lightning_tex.moe.dropless import DroplessDispatcher
+from lightning_tex.moe.exchange import Lanes
 from lightning_tex.moe.experts import Experts
 from lightning_tex.moe.losses import ExpertLoad, LossLedger, count_choices, routing_losses
 from lightning_tex.moe.router import Route, Router, make_router
-from lightning_tex.moe.travel import Lanes
-from lightning_tex.placement import TexModule
-from lightning_tex.recompute import kept, recomputing
-from lightning_tex.topology import Axis, Layout, Topology
+from lightning_tex.moe.sequence_parallel import SplitCapacityDispatcher
+from lightning_tex.parallel.activation_checkpointing import kept, recomputing
+from lightning_tex.parallel.sharding import TexModule
+from lightning_tex.parallel.topology import Axis, Layout, Topology
 
 # T tokens, D model width, E experts, k choices per token
 

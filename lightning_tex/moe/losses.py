@@ -7,10 +7,10 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from lightning_tex.collectives import sum_over
 from lightning_tex.moe.router import Route
-from lightning_tex.stream import Stream
-from lightning_tex.topology import Axis
+from lightning_tex.parallel.activation_layout import Stream
+from lightning_tex.parallel.collectives import sum_over
+from lightning_tex.parallel.topology import Axis
 
 # T tokens, E experts, k choices per token
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_tex.drawing import by_index, draw_uniform_
-from lightning_tex.placement import TexModule
+from lightning_tex.parallel.initialization import by_index, draw_uniform_
+from lightning_tex.parallel.sharding import TexModule
 
 # T tokens, D model width, E experts, k choices per token
 

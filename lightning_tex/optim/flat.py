@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_tex.collectives import Started, gather_in_place, own_part
-from lightning_tex.flat_sizes import aligned, bucketed, part_length
-from lightning_tex.placement import Placement
-from lightning_tex.topology import Axis
+from lightning_tex.optim.flat_sizes import aligned, bucketed, part_length
+from lightning_tex.parallel.collectives import Started, gather_in_place, own_part
+from lightning_tex.parallel.sharding import Placement
+from lightning_tex.parallel.topology import Axis
 
 Member = tuple[nn.Parameter, Placement]
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_tex import collectives
 from lightning_tex.optim.gradients import Gradients
 from lightning_tex.optim.overlap import Overlap
-from lightning_tex.placement import Placement
-from lightning_tex.stream import reached, reached_directly
-from lightning_tex.topology import Axis, Communication
+from lightning_tex.parallel import collectives
+from lightning_tex.parallel.activation_layout import reached, reached_directly
+from lightning_tex.parallel.sharding import Placement
+from lightning_tex.parallel.topology import Axis, Communication
 
 
 @dataclass

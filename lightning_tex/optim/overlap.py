@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_tex.collectives import all_reduce
 from lightning_tex.optim.flat import Entry
 from lightning_tex.optim.gradients import Gradients
-from lightning_tex.topology import Axis
+from lightning_tex.parallel.collectives import all_reduce
+from lightning_tex.parallel.topology import Axis
 
 # Buffers under way at once when each is freed as soon as it has arrived.
 _UNDER_WAY = 2

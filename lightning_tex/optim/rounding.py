@@ -9,9 +9,9 @@ from math import prod
 import torch
 from torch import Tensor
 
-from lightning_tex.drawing import stable_hash
 from lightning_tex.optim.flat import Entry
-from lightning_tex.placement import Box
+from lightning_tex.parallel.hashing import stable_hash
+from lightning_tex.parallel.sharding import Box
 
 
 @dataclass

@@ -11,7 +11,7 @@ from lightning_tex.optim.engine import Engine, fastest
 from lightning_tex.optim.flat import FlatBuffer
 from lightning_tex.optim.formats import StateFormat
 from lightning_tex.optim.gradients import Gradients
-from lightning_tex.placement import Placement
+from lightning_tex.parallel.sharding import Placement
 
 
 class Piece(NamedTuple):

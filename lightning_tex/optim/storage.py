@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_tex.device import device_type
-from lightning_tex.flat_sizes import ALIGNMENT, most_elements
 from lightning_tex.optim.compact import CompactStates, RoundedMaster, SplitMaster
 from lightning_tex.optim.engine import fastest
 from lightning_tex.optim.flat import FlatBuffer
+from lightning_tex.optim.flat_sizes import ALIGNMENT, most_elements
 from lightning_tex.optim.formats import LOW_PRECISION, PlainStates, StateFormat
 from lightning_tex.optim.gradients import FullGradients, Gradients, ShardedGradients
 from lightning_tex.optim.moments import Fp32Moments, Int8Moments, RoundedMoments
 from lightning_tex.optim.probe import Probed, probe, temporary_bytes
 from lightning_tex.optim.rounding import Dice, Rounding
+from lightning_tex.parallel.device import device_type
 
 StateFormatName = Literal["fp32", "split", "int8", "stochastic"]
 ZeroStage = Literal[0, 1, 2]

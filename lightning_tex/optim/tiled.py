@@ -16,8 +16,8 @@ from lightning_tex.optim.flow import GradientFlow
 from lightning_tex.optim.rounding import Dice
 from lightning_tex.optim.shard import Piece, Shard
 from lightning_tex.optim.storage import Storage
-from lightning_tex.placement import Placement
-from lightning_tex.topology import Axis, Communication
+from lightning_tex.parallel.sharding import Placement
+from lightning_tex.parallel.topology import Axis, Communication
 
 
 @dataclass

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lightning_tex.parallel.topology import Communication, Layout
 from lightning_tex.planner.sizes import ELEMENT_BYTES, ModelSizes
-from lightning_tex.topology import Communication, Layout
 
 Recompute = Literal["full", "communication_aware"] | None
 RECOMPUTE: tuple[Recompute, ...] = (None, "full", "communication_aware")

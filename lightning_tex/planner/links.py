@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lightning_tex.parallel.topology import Layout
 from lightning_tex.planner.cluster import Cluster
 from lightning_tex.planner.traffic import Collective
-from lightning_tex.topology import Layout
 
 
 class Span(NamedTuple):

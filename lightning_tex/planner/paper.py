@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from lightning_tex.parallel.topology import Communication, Layout
 from lightning_tex.planner.cluster import CLUSTERS, Cluster
 from lightning_tex.planner.layouts import Candidate, Choices, Job
 from lightning_tex.planner.memory import memory
@@ -18,7 +19,6 @@ from lightning_tex.planner.sizes import ModelSizes
 from lightning_tex.planner.states import state_bytes, tile_bytes, untiled_bytes
 from lightning_tex.planner.step_time import StepTime, step_time
 from lightning_tex.planner.work import paper_flops
-from lightning_tex.topology import Communication, Layout
 
 VOCABULARY, LENGTH, BATCH = 51200, 2048, 1024
 # GPT-3 6.7B and 2.7B, experts in every second layer, one expert a token.

@@ -8,8 +8,8 @@ from functools import cached_property, lru_cache
 from math import prod
 from typing import Any, Literal, NamedTuple
 
-from lightning_tex.placement import Box
-from lightning_tex.topology import Axis, Layout
+from lightning_tex.parallel.sharding import Box
+from lightning_tex.parallel.topology import Axis, Layout
 
 Precision = Literal["32-true", "64-true", "bf16-mixed", "16-mixed", "bf16-true"]
 # Bytes of a number: of parameters and activations, and of the parameters that mixed precision keeps in fp32.

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from lightning_tex.flat_sizes import ALIGNMENT, bucketed, most_elements, part_length
+from lightning_tex.optim.flat_sizes import ALIGNMENT, bucketed, most_elements, part_length
+from lightning_tex.parallel.topology import Layout
 from lightning_tex.planner.layouts import Candidate, Job
 from lightning_tex.planner.sizes import ELEMENT_BYTES, ModelSizes
-from lightning_tex.topology import Layout
 
 # Temporaries of a step in bytes per element, by what is kept, as a trial of fused AdamW shows them (optim/probe.py).
 TEMPORARY_BYTES = {"plain": 0, "fp32": 4, "split": 8, "int8": 24 + 4 / 64, "stochastic": 20}

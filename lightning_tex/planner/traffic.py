@@ -12,11 +12,11 @@ from fractions import Fraction
 from math import ceil
 from typing import NamedTuple
 
-from lightning_tex.meter import Sent
+from lightning_tex.parallel.byte_meter import Sent
+from lightning_tex.parallel.topology import Communication, Layout
 from lightning_tex.planner.layouts import Candidate, Job
 from lightning_tex.planner.sizes import ModelSizes
 from lightning_tex.planner.states import Buffer, buffers
-from lightning_tex.topology import Communication, Layout
 
 _INT64 = 8
 # Passes of a micro-step; the optimizer's own is the step's.

@@ -1,6 +1,5 @@
-"""Floor 7: a dry run of a recipe at any world size, in one process, without its memory."""
+"""A dry run of a recipe at any world size, in one process, without its memory."""
 
-from lightning_tex.planner_trace import command
 from lightning_tex.planner_trace.trace import Trace, trace
 
-__all__ = ["Trace", "command", "trace"]
+__all__ = ["Trace", "trace"]

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from lightning_tex.optim import TiledOptimizer
-from lightning_tex.placement import placements
-from lightning_tex.topology import Topology
+from lightning_tex.parallel.sharding import placements
+from lightning_tex.parallel.topology import Topology
 
 # The kinds of what is kept between steps.
 STATES = ("dense_parameters", "expert_parameters", "gradients", "master", "moments")

@@ -14,19 +14,19 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_tex.data import TextDataModule
-from lightning_tex.device import played_device
-from lightning_tex.meter import Sent
 from lightning_tex.optim import TiledOptimizer
-from lightning_tex.placement import placements
+from lightning_tex.parallel.activation_checkpointing import stash, stash_bytes
+from lightning_tex.parallel.byte_meter import Sent
+from lightning_tex.parallel.device import played_device
+from lightning_tex.parallel.sharding import placements
+from lightning_tex.parallel.topology import Layout
 from lightning_tex.planner_trace.batches import MadeUpBlocks
 from lightning_tex.planner_trace.states import state_bytes, states
 from lightning_tex.planner_trace.tracker import Tracker
 from lightning_tex.planner_trace.values import Routing, ShapesOnly, conversions_in_place
 from lightning_tex.planner_trace.world import one_of_many
 from lightning_tex.recipe import Recipe, quiet
-from lightning_tex.recompute import stash, stash_bytes
 from lightning_tex.strategy import TexMoEStrategy
-from lightning_tex.topology import Layout
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Trace:
             ``other`` (small things that were there before).
         most_bytes_by_kind: most bytes of each kind at once, whenever that was.
         stash_bytes_by_block: what each recomputed block's tape keeps.
-        sent_bytes, calls: by operation, axis and pass; see :class:`lightning_tex.meter.ByteMeter`.
+        sent_bytes, calls: by operation, axis and pass; see :class:`lightning_tex.parallel.byte_meter.ByteMeter`.
         flops: of products, by pass; see :mod:`lightning_tex.planner_trace.flops`.
         seconds: of processor time that the trace took.
     """

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_tex.parallel.replay import current_pass
 from lightning_tex.planner_trace.flops import operation_flops
 from lightning_tex.planner_trace.values import takes_memory, tensors_in
-from lightning_tex.recording import current_pass
 
 _FOREVER = 1 << 62
 

@@ -18,13 +18,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_tex.optim import TiledOptimizer
+from lightning_tex.parallel.topology import Topology
 from lightning_tex.saving import optimizer_state, places, plain, state
 from lightning_tex.saving.random_streams import RANDOM, random_rows, random_streams, restore_random_streams
 from lightning_tex.saving.reading import Directory
 from lightning_tex.saving.rest import plain_data, restricted_load
 from lightning_tex.saving.sharded import GlobalTensor
 from lightning_tex.saving.writing import Broadcast, Save, begin, on_first_rank
-from lightning_tex.topology import Topology
 
 # Our own entry beside Lightning's.
 OWN = "lightning_tex"

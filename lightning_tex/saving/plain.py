@@ -10,12 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_tex import collectives
 from lightning_tex.optim import TiledOptimizer
 from lightning_tex.optim.formats import MASTER, Kept
 from lightning_tex.optim.shard import Piece
 from lightning_tex.optim.tiled import parameter_names
-from lightning_tex.placement import Placement
+from lightning_tex.parallel import collectives
+from lightning_tex.parallel.sharding import Placement
+from lightning_tex.parallel.topology import Topology
 from lightning_tex.saving.optimizer_state import (
     group_options,
     holds_first_element,
@@ -23,7 +24,6 @@ from lightning_tex.saving.optimizer_state import (
 )
 from lightning_tex.saving.sharded import GlobalTensor
 from lightning_tex.saving.state import MODEL, OPTIMIZER, Path, Saved, placed_parameters, state_dict_tensors
-from lightning_tex.topology import Topology
 
 # --- writing
 

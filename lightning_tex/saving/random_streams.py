@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_tex.parallel.topology import Axis
 from lightning_tex.saving.sharded import GlobalTensor, Part
-from lightning_tex.topology import Axis
 
 # Where a checkpoint has them, beside weights and optimizer states.
 RANDOM = "random"

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_tex.parallel.topology import Axis
 from lightning_tex.saving import places
 from lightning_tex.saving.archive import read_elements
 from lightning_tex.saving.boxes import Extent
@@ -30,7 +31,6 @@ from lightning_tex.saving.manifest import (
 from lightning_tex.saving.rest import REST, restricted_load
 from lightning_tex.saving.sharded import GlobalTensor, Part
 from lightning_tex.saving.state import Path, Saved
-from lightning_tex.topology import Axis
 
 
 class Directory:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_tex.placement import Box
+from lightning_tex.parallel.sharding import Box
 from lightning_tex.saving.boxes import Extent, clipped, range_boxes
 
 

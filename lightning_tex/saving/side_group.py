@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lightning_tex.topology import Axis
+from lightning_tex.parallel.topology import Axis
 
 
 class SideGroup:

@@ -11,9 +11,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from lightning_tex.placement import Placement, placements
+from lightning_tex.parallel.sharding import Placement, placements
+from lightning_tex.parallel.topology import Topology
 from lightning_tex.saving.sharded import GlobalTensor, Part, stored_part
-from lightning_tex.topology import Topology
 
 Path = tuple[str, ...]
 

@@ -24,13 +24,13 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from lightning_tex.parallel.topology import Axis, Layout
 from lightning_tex.saving import places
 from lightning_tex.saving.archive import Item, write_file, write_tensors
 from lightning_tex.saving.manifest import INDEX, MANIFEST, FileRecord, Manifest, TensorRecord, index_to_bytes
 from lightning_tex.saving.rest import REST, serialised
 from lightning_tex.saving.sharded import GlobalTensor
 from lightning_tex.saving.side_group import SideGroup
-from lightning_tex.topology import Axis, Layout
 
 Broadcast = Callable[[Any], Any]
 

@@ -4,11 +4,9 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from ranks import run_ranks
-from topologies import join
+from helpers.topologies import join
 from torch import nn
 
-from lightning_tex import placement
 from lightning_tex.layers import (
     ColumnParallelLinear,
     ParallelAttention,
@@ -19,8 +17,10 @@ from lightning_tex.layers import (
     VocabParallelHead,
 )
 from lightning_tex.layers.attention import rank_random_state
-from lightning_tex.stream import AlikeStream
-from lightning_tex.topology import Axis
+from lightning_tex.parallel import sharding
+from lightning_tex.parallel.activation_layout import AlikeStream
+from lightning_tex.parallel.topology import Axis
+from lightning_tex.testing.ranks import run_ranks
 
 IDS = torch.tensor([[0, 60, 17, 15, 16], [31, 32, 47, 48, 59]])
 FEW = torch.tensor([[0, 1, 2, 3, 4], [4, 4, 0, 1, 3]])
@@ -46,8 +46,8 @@ def both(topology, layer, x, upstream, part_in=False, part_out=False, call=None,
     call = call or (lambda module, x: module(x))
     layer = layer.double()
     parted = copy.deepcopy(layer)
-    placement.check(parted, topology.layout)
-    placement.cut(parted, topology)
+    sharding.check(parted, topology.layout)
+    sharding.cut(parted, topology)
     tensor = topology.tensor
     differentiable = x.is_floating_point()
 
@@ -61,7 +61,7 @@ def both(topology, layer, x, upstream, part_in=False, part_out=False, call=None,
     y.backward(part_of(upstream, tensor) if part_out else upstream)
     if differentiable:
         same(own_x.grad, own(whole_x.grad, tensor) if part_in else whole_x.grad)
-    found = placement.placements(parted, topology)
+    found = sharding.placements(parted, topology)
     for (name, p), (_, reference) in zip(parted.named_parameters(), layer.named_parameters(), strict=True):
         same(found[name].gather(p.grad), reference.grad)
 
@@ -118,7 +118,7 @@ def vocabulary():
             both(topology, VocabParallelHead(6, size, gather_output=True), randn(1, 2, 5, 6), randn(2, 2, 5, size))
             expected = VocabParallelHead(6, size).double()
             parted = copy.deepcopy(expected)
-            placement.cut(parted, topology)
+            sharding.cut(parted, topology)
             x, y = randn(1, 2, 5, 6).requires_grad_(), randn(1, 2, 5, 6).requires_grad_()
             logits = parted(x)
             whole = expected(y)
@@ -126,7 +126,7 @@ def vocabulary():
             logits.backward(padded_part(9.0)(randn(2, 2, 5, size), topology.tensor))  # padding's gradient is ignored
             whole.backward(randn(2, 2, 5, size))
             same(x.grad, y.grad)
-            found = placement.placements(parted, topology)["weight"]
+            found = sharding.placements(parted, topology)["weight"]
             same(found.gather(parted.weight.grad), expected.weight.grad)
             same(parted.weight.grad, found.box.cut(expected.weight.grad))
 
@@ -195,7 +195,7 @@ def random_states():
         disabled = torch.rand(8)
 
     layer = ParallelAttention(16, 4, dropout=0.5)
-    placement.cut(layer, topology)
+    sharding.cut(layer, topology)
     masks = [p.detach() for p in (layer.query.weight, layer.value.weight, layer.key.weight)]
     for weight in masks:
         weight.fill_(0.1)  # every head is alike: only the dropout masks can differ

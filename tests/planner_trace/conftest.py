@@ -1,7 +1,7 @@
 """Settings of every test of traces."""
 
 import torch
-from started import as_started_by_a_user  # noqa: F401
+from helpers.started import as_started_by_a_user  # noqa: F401
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 # Loads what shapes without values need, once here and not in every forked rank.

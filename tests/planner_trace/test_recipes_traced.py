@@ -8,11 +8,11 @@ from pathlib import Path
 
 import datasets  # noqa: F401  (once here, not in every forked rank)
 import pytest
-from ranks import run_ranks
 
 from lightning_tex.data.tokenizer import train_bpe
 from lightning_tex.planner_trace import trace
 from lightning_tex.recipe import Recipe
+from lightning_tex.testing.ranks import run_ranks
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 WORLDS = {"quickstart": 4, "own_text": 4, "ted-40b-128xa100": 128, "mixtral-8x7b-64xh100": 64}

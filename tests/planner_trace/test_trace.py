@@ -11,13 +11,13 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
-from small_runs import traced, write_recipe
+from helpers.small_runs import traced, write_recipe
 
 from lightning_tex import cli
 from lightning_tex.planner_trace import trace
 from lightning_tex.planner_trace.values import Routing
 from lightning_tex.recipe import Recipe
+from lightning_tex.testing.ranks import run_ranks
 
 
 def of_many_ranks(path):

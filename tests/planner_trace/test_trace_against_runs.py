@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import pytest
-from ranks import run_ranks
-from small_runs import really, traced, write_recipe
+from helpers.small_runs import really, traced, write_recipe
+
+from lightning_tex.testing.ranks import run_ranks
 
 CAC = {"activation_checkpointing": "communication_aware"}
 

@@ -15,15 +15,15 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_runs import Data, Model, trainer
+from helpers.checkpoint_runs import Data, Model, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from ranks import run_ranks
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 import lightning_tex as tex
 from lightning_tex.cli import main
 from lightning_tex.saving import places
 from lightning_tex.saving.manifest import MANIFEST, Manifest, file_record
+from lightning_tex.testing.ranks import run_ranks
 
 
 class Payload:

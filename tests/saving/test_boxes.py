@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_tex.placement import Box
+from lightning_tex.parallel.sharding import Box
+from lightning_tex.parallel.topology import Axis
 from lightning_tex.saving.boxes import range_boxes
 from lightning_tex.saving.sharded import range_parts
-from lightning_tex.topology import Axis
 
 
 @st.composite

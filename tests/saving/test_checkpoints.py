@@ -12,11 +12,11 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from checkpoint_runs import VOCABULARY, Model, fit, largest_difference, tensors
-from ranks import run_ranks
+from helpers.checkpoint_runs import VOCABULARY, Model, fit, largest_difference, tensors
 
 import lightning_tex as tex
 from lightning_tex.cli import main
+from lightning_tex.testing.ranks import run_ranks
 
 TED = {"tensor_parallel_size": 2, "expert_parallel_size": 2, "tile_size": 256}
 OTHERS: dict[str, dict[str, Any]] = {

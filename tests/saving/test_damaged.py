@@ -15,11 +15,11 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from checkpoint_runs import Data, Model, trainer
-from ranks import run_ranks
+from helpers.checkpoint_runs import Data, Model, trainer
 
 import lightning_tex as tex
 from lightning_tex.saving import CorruptCheckpointError
+from lightning_tex.testing.ranks import run_ranks
 
 TED = {"tensor_parallel_size": 2, "expert_parallel_size": 1}
 Damage = Callable[[Path], str]  # does it, and gives the name of the file that must be named

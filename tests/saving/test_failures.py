@@ -11,14 +11,14 @@ from typing import Any
 
 import lightning as L
 import pytest
-from checkpoint_runs import Data, Model, trainer
+from helpers.checkpoint_runs import Data, Model, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from ranks import run_ranks
 
 import lightning_tex as tex
 from lightning_tex.saving import archive, latest, places, writing
 from lightning_tex.saving.background import Background
 from lightning_tex.saving.reading import Directory
+from lightning_tex.testing.ranks import run_ranks
 
 TED = {"tensor_parallel_size": 2, "expert_parallel_size": 2}
 

@@ -17,11 +17,11 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from checkpoint_runs import fit
+from helpers.checkpoint_runs import fit
 from lightning.pytorch.callbacks import ModelCheckpoint
-from ranks import run_ranks
 
 from lightning_tex.saving import latest, places
+from lightning_tex.testing.ranks import run_ranks
 
 # A run that is killed leaves a folder that is not empty.
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")

@@ -12,8 +12,9 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-from checkpoint_runs import fit, tensors
-from ranks import run_ranks
+from helpers.checkpoint_runs import fit, tensors
+
+from lightning_tex.testing.ranks import run_ranks
 
 # world, strategy
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {

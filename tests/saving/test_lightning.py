@@ -11,13 +11,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from checkpoint_runs import Data, Model, fit, trainer
+from helpers.checkpoint_runs import Data, Model, fit, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import AsyncCheckpointIO, TorchCheckpointIO
-from ranks import run_ranks
 from torch import nn
 
 import lightning_tex as tex
+from lightning_tex.testing.ranks import run_ranks
 
 TED = {"tensor_parallel_size": 2, "expert_parallel_size": 2}
 # Resuming writes on into the folder it resumes from.

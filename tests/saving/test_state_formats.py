@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_runs import fit, tensors
+from helpers.checkpoint_runs import fit, tensors
 from lightning.pytorch.plugins import MixedPrecision
-from ranks import run_ranks
+
+from lightning_tex.testing.ranks import run_ranks
 
 TED = {"tensor_parallel_size": 2, "expert_parallel_size": 2, "tile_size": 256}
 DATA = {"tensor_parallel_size": 2, "expert_parallel_size": 1}

@@ -1,138 +1,181 @@
-"""Training batches: samplers, workers, batches that are fewer or shorter on some ranks, batches that must be equal."""
+"""What ranks must agree on, and what is refused on all of them when they cannot."""
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import lightning as L
-import numpy as np
 import pytest
 import torch
-from behaviour_modules import (
-    TED,
-    PublicNames,
-    Unequal,
-    assert_equal_to_one_process,
-    batches,
-    gathered,
-    loader,
-    new_trainer,
-    on_ranks,
-    own_slices,
-)
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from helpers.behaviour_modules import PublicNames, Unequal, batches, new_trainer, on_data_axis, on_ranks
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_tex.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from lightning_tex.moe import MoE
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance\\(treespec, LeafSpec\\).*")
 
-
-def train_unequal(layout: Any, iterable: bool) -> dict[str, Any]:
-    module = PublicNames()
-    trainer = new_trainer(layout, max_epochs=2)
-    own = batches(5)[: (5, 3)[trainer.distributed_sampler_kwargs["rank"]]]
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        trainer.fit(module, DataLoader(Unequal(own), batch_size=None) if iterable else loader(own))
-    texts = [str(w.message) for w in caught]
-    return {"steps": trainer.global_step, "warned": any("end" in t and "rank" in t for t in texts), "texts": texts}
+TENSOR = {"tensor_parallel_size": 2}
 
 
-@pytest.mark.parametrize("iterable", [False, True], ids=["sampler", "iterable"])
-def test_training_with_unequal_numbers_of_batches_ends_together(iterable: bool) -> None:
-    outcomes = on_ranks(4, train_unequal, TED, iterable)
-    assert [outcome["steps"] for outcome in outcomes] == [6] * 4
-    assert outcomes[0]["warned"], outcomes[0]["texts"]
+class Tiny(L.LightningModule):
+    """One block of plain numbers; logs the mean of its inputs."""
+
+    def __init__(self, experts: int = 4) -> None:
+        super().__init__()
+        self.up, self.down = ColumnParallelLinear(4, 8), RowParallelLinear(8, 4)
+        self.experts = MoE(4, 8, experts, load_balance_coefficient=0.0)
+        self.register_buffer("counts", torch.arange(3, dtype=torch.int16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts(self.down(self.up(x)))
+
+    def training_step(self, batch: Tensor, _: int) -> Tensor:
+        return self(batch).square().mean()
+
+    def validation_step(self, batch: Tensor, _: int) -> None:
+        self(batch)
+        self.log("mean", batch.mean(), sync_dist=True)
+
+    def predict_step(self, batch: Tensor, _: int) -> Tensor:
+        return self(batch)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit_short_last_batch(layout: Any, uneven: bool) -> dict[str, Tensor]:
-    module = PublicNames(capacity_factor=None if not uneven else 1.0)
-    trainer = new_trainer(layout)
-    data = [*batches(3), [part[:4] for part in batches(1, seed=9)[0]]]
-    mine = own_slices(trainer, data)
-    if uneven and trainer.strategy.distributed_sampler_kwargs["rank"]:
-        mine[-1] = [part[:1] for part in mine[-1]]
-    trainer.fit(module, loader(mine))
-    return gathered(module, trainer) | {"steps": torch.tensor(trainer.global_step)}
+def rows(value: float, *sizes: int) -> DataLoader:
+    return DataLoader([torch.full((n, 4), value) for n in sizes], batch_size=None)
 
 
-def test_short_last_batch() -> None:
-    assert_equal_to_one_process(fit_short_last_batch, False)
+def validated_mean(sizes: list[list[int]]) -> float:
+    trainer = new_trainer({})
+    data = trainer.distributed_sampler_kwargs["rank"]
+    (metrics,) = trainer.validate(Tiny(), rows(6.0, *sizes[data]), verbose=False)
+    return metrics["mean"]
 
 
-def test_last_batch_that_is_shorter_on_some_ranks() -> None:
-    outcomes = on_ranks(4, fit_short_last_batch, TED, True)
-    for outcome in outcomes:
-        assert int(outcome["steps"]) == 4
-        assert all(bool(value.isfinite().all()) for value in outcome.values())
-        assert all(torch.equal(value, outcomes[0][name]) for name, value in outcome.items())
+@pytest.mark.parametrize("sizes", [[[2, 2], [2]], [[2, 2], [2, 1]], [[3], [2, 1, 1]]])
+def test_a_logged_mean_weighs_every_sample_once(sizes: list[list[int]]) -> None:
+    assert on_ranks(2, validated_mean, sizes) == [pytest.approx(6.0)] * 2
 
 
-class Numbers(Dataset):
-    """Sample i is i, and what the worker's random states give."""
+def evaluate_nothing_on_one_rank(stage: str, sized: bool) -> str:
+    trainer = new_trainer({})
+    given = [torch.ones(2, 4)] * (2 if trainer.global_rank == 0 else 0)
+    loader = DataLoader(given if sized else Unequal(given), batch_size=None)
+    if stage == "fit":
+        trainer = new_trainer({}, limit_train_batches=1, num_sanity_val_steps=0)
+        arguments = (rows(1.0, 2), loader)
+    else:
+        arguments = (loader,)
+    with pytest.raises(RuntimeError) as caught:
+        getattr(trainer, stage)(Tiny(), *arguments)
+    return str(caught.value)
 
-    def __len__(self) -> int:
-        return 16
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        drawn = [int(torch.randint(2**30, ())), int(np.random.randint(2**30))]  # noqa: NPY002
-        return {"index": torch.tensor(index), "drawn": torch.tensor(drawn)}
+@pytest.mark.parametrize("stage", ["fit", "validate", "predict"])
+def test_a_rank_without_any_batch_is_named_on_all_ranks(stage: str) -> None:
+    for message in on_ranks(2, evaluate_nothing_on_one_rank, stage, False):
+        assert "rank(s) 1 have no batch to evaluate" in message
 
 
-class SeesSamples(PublicNames):
+class Tied(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
-        self.indices: list[int] = []
-        self.drawn: list[int] = []
+        self.embedding, self.head = VocabParallelEmbedding(8, 4), nn.Linear(4, 8, bias=False)
+        self.head.weight = self.embedding.weight
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self.indices += batch["index"].tolist()
-        self.drawn += batch["drawn"].flatten().tolist()
-        return self.loss([batch["index"][:, None], batch["index"][:, None]])
+    def training_step(self, batch: Tensor, _: int) -> Tensor:
+        raise AssertionError("is refused before")
 
-
-def fit_numbers(layout: Any, workers: int, seeded: bool) -> dict[str, Any]:
-    L.seed_everything(7, workers=seeded, verbose=False)
-    module = SeesSamples()
-    trainer = new_trainer(layout, use_distributed_sampler=True)
-    trainer.fit(module, DataLoader(Numbers(), batch_size=2, shuffle=True, num_workers=workers))
-    sampler = trainer.train_dataloader.sampler
-    assert isinstance(sampler, DistributedSampler)
-    return {"indices": module.indices, "drawn": module.drawn, "replicas": sampler.num_replicas, "rank": sampler.rank}
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def test_lightning_injects_a_sampler_over_the_data_axis() -> None:
-    found = on_ranks(4, fit_numbers, TED, 0, False)
-    assert [f["replicas"] for f in found] == [2] * 4
-    assert [f["rank"] for f in found] == [0, 0, 1, 1]
-    assert found[0]["indices"] == found[1]["indices"]
-    assert found[2]["indices"] == found[3]["indices"]
-    assert sorted(found[0]["indices"] + found[2]["indices"]) == list(range(16))
+def fit_tied(layout: dict[str, Any]) -> str:
+    module = Tied()
+    with pytest.raises(ValueError, match="one parameter") as caught:
+        new_trainer(layout).fit(module, rows(1.0, 2))
+    assert module.embedding.weight.shape == (8, 4)
+    return str(caught.value)
 
 
-@pytest.mark.parametrize("seeded", [False, True])
-def test_workers_draw_alike_over_tensor_and_differently_over_data(seeded: bool) -> None:
-    found = on_ranks(4, fit_numbers, TED, 2, seeded)
-    assert found[0]["drawn"] == found[1]["drawn"]
-    assert found[2]["drawn"] == found[3]["drawn"]
-    everything = found[0]["drawn"] + found[2]["drawn"]
-    assert len(set(everything)) == len(everything), "two samples drew the same numbers"
+def test_a_tie_between_a_cut_and_a_whole_layer_is_refused_before_anything_is_cut() -> None:
+    for message in on_ranks(2, fit_tied, TENSOR):
+        assert "embedding.weight" in message and "head.weight" in message and "VocabParallelHead" in message
 
 
-def fit_differing(layout: Any, odd: int) -> str:
-    module = PublicNames()
-    trainer = new_trainer(layout)
-    data = own_slices(trainer, batches(4))
-    if trainer.global_rank == odd:
-        data[0] = [data[0][0].flip(0), data[0][1]]
-    try:
-        trainer.fit(module, loader(data))
-    except RuntimeError as error:
-        return str(error)
-    return "nothing was raised"
+class Unfrozen(Tiny):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up.weight.requires_grad_(False)
+
+    def on_train_epoch_start(self) -> None:
+        self.up.weight.requires_grad_(self.current_epoch > 0)
 
 
-def test_batches_that_differ_over_tensor_are_refused_on_all_ranks() -> None:
-    for text in on_ranks(4, fit_differing, TED, 3):
-        assert "rank(s) 3 " in text
-        assert "trainer.distributed_sampler_kwargs" in text
+def fit_unfrozen() -> str:
+    with pytest.raises(RuntimeError) as caught:
+        new_trainer(TENSOR, max_epochs=2).fit(Unfrozen(), rows(1.0, 2))
+    return str(caught.value)
+
+
+def test_a_parameter_that_thaws_without_the_optimizer_knowing_is_named() -> None:
+    for message in on_ranks(2, fit_unfrozen):
+        assert message.startswith("up.weight was frozen") and "add_param_group" in message
+
+
+def fit_after_sanity_checks() -> str:
+    trainer = new_trainer(TENSOR, num_sanity_val_steps=4)
+    train = DataLoader([torch.full((2, 4), float(trainer.global_rank))], batch_size=None)
+    with pytest.raises(RuntimeError) as caught:
+        trainer.fit(Tiny(), train, rows(1.0, 2, 2, 2, 2))
+    return str(caught.value)
+
+
+def test_sanity_checks_do_not_use_up_the_comparison_of_training_batches() -> None:
+    for message in on_ranks(2, fit_after_sanity_checks):
+        assert "same batch" in message
+
+
+def fit_two_models() -> tuple[int, int]:
+    trainer = new_trainer({})
+    trainer.fit(Tiny(4), rows(1.0, 2, 2))
+    first = trainer.strategy.topology.expert.size
+    trainer.fit_loop.epoch_progress.reset()
+    trainer.fit(Tiny(3), rows(1.0, 2, 2))
+    return first, trainer.strategy.topology.expert.size
+
+
+def test_a_second_model_gets_its_own_topology() -> None:
+    assert on_ranks(2, fit_two_models) == [(2, 1)] * 2
+
+
+def different_models() -> str:
+    trainer = new_trainer(TENSOR)
+    with pytest.raises(RuntimeError) as caught:
+        trainer.fit(Tiny(4 + 4 * trainer.global_rank), rows(1.0, 2))
+    return str(caught.value)
+
+
+def test_ranks_with_different_models_are_refused() -> None:
+    for message in on_ranks(2, different_models):
+        assert "different models" in message
+
+
+def fit_out_of_range(ids: bool) -> str:
+    trainer = new_trainer(TENSOR)
+    given = [[inputs.clone(), labels.clone()] for inputs, labels in batches(2)]
+    for inputs, labels in given:
+        (inputs if ids else labels)[0, 0] = 61 if ids else -1
+    with pytest.raises(IndexError) as caught:
+        trainer.fit(PublicNames(), on_data_axis(trainer, given))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("ids", [True, False])
+def test_ids_and_targets_out_of_range_are_refused(ids: bool) -> None:
+    for message in on_ranks(2, fit_out_of_range, ids):
+        assert ("token ids must be between 0 and 60" if ids else "targets between -1 and") in message

@@ -7,8 +7,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from behaviour_modules import LAYOUTS, batches, new_trainer, on_data_axis, together
-from layout_errors import distance
+from helpers.behaviour_modules import LAYOUTS, batches, new_trainer, on_data_axis, together
+from helpers.layout_errors import distance
 from torch import Tensor, nn
 
 from lightning_tex.layers import VocabParallelCrossEntropy

@@ -7,8 +7,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from behaviour_modules import TED, batches, loader, new_trainer, on_ranks
-from layout_errors import distance
+from helpers.behaviour_modules import TED, batches, loader, new_trainer, on_ranks
+from helpers.layout_errors import distance
 from torch import Tensor
 
 from lightning_tex.models import Decoder, DecoderConfig

@@ -9,15 +9,15 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-from layout_runs import FLAGS, SlicedData, quiet
+from helpers.layout_runs import FLAGS, SlicedData, quiet
 from lightning.pytorch.plugins import HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from ranks import run_ranks
 from torch import Tensor, nn
 
 import lightning_tex as tex
 from lightning_tex.layers import VocabParallelCrossEntropy
 from lightning_tex.models import Decoder, DecoderConfig
+from lightning_tex.testing.ranks import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance\\(treespec, LeafSpec\\).*")
 
@@ -246,7 +246,7 @@ def test_device_mesh_and_topology_do_not_exist_before_setup() -> None:
 
 
 def test_a_notebook_that_asks_for_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_tex.mesh_strategy._IS_INTERACTIVE", True)
+    monkeypatch.setattr("lightning_tex.strategy.mesh._IS_INTERACTIVE", True)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(MisconfigurationException, match="starts its 2 processes by running the script again") as caught:
         new_trainer(2)

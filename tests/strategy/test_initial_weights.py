@@ -8,12 +8,22 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from behaviour_modules import FOLDED, LAYOUTS, TED, PublicNames, batches, gathered, new_trainer, on_data_axis, on_ranks
+from helpers.behaviour_modules import (
+    FOLDED,
+    LAYOUTS,
+    TED,
+    PublicNames,
+    batches,
+    gathered,
+    new_trainer,
+    on_data_axis,
+    on_ranks,
+)
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_tex import drawing
 from lightning_tex.models import Decoder, DecoderConfig
+from lightning_tex.parallel import initialization
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance\\(treespec, LeafSpec\\).*")
 
@@ -60,13 +70,13 @@ def fit_lazily(layout: Any) -> dict[str, Any]:
     L.seed_everything(11, verbose=False)
     module = Lazy()
     trainer = new_trainer(layout)
-    largest, materialise = Largest(), drawing.materialise
+    largest, materialise = Largest(), initialization.materialise
 
     def watched(*args: Any) -> None:
         with largest:
             materialise(*args)
 
-    drawing.materialise = watched
+    initialization.materialise = watched
     configure = module.configure_model
 
     def watched_configure() -> None:

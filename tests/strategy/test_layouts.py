@@ -13,8 +13,8 @@ from functools import cache
 
 import pytest
 import torch
-from layout_errors import Record, distances, errors
-from layout_grid import (
+from helpers.layout_errors import Record, distances, errors
+from helpers.layout_grid import (
     Case,
     Options,
     Sizes,
@@ -26,7 +26,7 @@ from layout_grid import (
     pairs_of_layouts,
     pairwise,
 )
-from layout_runs import (
+from helpers.layout_runs import (
     SAMPLES,
     STEPS,
     Recorded,
@@ -40,7 +40,8 @@ from layout_runs import (
     train_references,
     trainer,
 )
-from ranks import run_ranks
+
+from lightning_tex.testing.ranks import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance\\(treespec, LeafSpec\\).*")
 
@@ -193,7 +194,7 @@ def train_literal(case: Case, precision: str, parts: int) -> Record:
     """One process on micro-batches of what one data rank sees, accumulating over the ranks; ``parts=0``: the case."""
     quiet()
     options = case.options
-    import layout_runs
+    from helpers import layout_runs
 
     layout_runs.decoder_config = without_balance(layout_runs.decoder_config)
     if not parts:
@@ -219,7 +220,7 @@ def test_equals_one_process_that_accumulates_the_ranks_micro_batches(precision: 
 
 def test_reference_decides_overflow_per_slice() -> None:
     """The test's own dispatcher does what ranks with fewer tokens do, and not what one big batch does."""
-    from layout_runs import decide_overflow_as
+    from helpers.layout_runs import decide_overflow_as
 
     from lightning_tex.moe import MoE
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from behaviour_modules import TED, PublicNames, batches, new_trainer, on_data_axis, on_ranks
+from helpers.behaviour_modules import TED, PublicNames, batches, new_trainer, on_data_axis, on_ranks
 from torch import Tensor
 from torchmetrics import MeanMetric
 

@@ -9,7 +9,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from behaviour_modules import (
+from helpers.behaviour_modules import (
     LAYOUTS,
     TED,
     PublicNames,

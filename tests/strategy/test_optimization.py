@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from behaviour_modules import (
+from helpers.behaviour_modules import (
     LAYOUTS,
     DictLogger,
     PublicNames,
@@ -18,7 +18,7 @@ from behaviour_modules import (
     on_data_axis,
     on_ranks,
 )
-from layout_errors import distance
+from helpers.layout_errors import distance
 from lightning.pytorch.callbacks import LearningRateMonitor
 from torch import Tensor
 

@@ -10,17 +10,17 @@ import lightning as L
 import pytest
 import torch
 import yaml
-from behaviour_modules import FOLDED, TED, PublicNames, batches, new_trainer, on_data_axis, on_ranks, together
-from layout_errors import distance
+from helpers.behaviour_modules import FOLDED, TED, PublicNames, batches, new_trainer, on_data_axis, on_ranks, together
+from helpers.layout_errors import distance
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
 import lightning_tex as tex
-from lightning_tex import placement
 from lightning_tex.callbacks import RunSummary
 from lightning_tex.layers import VocabParallelCrossEntropy
 from lightning_tex.models import Decoder, DecoderConfig
 from lightning_tex.moe import Router
+from lightning_tex.parallel import sharding
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance\\(treespec, LeafSpec\\).*")
 
@@ -55,7 +55,7 @@ def fitted(module: L.LightningModule, layout: Any, steps: int = 8, **flags: Any)
 
 
 def whole_parameters(module: nn.Module, trainer: L.Trainer) -> dict[str, Tensor]:
-    placed = placement.placements(module, trainer.strategy.topology)
+    placed = sharding.placements(module, trainer.strategy.topology)
     return {name: placed[name].gather(p.detach()).clone() for name, p in module.named_parameters()}
 
 

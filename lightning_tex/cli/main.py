@@ -1,0 +1,62 @@
+"""The command line, ``lightning-tex`` = ``python -m lightning_tex``."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+import warnings
+
+from lightning.pytorch.cli import ArgsType
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from lightning_tex.cli import bench, checkpoint, plan
+from lightning_tex.recipe import DEFAULTS, TexCLI
+
+# Those that are not the Trainer's.
+_COMMANDS = {"plan": plan.main, "bench": bench.main, "checkpoint": checkpoint.main}
+
+
+def main(args: ArgsType = None) -> None:
+    """Run ``lightning-tex fit|validate|test|predict|plan|bench|checkpoint``.
+
+    What the user can put right (a wrong option, layout or file) ends in one line per failing rank and exit code 2, as
+    the parser's own errors do; everything else keeps its traceback. A rank that another one left says only that.
+
+    Args:
+        args: command-line words; ``None``: the process's own.
+    """
+    # Lightning 2.6's own call, deprecated by torch 2.13; nothing a user could act on.
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    try:
+        words = sys.argv[1:] if args is None else args
+        if isinstance(words, list) and words and words[0] in _COMMANDS:
+            _COMMANDS[words[0]](words[1:])
+        else:
+            TexCLI(**DEFAULTS, args=args)
+    except (ValueError, TypeError, RuntimeError, OSError, MisconfigurationException) as error:
+        # Every rank tells: the fault may be one rank's own, or rank 0 already ended by its launcher.
+        rank = getattr(rank_zero_only, "rank", 0)
+        if _left_by_another_rank(error):
+            print(
+                f"[rank {rank}] ended: another rank has closed its connection; see that rank's error", file=sys.stderr
+            )
+            raise SystemExit(1) from None
+        if not _raised_on_purpose(error):
+            raise
+        print(f"[rank {rank}] error: {error}" if rank else f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+def _left_by_another_rank(error: Exception) -> bool:
+    """Whether gloo or torch's store says so. NCCL does not notice: its launcher or its watchdog ends the process."""
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("losed by peer" in text or "reset by peer" in text)
+
+
+def _raised_on_purpose(error: Exception) -> bool:
+    """Whether a ``raise`` statement of this package or one it drives says what is wrong: no code went astray."""
+    frame, _ = list(traceback.walk_tb(error.__traceback__))[-1]
+    package = frame.f_globals.get("__name__", "").partition(".")[0]
+    line = traceback.extract_tb(error.__traceback__)[-1].line or ""
+    return package in ("lightning_tex", "lightning", "datasets") and line.startswith("raise ")

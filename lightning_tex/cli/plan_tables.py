@@ -1,0 +1,247 @@
+"""What ``lightning-tex plan`` reports, as one object, as tables and as stacked bars."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from lightning_tex.planner.cluster import GIB, Cluster
+from lightning_tex.planner.layouts import Job
+from lightning_tex.planner.memory import size
+from lightning_tex.planner.search import LargestBase, Planned, Plans
+from lightning_tex.planner.traffic import sent_bytes, step_collectives
+
+FLOPS = (
+    "MFU: model FLOPs over peak; model FLOPs are 3 x 2mnk of every product on whole matrices (a backward is twice), "
+    "attention over the whole square, top_k experts a token, no recomputation.\n"
+    "Times are a lower bound, kernels following each other without gaps: far below a small model's real step. "
+    "A profile that `lightning-tex bench calibrate` measured comes closer."
+)
+
+
+def row(planned: Planned) -> dict[str, Any]:
+    """One layout of the report."""
+    memory, time = planned.memory, planned.time
+    return {
+        **planned.candidate.options(),
+        "layout": str(planned.candidate.layout),
+        "fits": planned.fits,
+        "peak_bytes": memory.peak,
+        "memory_bytes": memory.parts(),
+        "step_seconds": time.total,
+        "step_seconds_by_part": time.parts(),
+        "hidden_seconds": time.hidden,
+        "tokens_per_second": time.tokens_per_second,
+        "mfu": time.mfu,
+    }
+
+
+def _job(job: Job, cluster: Cluster) -> dict[str, Any]:
+    return {
+        "sizes": asdict(job.sizes),
+        "parameters": job.sizes.counts(),
+        "gpus": job.world,
+        "sequence_length": job.sequence_length,
+        "global_batch_size": job.global_batch_size,
+        "precision": job.precision,
+        "imbalance": job.imbalance,
+        "cluster": asdict(cluster),
+        "usable_bytes": cluster.usable_bytes,
+        "flops": FLOPS,
+    }
+
+
+def report(job: Job, cluster: Cluster, plans: Plans, own: Planned | None) -> dict[str, Any]:
+    """Everything of a plan, as it is printed with ``--json``.
+
+    Args:
+        job, cluster, plans: the plan.
+        own: what the recipe itself says.
+    """
+    best = plans.recommended
+    rows = [row(each) for each in plans.found]
+    found: dict[str, Any] = {
+        **_job(job, cluster),
+        "considered": plans.considered,
+        "fitting": len(plans.fitting),
+        "layouts": rows,
+        "recommended": None,
+        "recipe": None if own is None else row(own),
+    }
+    if best is not None:
+        sent = sent_bytes(step_collectives(job, best.candidate))
+        found["recommended"] = {**row(best), "sent_bytes": {"/".join(key): float(n) for key, n in sent.items()}}
+    return found
+
+
+def show(found: Mapping[str, Any], rows: int) -> None:
+    """Print a report: the first layouts as a table, and the recommended one broken down."""
+    out = console()
+    counts = found["parameters"]
+    out.print(
+        f"{_many(sum(counts.values()))} parameters ({_many(counts['cut'] + counts['uncut'])} dense, "
+        f"{_many(counts['expert'])} experts) on {found['gpus']} x {found['cluster']['name']} with "
+        f"{size(found['usable_bytes'])} for tensors; {found['global_batch_size']} x {found['sequence_length']} "
+        f"tokens a step, {found['precision']}"
+    )
+    table = Table(box=SIMPLE, padding=(0, 1))
+    for heading in ("tensor", "expert", "e.tensor", "ZeRO", "seq.", "recompute", "states", "micro", "memory",
+                    "step", "waiting", "tokens/s", "MFU"):  # fmt: skip
+        table.add_column(heading, justify="left" if heading in ("recompute", "states") else "right", no_wrap=True)
+    shown = found["layouts"][:rows]
+    for each in shown:
+        table.add_row(*_cells(each))
+    out.print(table)
+    fitting = found["fitting"]
+    out.print(f"{fitting} of {len(found['layouts'])} ways fit ({found['considered']} with their micro-batches).")
+    if found["recipe"] is not None:
+        own = found["recipe"]
+        out.print(
+            f"The recipe's own layout: {size(own['peak_bytes'])}, "
+            f"{'fits' if own['fits'] else 'does not fit'}, {seconds(own['step_seconds'])} a step."
+        )
+    best = found["recommended"]
+    if best is None:
+        least = min(each["peak_bytes"] for each in found["layouts"])
+        out.print(f"Nothing fits: the least that any layout needs is {size(least)}.")
+    else:
+        _break_down(out, best)
+    out.print(found["flops"])
+
+
+def _cells(each: Mapping[str, Any]) -> list[str]:
+    communication = sum(t for part, t in each["step_seconds_by_part"].items() if " over " in part or "hidden" in part)
+    recompute = {None: "no", "communication_aware": "comm.-aware"}.get(each["activation_checkpointing"], "full")
+    return [
+        str(each["tensor_parallel_size"]),
+        str(each["expert_parallel_size"]),
+        str(each["expert_tensor_parallel_size"]),
+        str(each["zero_stage"]),
+        "yes" if each["sequence_parallel"] else "no",
+        recompute,
+        each["optimizer_state_format"],
+        str(each["micro_batch"]),
+        size(each["peak_bytes"]) + ("" if each["fits"] else " !"),
+        seconds(each["step_seconds"]),
+        seconds(communication),
+        f"{each['tokens_per_second']:,.0f}",
+        f"{100 * each['mfu']:.1f} %",
+    ]
+
+
+def _break_down(out: Console, best: Mapping[str, Any]) -> None:
+    options = {key: best[key] for key in ("tensor_parallel_size", "expert_parallel_size",
+               "expert_tensor_parallel_size", "zero_stage", "sequence_parallel", "activation_checkpointing",
+               "optimizer_state_format")}  # fmt: skip
+    arguments = ", ".join(f"{key}={value!r}" for key, value in options.items())
+    out.print(f"Recommended: TexMoEStrategy({arguments}),")
+    out.print(
+        f"micro-batches of {best['micro_batch']}, accumulate_grad_batches={best['accumulate_grad_batches']}: "
+        f"{best['layout']}"
+    )
+    table = Table(box=SIMPLE, padding=(0, 1))
+    for heading in ("memory of a rank", "", "time of a step", "", "%"):
+        table.add_column(heading, justify="right" if len(heading) < 2 else "left", no_wrap=True)
+    memory = [(name, size(taken)) for name, taken in best["memory_bytes"].items() if taken]
+    memory.append(("peak", size(best["peak_bytes"])))
+    total = best["step_seconds"]
+    time = [(name, seconds(t), f"{100 * t / total:.1f}") for name, t in best["step_seconds_by_part"].items() if t]
+    time.append(("step", seconds(total), "100"))
+    for i in range(max(len(memory), len(time))):
+        left = memory[i] if i < len(memory) else ("", "")
+        table.add_row(*left, *(time[i] if i < len(time) else ("", "", "")))
+    out.print(table)
+    out.print(f"Beside these, {seconds(best['hidden_seconds'])} of gradients and parameters are hidden behind others.")
+
+
+def largest_report(job: Job, cluster: Cluster, largest: LargestBase | None) -> dict[str, Any]:
+    """The largest base model that fits, as it is printed with ``--json``.
+
+    Raises:
+        ValueError: none fits.
+    """
+    if largest is None:
+        raise ValueError(
+            f"no model of the family with {job.sizes.num_experts} experts fits {job.world} x {cluster.name}: not even "
+            "width 768"
+        )
+    of = Job(largest.sizes, job.world, job.sequence_length, job.global_batch_size, job.precision, job.imbalance)
+    return {**_job(of, cluster), "base_parameters": largest.base, "recommended": row(largest.planned)}
+
+
+def show_largest(found: Mapping[str, Any]) -> None:
+    """Print the largest base model."""
+    out, sizes = console(), found["sizes"]
+    out.print(
+        f"Largest base model with {sizes['num_experts']} experts in every {sizes['moe_every']}. layer on "
+        f"{found['gpus']} x {found['cluster']['name']}: {_many(found['base_parameters'])} parameters "
+        f"({sizes['num_layers']} layers, {sizes['dim']} wide, {sizes['num_heads']} heads); "
+        f"{_many(sum(found['parameters'].values()))} with its experts"
+    )
+    _break_down(out, found["recommended"])
+
+
+def draw(found: Mapping[str, Any], path: Path, rows: int) -> None:
+    """Draw memory and time of the first layouts as stacked bars."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = found["layouts"][:rows]
+    figure = Figure(figsize=(13, 2.4 + 0.42 * len(shown)), layout="constrained")
+    FigureCanvasAgg(figure)
+    names = [_name(each) for each in shown]
+    memory, time = figure.subplots(1, 2, sharey=True)
+    for axes, key, unit, label in (
+        (memory, "memory_bytes", GIB, "GiB of a rank; dashed: what tensors can use"),
+        (time, "step_seconds_by_part", 1, "seconds of a step"),
+    ):
+        parts = list(dict.fromkeys(part for each in shown for part, value in each[key].items() if value))
+        stack(axes, names, [each[key] for each in shown], parts, unit)
+        axes.set_xlabel(label)
+        axes.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
+    memory.invert_yaxis()
+    memory.axvline(found["usable_bytes"] / GIB, color="black", linestyle="--", linewidth=1)
+    figure.savefig(path, dpi=120)
+
+
+def stack(
+    axes: Any, names: Sequence[str], rows: Sequence[Mapping[str, float]], parts: Sequence[str], unit: float
+) -> None:
+    """Horizontal stacked bars: one for each name, one colour for each part."""
+    from matplotlib import colormaps
+
+    left = [0.0] * len(names)
+    for i, part in enumerate(parts):
+        widths = [each.get(part, 0) / unit for each in rows]
+        axes.barh(range(len(names)), widths, left=left, label=part, color=colormaps["tab20"](i % 20))
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+
+
+def _name(each: Mapping[str, Any]) -> str:
+    sequence = " seq." if each["sequence_parallel"] else ""
+    recompute = {None: "", "full": " full", "communication_aware": " CAC"}[each["activation_checkpointing"]]
+    return (
+        f"t{each['tensor_parallel_size']} e{each['expert_parallel_size']} et{each['expert_tensor_parallel_size']} "
+        f"z{each['zero_stage']}{sequence}{recompute} {each['optimizer_state_format']} b{each['micro_batch']}"
+    )
+
+
+def seconds(time: float) -> str:
+    """A time with its unit."""
+    return f"{time:.3g} s" if time >= 1 else f"{1e3 * time:.3g} ms"
+
+
+def _many(parameters: float) -> str:
+    return f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.2f}M"
+
+
+def console() -> Console:
+    """As wide as the tables."""
+    return Console(width=max(130, Console().width), highlight=False)

@@ -1,0 +1,142 @@
+"""A LightningModule that trains a :class:`lightning_tex.models.Decoder` on token blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning import Callback, LightningModule
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from lightning_tex.callbacks import ExpertMonitor, Throughput
+from lightning_tex.layers import VocabParallelCrossEntropy
+from lightning_tex.models import Decoder, DecoderConfig
+from lightning_tex.moe import auxiliary_loss
+from lightning_tex.parallel.initialization import materialise
+
+# B sequences, S positions
+
+
+class LanguageModel(LightningModule):
+    """Next-token training of a mixture-of-experts decoder. Works under ``strategy="tex_moe"`` and any other.
+
+    Batches are mappings with ``input_ids`` and ``labels``, both [B, S] integers; labels are the next tokens, -100
+    where nothing is to be predicted. Logs ``train_loss``, ``val_loss``, ``val_perplexity`` (nats per token and its
+    exponential, over the tokens of all ranks), and through its callbacks ``tokens_per_second``,
+    ``expert_load/{layer}`` and ``expert_overflow/{layer}``.
+
+    The decoder is built on the meta device in ``configure_model`` and drawn part by part as a function of (seed, name,
+    global index): its full size never exists on a rank, and every layout starts from the same weights.
+
+    Args:
+        config: sizes of the decoder.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        if isinstance(config, Mapping):  # from a checkpoint's hyper-parameters
+            config = DecoderConfig(**config)
+        self.save_hyperparameters({"config": asdict(config)})
+        self.config = config
+        self.decoder: Decoder | None = None
+        self.cross_entropy = VocabParallelCrossEntropy(reduction="sum")
+        self.mean_val_loss, self.mean_test_loss = MeanMetric(), MeanMetric()
+
+    def configure_model(self) -> None:
+        if self.decoder is None:
+            with torch.device("meta"):
+                self.decoder = Decoder(self.config)
+            if self._device_mesh is None:  # no strategy that draws meta parameters
+                materialise(self, self.device, torch.initial_seed())
+
+    def forward(self, input_ids: Tensor) -> Tensor:  # [B, S] -> [B, S, V/tensor]
+        assert self.decoder is not None, "configure_model() has not been called"
+        return self.decoder(input_ids)
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        total, count = self._loss_sum(batch)
+        # Ranks may hold different numbers of valid tokens: divide by the mean over ranks, not by the own number.
+        mean_total, mean_count = self._mean_over_ranks(torch.stack([total.detach(), count.to(total.dtype)])).unbind()
+        mean_count = mean_count.clamp(min=1e-9)
+        self.log("train_loss", mean_total / mean_count, prog_bar=True)
+        return total / mean_count + auxiliary_loss(self)
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, self.mean_val_loss, "val")
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val_perplexity", self.mean_val_loss.compute().exp(), sync_dist=True)
+
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, self.mean_test_loss, "test")
+
+    def on_test_epoch_end(self) -> None:
+        self.log("test_perplexity", self.mean_test_loss.compute().exp(), sync_dist=True)
+
+    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """The most likely next token at every position: [B, S]."""
+        assert self.decoder is not None
+        return self.decoder.logits(batch["input_ids"]).argmax(-1)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with a weight decay of 0.1 on matrices. The command line's ``--optimizer`` takes precedence."""
+        matrices = [p for p in self.parameters() if p.dim() > 1]
+        others = [p for p in self.parameters() if p.dim() <= 1]
+        groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95))
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [Throughput(), ExpertMonitor()]
+
+    @torch.no_grad()
+    def generate(self, ids: Tensor, new_tokens: int, temperature: float = 1.0, seed: int = 0) -> Tensor:
+        """Continue a prompt by sampling. Every rank calls it with the same arguments and gets the same result.
+
+        Args:
+            ids: [B, S] prompt.
+            new_tokens: tokens to add.
+            temperature: 0 takes the most likely token.
+            seed: of the sampling.
+
+        Returns:
+            [B, S + new_tokens]
+        """
+        assert self.decoder is not None
+        training = self.training
+        self.eval()
+        generator = torch.Generator().manual_seed(seed)
+        # Sequence parallelism splits sequences evenly: positions after the last token fill up, and nobody sees them.
+        parts = self.decoder.embedding.stream.parts.size
+        longest = self.config.max_sequence_length // parts * parts
+        for _ in range(new_tokens):
+            seen = ids[:, -longest:]
+            filled = F.pad(seen, (0, -seen.shape[1] % parts))
+            logits = self.decoder.logits(filled)[:, seen.shape[1] - 1].float().cpu()
+            if temperature > 0:
+                chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            else:
+                chosen = logits.argmax(-1, keepdim=True)
+            ids = torch.cat([ids, self._from_first_rank(chosen.to(ids.device))], dim=1)
+        self.train(training)
+        return ids
+
+    def _evaluate(self, batch: Mapping[str, Tensor], metric: MeanMetric, stage: str) -> None:
+        total, count = self._loss_sum(batch)
+        metric.update(total / count.clamp(min=1), weight=count)
+        self.log(f"{stage}_loss", metric, prog_bar=True, batch_size=len(batch["labels"]))
+
+    def _loss_sum(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Summed cross-entropy over this rank's valid tokens, and their number."""
+        labels = batch["labels"]
+        loss = self.cross_entropy(self(batch["input_ids"]), labels)
+        return loss, (labels != self.cross_entropy.ignore_index).sum()
+
+    def _mean_over_ranks(self, x: Tensor) -> Tensor:
+        return self.trainer.strategy.reduce(x, reduce_op="mean")
+
+    def _from_first_rank(self, x: Tensor) -> Tensor:
+        return self.trainer.strategy.broadcast(x) if self._trainer is not None else x

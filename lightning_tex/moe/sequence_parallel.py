@@ -1,0 +1,85 @@
+"""A capacity for tokens that sequence parallelism has split over tensor already."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_tex.moe.capacity import capacity
+from lightning_tex.moe.dispatch import Arrived, Dispatcher
+from lightning_tex.moe.dropless import DroplessDispatcher, DroplessJourney
+from lightning_tex.moe.permute import group_by_expert
+from lightning_tex.moe.router import Route
+from lightning_tex.parallel.collectives import all_gather
+from lightning_tex.parallel.topology import Axis
+
+# T tokens, D model width, E experts, e experts held here, P = E/e ranks on the expert axis, C capacity,
+# k choices per token, t own tokens, n own choices, N rows at the experts
+
+
+@dataclass(frozen=True)
+class SplitCapacityDispatcher(Dispatcher):
+    """Capacity where each tensor rank holds its own part of every sequence: [.., s, D].
+
+    Who overflows is decided as it is for whole sequences, from counts exchanged over tensor. The rest travels as it
+    does without capacity: a buffer of static shape would need every slot on every rank.
+
+    Args:
+        factor: as in :class:`CapacityDispatcher`.
+        tensor: the axis the sequences are split over.
+    """
+
+    factor: float
+    tensor: Axis
+
+    def dispatch(self, x: Tensor, route: Route) -> tuple[Arrived, tuple[DroplessJourney, Tensor]]:
+        tokens = len(route.indices) * self.tensor.size
+        allowed = capacity(self.factor, route.indices.shape[1], tokens, self.num_experts)
+        sequences = x.shape[:-2].numel()
+        places = places_among_all(route.indices, sequences, self.num_experts, self.tensor)
+        over = (places >= allowed) & (route.indices < self.num_experts)
+        indices = route.indices.masked_fill(over, self.num_experts)
+        arrived, journey = self._dropless().dispatch(x, route._replace(indices=indices))
+        return arrived, (journey, over.sum())
+
+    def combine(self, rows: Tensor, journey: tuple[DroplessJourney, Tensor]) -> Tensor:
+        return self._dropless().combine(rows, journey[0])
+
+    def overflow(self, journey: tuple[DroplessJourney, Tensor]) -> Tensor:
+        return journey[1]
+
+    def _dropless(self) -> DroplessDispatcher:
+        return DroplessDispatcher(self.num_experts, self.lanes)
+
+
+def places_among_all(indices: Tensor, sequences: int, num_experts: int, tensor: Axis) -> Tensor:
+    """The place of each choice in its expert's queue over all tensor ranks: first choices first, then by token.
+
+    An exclusive scan: a rank's choices of a sequence come after those of earlier ranks, and those of all ranks for
+    earlier sequences. Counts are exchanged, not tokens.
+
+    Args:
+        indices: [B * s, k] expert of each own choice, E where masked.
+        sequences: B.
+        num_experts: E.
+        tensor: ranks hold consecutive parts, s long, of each sequence.
+
+    Returns:
+        [B * s, k]
+    """
+    top_k = indices.shape[1]
+    queues = num_experts + 1  # one more for the masked
+    part = torch.arange(top_k * sequences, device=indices.device)  # (choice, sequence), in the order of the queue
+    experts = indices.t().reshape(len(part), -1)  # [k * B, s]
+    order = group_by_expert((experts + queues * part[:, None]).flatten(), len(part) * queues)
+    counts = order.starts.diff().view(-1, queues)  # [k * B, E + 1]
+    everywhere = all_gather(counts[:, None], 1, tensor, operation="exchange_counts").flatten(
+        0, 1
+    )  # [k * B * tensor, ..]
+    before = (everywhere.cumsum(0) - everywhere).view(-1, tensor.size, queues)[:, tensor.rank]
+    within = torch.arange(indices.numel(), device=indices.device) - order.starts[order.experts]
+    places = torch.empty_like(within)
+    places[order.sorted] = within + before.flatten()[order.experts]
+    return places.view(top_k, -1).t()

@@ -1,0 +1,355 @@
+"""Collectives that autograd knows, each over an explicit axis.
+
+Every function is the identity, or a plain copy-free view, on an axis of size 1, so callers never ask. Each docstring
+gives both directions. All of them are called by every rank of the axis, whatever its sizes, zero included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_tex.parallel.device import device_type
+from lightning_tex.parallel.replay import count_sent, recorded
+from lightning_tex.parallel.topology import Axis
+
+# torch 2.13 renamed the single-tensor collectives; 2.11 has only the old names.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_native_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Started(Protocol):
+    """A collective under way."""
+
+    def wait(self) -> object:
+        """Return when its result may be used."""
+
+
+class _Done:
+    def wait(self) -> None:
+        pass
+
+
+_DONE = _Done()
+
+
+class _SummedOnArrival(NamedTuple):
+    """A reduce-scatter whose parts are under way; this rank adds them up itself."""
+
+    travel: Started
+    parts: Tensor
+    out: Tensor
+
+    def wait(self) -> None:
+        self.travel.wait()
+        torch.sum(self.parts, 0, out=self.out)
+
+
+def _reduce_scatter_single(out: Tensor, x: Tensor, group: dist.ProcessGroup | None, async_op: bool = False) -> Any:
+    if device_type(x) != "cpu":
+        return _native_reduce_scatter(out, x, group=group, async_op=async_op)
+    # Gloo's own is an all-reduce on the wire: twice the bytes and three times the CPU of this.
+    parts = torch.empty_like(x)
+    under_way = dist.all_to_all_single(parts, x, group=group, async_op=async_op)
+    arriving = _SummedOnArrival(under_way or _DONE, parts.unflatten(0, (dist.get_world_size(group), -1)), out)
+    return arriving if async_op else arriving.wait()
+
+
+# --- plain collectives: no autograd, new output unless said otherwise
+
+
+def all_reduce(x: Tensor, axis: Axis, op: str = "sum", operation: str = "all_reduce") -> Tensor:
+    """Sum (or ``op``: ``max``, ``min``) of ``x`` over the axis. Any shape; a new tensor.
+
+    Here and below, ``operation`` is the name it is counted under.
+    """
+    if axis.size == 1:
+        return x
+
+    def run() -> Tensor:
+        out = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(out, op=getattr(dist.ReduceOp, op.upper()), group=axis.group)
+        count_sent(operation, axis, 2 * (axis.size - 1) * _bytes(x))
+        return out
+
+    return recorded(f"{operation} over {axis.name}", x, run)
+
+
+def broadcast(x: Tensor, axis: Axis) -> Tensor:
+    """``x`` of the axis's rank 0, on every rank; a new tensor."""
+    if axis.size == 1:
+        return x
+
+    def run() -> Tensor:
+        out = x.clone(memory_format=torch.contiguous_format)
+        dist.broadcast(out, src=axis.ranks[0], group=axis.group)
+        count_sent("broadcast", axis, (axis.size - 1) * _bytes(x))
+        return out
+
+    return recorded(f"broadcast over {axis.name}", x, run)
+
+
+def all_gather(
+    x: Tensor, dim: int, axis: Axis, sizes: Sequence[int] | None = None, operation: str = "all_gather"
+) -> Tensor:
+    """``x`` of every rank concatenated along ``dim``: [.., n, ..] -> [.., sum of n, ..].
+
+    Args:
+        sizes: each rank's extent along ``dim`` where they are not equal.
+    """
+    if axis.size == 1:
+        return x
+
+    def run() -> Tensor:
+        along = dim % x.dim()
+        padded = (x if sizes is None else _padded(x, along, max(sizes))).contiguous()
+        parts = padded.new_empty((axis.size, *padded.shape))
+        _all_gather_single(parts.flatten(0, 1), padded, group=axis.group)
+        count_sent(operation, axis, (axis.size - 1) * _bytes(parts))
+        if sizes is not None and min(sizes) < max(sizes):
+            return torch.cat([part.narrow(along, 0, n) for part, n in zip(parts, sizes, strict=True)], along)
+        return parts.movedim(0, along).flatten(along, along + 1)
+
+    return recorded(f"{operation} over {axis.name}", x, run)
+
+
+def reduce_scatter(x: Tensor, dim: int, axis: Axis, sizes: Sequence[int] | None = None) -> Tensor:
+    """This rank's part along ``dim`` of the sum over the axis: [.., sum of n, ..] -> [.., n, ..].
+
+    Args:
+        sizes: each rank's extent along ``dim`` where they are not equal.
+    """
+    if axis.size == 1:
+        return x
+
+    def run() -> Tensor:
+        along = dim % x.dim()
+        if sizes is not None and min(sizes) < max(sizes):
+            parts = torch.stack([_padded(part, along, max(sizes)) for part in x.split(list(sizes), along)])
+        else:
+            parts = x.unflatten(along, (axis.size, x.shape[along] // axis.size)).movedim(along, 0).contiguous()
+        out = parts.new_empty(parts.shape[1:])
+        _reduce_scatter_single(out, parts.flatten(0, 1), group=axis.group)
+        count_sent("reduce_scatter", axis, (axis.size - 1) * _bytes(parts))
+        return out if sizes is None else out.narrow(along, 0, sizes[axis.rank])
+
+    return recorded(f"reduce_scatter over {axis.name}", x, run)
+
+
+def own_slice(x: Tensor, dim: int, axis: Axis, sizes: Sequence[int] | None = None) -> Tensor:
+    """This rank's part of ``x`` along ``dim``, a view; equal parts unless ``sizes`` says otherwise."""
+    parts = [x.shape[dim] // axis.size] * axis.size if sizes is None else list(sizes)
+    return x.narrow(dim, sum(parts[: axis.rank]), parts[axis.rank])
+
+
+def _padded(x: Tensor, dim: int, length: int) -> Tensor:
+    # Gloo and NCCL have no uneven all-gather: pad to the longest, cut the padding out afterwards.
+    return x if x.shape[dim] == length else F.pad(x, [0, 0] * (x.dim() - 1 - dim) + [0, length - x.shape[dim]])
+
+
+def all_to_all(
+    x: Tensor,
+    axis: Axis,
+    arrive: Sequence[int] | None = None,
+    leave: Sequence[int] | None = None,
+    operation: str = "all_to_all",
+) -> Tensor:
+    """Rows to their rank: the first dim is cut into ``size`` parts, part i goes to rank i. [n, ..] -> [m, ..].
+
+    Args:
+        arrive: rows received from each rank; ``None`` with ``leave=None`` for equal parts.
+        leave: rows sent to each rank.
+    """
+    if axis.size == 1:
+        return x
+
+    def run() -> Tensor:
+        rows = x.shape[0] if arrive is None else sum(arrive)
+        out = x.new_empty((rows, *x.shape[1:]))
+        to = None if arrive is None else list(arrive)
+        dist.all_to_all_single(out, x.contiguous(), to, None if leave is None else list(leave), group=axis.group)
+        own = x.shape[0] // axis.size if leave is None else leave[axis.rank]
+        row_bytes = x[:1].numel() * x.element_size() if x.shape[0] else 0
+        count_sent(operation, axis, axis.size * (x.shape[0] - own) * row_bytes)
+        return out
+
+    return recorded(f"{operation} over {axis.name}", x, run)
+
+
+def gather_in_place(buffer: Tensor, axis: Axis) -> Started:
+    """Fill a flat buffer from the ranks' own equal parts of it, each already in its place; done after ``wait()``."""
+    if axis.size == 1:
+        return _DONE
+    count_sent("all_gather", axis, (axis.size - 1) * _bytes(buffer))
+    return _all_gather_single(buffer, own_part(buffer, axis), group=axis.group, async_op=True)
+
+
+def reduce_scatter_in_place(buffer: Tensor, axis: Axis) -> Started:
+    """Sum a flat buffer over the axis into this rank's own equal part of it, done after ``wait()``.
+
+    The other parts are left undefined.
+    """
+    if axis.size == 1:
+        return _DONE
+    count_sent("reduce_scatter", axis, (axis.size - 1) * _bytes(buffer))
+    return _reduce_scatter_single(own_part(buffer, axis), buffer, group=axis.group, async_op=True)
+
+
+def sum_in_place(x: Tensor, axis: Axis) -> Started:
+    """Sum ``x`` over the axis, done after ``wait()``."""
+    if axis.size == 1:
+        return _DONE
+    count_sent("all_reduce", axis, 2 * (axis.size - 1) * _bytes(x))
+    return dist.all_reduce(x, group=axis.group, async_op=True)
+
+
+def own_part(buffer: Tensor, axis: Axis) -> Tensor:
+    """This rank's equal part of a flat buffer, as a view."""
+    length = buffer.numel() // axis.size
+    return buffer[axis.rank * length : (axis.rank + 1) * length]
+
+
+# --- collectives with a backward
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(grad, ctx.axis), None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        return all_reduce(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _SumOver(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.size = axis.size
+        return all_reduce(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.size, None
+
+
+class _EnterSplit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, axis: Axis) -> Tensor:
+        ctx.arguments = dim, axis
+        return all_gather(x, dim, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return reduce_scatter(grad, *ctx.arguments), None, None
+
+
+class _ReduceSplit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, axis: Axis) -> Tensor:
+        ctx.arguments = dim, axis
+        return reduce_scatter(x, dim, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return all_gather(grad, *ctx.arguments), None, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, sizes: tuple[int, ...] | None, axis: Axis) -> Tensor:
+        ctx.arguments = dim, axis, sizes
+        return all_gather(x, dim, axis, sizes)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return own_slice(grad, *ctx.arguments).contiguous(), None, None, None
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, sizes: tuple[int, ...] | None, axis: Axis) -> Tensor:
+        ctx.arguments = dim, axis, sizes
+        return own_slice(x, dim, axis, sizes).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return all_gather(grad, *ctx.arguments), None, None, None
+
+
+# Nodes of an autograd graph at which gradients come out of, or go into, what an axis's ranks hold parts of.
+BORDERS = tuple(function._backward_cls for function in (_EnterSplit, _ReduceSplit, _Reduce))
+
+
+def enter(x: Tensor, axis: Axis) -> Tensor:
+    """Into a region whose ranks each compute a part. Identity forward, all-reduce backward."""
+    return x if axis.size == 1 else _Enter.apply(x, axis)
+
+
+def reduce(x: Tensor, axis: Axis) -> Tensor:
+    """Out of a region whose ranks each hold a partial sum. All-reduce forward, identity backward."""
+    return x if axis.size == 1 else _Reduce.apply(x, axis)
+
+
+def enter_split(x: Tensor, dim: int, axis: Axis) -> Tensor:
+    """Own part to whole, into a region whose ranks each compute a part. All-gather forward, reduce-scatter backward."""
+    return x if axis.size == 1 else _EnterSplit.apply(x, dim, axis)
+
+
+def reduce_split(x: Tensor, dim: int, axis: Axis) -> Tensor:
+    """Partial sums of the whole to own part of the sum. Reduce-scatter forward, all-gather backward."""
+    return x if axis.size == 1 else _ReduceSplit.apply(x, dim, axis)
+
+
+def sum_over(x: Tensor, axis: Axis) -> Tensor:
+    """A sum that every rank of the axis uses in its own, equal loss term.
+
+    All-reduce forward. Backward multiplies by the axis size: what an all-reduce of the ranks' equal gradients would
+    give, without the bytes. Gradients that are later averaged over the axis come out exactly once.
+    """
+    return x if axis.size == 1 else _SumOver.apply(x, axis)
+
+
+def gather(x: Tensor, dim: int, axis: Axis, sizes: Sequence[int] | None = None) -> Tensor:
+    """Parts to whole, for a whole that all ranks then treat alike. All-gather forward, split backward.
+
+    Args:
+        sizes: each rank's extent along ``dim`` where they are not equal.
+    """
+    return x if axis.size == 1 else _Gather.apply(x, dim, _even(sizes), axis)
+
+
+def split(x: Tensor, dim: int, axis: Axis, sizes: Sequence[int] | None = None) -> Tensor:
+    """Whole to own part, for a whole that all ranks hold alike. Split forward, all-gather backward.
+
+    Args:
+        sizes: each rank's extent along ``dim`` where they are not equal.
+    """
+    if axis.size == 1:
+        return x
+    assert sizes is not None or x.shape[dim] % axis.size == 0
+    return _Split.apply(x, dim, _even(sizes), axis)
+
+
+def _even(sizes: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if sizes is None else tuple(sizes)
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()

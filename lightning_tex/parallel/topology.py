@@ -1,0 +1,266 @@
+"""Which ranks work together on what. Every error about a layout is raised here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from lightning_tex.parallel.byte_meter import ByteMeter
+
+AXES = ("tensor", "data", "expert_tensor", "expert", "expert_data")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One mesh axis as one rank sees it.
+
+    Args:
+        name: ``tensor``, ``data``, ``expert_tensor``, ``expert``, ``expert_data`` or ``world``.
+        size: number of ranks along the axis.
+        rank: this rank's coordinate on the axis, ``0 <= rank < size``.
+        ranks: the global ranks of this rank's group, in axis order.
+        group: their process group; ``None`` only where no processes exist.
+        meter: counts what is sent over the axis; all axes of a topology share one.
+    """
+
+    name: str
+    size: int = 1
+    rank: int = 0
+    ranks: tuple[int, ...] = (0,)
+    group: dist.ProcessGroup | None = None
+    meter: ByteMeter | None = field(default=None, compare=False, repr=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Axis:
+        # A process group can be shared but not copied, and modules that hold an axis get deep-copied (EMA).
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Pickled modules come back as one-process modules: a process group cannot leave its process.
+        return Axis, (self.name,)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of all axes (Eq. 1): ``world = tensor * data = expert_tensor * expert * expert_data``.
+
+    Pure arithmetic: needs no process group, so that a layout can be checked before one is made.
+    """
+
+    world: int
+    tensor: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
+
+    @property
+    def data(self) -> int:
+        return self.world // self.tensor
+
+    @property
+    def expert_data(self) -> int:
+        return self.world // (self.expert_tensor * self.expert)
+
+    @classmethod
+    def resolve(
+        cls,
+        world: int,
+        tensor_parallel_size: int = 1,
+        expert_parallel_size: int | Literal["auto"] = "auto",
+        expert_tensor_parallel_size: int | None = None,
+        num_experts: Sequence[int] = (),
+        duplicate_token_dropping: bool = True,
+    ) -> Layout:
+        """Check the user's sizes against the world and the model, and fill in what was left open.
+
+        Args:
+            world: number of processes, G.
+            tensor_parallel_size: G_tensor; must divide the world.
+            expert_parallel_size: number of ranks the experts of one layer are spread over; ``"auto"`` takes the
+                largest that divides the world's share and every number of experts.
+            expert_tensor_parallel_size: ``None`` or the tensor size (TED), or 1 (folding).
+            num_experts: number of experts of each MoE layer of the model; empty for a model without MoE.
+            duplicate_token_dropping: whether equal tokens are split over tensor; folding needs it.
+
+        Raises:
+            ValueError: naming the option, the numbers and what would be legal.
+        """
+        tensor, expert = tensor_parallel_size, expert_parallel_size
+        legal_tensor = _divisors(world)
+        if tensor not in legal_tensor:
+            raise ValueError(
+                f"tensor_parallel_size={tensor} does not divide the world of {world} ranks; "
+                f"legal: {_list(legal_tensor)}"
+            )
+        expert_tensor = tensor if expert_tensor_parallel_size is None else expert_tensor_parallel_size
+        if expert_tensor not in (1, tensor):
+            raise ValueError(
+                f"expert_tensor_parallel_size={expert_tensor} with tensor_parallel_size={tensor}; legal: "
+                f"{tensor} (experts cut like the rest, TED) or 1 (experts uncut, folding)"
+            )
+        if expert_tensor < tensor and not duplicate_token_dropping:
+            raise ValueError(
+                f"duplicate_token_dropping=False is not possible with expert_tensor_parallel_size=1 and "
+                f"tensor_parallel_size={tensor}: each token must reach its uncut expert once; legal: True, or "
+                f"expert_tensor_parallel_size={tensor}"
+            )
+        where = f"on {world} ranks with tensor_parallel_size={tensor}"
+        by_world = cls.legal_expert_sizes(world, expert_tensor)
+        legal = cls.legal_expert_sizes(world, expert_tensor, num_experts)
+        if expert == "auto":
+            expert = max(legal) if num_experts else 1
+        if not isinstance(expert, int) or expert not in by_world:
+            raise ValueError(f"expert_parallel_size={expert!r} is not possible {where}; legal sizes: {_list(by_world)}")
+        for n in num_experts:
+            if n % expert:
+                raise ValueError(
+                    f"num_experts={n} is not divisible by expert_parallel_size={expert}; "
+                    f"legal sizes {where}: {_list(legal)}"
+                )
+        return cls(world, tensor, expert, expert_tensor)
+
+    @staticmethod
+    def legal_expert_sizes(world: int, expert_tensor: int, num_experts: Sequence[int] = ()) -> list[int]:
+        """Sizes of the expert axis that divide the world's share and every number of experts."""
+        return [size for size in _divisors(world // expert_tensor) if all(n % size == 0 for n in num_experts)]
+
+    def require_experts(self, num_experts: Sequence[int]) -> None:
+        """Refuse an expert axis for a model in which nothing would be spread over it."""
+        if self.expert > 1 and not num_experts:
+            raise ValueError(
+                f"expert_parallel_size={self.expert}, but the model has no MoE layer; legal: 1 or 'auto'. "
+                "Build the model with lightning_tex.moe.MoE, or leave the option out"
+            )
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Coordinates of a global rank on every axis. Tensor ranks are neighbours, then expert, then expert_data."""
+        return {
+            "tensor": rank % self.tensor,
+            "data": rank // self.tensor,
+            "expert_tensor": rank % self.expert_tensor,
+            "expert": rank // self.expert_tensor % self.expert,
+            "expert_data": rank // (self.expert_tensor * self.expert),
+        }
+
+    def groups(self, name: str) -> list[tuple[int, ...]]:
+        """All groups of ranks along one axis, each in axis order."""
+        others = [a for a in (("tensor", "data") if name in ("tensor", "data") else AXES[2:]) if a != name]
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.world):
+            at = self.coordinates(rank)
+            groups.setdefault(tuple(at[a] for a in others), []).append(rank)
+        return [tuple(group) for group in groups.values()]
+
+    def __str__(self) -> str:
+        experts = f"expert {self.expert} x expert_tensor {self.expert_tensor} x expert_data {self.expert_data}"
+        return f"{self.world} ranks = tensor {self.tensor} x data {self.data} = {experts}"
+
+
+@dataclass(frozen=True)
+class Communication:
+    """Which of the ways to communicate less, or at a better time, are taken. None of them changes a result.
+
+    Args:
+        split_duplicates: tokens that all ranks of the tensor axis hold alike are split over it before they travel
+            (duplicate-token dropping, paper section 5.1).
+        fused: an all-reduce followed by a split is one reduce-scatter.
+        sequence_parallel: between embedding and head, activations are split over tensor along the sequence.
+        overlap: gradients are reduced while the backward still runs.
+    """
+
+    split_duplicates: bool = True
+    fused: bool = True
+    sequence_parallel: bool = False
+    overlap: bool = True
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The two meshes over the same ranks, as one rank sees them.
+
+    ``mesh`` is (data, tensor), for everything but experts; ``expert_mesh`` is (expert_data, expert, expert_tensor).
+    Both are ``None`` in a single process that has no process group.
+    """
+
+    layout: Layout
+    tensor: Axis
+    data: Axis
+    expert_tensor: Axis
+    expert: Axis
+    expert_data: Axis
+    world: Axis
+    mesh: DeviceMesh | None = None
+    expert_mesh: DeviceMesh | None = None
+    communication: Communication = Communication()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Topology:
+        return self
+
+    def axis(self, name: str) -> Axis:
+        """The axis of that name."""
+        axis = getattr(self, name)
+        assert isinstance(axis, Axis)
+        return axis
+
+    @classmethod
+    def single(cls) -> Topology:
+        """The topology of one process without process groups: every axis has size 1."""
+        return cls(Layout(1), *map(Axis, (*AXES, "world")))  # type: ignore[arg-type]
+
+    @classmethod
+    def build(
+        cls,
+        layout: Layout,
+        device_type: str,
+        mesh: DeviceMesh | None = None,
+        communication: Communication | None = None,
+    ) -> Topology:
+        """Make the process groups of a layout. Collective: every rank of the world calls it.
+
+        Args:
+            layout: the checked sizes.
+            device_type: ``"cpu"`` or ``"cuda"``.
+            mesh: the (data, tensor) mesh if it exists already; the expert mesh is built beside it.
+            communication: what is done to communicate less; ``None``: the defaults.
+        """
+        mesh = mesh or build_mesh(layout, device_type)
+        ranks = torch.arange(layout.world).view(layout.expert_data, layout.expert, layout.expert_tensor)
+        expert_mesh = DeviceMesh(device_type, ranks, mesh_dim_names=("expert_data", "expert", "expert_tensor"))
+        rank = dist.get_rank()
+        meter = ByteMeter()
+
+        def axis(name: str) -> Axis:
+            of = mesh if name in ("tensor", "data") else expert_mesh
+            group = of.get_group(name)
+            members = tuple(dist.get_process_group_ranks(group))
+            return Axis(name, len(members), members.index(rank), members, group, meter)
+
+        return cls(
+            layout,
+            tensor=axis("tensor"),
+            data=axis("data"),
+            expert_tensor=axis("expert_tensor"),
+            expert=axis("expert"),
+            expert_data=axis("expert_data"),
+            world=Axis("world", layout.world, rank, tuple(range(layout.world)), dist.group.WORLD, meter),
+            mesh=mesh,
+            expert_mesh=expert_mesh,
+            communication=communication or Communication(),
+        )
+
+
+def build_mesh(layout: Layout, device_type: str) -> DeviceMesh:
+    """The (data, tensor) mesh of a layout. Collective over the world."""
+    ranks = torch.arange(layout.world).view(layout.data, layout.tensor)
+    return DeviceMesh(device_type, ranks, mesh_dim_names=("data", "tensor"))
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _list(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))

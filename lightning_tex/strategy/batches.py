@@ -1,0 +1,155 @@
+"""Ranks agreeing on batches: the same batch over tensor, and no rank left waiting when another runs out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sized
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_tex.parallel import collectives
+from lightning_tex.parallel.topology import Axis
+
+
+def gather_numbers(numbers: list[int], axis: Axis, device: torch.device) -> list[list[int]]:
+    """Every rank's few integers, by rank of the axis; collective."""
+    return collectives.all_gather(torch.tensor([numbers], device=device), 0, axis).tolist()
+
+
+def _lengths(loader: Any, world: Axis, device: torch.device) -> list[int]:
+    """Every rank's number of batches, -1 where it is not known."""
+    try:
+        length = len(loader)
+    except (TypeError, NotImplementedError):
+        length = -1
+    return [n for (n,) in gather_numbers([length], world, device)]
+
+
+def evaluation_loader(loader: Any, world: Axis, device: torch.device) -> Any:
+    """An evaluation loader that refuses, on all ranks, to leave some of them without any batch to repeat."""
+    lengths = _lengths(loader, world, device)
+    if min(lengths) < 0:
+        return _BeginTogether(loader, world, device)
+    _require_batches([n > 0 for n in lengths])
+    return loader
+
+
+def _require_batches(has: list[bool]) -> None:
+    if any(has) and not all(has):
+        without = ", ".join(str(rank) for rank, some in enumerate(has) if not some)
+        raise RuntimeError(
+            f"rank(s) {without} have no batch to evaluate while others have; give every rank at least one "
+            "(ranks with fewer batches than others are fine)"
+        )
+
+
+def agreed_loader(loader: Any, world: Axis, device: torch.device) -> Any:
+    """A training loader that ends on all ranks when it ends on the first one; ``loader`` itself if lengths agree."""
+    lengths = _lengths(loader, world, device)
+    if min(lengths) < 0:
+        return _EndTogether(loader, world, device)
+    if min(lengths) == max(lengths):
+        return loader
+    rank_zero_warn(
+        f"The training data loader has {min(lengths)} batches on rank {lengths.index(min(lengths))} and {max(lengths)} "
+        f"on rank {lengths.index(max(lengths))}; every epoch ends after {min(lengths)}."
+    )
+    return _Shortened(loader, min(lengths))
+
+
+class _Wrapped:
+    """A loader that shows everything of the one inside."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "loader":  # while unpickling
+            raise AttributeError(name)
+        return getattr(self.loader, name)
+
+
+class _Shortened(_Wrapped):
+    def __init__(self, loader: Sized, length: int) -> None:
+        super().__init__(loader)
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[Any]:
+        for _, batch in zip(range(self.length), self.loader, strict=False):
+            yield batch
+
+
+class _Agreeing(_Wrapped):
+    def __init__(self, loader: Any, world: Axis, device: torch.device) -> None:
+        super().__init__(loader)
+        self.world, self.device = world, device
+
+    def everywhere(self, found: bool) -> list[bool]:
+        """Whether each rank found a batch."""
+        return [bool(n) for (n,) in gather_numbers([found], self.world, self.device)]
+
+
+class _BeginTogether(_Agreeing):
+    def __iter__(self) -> Iterator[Any]:
+        nothing = object()
+        batches = iter(self.loader)
+        first = next(batches, nothing)
+        _require_batches(self.everywhere(first is not nothing))
+        if first is not nothing:
+            yield first
+            yield from batches
+
+
+class _EndTogether(_Agreeing):
+    def __iter__(self) -> Iterator[Any]:
+        nothing = object()
+        batches = iter(self.loader)
+        while True:
+            batch = next(batches, nothing)
+            more = self.everywhere(batch is not nothing)
+            if not all(more):
+                if any(more):
+                    rank_zero_warn(
+                        f"The training data of rank {more.index(False)} ended first; the epoch ends for all."
+                    )
+                return
+            yield batch
+
+
+def fingerprint(batch: Any) -> int:
+    """A 62-bit number that depends on all tensors of a batch."""
+    digest = hashlib.blake2b(digest_size=8)
+
+    def add(tensor: Tensor) -> Tensor:
+        digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return tensor
+
+    apply_to_collection(batch, Tensor, add)
+    return int.from_bytes(digest.digest(), "little") >> 2
+
+
+def require_same_batch(batch: Any, tensor: Axis, world: Axis, device: torch.device) -> None:
+    """Refuse batches that differ over the tensor axis; collective, and raised on every rank of the world.
+
+    Raises:
+        RuntimeError: naming the ranks and the remedy.
+    """
+    prints = [n for (n,) in gather_numbers([fingerprint(batch)], tensor, device)]
+    odd = [rank for rank, n in zip(tensor.ranks, prints, strict=True) if n != prints[0]]
+    first_odd = [n for (n,) in gather_numbers([odd[0] if odd else -1], world, device)]
+    wrong = sorted({n for n in first_odd if n >= 0})
+    if wrong:
+        raise RuntimeError(
+            f"Ranks of one tensor group must see the same batch, but rank(s) {', '.join(map(str, wrong))} got another "
+            "batch than their group's first rank. Give data loaders a sampler over the data axis "
+            "(num_replicas, rank = trainer.distributed_sampler_kwargs), let Lightning add it "
+            "(use_distributed_sampler=True), and seed random transforms with seed_everything(seed, workers=True)"
+        )

@@ -1,0 +1,183 @@
+"""What Lightning asks of a strategy about checkpoints: saving beside training, links, pruning, loading."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from lightning import Trainer
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_tex.optim import TiledOptimizer
+from lightning_tex.parallel.topology import Topology
+from lightning_tex.saving import Background, Checkpoints, SideGroup, places
+from lightning_tex.saving.random_streams import restore_random_streams
+from lightning_tex.strategy.mesh import MeshStrategy
+
+_log = logging.getLogger(__name__)
+
+
+class CheckpointingStrategy(MeshStrategy):
+    """A strategy whose checkpoints are directories that every rank writes its part of, or single plain files.
+
+    A directory is written by a thread while training goes on. Whatever must come after a save (a link to it, removing
+    an older one) waits for it in the same queue, and is not done when it fails.
+
+    Args:
+        distributed: directories, not files.
+        background: write directories beside training.
+        process_group_backend, timeout, arguments: as for :class:`MeshStrategy`.
+    """
+
+    def __init__(
+        self,
+        distributed: bool,
+        background: bool,
+        process_group_backend: str | None,
+        timeout: timedelta | None,
+        *arguments: Any,
+    ) -> None:
+        super().__init__(process_group_backend, timeout, *arguments)
+        self._save_distributed_checkpoint = distributed
+        self._save_in_background = background
+        self._background = Background()
+        self._training = False
+        self._side_group: SideGroup | None = None
+        self._random_at_first_step: dict[str, Tensor] = {}
+
+    @property
+    @abstractmethod
+    def topology(self) -> Topology:
+        """All axes of the run."""
+
+    def _checkpoints(self) -> Checkpoints:
+        assert self.model is not None
+        optimizer = next((o for o in self.optimizers if isinstance(o, TiledOptimizer)), None)
+        distributed = self._save_distributed_checkpoint
+        return Checkpoints(self.model, self.topology, optimizer, distributed, self.broadcast, self.checkpoint_io)
+
+    # --- what Lightning restores where
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Weights are read into the parts that ``setup`` cut."""
+        return True
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """``load_checkpoint`` does."""
+        return False
+
+    # --- saving
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Weights for a checkpoint: described globally, or whole on rank 0 and empty elsewhere; collective."""
+        return self._checkpoints().model_state()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Optimizer states for a checkpoint, in the same two forms; collective."""
+        return self._checkpoints().optimizer_state() if isinstance(optimizer, TiledOptimizer) else {}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint; collective. In a fit, a directory is complete at the latest when the fit ends.
+
+        Raises:
+            RuntimeError: on all ranks, when one of them cannot write; of a save in the background, at the next
+                training step, the next save or the end of the fit.
+        """
+        if storage_options is not None:
+            raise TypeError("TexMoEStrategy.save_checkpoint(storage_options=...) is not supported; use a CheckpointIO")
+        self._background.wait()  # one copy of the states at a time
+        if not self._save_distributed_checkpoint:
+            self._checkpoints().save_plain(checkpoint, filepath)
+            return
+        save = self._checkpoints().begin(checkpoint, filepath, linked=self._is_written_again(filepath))
+        if self._side_group is None:
+            self._side_group = SideGroup(self.topology.world)
+        group = self._side_group
+        self._after_saves(lambda: save.finish(group))
+
+    def _is_written_again(self, filepath: Any) -> bool:
+        stem = Path(filepath).stem
+        names = [c.CHECKPOINT_NAME_LAST for c in self._model_checkpoints() if c.save_last]
+        return any(stem == name or stem.startswith(f"{name}-v") for name in names)
+
+    def _model_checkpoints(self) -> list[ModelCheckpoint]:
+        callbacks = getattr(self._trainer, "callbacks", [])
+        return [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
+
+    @property
+    def _trainer(self) -> Trainer | None:
+        return self.lightning_module._trainer if self.lightning_module is not None else None
+
+    def _after_saves(self, job: Callable[[], None]) -> None:
+        """Do it after all saves so far: in the background of a fit, else now."""
+        self._background.submit(job)
+        if not (self._save_in_background and self._training):
+            self._background.wait()
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """Remove a checkpoint, but not before those that were saved after it are on disk and read back."""
+        if self.is_global_zero:
+            local = _is_local_file_protocol(str(filepath))
+            remove = places.remove if local else self.checkpoint_io.remove_checkpoint
+            self._after_saves(lambda: remove(Path(filepath) if local else filepath))
+
+    def link_last_checkpoints(self) -> None:
+        """Let ``ModelCheckpoint(save_last="link")`` swap its link by one rename, once what it leads to is complete."""
+        for callback in self._model_checkpoints():
+            if type(callback)._link_checkpoint is ModelCheckpoint._link_checkpoint:
+                callback._link_checkpoint = self._link_checkpoint  # type: ignore[method-assign]
+
+    def _link_checkpoint(self, trainer: Trainer, filepath: str, linkpath: str) -> None:
+        if self.is_global_zero and Path(filepath).absolute() != Path(linkpath).absolute():
+            self._after_saves(lambda: places.link(Path(filepath), Path(linkpath)))
+
+    # --- the end of a save in the background
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._background.check()
+        restore_random_streams(self._random_at_first_step)
+        self._random_at_first_step = {}
+        return super().training_step(*args, **kwargs)
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self._training = True
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        self._training = False
+        self._background.wait()
+
+    def teardown(self) -> None:
+        self._training = False
+        failure = self._background.close()
+        if failure is not None:  # something else has ended the fit
+            _log.error("%s", failure)
+        super().teardown()
+
+    # --- loading
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint of either form, from any layout, into the cut model and the sharded optimizer."""
+        assert self.lightning_module is not None
+        self._background.wait()
+        checkpoints = self._checkpoints()
+        found = checkpoints.load(checkpoint_path, weights_only, self.lightning_module.strict_loading)
+        self._random_at_first_step = checkpoints.random_at_first_step
+        return found
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Cut the weights of a plain file; those of a directory are in place already."""
+        self._checkpoints().load_whole_model(checkpoint, strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Nothing: ``load_checkpoint`` has done it."""

@@ -1,0 +1,93 @@
+"""A layout that does not fit the GPU is refused at the start, with what it needs and what would fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from lightning import LightningModule
+
+from lightning_tex.optim import Storage
+from lightning_tex.parallel.topology import Communication, Layout
+from lightning_tex.planner.cluster import CLUSTERS
+from lightning_tex.planner.layouts import Candidate, Choices, Job, Recompute
+from lightning_tex.planner.memory import Memory, memory, size
+from lightning_tex.planner.search import Planned, plan_all
+from lightning_tex.planner.sizes import ELEMENT_BYTES, ModelSizes
+
+# Plans and steps agree within this share (docs/planner.md): less than that over the memory may fit.
+MARGIN = 0.05
+_NEAREST = 3
+
+
+def require_memory(
+    module: LightningModule,
+    layout: Layout,
+    communication: Communication,
+    storage: Storage,
+    recompute: Recompute,
+    precision: str,
+    device_bytes: int,
+) -> None:
+    """Refuse a training whose plan needs more memory than a rank's device has.
+
+    Nothing is foreseen for a module that has no ``config`` with a decoder's sizes, and only the states where the data
+    module does not say how long and how many its sequences are.
+
+    Raises:
+        ValueError: with what the memory would be taken by, and the nearest layouts that fit.
+    """
+    job = _job(module, layout, precision)
+    if job is None:
+        return
+    share = job.global_batch_size // layout.data
+    candidate = Candidate(layout, share, 1, storage.zero_stage, recompute, storage.state_format, communication)
+    needed = memory(job, candidate, tile_size=storage.tile_size)
+    if needed.peak * (1 - MARGIN) <= device_bytes:
+        return
+    parts = ", ".join(f"{name} {size(taken)}" for name, taken in needed.parts().items() if taken)
+    raise ValueError(
+        f"this layout ({layout}) needs about {size(needed.peak)} on each of {layout.world} ranks, and a GPU has "
+        f"{size(device_bytes)}: {parts} (micro-batches of {share} x {job.sequence_length} tokens). "
+        f"{_nearest(job, candidate, device_bytes)}; "
+        "`lightning-tex plan` shows all; TexMoEStrategy(check_memory=False) tries nevertheless"
+    )
+
+
+def _job(module: LightningModule, layout: Layout, precision: str) -> Job | None:
+    try:
+        sizes = ModelSizes.of(getattr(module, "config", None))
+    except AttributeError:
+        return None
+    if precision not in ELEMENT_BYTES:
+        return None
+    data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
+    length, batch = getattr(data, "sequence_length", None), getattr(data, "global_batch_size", None)
+    if not isinstance(length, int) or not isinstance(batch, int) or batch % layout.data:
+        length, batch = layout.tensor, layout.data  # states, and as few activations as there can be
+    return Job(sizes, layout.world, length, batch, precision)
+
+
+def _nearest(job: Job, candidate: Candidate, device_bytes: int) -> str:
+    """The layouts that fit and differ in the fewest options."""
+    cluster = replace(CLUSTERS["h100"], memory_bytes=float(device_bytes), reserved_bytes=0.0)
+    choices = Choices(split_duplicates=candidate.communication.split_duplicates)
+    wanted = candidate.options()
+
+    def distance(planned: Planned) -> tuple[int, float]:
+        options = planned.candidate.options()
+        return sum(options[key] != value for key, value in wanted.items()), planned.memory.peak
+
+    try:
+        fitting = plan_all(job, cluster, choices).fitting
+    except ValueError:
+        fitting = []
+    if not fitting:
+        return "No layout of so many ranks fits"
+    told = [_told(planned.candidate, planned.memory, wanted) for planned in sorted(fitting, key=distance)[:_NEAREST]]
+    return f"What fits, nearest first: {'; '.join(told)}"
+
+
+def _told(candidate: Candidate, needed: Memory, wanted: dict[str, object]) -> str:
+    changed = {key: value for key, value in candidate.options().items() if value != wanted[key]}
+    return f"{', '.join(f'{key}={value!r}' for key, value in changed.items())} ({size(needed.peak)})"

@@ -1,0 +1,159 @@
+"""Processes, their mesh and what Lightning communicates over it: the ground the strategy stands on."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.distributed import (
+    _get_default_process_group_backend_for_device,
+    _init_dist_connection,
+)
+from lightning.fabric.utilities.imports import _IS_INTERACTIVE
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.strategies.parallel import ParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only as utilities_rank_zero_only
+from torch import Tensor
+from torch.distributed import ReduceOp
+from torch.distributed.device_mesh import DeviceMesh
+
+from lightning_tex.parallel.initialization import has_values
+from lightning_tex.parallel.topology import Layout, build_mesh
+
+
+class MeshStrategy(ParallelStrategy):
+    """A Lightning strategy over a (data, tensor) mesh: launching, process groups, and communication over data.
+
+    Args:
+        process_group_backend: ``None``: nccl on GPUs, gloo on CPUs.
+        timeout: of collectives.
+        arguments: Lightning's own.
+    """
+
+    def __init__(self, process_group_backend: str | None, timeout: timedelta | None, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._process_group_backend = process_group_backend
+        self._timeout = timeout
+        self._mesh: DeviceMesh | None = None
+        self.num_nodes = 1
+
+    @abstractmethod
+    def resolve_layout(self) -> Layout:
+        """The layout as far as it is known: of the world once the Trainer is built, of the model once that is."""
+
+    # --- what the world is
+
+    @property
+    def is_distributed(self) -> bool:
+        """Lightning asks this before it adds samplers and syncs logs."""
+        return True
+
+    @property
+    def root_device(self) -> torch.device:
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def num_processes(self) -> int:
+        """Processes on this node."""
+        return len(self.parallel_devices) if self.parallel_devices is not None else 0
+
+    @property
+    def device_mesh(self) -> DeviceMesh:
+        """The (data, tensor) mesh; also ``LightningModule.device_mesh``."""
+        if self._mesh is None:
+            raise RuntimeError("The device mesh exists only after the Trainer has set up its processes")
+        return self._mesh
+
+    def set_world_ranks(self) -> None:
+        """Called when the Trainer is built: the first moment the world is known, so a wrong layout ends here."""
+        if self.cluster_environment is not None:
+            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+            self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+        rank_zero_only.rank = utilities_rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
+        self.resolve_layout()
+
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        if self.world_size > 1 and not self.cluster_environment.creates_processes_externally:
+            if _IS_INTERACTIVE:
+                raise MisconfigurationException(
+                    f"{type(self).__name__} starts its {self.world_size} processes by running the script again, and a "
+                    "notebook has none; legal here: devices=1; or run a script, lightning-tex or torchrun"
+                )
+            self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        if self.root_device.type not in ("cpu", "cuda"):
+            raise MisconfigurationException(
+                f"{type(self).__name__} does not run on {self.root_device.type!r}; legal accelerators: 'cpu', 'cuda'"
+            )
+        reset_seed()
+        self.set_world_ranks()
+        layout = self.resolve_layout()
+        backend = self._process_group_backend or _get_default_process_group_backend_for_device(self.root_device)
+        self._process_group_backend = backend
+        assert self.cluster_environment is not None
+        device_id = self.root_device if self.root_device.type == "cuda" else None
+        _init_dist_connection(self.cluster_environment, backend, timeout=self._timeout, device_id=device_id)
+        if self._mesh is None:
+            self._mesh = build_mesh(layout, self.root_device.type)
+        assert self.lightning_module is not None
+        self.lightning_module._device_mesh = self._mesh
+
+    def teardown(self) -> None:
+        module = self._lightning_module
+        if module is not None and not all(map(has_values, module.parameters())):
+            # A trace, or refused before it had weights: there is nothing to move, and trying to would hide the reason.
+            self._lightning_module = None
+        super().teardown()
+        self._lightning_module = module
+
+    # --- communication for Lightning
+
+    def barrier(self, name: str | None = None) -> None:
+        if dist.is_initialized():
+            dist.barrier(device_ids=[self.root_device.index] if dist.get_backend() == "nccl" else None)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if not dist.is_initialized():
+            return obj
+        objects = [obj]
+        dist.broadcast_object_list(objects, src)
+        return objects[0]
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Reduce over the data axis, in place but for means of integers.
+
+        Ranks of one tensor group hold equal values, which count once.
+        """
+        if not isinstance(tensor, Tensor) or not dist.is_initialized():
+            return tensor
+        group = group or self._data_group()
+        mean = reduce_op in ("mean", "avg")
+        op = reduce_op if isinstance(reduce_op, ReduceOp) else getattr(ReduceOp, "SUM" if mean else reduce_op.upper())
+        if not mean:
+            dist.all_reduce(tensor, op=op, group=group)
+            return tensor
+        if not tensor.is_floating_point():  # a mean of counts, such as Lightning's batch sizes, is no whole number
+            tensor = tensor.to(torch.get_default_dtype())
+        dist.all_reduce(tensor, op=op, group=group)
+        return tensor.div_(dist.get_world_size(group))
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """Gather over the data axis: [..] -> [data, ..]."""
+        return super().all_gather(tensor, group or self._data_group(), sync_grads)
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        votes = self.reduce(torch.tensor(int(decision), device=self.root_device), dist.group.WORLD, "sum")
+        return bool(votes == self.world_size) if all else bool(votes)
+
+    def _data_group(self) -> Any:
+        return self._mesh.get_group("data") if self._mesh is not None else None

@@ -1,0 +1,165 @@
+"""Precision plugins: what is stored in which dtype."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.plugins import DoublePrecision, HalfPrecision, MixedPrecision, Precision
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_tex.moe.router import Router
+from lightning_tex.optim import Storage, TiledOptimizer
+from lightning_tex.strategy.train_step import TrainStep
+
+_NORMS = (
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.GroupNorm,
+    nn.modules.batchnorm._NormBase,
+)
+
+
+class TexPrecision(TrainStep):
+    """``32-true``: everything in fp32."""
+
+
+class TexDoublePrecision(TrainStep, DoublePrecision):
+    """``64-true``: everything in fp64."""
+
+
+class TexMixedPrecision(TrainStep, MixedPrecision):  # type: ignore[misc]
+    """16-bit parameters with fp32 masters in the optimizer, autocast active; routers and norms fp32.
+
+    This differs from Lightning's own meaning (fp32 parameters, autocast only): parameters take half the memory.
+    ``bf16-mixed``: parameters are bf16. ``16-mixed``: they are fp16, and the loss is scaled dynamically: an infinity or
+    NaN in any gradient makes all ranks skip the step and lower the scale.
+
+    Args:
+        precision: ``"bf16-mixed"`` or ``"16-mixed"``.
+        device: where autocast acts, ``"cpu"`` or ``"cuda"``.
+        scaler: for ``16-mixed``, whose settings and scale to begin with; ``None``: torch's defaults.
+    """
+
+    def __init__(
+        self,
+        precision: Literal["16-mixed", "bf16-mixed"],
+        device: str,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        super().__init__(precision, device, scaler)
+        if self.scaler is not None:
+            self.scaler = ShardedGradScaler.like(self.scaler, device)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bf16-mixed" else torch.float16
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Cast floating parameters to 16 bits, except those of routers and norms."""
+        for part in module.modules():
+            if not isinstance(part, (Router, *_NORMS)):
+                for parameter in part.parameters(recurse=False):
+                    if parameter.is_floating_point():
+                        parameter.data = parameter.data.to(self._dtype)
+        return module
+
+    def storage(self, wanted: Storage) -> Storage:
+        if self.scaler is None:
+            return wanted
+        return replace(super().storage(wanted), guard=None)  # the loss scale looks for infinities
+
+    def _unscale(self, optimizer: TiledOptimizer) -> None:
+        if self.scaler is not None and not optimizer.flow.pending.unscaled:
+            self.scaler.unscale_(optimizer)
+            optimizer.flow.pending.unscaled = True
+
+    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
+        self._before_clip(optimizer)
+        super().clip_grad_by_norm(optimizer, clip_val)
+
+    def clip_grad_by_value(self, optimizer: Optimizer, clip_val: float) -> None:
+        self._before_clip(optimizer)
+        super().clip_grad_by_value(optimizer, clip_val)
+
+    def _before_clip(self, optimizer: Optimizer) -> None:
+        if isinstance(optimizer, TiledOptimizer):
+            self._unscale(optimizer)  # manual optimization clips before it steps
+
+    def _step(self, optimizer: TiledOptimizer, **kwargs: Any) -> None:
+        if self.scaler is None:
+            super()._step(optimizer, **kwargs)
+        else:
+            self.scaler.step(optimizer, **kwargs)
+            self.scaler.update()
+
+
+class ShardedGradScaler(torch.amp.GradScaler):
+    """torch's dynamic loss scale for gradients of which a rank has its own part, scaled on their way to the step."""
+
+    @classmethod
+    def like(cls, scaler: torch.amp.GradScaler, device: str) -> ShardedGradScaler:
+        """One with another's settings, at its scale."""
+        own = cls(device, enabled=scaler.is_enabled())
+        if scaler.is_enabled():
+            own.load_state_dict(scaler.state_dict())
+        return own
+
+    def _unscale_grads_(  # type: ignore[override]
+        self, optimizer: TiledOptimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
+    ) -> dict[torch.device, Tensor]:
+        optimizer.flow.scale(float(inv_scale))
+        return {found_inf.device: torch.full_like(found_inf, not optimizer.flow.finite())}
+
+    def _maybe_opt_step(self, optimizer: TiledOptimizer, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        if not optimizer.flow.finite():
+            return optimizer.skip()
+        return super()._maybe_opt_step(optimizer, *args, **kwargs)
+
+
+class TexHalfPrecision(TrainStep, HalfPrecision):
+    """``bf16-true``: parameters, optimizer states and everything computed in bf16, but scores of routers.
+
+    Raises:
+        MisconfigurationException: ``16-true``, in which small gradients are 0 and nothing scales the loss.
+    """
+
+    def __init__(self, precision: Literal["bf16-true", "16-true"]) -> None:
+        if precision != "bf16-true":
+            raise MisconfigurationException(_unsupported(precision, type(self).__name__))
+        super().__init__(precision)
+
+    def storage(self, wanted: Storage) -> Storage:
+        """Without masters, unless a format is asked for."""
+        return replace(wanted, masters=False)
+
+
+def tex_precision(plugin: Precision) -> TrainStep:
+    """The plugin of ours that does what Lightning's would, on the strategy's train step.
+
+    Raises:
+        MisconfigurationException: a precision that the strategy does not support, by name.
+    """
+    if isinstance(plugin, TrainStep):
+        return plugin
+    if type(plugin) is Precision:
+        return TexPrecision()
+    if type(plugin) is DoublePrecision:
+        return TexDoublePrecision()
+    if type(plugin) is MixedPrecision:
+        return TexMixedPrecision(plugin.precision, plugin.device, plugin.scaler)  # type: ignore[arg-type]
+    if type(plugin) is HalfPrecision:
+        return TexHalfPrecision(plugin.precision)
+    raise MisconfigurationException(
+        _unsupported(getattr(plugin, "precision", type(plugin).__name__), type(plugin).__name__)
+    )
+
+
+def _unsupported(precision: str, plugin: str) -> str:
+    return (
+        f"precision={precision!r} ({plugin}) is not supported by TexMoEStrategy; legal: '32-true', '64-true', "
+        "'bf16-mixed', '16-mixed', 'bf16-true'"
+    )

@@ -1,0 +1,341 @@
+"""The Lightning strategy: cuts the model, shards the optimizer, and runs both through Lightning's own loops."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from lightning import Trainer
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.fabric.utilities.seed import pl_worker_init_function
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.core.optimizer import _MockOptimizer
+from lightning.pytorch.plugins import Precision, TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_tex.layers.vocab import require_both_ends
+from lightning_tex.moe import MoE, auxiliary_loss
+from lightning_tex.optim import Storage, TiledOptimizer
+from lightning_tex.optim.storage import StateFormatName, ZeroStage
+from lightning_tex.parallel import initialization, sharding
+from lightning_tex.parallel.activation_checkpointing import recompute
+from lightning_tex.parallel.hashing import stable_hash
+from lightning_tex.parallel.topology import Communication, Layout, Topology
+from lightning_tex.strategy.batches import agreed_loader, evaluation_loader, gather_numbers, require_same_batch
+from lightning_tex.strategy.checkpointing import CheckpointingStrategy
+from lightning_tex.strategy.memory_check import require_memory
+from lightning_tex.strategy.precision import tex_precision
+from lightning_tex.strategy.random_state import data_rank_random_state, shared_seed
+from lightning_tex.strategy.train_step import TrainStep
+from lightning_tex.strategy.uneven_evaluation import run_until_all_are_done
+
+# Steps whose batches are compared over the tensor axis, from the start of every stage.
+_COMPARED_STEPS = 3
+
+
+class TexMoEStrategy(CheckpointingStrategy):
+    """Train a LightningModule built of TEX layers with tensor x expert x data parallelism (arXiv 2303.06318).
+
+    Use it as ``Trainer(strategy="tex_moe")`` or with arguments. The world is split twice (Eq. 1):
+    ``tensor x data`` for ordinary parameters, ``expert_tensor x expert x expert_data`` for experts. TEX layers are cut
+    in place, everything else is replicated; the module's torch optimizer is sharded over replicas (ZeRO-1) and
+    stepped in tiles.
+
+    Args:
+        accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin: as Lightning's own.
+        tensor_parallel_size: ranks that share each matrix; divides the world.
+        expert_parallel_size: ranks over which a layer's experts are spread; ``"auto"``: the largest legal value.
+        expert_tensor_parallel_size: ranks that share one expert's matrices: ``None`` (the tensor size, TED) or 1
+            (folding: experts stay whole and spread over tensor ranks too).
+        sequence_parallel: between VocabParallelEmbedding and VocabParallelHead, split activations over tensor along
+            the sequence, dim -2; needs both layers, and lengths that the tensor size divides.
+        zero_stage: 0: each replica keeps all optimizer states; 1: they are sharded over replicas; 2: gradients too,
+            which leave in every micro-batch's backward: ``.grad`` is ``None`` after it.
+        tile_size: elements the optimizer updates at once; ``None``: as many as fit a fixed budget of temporary memory.
+        optimizer_state_format: of bf16 parameters. ``"fp32"``: fp32 master and states; ``"split"``: the same numbers in
+            2 bytes less per parameter; ``"int8"``: states in 8 bits; ``"stochastic"``: no master, states in bf16.
+        duplicate_token_dropping: split the tokens that tensor ranks hold alike before the all-to-all (section 5.1).
+        activation_checkpointing: recompute the blocks' activations in the backward. ``"full"`` repeats their
+            collectives; ``"communication_aware"`` replays what they gave in the first forward (section 5.2).
+        activation_checkpointing_policy: module classes of the blocks; ``None``: elements of nn.ModuleLists that hold
+            TEX layers.
+        save_distributed_checkpoint: True: a checkpoint is a directory, each rank writing its part. False: one plain
+            file that ``strategy="auto"`` and ``torch.load`` read.
+        process_group_backend: ``None``: nccl on GPUs, gloo on CPUs.
+        timeout: of collectives.
+        max_skipped_steps: a step with an infinite or NaN gradient on any rank is skipped on all; this many in a row end
+            the training with an error that names a parameter. ``None``: such steps are taken. With a loss scale
+            (16-mixed) that decides instead.
+        background_saving: in a fit, a checkpoint directory is written beside training from a copy of the states in host
+            memory; a failure is raised at the next step. False: training waits until it is written.
+        check_memory: refuse at the start a training that by its plan does not fit the GPU (``lightning-tex plan``).
+
+    Raises:
+        ValueError: a layout that the world or the model does not allow, naming the option and the legal values.
+        MisconfigurationException: something of the Trainer that the strategy cannot do, by name.
+    """
+
+    strategy_name = "tex_moe"
+
+    def __init__(
+        self,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        tensor_parallel_size: int = 1,
+        expert_parallel_size: int | Literal["auto"] = "auto",
+        expert_tensor_parallel_size: int | None = None,
+        sequence_parallel: bool = False,
+        zero_stage: ZeroStage = 1,
+        tile_size: int | None = None,
+        optimizer_state_format: StateFormatName = "fp32",
+        duplicate_token_dropping: bool = True,
+        activation_checkpointing: Literal["full", "communication_aware"] | None = None,
+        activation_checkpointing_policy: set[type[nn.Module]] | None = None,
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+        max_skipped_steps: int | None = 10,
+        background_saving: bool = True,
+        check_memory: bool = True,
+    ) -> None:
+        lightnings = (accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
+        super().__init__(save_distributed_checkpoint, background_saving, process_group_backend, timeout, *lightnings)
+        self._sizes = partial(
+            Layout.resolve,
+            tensor_parallel_size=tensor_parallel_size,
+            expert_parallel_size=expert_parallel_size,
+            expert_tensor_parallel_size=expert_tensor_parallel_size,
+            duplicate_token_dropping=duplicate_token_dropping,
+        )
+        self._expert_size_given = expert_parallel_size != "auto"
+        self.communication = Communication(duplicate_token_dropping, sequence_parallel=sequence_parallel)
+        self._storage = Storage(zero_stage, optimizer_state_format, tile_size=tile_size, guard=max_skipped_steps)
+        if activation_checkpointing not in (None, "full", "communication_aware"):
+            legal = "None, 'full', 'communication_aware'"
+            raise ValueError(f"activation_checkpointing={activation_checkpointing!r}; legal: {legal}")
+        if activation_checkpointing is None and activation_checkpointing_policy is not None:
+            raise ValueError(
+                "activation_checkpointing_policy has no effect with activation_checkpointing=None; legal with it: "
+                "'full', 'communication_aware'"
+            )
+        self._recompute = partial(recompute, mode=activation_checkpointing, policy=activation_checkpointing_policy)
+        self._check_memory, self._recompute_mode = check_memory, activation_checkpointing
+        self._topology: Topology | None = None
+        self._seed = 0
+        self._compared: Counter[Any] = Counter()
+
+    # --- layout and precision
+
+    @property
+    def topology(self) -> Topology:
+        """All axes of the run. Exists from ``setup`` on."""
+        if self._topology is None:
+            raise RuntimeError("The topology exists only after the Trainer has set up the strategy")
+        return self._topology
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Samplers split data over the data axis: ranks of one tensor group see one batch."""
+        layout = self._topology.layout if self._topology else self._sizes(self.world_size)
+        return {"num_replicas": layout.data, "rank": layout.coordinates(self.global_rank)["data"]}
+
+    def resolve_layout(self) -> Layout:
+        return self._sizes(self.world_size, num_experts=self._num_experts())
+
+    @property
+    def precision_plugin(self) -> TrainStep:
+        plugin = super().precision_plugin
+        return plugin if isinstance(plugin, TrainStep) else tex_precision(plugin)
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Precision | None) -> None:
+        self._precision_plugin = None if plugin is None else tex_precision(plugin)
+
+    # --- setting up
+
+    def setup_environment(self) -> None:
+        assert self.lightning_module is not None
+        self._refuse_what_is_not_supported(self.lightning_module.trainer)
+        self.link_last_checkpoints()
+        super().setup_environment()
+
+    def _refuse_what_is_not_supported(self, trainer: Trainer) -> None:
+        self.precision_plugin.storage(self._storage)
+        if self._layer_sync is not None:
+            raise MisconfigurationException("Trainer(sync_batchnorm=True) is not supported by TexMoEStrategy")
+        if type(self.checkpoint_io) is not TorchCheckpointIO and self._save_distributed_checkpoint:
+            raise MisconfigurationException(
+                f"{type(self.checkpoint_io).__name__} would not be used: distributed checkpoints are written by all "
+                "ranks; legal: no checkpoint_io, or TexMoEStrategy(save_distributed_checkpoint=False)"
+            )
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
+                raise MisconfigurationException(
+                    f"callback {type(callback).__name__} is not supported by TexMoEStrategy: it averages and saves "
+                    "whole models, and a rank holds parts"
+                )
+
+    def setup(self, trainer: Trainer) -> None:
+        """Cut the model for this rank, give it its memory and its optimizer. Idempotent over stages."""
+        assert self.accelerator is not None and self.model is not None
+        self.accelerator.setup(trainer)
+        layout = self.resolve_layout()
+        if self._expert_size_given:
+            layout.require_experts(self._num_experts())
+        sharding.check(self.model, layout)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._require_memory(layout)
+        if self.communication.sequence_parallel:
+            require_both_ends(self.model)
+        if self._topology is None or self._topology.layout != layout:
+            self._topology = Topology.build(layout, self.root_device.type, self._mesh, self.communication)
+        seed = self._seed = shared_seed(self.topology.world, self.root_device)
+        self._require_same_model()
+        sharding.synchronise(self.model, self.topology.world, self.root_device)
+        sharding.cut(self.model, self.topology)
+        self._recompute(self.model)
+        self.model = self.precision_plugin.convert_module(self.model)
+        self._move_to_device()
+        initialization.materialise(self.model, self.root_device, seed)
+        for metric in self.model.modules():
+            if isinstance(metric, Metric) and metric.process_group is None:
+                metric.process_group = self.topology.data.group
+        data_rank_random_state(seed, self.topology.data)
+        self.barrier()
+        self._compared.clear()
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+
+    def _require_memory(self, layout: Layout) -> None:
+        device_bytes = self._device_bytes()
+        if self._check_memory and device_bytes is not None:
+            assert self.lightning_module is not None
+            plugin = self.precision_plugin
+            storage, how, mode = plugin.storage(self._storage), self.communication, self._recompute_mode
+            require_memory(self.lightning_module, layout, how, storage, mode, str(plugin.precision), device_bytes)
+
+    def _device_bytes(self) -> int | None:
+        """Memory of this rank's GPU; ``None`` on CPU, where ranks share what there is."""
+        if self.root_device.type != "cuda":
+            return None
+        return int(torch.cuda.get_device_properties(self.root_device).total_memory)
+
+    def _require_same_model(self) -> None:
+        assert self.model is not None
+        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        described = [(name, t.is_meta, tuple(t.shape), t.dtype) for name, t in tensors.items()]
+        own = stable_hash(*described)
+        if len({n for (n,) in gather_numbers([own], self.topology.world, self.root_device)}) > 1:
+            raise RuntimeError(
+                "ranks have built different models: names, shapes, dtypes and what is on the meta device must be alike "
+                "(pretrained weights are loaded on every rank, or on none)"
+            )
+
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        """Build the user's optimizer over the cut model and put the sharded, tiled one in its place."""
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, TiledOptimizer):
+                optimizer.release()
+        self._reset_optimizers_and_schedulers()
+        super().setup_optimizers(trainer)
+        if len(self.optimizers) > 1:
+            raise MisconfigurationException(
+                f"configure_optimizers returned {len(self.optimizers)} optimizers; TexMoEStrategy drives exactly one: "
+                "give it one parameter group for each set of options"
+            )
+        assert self.model is not None
+        parameters = dict(self.model.named_parameters())
+        placed = {parameters[name]: p for name, p in sharding.placements(self.model, self.topology).items()}
+        if not isinstance(self.optimizers[0], _MockOptimizer):  # configure_optimizers returned None
+            storage = self.precision_plugin.storage(replace(self._storage, seed=self._seed))
+            world, how = self.topology.world, self.communication
+            self.optimizers = [TiledOptimizer(self.optimizers[0], placed, world, storage, how)]
+            for config in self.lr_scheduler_configs:  # or a learning-rate monitor would find two optimizers
+                config.scheduler.optimizer = self.optimizers[0]
+
+    def model_to_device(self) -> None:
+        """Nothing: ``setup`` moves what exists and draws the rest where it belongs."""
+
+    def _move_to_device(self) -> None:
+        def move(tensor: Tensor) -> Tensor:
+            return tensor if tensor.is_meta else tensor.to(self.root_device)
+
+        assert self.model is not None
+        self.model._apply(move)
+
+    def _num_experts(self) -> list[int]:
+        modules = [] if self.model is None else self.model.modules()
+        return [module.num_experts for module in modules if isinstance(module, MoE)]
+
+    # --- steps
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """Seed workers by data rank, and let training loaders end together."""
+        if getattr(dataloader, "worker_init_fn", False) is None:
+            rank = self.distributed_sampler_kwargs["rank"]
+            with suppress(ValueError, AttributeError):
+                dataloader.worker_init_fn = partial(_seed_worker, rank=rank)  # type: ignore[attr-defined]
+        assert self.lightning_module is not None
+        if self.lightning_module.trainer.training:
+            return agreed_loader(dataloader, self.topology.world, self.root_device)
+        return evaluation_loader(dataloader, self.topology.world, self.root_device)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.model is not None
+        self._compare_batch(args, kwargs)
+        auxiliary_loss(self.model)  # what an aborted step left behind
+        output = super().training_step(*args, **kwargs)
+        assert self.lightning_module is not None
+        if output is None and self.lightning_module.automatic_optimization and self.topology.world.size > 1:
+            raise RuntimeError(
+                f"training_step returned None on rank {self.global_rank}: without a backward of its own it would leave "
+                f"the other {self.topology.world.size - 1} ranks waiting in theirs. Legal: a loss on every rank, "
+                "0 * loss where a batch is to count for nothing; None in a run of one process"
+            )
+        return output
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._evaluate(super().validation_step, *args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._evaluate(super().test_step, *args, **kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._evaluate(super().predict_step, *args, **kwargs)
+
+    def _evaluate(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def compared_step() -> Any:  # a rank that repeats its last batch takes part in the comparison, too
+            self._compare_batch(args, kwargs)
+            return step(*args, **kwargs)
+
+        output = compared_step()
+        assert self.lightning_module is not None
+        loader = args[2] if len(args) > 2 else 0  # (batch, batch_idx[, dataloader_idx])
+        run_until_all_are_done(self.lightning_module, compared_step, loader, self.topology.world, self.root_device)
+        return output
+
+    def _compare_batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert self.lightning_module is not None
+        stage = self.lightning_module.trainer.state.stage
+        if self._compared[stage] < _COMPARED_STEPS and self.topology.tensor.size > 1:
+            self._compared[stage] += 1
+            require_same_batch((args, kwargs), self.topology.tensor, self.topology.world, self.root_device)
+
+
+def _seed_worker(worker_id: int, rank: int) -> None:
+    pl_worker_init_function(worker_id, rank)

@@ -1,0 +1,96 @@
+"""The order of a train step: the one place where it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+from lightning import Callback, LightningModule
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_tex.moe.losses import auxiliary_loss
+from lightning_tex.optim import Storage, TiledOptimizer
+
+
+class TrainStep(Precision):
+    """The order of a train step: closure (forward, zero_grad, backward); reduce gradients; hooks; clip; step.
+
+    Gradients of the last layers are reduced while the closure's backward still runs, if nothing comes in between.
+    """
+
+    def storage(self, wanted: Storage) -> Storage:
+        """How the optimizer keeps its states under this precision.
+
+        Raises:
+            ValueError: a format that is not made for it.
+        """
+        if wanted.state_format != "fp32":
+            raise ValueError(
+                f"optimizer_state_format={wanted.state_format!r} is made for bf16 parameters, and "
+                f"precision={self.precision!r} has none; legal: 'fp32', or precision='bf16-mixed' or 'bf16-true'"
+            )
+        return wanted
+
+    def pre_backward(self, tensor: Tensor, module: LightningModule) -> Tensor:  # type: ignore[override]
+        """Add the auxiliary losses nobody collected, divided by the accumulation as Lightning divides the loss."""
+        if module.automatic_optimization:
+            tensor = tensor + auxiliary_loss(module) / module.trainer.accumulate_grad_batches
+        for optimizer in module.trainer.strategy.optimizers:
+            if isinstance(optimizer, TiledOptimizer):
+                optimizer.flow.before_backward(tensor, undisturbed=self._may_overlap(module))
+        return super().pre_backward(tensor, module)
+
+    def post_backward(self, tensor: Tensor, module: LightningModule) -> Tensor:  # type: ignore[override]
+        """Send the gradients at once, where they are not kept."""
+        for optimizer in module.trainer.strategy.optimizers:
+            if isinstance(optimizer, TiledOptimizer):
+                optimizer.flow.after_backward()
+        return super().post_backward(tensor, module)
+
+    def optimizer_step(  # type: ignore[override]
+        self, optimizer: Optimizer, model: LightningModule, closure: Callable[[], Any], **kwargs: Any
+    ) -> Any:
+        if not isinstance(optimizer, TiledOptimizer):  # configure_optimizers returned None
+            return super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
+        with optimizer.flow.overlapping() if self._may_overlap(model) else nullcontext():
+            result = closure()
+        optimizer.reduce_gradients(whole=self._looked_at(model))
+        self._unscale(optimizer)
+        self._after_closure(model, optimizer)
+        self._step(optimizer, **kwargs)
+        return result
+
+    def _unscale(self, optimizer: TiledOptimizer) -> None:
+        """Take the loss scale out of the gradients, if there is one."""
+
+    def _step(self, optimizer: TiledOptimizer, **kwargs: Any) -> None:
+        optimizer.step(**kwargs)
+
+    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
+        if isinstance(optimizer, TiledOptimizer):  # or configure_optimizers returned None
+            optimizer.clip_by_norm(clip_val)
+
+    def clip_grad_by_value(self, optimizer: Optimizer, clip_val: float) -> None:
+        if isinstance(optimizer, TiledOptimizer):
+            optimizer.clip_by_value(clip_val)
+
+    def _may_overlap(self, model: LightningModule) -> bool:
+        """Whether the closure's backward is all that happens to gradients before they are reduced."""
+        if not model.automatic_optimization or is_overridden("backward", model):
+            return False
+        hook = "on_after_backward"
+        return not (is_overridden(hook, model) or any(is_overridden(hook, c, Callback) for c in _callbacks(model)))
+
+    def _looked_at(self, model: LightningModule) -> bool:
+        """Whether a hook may look at gradients: then they are whole on every rank, not only in its shard."""
+        hook = "on_before_optimizer_step"
+        overridden = is_overridden(hook, model) or is_overridden("configure_gradient_clipping", model)
+        return overridden or any(is_overridden(hook, c, Callback) for c in _callbacks(model))
+
+
+def _callbacks(model: LightningModule) -> list[Any]:
+    return model.trainer.callbacks  # type: ignore[attr-defined]

@@ -1,0 +1,1 @@
+"""Proof that a module trains alike on every layout."""

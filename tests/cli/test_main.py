@@ -1,0 +1,124 @@
+"""What the command line makes of its options."""
+
+from __future__ import annotations
+
+from contextlib import redirect_stderr
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import tiny_recipe
+
+from lightning_tex import cli
+from lightning_tex.testing.ranks import run_ranks
+
+PROBE = "--trainer.callbacks+=tiny_recipe.Probe"
+
+
+def _printed(capsys, *options: str) -> str:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["fit", *options, "--print_config"])
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+def _refused(capsys, *options: str) -> list[str]:
+    """The lines on stderr of a command that ends with exit code 2."""
+    with pytest.raises(SystemExit) as end:
+        cli.main(["fit", *options])
+    assert end.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()
+
+
+def test_printed_configuration_is_a_recipe(recipe, tmp_path, capsys):
+    printed = _printed(capsys, "--config", str(recipe), "--model.config.num_experts", "4", "--data.path", "elsewhere")
+    found = yaml.safe_load(printed)
+    assert found["model"]["init_args"]["config"]["num_experts"] == 4
+    assert found["data"]["init_args"]["path"] == "elsewhere"
+    assert found["trainer"]["strategy"]["init_args"]["tensor_parallel_size"] == 2
+    (tmp_path / "printed.yaml").write_text(printed)
+    assert yaml.safe_load(_printed(capsys, "--config", str(tmp_path / "printed.yaml"))) == found
+
+
+def test_optimizer_of_the_command_line_and_vocabulary_of_the_data(recipe, tmp_path):
+    run_ranks(4, tiny_recipe.fit, tmp_path, recipe, PROBE, "--optimizer", "AdamW", "--optimizer.lr", "1e-3")
+    found = tiny_recipe.probed(tmp_path)
+    assert found["strategy"] == "TexMoEStrategy"
+    assert (found["optimizer"], found["lr"]) == ("AdamW", 1e-3)
+    assert "vocab_size" not in yaml.safe_load(recipe.read_text())["model"]["init_args"]["config"]
+    assert found["vocabulary"] == tiny_recipe.VOCABULARY
+
+
+def test_runs_again_in_the_same_directory_and_goes_on_from_the_last_checkpoint(recipe, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_ranks(4, tiny_recipe.fit, whole, recipe, PROBE)
+    same_place = (PROBE, "--trainer.logger", "false")  # no version_0, version_1: the configuration is saved over
+    run_ranks(4, tiny_recipe.fit, parts, recipe, *same_place, "--trainer.max_steps", "2")
+    assert (parts / "config.yaml").exists()
+    run_ranks(4, tiny_recipe.fit, parts, recipe, *same_place, "--ckpt_path", "last")
+    found = tiny_recipe.probed(parts)
+    assert (found["first_step"], found["last_step"]) == (2, 4)
+    assert found["last_loss"] == tiny_recipe.probed(whole)["last_loss"]
+
+
+def test_another_strategy_than_the_recipes(recipe, tmp_path):
+    run_ranks(1, tiny_recipe.fit, tmp_path, recipe, PROBE, "--trainer.strategy", "auto", "--trainer.devices", "1")
+    assert tiny_recipe.probed(tmp_path)["strategy"] == "SingleDeviceStrategy"
+
+
+def test_a_wrong_layout_is_one_line(recipe, capsys):
+    lines = _refused(capsys, "--config", str(recipe), "--trainer.devices", "3")
+    assert lines[-1] == "error: tensor_parallel_size=2 does not divide the world of 3 ranks; legal: 1, 3"
+    assert not any("Traceback" in line for line in lines)
+
+
+def test_an_error_after_the_processes_have_started_is_one_line_per_rank(recipe, tmp_path):
+    endings = run_ranks(2, _ending, tmp_path, recipe, "--data.global_batch_size", "5", "--trainer.devices", "2")
+    for rank, (code, lines) in enumerate(endings):
+        errors = [line for line in lines if "error: " in line]
+        assert code == 2
+        assert len(errors) == 1
+        assert errors[0].startswith("[rank 1] error: global_batch_size=5" if rank else "error: global_batch_size=5")
+        assert not any("Traceback" in line for line in lines)
+
+
+def test_an_error_of_one_rank_is_not_buried_by_the_others(recipe, tmp_path):
+    endings = run_ranks(2, _ending, tmp_path, recipe, "--data.path", "/nowhere", "--trainer.devices", "2")
+    (code, lines), (other_code, other_lines) = endings
+    assert (code, lines[-1]) == (2, "error: Couldn't find any data file at /nowhere.")
+    assert (other_code, other_lines[-1]) == (
+        1,
+        "[rank 1] ended: another rank has closed its connection; see that rank's error",
+    )
+    assert not any("Traceback" in line for line in lines + other_lines)
+
+
+def _ending(folder: Path, recipe: Path, *options: str) -> tuple[object, list[str]]:
+    with redirect_stderr(StringIO()) as printed:
+        try:
+            tiny_recipe.fit(folder, recipe, "--trainer.strategy", "tex_moe", *options)
+        except SystemExit as end:
+            return end.code, printed.getvalue().splitlines()
+    return None, []
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--trainer.strategy.tensor_size", "2"), "Option 'tensor_size' is not accepted"),
+        (("--model.config.layers", "2"), "unrecognized arguments: --config.layers"),
+        (("--data.folder", "x"), "Option 'folder' is not accepted"),
+        (("--config", "missing.yaml"), "File does not exist"),
+    ],
+)
+def test_an_unknown_option_is_named_without_a_list_of_all_options(recipe, capsys, options, told):
+    lines = _refused(capsys, "--config", str(recipe), *options)
+    assert any(told in line for line in lines)
+    assert len(lines) < 20
+
+
+def test_a_bug_keeps_its_traceback(recipe, monkeypatch):
+    monkeypatch.setattr(cli.TexCLI, "instantiate_trainer", lambda self: int("not a number"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        cli.main(["fit", "--config", str(recipe)])

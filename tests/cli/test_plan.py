@@ -1,0 +1,107 @@
+"""``lightning-tex plan``: tables, JSON, bars, recipes, and one line for what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lightning_tex.cli import main, plan_paper, plan_tables
+from lightning_tex.planner import paper
+from lightning_tex.planner.memory import size
+
+# Lightning 2.6's own calls.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+SIZES = ["--dim", "256", "--num-layers", "4", "--num-heads", "4", "--vocab-size", "1000", "--num-experts", "8"]
+JOB = ["--cluster", "a100-40gb", "--gpus", "8", "--global-batch-size", "16", "--sequence-length", "128"]
+
+
+def test_sizes_on_a_cluster(capsys, tmp_path: Path) -> None:
+    main(["plan", *SIZES, *JOB, "--capacity-factor", "1.25", "--json", "--plot", str(tmp_path / "bars.png")])
+    *table, last = capsys.readouterr().out.strip().splitlines()
+    report = json.loads(last)
+    best = report["recommended"]
+    assert best["fits"] and f"tensor_parallel_size={best['tensor_parallel_size']}" in "".join(table)
+    assert best["peak_bytes"] == sum(best["memory_bytes"].values())
+    assert sum(best["step_seconds_by_part"].values()) == pytest.approx(best["step_seconds"])
+    assert report["fitting"] == sum(row["fits"] for row in report["layouts"])
+    assert {row["optimizer_state_format"] for row in report["layouts"]} == {"fp32", "split", "int8", "stochastic"}
+    assert {row["zero_stage"] for row in report["layouts"]} == {0, 1, 2}
+    assert (tmp_path / "bars.png").stat().st_size > 10_000
+    assert "2mnk" in report["flops"]
+
+
+def test_choices_are_kept_to(capsys) -> None:
+    kept = (
+        "--tensor-parallel-size 2 --zero-stage 1 --sequence-parallel true --micro-batch 2 --optimizer-state-format fp32"
+    )
+    main(["plan", *SIZES, *JOB, *kept.split(), "--activation-checkpointing", "full", "--json"])
+    report = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    for row in report["layouts"]:
+        assert (row["tensor_parallel_size"], row["zero_stage"], row["sequence_parallel"]) == (2, 1, True)
+        assert (row["micro_batch"], row["activation_checkpointing"]) == (2, "full")
+
+
+def test_a_recipe_on_a_cluster(capsys) -> None:
+    main(["plan", "--config", str(RECIPES / "quickstart.yaml"), "--cluster", "h100", "--json"])
+    report = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert sum(report["parameters"].values()) == 2_090_688  # as RunSummary says after a run
+    assert (report["gpus"], report["global_batch_size"], report["sequence_length"]) == (4, 16, 128)
+    assert report["precision"] == "32-true"
+    own = report["recipe"]
+    assert (own["tensor_parallel_size"], own["expert_parallel_size"], own["zero_stage"]) == (2, 2, 1)
+
+
+def test_the_largest_base_model(capsys) -> None:
+    main(["plan", *SIZES, *JOB, "--largest-base", "--micro-batch", "1", "--activation-checkpointing", "full", "--json"])
+    printed = capsys.readouterr().out.strip().splitlines()
+    report = json.loads(printed[-1])
+    assert report["base_parameters"] > 1e9 and report["recommended"]["fits"]
+    assert report["recommended"]["peak_bytes"] > 0.9 * report["usable_bytes"]
+
+
+def test_the_papers_figures_are_shown(capsys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paper, "_largest", lambda: paper._largest_of((128,), (16,)))
+    main(["plan", "--reproduce-paper", "--json", "--plot", str(tmp_path / "paper.png")])
+    printed = capsys.readouterr().out
+    for word in ("38.9", "4.52", "34.37", "30.30", "17.00", "10.3", "2.92", "4.29*", "21 %", "26 %", "20 -> 27 %"):
+        assert word in printed, word
+    assert json.loads(printed.strip().splitlines()[-1])["states"][0]["paper_gb"] == 30.3
+    assert (tmp_path / "paper.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--cluster tpu --gpus 8", ("tpu", "legal", "h100", "summit-v100-16gb")),
+        (f"--gpus 8 {' '.join(SIZES)}", ("--cluster", "legal")),
+        ("--cluster none.yaml --gpus 8", ("none.yaml", "does not exist")),
+        (f"{' '.join(SIZES)} {' '.join(JOB)} --dim -4", ("dim=-4", "at least 1")),
+        (f"{' '.join(SIZES)} {' '.join(JOB)} --gpus -8", ("world=-8", "at least 1")),
+        (f"{' '.join(SIZES)} {' '.join(JOB)} --num-experts 1", ("no MoE layer", "num_experts")),
+        (f"{' '.join(SIZES)} {' '.join(JOB)} --tensor-parallel-size 3", ("tensor_parallel_size=3", "legal")),
+        (f"{' '.join(SIZES)} {' '.join(JOB)} --global-batch-size 7 --micro-batch 2", ("global_batch_size=7",)),
+        (f"{' '.join(SIZES)} {' '.join(JOB)} --precision 8-bit", ("precision='8-bit'", "bf16-mixed")),
+        (f"{' '.join(JOB)} --dim 8", ("--config", "--num-layers")),
+        (f"{' '.join(JOB)} --dim 8 --colour red", ("--colour",)),
+        (f"{' '.join(JOB)} --dim wide", ("--dim", "wide")),
+        (f"--config none.yaml {' '.join(JOB)}", ("none.yaml",)),
+        (f"--config {RECIPES}/quickstart.yaml {' '.join(JOB)} --num-experts 1", ("quickstart.yaml", "no MoE layer")),
+    ],
+)
+def test_what_is_wrong_is_one_line(capsys, words: str, said: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", *words.split()])
+    printed = capsys.readouterr()
+    assert ended.value.code == 2 and printed.out == ""
+    assert len(printed.err.strip().splitlines()) == 1
+    assert all(word in printed.err for word in said), printed.err
+
+
+def test_times_and_sizes_have_units() -> None:
+    assert plan_tables.seconds(12.345) == "12.3 s" and plan_tables.seconds(0.0123) == "12.3 ms"
+    assert size(2 * 2**30) == "2.00 GiB" and size(3 * 2**20) == "3.0 MiB"
+    assert plan_paper.seconds is plan_tables.seconds

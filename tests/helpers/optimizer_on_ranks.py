@@ -1,0 +1,84 @@
+"""A sharded model with the tiled optimizer on every rank, beside the whole one with the plain optimizer."""
+
+import copy
+
+import torch
+from torch import nn
+
+from helpers.topologies import join
+from lightning_tex.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from lightning_tex.moe import MoE
+from lightning_tex.optim import Storage, TiledOptimizer
+from lightning_tex.parallel import sharding
+from lightning_tex.parallel.collectives import all_reduce
+from lightning_tex.parallel.hashing import stable_hash
+
+# tensor, expert, expert_tensor
+LAYOUTS = [(2, 2, 2), (2, 2, 1), (2, 1, 2), (1, 2, 1), (4, 4, 1), (1, 1, 1)]
+
+
+class Model(nn.Module):
+    """Cut, padded, expert and plain parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = VocabParallelEmbedding(13, 8)
+        self.norm = nn.LayerNorm(8)
+        self.column = ColumnParallelLinear(8, 20)
+        self.row = RowParallelLinear(20, 8)
+        self.moe = MoE(8, 12, 4, activation="swiglu")
+
+
+def made(name, replica, step, shape):
+    seed = stable_hash(name, replica, step) % 2**31
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+class Case:
+    """A cut model with the tiled optimizer beside the whole one with the plain optimizer."""
+
+    def __init__(self, layout, kind, dtype=torch.float64, **storage):
+        self.topology = join(*layout)
+        torch.manual_seed(0)
+        self.whole = Model().to(dtype)
+        self.parted = copy.deepcopy(self.whole)
+        sharding.cut(self.parted, self.topology)
+        self.placements = sharding.placements(self.parted, self.topology)
+        parameters = dict(self.parted.named_parameters())
+        at = {parameters[name]: p for name, p in self.placements.items()}
+        storage = Storage(**{"tile_size": 64, **storage})
+        self.optimizer = TiledOptimizer(kind(self.parted), at, self.topology.world, storage)
+        self.plain = kind(self.whole)
+
+    def set_gradients(self, step):
+        self.optimizer.zero_grad()
+        for name, p in self.parted.named_parameters():
+            at = self.placements[name]
+            p.grad.copy_(at.box.cut(made(name, at.replicas.rank, step, at.box.whole)))
+        for name, p in self.whole.named_parameters():
+            at = self.placements[name]
+            total = sum(made(name, replica, step, at.box.whole) for replica in range(at.replicas.size))
+            p.grad = (total / self.topology.data.size).to(p.dtype)
+
+    def compare(self, tolerance=1e-12):
+        for (name, p), q in zip(self.parted.named_parameters(), self.whole.named_parameters(), strict=True):
+            assert q[0] == name
+            gathered = self.placements[name].gather(p.detach())
+            torch.testing.assert_close(gathered, q[1].detach(), rtol=tolerance, atol=tolerance)
+            alike = all_reduce(p.detach(), self.placements[name].replicas, "max")
+            assert torch.equal(alike, p.detach()), f"{name} differs between replicas"
+            box = self.placements[name].box
+            assert torch.equal(box.cut(gathered), p.detach()), f"padding of {name} is not zero"
+
+
+def by_group(model):
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    rest = [p for p in model.parameters() if p.dim() == 1]
+    return [{"params": decayed, "weight_decay": 0.2, "lr": 3e-3}, {"params": rest}]
+
+
+KINDS = [
+    lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2),
+    lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, nesterov=True),
+    lambda m: torch.optim.Adam(by_group(m), lr=1e-2),
+]

@@ -1,0 +1,23 @@
+"""Topologies for tests that run layers on forked ranks without a Trainer."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+from lightning_tex.parallel.topology import Communication, Layout, Topology
+
+
+def join(
+    tensor: int = 1,
+    expert: int = 1,
+    expert_tensor: int | None = None,
+    split_duplicates: bool = True,
+    **communication: bool,
+) -> Topology:
+    """This rank's topology over the whole world; makes the world on the first call. Collective."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    layout = Layout.resolve(
+        dist.get_world_size(), tensor, expert, expert_tensor, duplicate_token_dropping=split_duplicates
+    )
+    return Topology.build(layout, "cpu", communication=Communication(split_duplicates, **communication))

@@ -1,0 +1,170 @@
+"""MoE on four ranks, every layout, against the plain loop over each data rank's own tokens."""
+
+import copy
+import math
+
+import pytest
+import torch
+from helpers.plain_moe import plain_moe
+from helpers.topologies import join
+from torch.utils.checkpoint import checkpoint
+
+from lightning_tex.moe import MoE, auxiliary_loss
+from lightning_tex.parallel import sharding
+from lightning_tex.parallel.collectives import all_reduce
+from lightning_tex.testing.ranks import run_ranks
+
+# tensor, expert, expert_tensor, split duplicates
+LAYOUTS = [
+    (1, 4, 1, True),
+    (1, 2, 1, True),
+    (2, 2, 2, True),
+    (2, 2, 2, False),
+    (2, 2, 1, True),
+    (2, 4, 1, True),
+    (4, 1, 4, True),
+    (4, 1, 4, False),
+    (4, 4, 1, True),
+]
+DIM, EXPERTS = 6, 4
+
+# What each data rank's tokens want: their first two choices, in order.
+ROUTES = {
+    "anything, T differs": lambda r: [None] * [7, 3, 8, 1][r],
+    "a rank with no tokens": lambda r: [None] * [5, 0, 6, 0][r],
+    "nobody has tokens": lambda r: [],
+    "all on one expert": lambda r: [(3, 1)] * [4, 7, 1, 2][r],
+    "an expert group without tokens": lambda r: [(0, 1), (1, 0)] * [2, 3, 1, 0][r],
+}
+
+
+def tokens_of(scenario, rank):
+    """[T, D] tokens whose first EXPERTS features say where they go; the router's weight is diagonal."""
+    generator = torch.Generator().manual_seed(rank)
+    wanted = ROUTES[scenario](rank)
+    x = torch.randn(len(wanted), DIM, generator=generator, dtype=torch.float64)
+    for row, want in zip(x, wanted, strict=True):
+        if want is not None:
+            row[:EXPERTS] *= 0.01
+            row[want[0]], row[want[1]] = 1.0, 0.8
+    return x
+
+
+def build(capacity_factor, activation, top_k=2):
+    torch.manual_seed(0)
+    layer = MoE(
+        DIM, 8, EXPERTS, top_k, capacity_factor, activation, norm_topk_prob=True, load_balance_coefficient=0.0
+    ).double()
+    layer.router.weight.data = 3 * torch.eye(EXPERTS, DIM, dtype=torch.float64)
+    return layer
+
+
+def compare_all(capacity_factor, activation):
+    overflowed = 0
+    for layout in LAYOUTS:
+        topology = join(*layout)
+        data = topology.data
+        for scenario in ROUTES:
+            layer = build(capacity_factor, activation)
+            reference = copy.deepcopy(layer)
+            sharding.check(layer, topology.layout)
+            sharding.cut(layer, topology)
+
+            inputs = [tokens_of(scenario, r) for r in range(data.size)]
+            upstream = [torch.cos(torch.arange(x.numel()).double()).view_as(x) for x in inputs]
+            mine = inputs[data.rank].requires_grad_()
+            y = layer(mine)
+            y.backward(upstream[data.rank])
+            load = layer.load.take()
+
+            expected_grad = {}
+            for r, x in enumerate(inputs):
+                x = x.detach().clone().requires_grad_()
+                capacity = capacity_factor and math.ceil(capacity_factor * 2 * len(x) / EXPERTS)
+                outcome = plain_moe(reference, x, capacity=capacity)
+                outcome.output.backward(upstream[r])
+                if r == data.rank:
+                    torch.testing.assert_close(y, outcome.output, rtol=1e-12, atol=1e-12)
+                    torch.testing.assert_close(mine.grad, x.grad, rtol=1e-12, atol=1e-12)
+                    assert load[-1] == outcome.overflowed
+                    assert load[:-1].sum() == 2 * len(x)
+                    overflowed += outcome.overflowed
+            for name, p in reference.named_parameters():
+                expected_grad[name] = torch.zeros_like(p) if p.grad is None else p.grad / data.size
+            found = sharding.placements(layer, topology)
+            for name, p in layer.named_parameters():
+                at = found[name]
+                gradient = at.gather(all_reduce(p.grad, at.replicas) / at.divisor)
+                torch.testing.assert_close(
+                    gradient,
+                    expected_grad[name],
+                    rtol=1e-12,
+                    atol=1e-12,
+                    msg=lambda m, n=name, s=scenario, at=layout: f"{at}, {s}, {n}: {m}",
+                )
+    return overflowed
+
+
+@pytest.mark.parametrize(
+    ("capacity_factor", "activation"),
+    [(None, "gelu"), pytest.param(None, "swiglu", marks=pytest.mark.full), (0.7, "gelu"), (1.3, "swiglu")],
+)
+def test_every_layout_serves_every_token_as_one_process_does(capacity_factor, activation):
+    overflowed = run_ranks(4, compare_all, capacity_factor, activation)
+    assert (max(overflowed) > 0) == (capacity_factor is not None)
+
+
+def masked_and_top_1():
+    for layout in LAYOUTS:
+        topology = join(*layout)
+        data = topology.data
+        for capacity_factor in (None, 1.0):
+            layer = build(capacity_factor, "gelu", top_k=1)
+            reference = copy.deepcopy(layer)
+            sharding.cut(layer, topology)
+            x = tokens_of("anything, T differs", data.rank)
+            mask = torch.arange(len(x)) % 3 != 1 if data.rank < 2 else torch.zeros(len(x)).bool()
+            capacity = capacity_factor and math.ceil(capacity_factor * len(x) / EXPERTS)
+            expected = plain_moe(reference, x, mask, capacity).output
+            torch.testing.assert_close(layer(x, mask), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_masks_travel_with_no_token():
+    run_ranks(4, masked_and_top_1)
+
+
+def disagreeing_routers():
+    # Scores that round differently over tensor must not send a token two ways: rank 0 decides.
+    topology = join(tensor=4, expert=1, expert_tensor=4)
+    torch.manual_seed(0)
+    layer = MoE(DIM, 8, EXPERTS, top_k=2)
+    sharding.cut(layer, topology)
+    x = torch.ones(5, DIM)
+    layer.router.weight.data.zero_()
+    layer.router.weight.data[topology.tensor.rank] += 1e-6  # each rank prefers another expert
+    return layer.router(x).indices[:, 0].tolist()
+
+
+def test_tensor_ranks_follow_the_first_ones_choice():
+    assert run_ranks(4, disagreeing_routers) == [[0] * 5] * 4
+
+
+def recomputed():
+    for layout in LAYOUTS:
+        topology = join(*layout)
+        for capacity_factor in (None, 0.7):
+            gradients = []
+            for recompute in (False, True):
+                layer = build(capacity_factor, "swiglu")
+                layer.load_balance_coefficient, layer.z_loss_coefficient = 0.5, 0.1
+                sharding.cut(layer, topology)
+                x = tokens_of("a rank with no tokens", topology.data.rank).requires_grad_()
+                y = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
+                (y.square().sum() + auxiliary_loss(layer)).backward()
+                gradients.append([x.grad, *(p.grad for p in layer.parameters())])
+            for plain, again in zip(*gradients, strict=True):
+                assert torch.equal(plain, again)
+
+
+def test_recomputation_reroutes_nothing_and_counts_the_loss_once():
+    run_ranks(4, recomputed)

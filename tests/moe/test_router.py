@@ -1,0 +1,136 @@
+import re
+
+import pytest
+import torch
+
+from lightning_tex.moe import MoE, Route, Router, SoftmaxRouter
+from lightning_tex.parallel.topology import Layout
+
+
+class Sigmoid(Router):
+    def score(self, logits):
+        return logits.sigmoid()
+
+
+class Cyclic(Router):
+    """Token t goes to experts t, t + 1, .. with weight 1/2: a router with a forward of its own."""
+
+    def forward(self, x, token_mask=None):
+        first = torch.arange(len(x))[:, None]
+        indices = (first + torch.arange(self.top_k)) % self.num_experts
+        scores = x.new_full((len(x), self.num_experts), 1 / self.num_experts)
+        return Route(indices, torch.full(indices.shape, 0.5, dtype=x.dtype), scores, scores)
+
+
+def test_softmax_router_decides_as_written_by_hand():
+    torch.manual_seed(0)
+    router = SoftmaxRouter(4, 5, top_k=3)
+    x = torch.randn(7, 4)
+    route = router(x)
+    for t in range(7):
+        logits = [sum((router.weight[e, d] * x[t, d]).item() for d in range(4)) for e in range(5)]
+        exp = [2.718281828459045**z for z in logits]
+        scores = [e / sum(exp) for e in exp]
+        best = sorted(range(5), key=lambda e, s=scores: -s[e])[:3]
+        assert route.indices[t].tolist() == best
+        torch.testing.assert_close(route.weights[t], torch.tensor([scores[e] for e in best]))
+        torch.testing.assert_close(route.scores[t], torch.tensor(scores))
+        torch.testing.assert_close(route.logits[t], torch.tensor(logits))
+
+
+def test_normalised_weights_sum_to_one_and_masked_ones_are_zero():
+    torch.manual_seed(0)
+    router = SoftmaxRouter(4, 5, top_k=2, norm_topk_prob=True)
+    mask = torch.tensor([True, False, True])
+    route = router(torch.randn(3, 4), mask)
+    torch.testing.assert_close(route.weights.sum(-1), mask.float())
+    assert route.indices[1].tolist() == [5, 5]
+    assert (route.indices[mask] < 5).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_router_computes_in_at_least_fp32_even_under_autocast(dtype):
+    torch.manual_seed(0)
+    router = SoftmaxRouter(8, 4, top_k=2)
+    x = torch.randn(6, 8).to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        route = router(x)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert route.logits.dtype == route.scores.dtype == route.weights.dtype == wide
+    torch.testing.assert_close(route.logits, x.to(wide) @ router.weight.to(wide).T)
+
+
+def test_weights_have_a_gradient_and_indices_have_none():
+    router = SoftmaxRouter(4, 5, top_k=2).double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    route = router(x)
+    assert not route.indices.requires_grad
+    route.weights[:, 0].sum().backward()
+    weight = router.weight.detach().clone().requires_grad_()
+    (x @ weight.T).softmax(-1).amax(-1).sum().backward()
+    torch.testing.assert_close(router.weight.grad, weight.grad)
+
+
+@pytest.mark.parametrize("router", [Sigmoid, Sigmoid(4, 3, 2), "softmax", SoftmaxRouter(4, 3, 2)])
+def test_a_router_may_be_a_name_a_class_or_an_instance(router):
+    torch.manual_seed(0)
+    layer = MoE(4, 8, 3, top_k=2, router=router).double().eval()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    logits = x @ layer.router.weight.T
+    scores = logits.softmax(-1) if isinstance(layer.router, SoftmaxRouter) else 1 / (1 + torch.exp(-logits))
+    expected = torch.zeros_like(x)
+    for t in range(5):
+        for e in scores[t].argsort(descending=True)[:2].tolist():
+            hidden = torch.nn.functional.gelu(layer.experts.up[e] @ x[t])
+            expected[t] += scores[t, e] * (layer.experts.down[e] @ hidden)
+    torch.testing.assert_close(layer(x), expected)
+    if isinstance(router, Router):
+        assert layer.router is router
+
+
+def test_a_router_may_replace_all_of_forward():
+    layer = MoE(4, 8, 3, top_k=2, router=Cyclic).double().eval()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    y = layer(x)
+    for t in range(5):
+        expected = sum(
+            0.5 * layer.experts.down[e] @ torch.nn.functional.gelu(layer.experts.up[e] @ x[t])
+            for e in (t % 3, (t + 1) % 3)
+        )
+        torch.testing.assert_close(y[t], expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"router": "hash"}, "router='hash'; legal: 'softmax', or a Router class or instance"),
+        (
+            {"router": SoftmaxRouter(4, 5, 2), "top_k": 2},
+            "router is made for dim=4, num_experts=5, top_k=2; the MoE layer has dim=4, num_experts=6, top_k=2",
+        ),
+        ({"top_k": 7}, "top_k=7 must be between 1 and num_experts=6"),
+        ({"top_k": 0}, "top_k=0 must be between 1 and num_experts=6"),
+        ({"capacity_factor": 0.0}, "capacity_factor=0.0 must be positive, or None for dropless routing"),
+        ({"activation": "relu"}, "activation='relu'; legal: 'gelu', 'swiglu'"),
+    ],
+)
+def test_wrong_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        MoE(4, 8, 6, **options)
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (
+            Layout(8, 1, 4, 1),
+            "mlp: num_experts=6 is not divisible by expert_parallel_size=4; legal sizes on 8 ranks",
+        ),
+        (Layout(8, 4, 2, 4), "mlp: hidden_dim=10 is not divisible by expert_tensor_parallel_size=4"),
+    ],
+)
+def test_check_names_what_cannot_be_cut(layout, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        MoE(4, 10, 6).check("mlp", layout)
+    MoE(4, 10, 6).check("mlp", Layout(8, 4, 2, 1))
+    MoE(4, 10, 6).check("mlp", Layout(8, 2, 2, 2))

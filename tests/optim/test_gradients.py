@@ -1,0 +1,251 @@
+"""ZeRO stages 0, 1 and 2 on four ranks against a plain optimizer on the whole model in one process."""
+
+import pytest
+import torch
+from helpers.optimizer_on_ranks import KINDS, LAYOUTS, Case, made
+from torch import nn
+
+from lightning_tex.optim.gradients import FullGradients, ShardedGradients
+from lightning_tex.parallel.collectives import all_reduce
+from lightning_tex.testing.ranks import run_ranks
+
+SGD = KINDS[1]
+
+
+def backward(case, step, micro):
+    """A backward whose gradients are those of ``Case``: of a loss linear in the parameters."""
+    loss = 0
+    for name, p in case.parted.named_parameters():
+        at = case.placements[name]
+        loss = loss + (p * at.box.cut(made(name, at.replicas.rank, 10 * step + micro, at.box.whole)).to(p.dtype)).sum()
+    case.optimizer.flow.before_backward(loss, undisturbed=True)
+    loss.backward()
+    case.optimizer.flow.after_backward()
+
+
+def plain_gradients(case, step, micros):
+    for name, p in case.whole.named_parameters():
+        at = case.placements[name]
+        total = sum(
+            made(name, replica, 10 * step + micro, at.box.whole)
+            for replica in range(at.replicas.size)
+            for micro in range(micros)
+        )
+        p.grad = (total / case.topology.data.size).to(p.dtype)
+
+
+def accumulating_steps(stage):
+    for layout in LAYOUTS:
+        for kind in KINDS:
+            case = Case(layout, kind, zero_stage=stage)
+            for step in range(3):
+                case.optimizer.zero_grad()
+                for micro in range(2):
+                    backward(case, step, micro)
+                plain_gradients(case, step, 2)
+                if step:
+                    norm = case.optimizer.clip_by_norm(1.0)
+                    expected = nn.utils.clip_grad_norm_(case.whole.parameters(), 1.0)
+                    torch.testing.assert_close(norm, expected, rtol=1e-12, atol=0)
+                if step == 2:
+                    case.optimizer.clip_by_value(0.01)
+                    nn.utils.clip_grad_value_(case.whole.parameters(), 0.01)
+                case.optimizer.step()
+                case.plain.step()
+                case.compare()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_every_stage_steps_as_one_process_does(stage):
+    run_ranks(4, accumulating_steps, stage)
+
+
+def whole_gradients(stage):
+    for layout in LAYOUTS[:3]:
+        case = Case(layout, SGD, zero_stage=stage)
+        case.optimizer.zero_grad()
+        backward(case, 0, 0)
+        plain_gradients(case, 0, 1)
+        case.optimizer.reduce_gradients(whole=True)
+        for (name, p), q in zip(case.parted.named_parameters(), case.whole.parameters(), strict=True):
+            torch.testing.assert_close(case.placements[name].gather(p.grad), q.grad, rtol=1e-12, atol=1e-12)
+            p.grad.mul_(0.5)  # as a hook might
+            q.grad.mul_(0.5)
+        case.optimizer.step()
+        case.plain.step()
+        case.compare()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_whole_gradients_can_be_looked_at_and_changed_before_the_step(stage):
+    run_ranks(4, whole_gradients, stage)
+
+
+def looked_at(limit):
+    """Two steps of bf16 parameters; gradients shown, which are bf16, or not."""
+    steps = []
+    for whole in (False, True):
+        case = Case((1, 2, 1), SGD, torch.bfloat16, zero_stage=2)
+        for step in range(2):
+            case.optimizer.zero_grad()
+            for micro in range(3):
+                backward(case, step, micro)
+            case.optimizer.reduce_gradients(whole=whole)
+            if limit is not None:
+                case.optimizer.clip_by_value(limit)
+            case.optimizer.step()
+        steps.append([shard.states.values.clone() for shard in case.optimizer.shards])
+    return all(torch.equal(p, q) for p, q in zip(*steps, strict=True))
+
+
+def test_gradients_that_are_shown_keep_their_precision_under_zero_2():
+    for limit in (None, 1e-2):
+        assert run_ranks(4, looked_at, limit) == [True] * 4
+
+
+def what_is_held(stage):
+    case = Case((1, 2, 1), KINDS[0], torch.bfloat16, zero_stage=stage)
+    case.optimizer.zero_grad()
+    backward(case, 0, 0)
+    backward(case, 0, 1)
+    kept = [p.grad is not None for p in case.parted.parameters()]
+    case.optimizer.step()
+    parameters = states = 0
+    for shard in case.optimizer.shards:
+        assert type(shard.gradients) is (ShardedGradients if stage == 2 else FullGradients)
+        parameters += len(shard.buffer.parameters)
+        states += len(shard.states.own)
+        size = 1 if stage == 0 else shard.buffer.replicas.size
+        assert len(shard.states.own) * size == len(shard.buffer.parameters)
+    gradients = {
+        tensor.dtype: tensor.numel()
+        for shard in case.optimizer.shards
+        for tensor in vars(shard.gradients).values()
+        if isinstance(tensor, torch.Tensor)
+    }
+    return kept, gradients, states / parameters
+
+
+def test_what_each_stage_keeps():
+    for stage in (0, 1, 2):
+        for kept, gradients, share in run_ranks(4, what_is_held, stage):
+            assert set(kept) == {stage < 2}
+            assert set(gradients) == {torch.float32 if stage == 2 else torch.bfloat16}, "accumulated in"
+            assert share == 1 if stage == 0 else share <= 0.5
+
+
+def dtypes_of_accumulation(stage):
+    """Many small gradients after a large one: lost in bf16, kept in fp32."""
+    case = Case((1, 1, 1), SGD, torch.bfloat16, zero_stage=stage)
+    case.optimizer.zero_grad()
+    for micro in range(101):
+        loss = sum(p.sum() for p in case.parted.parameters()) * (1.0 if micro == 0 else 2**-9)
+        case.optimizer.flow.before_backward(loss, undisturbed=True)
+        loss.backward()
+        case.optimizer.flow.after_backward()
+    case.optimizer.reduce_gradients()
+    own = [(s.gradients.own, s.gradients.divisor, s) for s in case.optimizer.shards]
+    return [float(g.max()) / divisor for g, divisor, shard in own if shard.buffer.replicas.name == "data"]
+
+
+def test_micro_batches_accumulate_in_the_parameters_dtype_or_under_zero_2_in_fp32():
+    for stage, expected in ((0, 1.0), (1, 1.0), (2, 1 + 100 * 2**-9)):
+        for found in run_ranks(4, dtypes_of_accumulation, stage):
+            assert max(found) == expected, (stage, found)
+
+
+def raw_backward_after_a_reduced_one():
+    case = Case((1, 1, 1), SGD, zero_stage=2)
+    case.optimizer.zero_grad()
+    backward(case, 0, 0)
+    sum(p.sum() for p in case.parted.parameters()).backward()
+    with pytest.raises(RuntimeError, match=r"zero_stage=2 had reduced .*manual_backward"):
+        case.optimizer.step()
+
+
+def test_a_gradient_that_would_be_lost_is_an_error():
+    run_ranks(2, raw_backward_after_a_reduced_one)
+
+
+def without_hooks(stage):
+    case = Case((2, 2, 2), SGD, zero_stage=stage)
+    for step in range(2):
+        case.set_gradients(step)
+        case.optimizer.step()
+        case.plain.step()
+        case.compare()
+    return True
+
+
+def test_gradients_set_by_hand():
+    for stage in (0, 1):
+        run_ranks(4, without_hooks, stage)
+
+
+# --- formats on every layout
+
+
+def rounded(state_format):
+    """bf16 parameters after steps on every layout, whole."""
+    results = []
+    for layout in LAYOUTS:
+        for stage in (0, 1, 2):
+            case = Case(layout, lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2), torch.bfloat16,
+                        state_format=state_format, zero_stage=stage)  # fmt: skip
+            for step in range(3):
+                case.optimizer.zero_grad()
+                for name, p in case.parted.named_parameters():
+                    at = case.placements[name]
+                    # Alike on all replicas, and divided by a power of two: no rounding on the way.
+                    factor = at.divisor / at.replicas.size
+                    p.grad = at.box.cut(made(name, 0, step, at.box.whole) * factor).bfloat16()
+                case.optimizer.step()
+            results.append({n: case.placements[n].gather(p.detach()) for n, p in case.parted.named_parameters()})
+            for name, p in case.parted.named_parameters():
+                alike = all_reduce(p.detach(), case.placements[name].replicas, "max")
+                assert torch.equal(alike, p.detach()), f"{name} differs between replicas"
+    return results
+
+
+@pytest.mark.parametrize("state_format", ["fp32", "split", "stochastic"])
+def test_no_layout_changes_what_is_rounded(state_format):
+    for results in run_ranks(4, rounded, state_format):
+        for other in results[1:]:
+            assert all(torch.equal(other[name], value) for name, value in results[0].items())
+
+
+# --- what is not finite
+
+
+def bad_gradient(where, guard):
+    case = Case((2, 2, 2), SGD, guard=guard)
+    world = case.topology.world
+    before = [p.detach().clone() for p in case.parted.parameters()]
+    skipped = []
+    for step in range(3):
+        case.set_gradients(step)
+        if world.rank == 2 and step < 2:
+            dict(case.parted.named_parameters())[where].grad.view(-1)[0] = [float("nan"), float("inf")][step]
+        if step == 1:
+            case.optimizer.clip_by_norm(1.0)
+            case.optimizer.clip_by_value(1.0)
+        try:
+            case.optimizer.step()
+        except RuntimeError as error:
+            return str(error)
+        same = all(torch.equal(p, q) for p, q in zip(case.parted.parameters(), before, strict=True))
+        skipped.append((same, case.optimizer.skipped.total, case.optimizer.skipped.in_a_row))
+    return skipped
+
+
+@pytest.mark.parametrize("where", ["norm.weight", "moe.experts.up", "embedding.weight"])
+def test_a_gradient_that_is_not_finite_skips_the_step_on_all_ranks(where):
+    for skipped in run_ranks(4, bad_gradient, where, 3):
+        assert skipped == [(True, 1, 1), (True, 2, 2), (False, 2, 0)]
+
+
+@pytest.mark.parametrize("where", ["norm.weight", "moe.experts.up"])
+def test_too_many_in_a_row_are_an_error_that_names_the_parameter(where):
+    messages = run_ranks(4, bad_gradient, where, 2)
+    assert len(set(messages)) == 1
+    assert f"the gradient of {where} (rank " in messages[0] and "last 2 steps" in messages[0]

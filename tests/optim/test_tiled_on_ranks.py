@@ -1,0 +1,157 @@
+"""The sharded, tiled optimizer on four ranks against a plain optimizer on the whole model in one process.
+
+Gradients are made by hand: the ranks along a parameter's replica axis hold different ones, others the same.
+"""
+
+import torch
+import torch.distributed as dist
+from helpers.optimizer_on_ranks import KINDS, LAYOUTS, Case, made
+from torch import nn
+
+from lightning_tex.parallel.collectives import all_reduce
+from lightning_tex.testing.ranks import run_ranks
+
+
+def steps():
+    for layout in LAYOUTS:
+        for kind in KINDS:
+            case = Case(layout, kind)
+            for step in range(3):
+                case.set_gradients(step)
+                case.optimizer.step()
+                case.plain.step()
+                case.compare()
+                for each in (case.optimizer, case.plain):
+                    each.param_groups[0]["lr"] *= 0.7
+
+
+def test_steps_on_every_layout_are_those_of_one_process():
+    run_ranks(4, steps)
+
+
+def norms_and_clipping():
+    norms = []
+    for layout in LAYOUTS:
+        case = Case(layout, lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
+        case.set_gradients(0)
+        norm = case.optimizer.gradient_norm()
+        gradients = [p.grad.flatten() for p in case.whole.parameters()]
+        torch.testing.assert_close(norm, torch.cat(gradients).norm(), rtol=1e-12, atol=0)
+        norms.append(norm.item())
+
+        case.optimizer.clip_by_norm(1.0)
+        torch.nn.utils.clip_grad_norm_(case.whole.parameters(), 1.0)
+        case.optimizer.step()
+        case.plain.step()
+        case.compare()
+
+        case.set_gradients(1)
+        case.optimizer.clip_by_value(0.3)
+        torch.nn.utils.clip_grad_value_(case.whole.parameters(), 0.3)
+        case.optimizer.step()
+        case.plain.step()
+        case.compare()
+    return norms
+
+
+def test_the_norm_counts_every_parameter_once_and_clipping_is_the_plain_one():
+    results = run_ranks(4, norms_and_clipping)
+    assert all(norms == results[0] for norms in results)
+
+
+def whole_gradients():
+    for layout in LAYOUTS:
+        case = Case(layout, lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
+        case.set_gradients(0)
+        case.optimizer.reduce_gradients(whole=True)
+        case.optimizer.reduce_gradients(whole=True)  # a second call must change nothing
+        for (name, p), q in zip(case.parted.named_parameters(), case.whole.parameters(), strict=True):
+            torch.testing.assert_close(case.placements[name].gather(p.grad), q.grad, rtol=1e-12, atol=1e-12)
+        case.optimizer.step()
+        case.plain.step()
+        case.compare()
+
+
+def test_whole_gradients_can_be_looked_at_before_the_step():
+    run_ranks(4, whole_gradients)
+
+
+def low_precision():
+    for layout in LAYOUTS[:3]:
+        case = Case(layout, lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2), torch.bfloat16)
+        whole = {name: nn.Parameter(p.detach().float()) for name, p in case.whole.named_parameters()}
+        plain = torch.optim.AdamW(whole.values(), lr=1e-2)
+        for step in range(2):
+            case.optimizer.zero_grad()
+            for name, p in case.parted.named_parameters():
+                at = case.placements[name]
+                gradient = made(name, 0, step, at.box.whole).bfloat16()
+                # Alike on all replicas and divided by a power of two: no rounding on the way.
+                p.grad.copy_(at.box.cut(gradient))
+                whole[name].grad = (gradient * (at.replicas.size / at.divisor)).float()
+            case.optimizer.step()
+            plain.step()
+            for name, p in case.parted.named_parameters():
+                expected = whole[name].detach().bfloat16()
+                torch.testing.assert_close(case.placements[name].gather(p.detach()), expected, rtol=2**-7, atol=1e-6)
+
+
+def test_bf16_parameters_follow_their_fp32_masters():
+    run_ranks(4, low_precision)
+
+
+def loading():
+    for dtype in (torch.float64, torch.bfloat16):
+        case = Case((2, 2, 2), lambda m: torch.optim.SGD(m.parameters(), lr=0.5), dtype)
+        case.set_gradients(0)
+        case.optimizer.step()
+        loaded = {}
+        for name, at in case.placements.items():
+            loaded[name] = at.box.cut(made(name, 0, 7, at.box.whole)).to(dtype)
+        state = {**case.parted.state_dict(), **loaded}
+        case.parted.load_state_dict(state)
+        case.optimizer.zero_grad()
+        case.optimizer.step()  # gradient zero
+        for name, p in case.parted.named_parameters():
+            assert torch.equal(p, loaded[name]), name
+
+
+def test_weights_loaded_between_steps_are_taken_up():
+    run_ranks(4, loading)
+
+
+def states_are_sharded():
+    elements = []
+    for layout in LAYOUTS:
+        case = Case(layout, lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2), tile_size=128)
+        case.set_gradients(0)
+        case.optimizer.step()
+        covered = {name: torch.zeros(at.box.stored).flatten() for name, at in case.placements.items()}
+        for piece in case.optimizer.pieces():
+            covered[piece.placement.name][piece.start : piece.stop] += 1
+            state = piece.shard.states.kept(piece.window)
+            span = piece.shard.states.spans[piece.window]
+            assert state["exp_avg"].read().shape == (span.stop - span.start,)
+        for name, at in case.placements.items():
+            assert torch.equal(all_reduce(covered[name], at.replicas), torch.ones_like(covered[name])), name
+        held = sum(len(shard.states.own) for shard in case.optimizer.shards)
+        stored = sum(p.numel() / case.placements[n].replicas.size for n, p in case.parted.named_parameters())
+        elements.append((held, stored))
+    return elements
+
+
+def test_each_state_element_lives_on_exactly_one_replica():
+    for elements in run_ranks(4, states_are_sharded):
+        for held, stored in elements:
+            # Parameters and shards are padded to 64 elements each; the model has 13 parameters in 2 buffers.
+            assert stored <= held <= stored + 64 * (13 + 2)
+
+
+def order_of_ranks():
+    case = Case((2, 2, 2), KINDS[0])
+    return dist.get_rank(), [shard.buffer.replicas.name for shard in case.optimizer.shards]
+
+
+def test_buffers_stand_in_one_order_on_all_ranks():
+    orders = [order for _, order in run_ranks(4, order_of_ranks)]
+    assert all(order == orders[0] and set(order) == {"data", "expert_data"} for order in orders)

@@ -1,0 +1,136 @@
+"""Planned activations against what autograd really saves in each block, and stashes against the tapes': equal."""
+
+from __future__ import annotations
+
+import itertools
+from contextlib import nullcontext
+
+import pytest
+import torch
+from helpers.topologies import join
+from torch import nn
+
+from lightning_tex.models import DecoderConfig
+from lightning_tex.models.decoder import Block
+from lightning_tex.moe import auxiliary_loss
+from lightning_tex.moe.losses import routing_losses
+from lightning_tex.moe.router import Route
+from lightning_tex.parallel import sharding
+from lightning_tex.parallel.activation_checkpointing import recompute, stash_bytes
+from lightning_tex.parallel.activation_layout import AlikeStream
+from lightning_tex.parallel.topology import Axis, Layout
+from lightning_tex.planner.activations import Activations
+from lightning_tex.planner.layouts import Candidate, Job
+from lightning_tex.planner.sizes import ModelSizes
+from lightning_tex.strategy.precision import TexMixedPrecision
+from lightning_tex.testing.ranks import run_ranks
+
+B, S = 3, 8
+# Every token to every expert where the number of rows would depend on the routing.
+CONFIGS = (
+    DecoderConfig(96, 64, 2, 8, None, 80, S, 4, 2, 1.25, activation="gelu"),
+    DecoderConfig(96, 64, 2, 8, 4, 80, S, 4, 4, None, norm_topk_prob=True, z_loss_coefficient=0.1),
+    DecoderConfig(96, 64, 2, 8, 4, 80, S, 4, 4, 1.0, load_balance_coefficient=0),
+)
+
+
+def saved_bytes(block: nn.Module, x: torch.Tensor, precision: str) -> int:
+    """Bytes of the distinct storages that autograd saves, parameters not included; then a backward."""
+    parameters = {p.untyped_storage().data_ptr() for p in block.parameters()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        at = tensor.untyped_storage().data_ptr()
+        if at not in parameters:
+            saved[at] = tensor  # held, so that no address is used twice
+        return tensor
+
+    autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16-mixed" else nullcontext()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
+        y = block(x)
+        return sum(t.untyped_storage().nbytes() for t in saved.values()) if y.requires_grad else 0
+
+
+def compare(layouts: tuple[tuple[int, int, int, bool], ...]) -> int:
+    seen = 0
+    for layout, sequence, config, precision in itertools.product(layouts, (False, True), CONFIGS, PRECISIONS):
+        if sequence and (layout[0] == 1 or config.capacity_factor == 1.25):
+            continue
+        topology = join(*layout, sequence_parallel=sequence)
+        job = Job(ModelSizes.of(config), topology.layout.world, S, B * topology.layout.data, precision)
+        candidate = Candidate(topology.layout, B, communication=topology.communication)
+        planned = Activations(job, candidate)
+        dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float32
+        for experts in (False, True):
+            torch.manual_seed(0)
+            block = Block(config, int(experts))
+            sharding.cut(block, topology)
+            if precision == "bf16-mixed":
+                TexMixedPrecision("bf16-mixed", "cpu").convert_module(block)
+            held = S // layout[0] if sequence else S
+            x = torch.randn(B, held, config.dim, dtype=dtype).requires_grad_()
+            real = saved_bytes(block, x, precision)
+            # The way keeps its indices itself, and routing losses what they need, past these hooks.
+            elsewhere = planned.indices() + planned.routing_losses() if experts else 0
+            case = layout, sequence, config, precision, experts
+            assert real == planned.block(experts) - elsewhere, case
+            auxiliary_loss(block)
+            seen += 1
+    return seen
+
+
+PRECISIONS = ("32-true", "bf16-mixed")
+
+
+def test_what_routing_losses_keep() -> None:
+    config = CONFIGS[1]
+    tokens, experts = B * S, config.num_experts
+    logits = torch.randn(tokens, experts, requires_grad=True) * 1.0
+    indices = logits.detach().topk(config.top_k).indices
+    saved: dict[int, torch.Tensor] = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
+        routing_losses(
+            Route(indices, logits, logits.softmax(-1), logits), None, Axis("data"), AlikeStream(Axis("tensor"))
+        )
+    planned = Activations(Job(ModelSizes.of(config), 1, S, B, "32-true"), Candidate(Layout(1), B))
+    of_each_token = [t for t in saved.values() if t.dim() and t.shape[0] == tokens and t is not None]
+    softmax = tokens * experts * 4  # the router's own
+    assert sum(t.untyped_storage().nbytes() for t in of_each_token) - softmax == planned.routing_losses()
+
+
+def test_saved_bytes_of_a_block_in_one_process() -> None:
+    assert run_ranks(1, compare, ((1, 1, 1, True),), detail=False) == [12]
+
+
+def test_saved_bytes_of_a_block_on_four_ranks() -> None:
+    layouts = ((2, 2, 2, True), (2, 2, 2, False), (2, 4, 1, True), (4, 1, 4, True))
+    assert min(run_ranks(4, compare, layouts, detail=False)) > 60
+
+
+def compare_stashes(layouts: tuple[tuple[int, int, int, bool], ...]) -> int:
+    seen = 0
+    for layout, sequence, config in itertools.product(layouts, (False, True), CONFIGS):
+        if sequence and (layout[0] == 1 or config.capacity_factor == 1.25):
+            continue
+        topology = join(*layout, sequence_parallel=sequence)
+        job = Job(ModelSizes.of(config), topology.layout.world, S, B * topology.layout.data, "32-true")
+        candidate = Candidate(topology.layout, B, recompute="communication_aware", communication=topology.communication)
+        model = nn.Module()
+        model.blocks = nn.ModuleList(Block(config, layer) for layer in range(2))
+        sharding.cut(model, topology)
+        recompute(model, "communication_aware")
+        x = torch.randn(B, S // layout[0] if sequence else S, config.dim).requires_grad_()
+        y = model.blocks[1](model.blocks[0](x))
+        (y.sum() + auxiliary_loss(model)).backward()
+        planned = [Activations(job, candidate).stash(experts) for experts in (False, True)]
+        assert list(stash_bytes(model).values()) == planned, (layout, sequence, config)
+        seen += 1
+    return seen
+
+
+@pytest.mark.parametrize("world", [1, 4])
+def test_stashes_are_those_on_the_tapes(world: int) -> None:
+    layouts = (
+        ((1, 1, 1, True),) if world == 1 else ((2, 2, 2, True), (2, 2, 2, False), (2, 4, 1, True), (1, 4, 1, True))
+    )
+    assert min(run_ranks(world, compare_stashes, layouts, detail=False)) >= 3

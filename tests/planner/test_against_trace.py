@@ -1,0 +1,80 @@
+"""Formulas against traces of the real model and strategy at the world sizes of the large recipes."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+from lightning_tex.cli.plan_recipe import own_candidate, recipe_sizes
+from lightning_tex.parallel.byte_meter import Sent
+from lightning_tex.planner.cluster import CLUSTERS
+from lightning_tex.planner.layouts import Job
+from lightning_tex.planner.memory import memory
+from lightning_tex.planner.sizes import ModelSizes
+from lightning_tex.planner.traffic import sent_bytes, step_collectives
+from lightning_tex.planner.work import computation
+from lightning_tex.planner_trace import trace
+from lightning_tex.recipe import Recipe
+from lightning_tex.testing.ranks import run_ranks
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+# Few blocks: the trace of all takes a minute.
+FEWER = ["--trainer.accumulate_grad_batches", "2", "--model.config.num_layers", "4"]
+CASES = {
+    "ted-40b-128xa100": [{}, {"zero_stage": 2, "activation_checkpointing": None}, {"duplicate_token_dropping": False}],
+    "mixtral-8x7b-64xh100": [{}, {"optimizer_state_format": "int8", "activation_checkpointing": "full"}],
+}
+
+
+def both(path: str, strategy: dict[str, object]) -> dict[str, object]:
+    warnings.simplefilter("ignore")
+    recipe = Recipe(path, FEWER)
+    traced = trace(recipe, recipe.world_size(), 5, strategy)
+    config, numbers, own = recipe_sizes(path, FEWER)
+    job = Job(
+        ModelSizes.of(config), recipe.world_size(), numbers["sequence_length"], numbers["global_batch_size"],
+        numbers["precision"],
+        two_groups=numbers["two_groups"],
+    )  # fmt: skip
+    candidate = own_candidate(job, {**own, **strategy})
+    assert candidate is not None and candidate.layout == traced.layout
+    planned = memory(job, candidate)
+    states = {**vars(planned.states)}
+    states["moments"] += states.pop("scalars")
+    assert {k: n for k, n in traced.state_bytes.items() if n} == {k: n for k, n in states.items() if n}
+
+    sent = sent_bytes(step_collectives(job, candidate))
+    # One of the first three batches, which tensor ranks compare; that, and where a stream ends, is agreed on by all.
+    compared, agreed = Sent("all_gather", "tensor", "forward"), Sent("all_gather", "world", "forward")
+    sent[compared] = sent.get(compared, Fraction(0)) + 8 * (candidate.layout.tensor - 1)
+    found = {kind: Fraction(count) for kind, count in traced.sent_bytes.items() if kind != agreed}
+    # The trace counts what a causal kernel skips.
+    shares = candidate.layout.data * candidate.layout.tensor
+    half = 2 * job.tokens * job.sequence_length * job.sizes.dim * job.sizes.num_layers / shares
+    skipped = half * (1 + 2.5 + (candidate.recompute is not None))
+    flops = candidate.accumulation * computation(job, candidate, CLUSTERS["h100"]).flops + skipped
+    return {
+        "sent": {str(k): (float(found.get(k, 0)), float(sent.get(k, 0))) for k in {*found, *sent}},
+        "peak": planned.peak / traced.peak_bytes,
+        "flops": flops / sum(traced.flops.values()),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    [
+        pytest.param(name, strategy, marks=[] if not strategy else pytest.mark.full)
+        for name, strategies in CASES.items()
+        for strategy in strategies
+    ],
+)
+def test_formulas_are_what_a_trace_shows(name: str, strategy: dict[str, object]) -> None:
+    found = run_ranks(1, both, str(RECIPES / f"{name}.yaml"), strategy, detail=False)[0]
+    different = {kind: pair for kind, pair in found["sent"].items() if pair[0] != pair[1]}
+    assert not different, json.dumps(different, indent=1)
+    assert found["peak"] == pytest.approx(1, abs=0.05)
+    assert found["flops"] == pytest.approx(1, abs=1e-9), found["flops"]

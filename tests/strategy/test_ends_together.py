@@ -1,0 +1,138 @@
+"""Training batches: samplers, workers, batches that are fewer or shorter on some ranks, batches that must be equal."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from helpers.behaviour_modules import (
+    TED,
+    PublicNames,
+    Unequal,
+    assert_equal_to_one_process,
+    batches,
+    gathered,
+    loader,
+    new_trainer,
+    on_ranks,
+    own_slices,
+)
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance\\(treespec, LeafSpec\\).*")
+
+
+def train_unequal(layout: Any, iterable: bool) -> dict[str, Any]:
+    module = PublicNames()
+    trainer = new_trainer(layout, max_epochs=2)
+    own = batches(5)[: (5, 3)[trainer.distributed_sampler_kwargs["rank"]]]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, DataLoader(Unequal(own), batch_size=None) if iterable else loader(own))
+    texts = [str(w.message) for w in caught]
+    return {"steps": trainer.global_step, "warned": any("end" in t and "rank" in t for t in texts), "texts": texts}
+
+
+@pytest.mark.parametrize("iterable", [False, True], ids=["sampler", "iterable"])
+def test_training_with_unequal_numbers_of_batches_ends_together(iterable: bool) -> None:
+    outcomes = on_ranks(4, train_unequal, TED, iterable)
+    assert [outcome["steps"] for outcome in outcomes] == [6] * 4
+    assert outcomes[0]["warned"], outcomes[0]["texts"]
+
+
+def fit_short_last_batch(layout: Any, uneven: bool) -> dict[str, Tensor]:
+    module = PublicNames(capacity_factor=None if not uneven else 1.0)
+    trainer = new_trainer(layout)
+    data = [*batches(3), [part[:4] for part in batches(1, seed=9)[0]]]
+    mine = own_slices(trainer, data)
+    if uneven and trainer.strategy.distributed_sampler_kwargs["rank"]:
+        mine[-1] = [part[:1] for part in mine[-1]]
+    trainer.fit(module, loader(mine))
+    return gathered(module, trainer) | {"steps": torch.tensor(trainer.global_step)}
+
+
+def test_short_last_batch() -> None:
+    assert_equal_to_one_process(fit_short_last_batch, False)
+
+
+def test_last_batch_that_is_shorter_on_some_ranks() -> None:
+    outcomes = on_ranks(4, fit_short_last_batch, TED, True)
+    for outcome in outcomes:
+        assert int(outcome["steps"]) == 4
+        assert all(bool(value.isfinite().all()) for value in outcome.values())
+        assert all(torch.equal(value, outcomes[0][name]) for name, value in outcome.items())
+
+
+class Numbers(Dataset):
+    """Sample i is i, and what the worker's random states give."""
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        drawn = [int(torch.randint(2**30, ())), int(np.random.randint(2**30))]  # noqa: NPY002
+        return {"index": torch.tensor(index), "drawn": torch.tensor(drawn)}
+
+
+class SeesSamples(PublicNames):
+    def __init__(self) -> None:
+        super().__init__()
+        self.indices: list[int] = []
+        self.drawn: list[int] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.indices += batch["index"].tolist()
+        self.drawn += batch["drawn"].flatten().tolist()
+        return self.loss([batch["index"][:, None], batch["index"][:, None]])
+
+
+def fit_numbers(layout: Any, workers: int, seeded: bool) -> dict[str, Any]:
+    L.seed_everything(7, workers=seeded, verbose=False)
+    module = SeesSamples()
+    trainer = new_trainer(layout, use_distributed_sampler=True)
+    trainer.fit(module, DataLoader(Numbers(), batch_size=2, shuffle=True, num_workers=workers))
+    sampler = trainer.train_dataloader.sampler
+    assert isinstance(sampler, DistributedSampler)
+    return {"indices": module.indices, "drawn": module.drawn, "replicas": sampler.num_replicas, "rank": sampler.rank}
+
+
+def test_lightning_injects_a_sampler_over_the_data_axis() -> None:
+    found = on_ranks(4, fit_numbers, TED, 0, False)
+    assert [f["replicas"] for f in found] == [2] * 4
+    assert [f["rank"] for f in found] == [0, 0, 1, 1]
+    assert found[0]["indices"] == found[1]["indices"]
+    assert found[2]["indices"] == found[3]["indices"]
+    assert sorted(found[0]["indices"] + found[2]["indices"]) == list(range(16))
+
+
+@pytest.mark.parametrize("seeded", [False, True])
+def test_workers_draw_alike_over_tensor_and_differently_over_data(seeded: bool) -> None:
+    found = on_ranks(4, fit_numbers, TED, 2, seeded)
+    assert found[0]["drawn"] == found[1]["drawn"]
+    assert found[2]["drawn"] == found[3]["drawn"]
+    everything = found[0]["drawn"] + found[2]["drawn"]
+    assert len(set(everything)) == len(everything), "two samples drew the same numbers"
+
+
+def fit_differing(layout: Any, odd: int) -> str:
+    module = PublicNames()
+    trainer = new_trainer(layout)
+    data = own_slices(trainer, batches(4))
+    if trainer.global_rank == odd:
+        data[0] = [data[0][0].flip(0), data[0][1]]
+    try:
+        trainer.fit(module, loader(data))
+    except RuntimeError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def test_batches_that_differ_over_tensor_are_refused_on_all_ranks() -> None:
+    for text in on_ranks(4, fit_differing, TED, 3):
+        assert "rank(s) 3 " in text
+        assert "trainer.distributed_sampler_kwargs" in text

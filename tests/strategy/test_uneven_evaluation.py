@@ -1,0 +1,108 @@
+"""Validation, test and predict on four ranks, also of unequal numbers of batches, and several stages of one trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.behaviour_modules import (
+    FOLDED,
+    TED,
+    PublicNames,
+    Unequal,
+    assert_equal_to_one_process,
+    batches,
+    gathered,
+    loader,
+    new_trainer,
+    on_data_axis,
+    on_ranks,
+)
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance\\(treespec, LeafSpec\\).*")
+
+
+class Evaluates(PublicNames):
+    """Remembers what it saw, and logs means over samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.metric = MeanMetric()
+        self.seen = 0
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.seen += 1
+        losses = F.cross_entropy(self.whole_logits(batch[0]).flatten(0, 1), batch[1].flatten())
+        self.log("loss", losses, sync_dist=True, batch_size=len(batch[0]))
+        self.metric.update(losses, weight=len(batch[0]))
+        self.log("metric", self.metric)
+
+    test_step = validation_step
+
+    def predict_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.whole_logits(batch[0])
+
+
+def fit_with_validation(layout: Any) -> dict[str, Tensor]:
+    module = Evaluates()
+    trainer = new_trainer(layout, val_check_interval=2)
+    data = on_data_axis(trainer, batches(6))
+    trainer.fit(module, data, on_data_axis(trainer, batches(2, seed=5)))
+    metrics = {name: trainer.callback_metrics[name] for name in ("loss", "metric")}
+    return gathered(module, trainer) | metrics | {"seen": torch.tensor(module.seen)}
+
+
+def test_validation_in_the_middle_of_training() -> None:
+    assert_equal_to_one_process(fit_with_validation)
+
+
+def evaluate_unequal(layout: Any, iterable: bool) -> dict[str, Any]:
+    module = Evaluates()
+    trainer = new_trainer(layout)
+    everything = batches(5, samples=2)
+    # Data rank 0 has batches 0 to 3, data rank 1 only batch 4.
+    rank = trainer.distributed_sampler_kwargs["rank"] if layout else None
+    own = everything if rank is None else everything[:4] if rank == 0 else everything[4:]
+    given = DataLoader(Unequal(own), batch_size=None) if iterable else loader(own)
+    found: dict[str, Any] = {}
+    for stage in ("validate", "test"):
+        (found[stage],) = getattr(trainer, stage)(module, given, verbose=False)
+    predictions = trainer.predict(module, given)
+    found["predictions"] = torch.cat(predictions)
+    found["count"] = len(predictions)
+    return found
+
+
+@pytest.mark.parametrize("iterable", [False, True], ids=["sampler", "iterable"])
+@pytest.mark.parametrize("layout", [TED, FOLDED], ids=["ted", "folded"])
+def test_evaluation_with_unequal_numbers_of_batches(layout: dict[str, int], iterable: bool) -> None:
+    (reference,) = on_ranks(1, evaluate_unequal, None, iterable)
+    parts = {0: reference["predictions"][:8], 1: reference["predictions"][8:]}
+    for rank, found in enumerate(on_ranks(4, evaluate_unequal, layout, iterable)):
+        assert found["count"] == (4, 1)[rank // 2]
+        torch.testing.assert_close(found["predictions"], parts[rank // 2], rtol=1e-10, atol=1e-10)
+        for stage in ("validate", "test"):
+            for name, value in reference[stage].items():
+                assert found[stage][name] == pytest.approx(value, rel=1e-10), (rank, stage, name)
+
+
+def fit_test_fit(layout: Any) -> dict[str, Tensor]:
+    module = Evaluates()
+    trainer = new_trainer(layout)
+    data = on_data_axis(trainer, batches(4))
+    trainer.fit(module, data)
+    (tested,) = trainer.test(module, data, verbose=False)
+    trainer.fit_loop.max_epochs += 1
+    trainer.fit(module, data)
+    steps = torch.tensor(trainer.global_step)
+    return gathered(module, trainer) | {"tested": torch.tensor(tested["loss"]), "steps": steps}
+
+
+@pytest.mark.parametrize("layout", [TED, FOLDED], ids=["ted", "folded"])
+def test_fit_then_test_then_fit_again(layout: dict[str, int]) -> None:
+    assert_equal_to_one_process(fit_test_fit, layout=layout)
