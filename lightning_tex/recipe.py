@@ -41,8 +41,8 @@ class TexCLI(LightningCLI):
 
     The model is a :class:`LanguageModel` and the data a :class:`TextDataModule` unless ``class_path`` says otherwise;
     the model's vocabulary is the data's. ``--optimizer`` and ``--lr_scheduler`` are instantiated when the Trainer asks
-    for them, over the parameters that exist then: the model may be built in ``configure_model``, and is cut by then.
-    The scheduler is stepped after every optimizer step (ReduceLROnPlateau: after every validation).
+    for them, over the parameters that exist then: the model may be built in ``configure_model`` and is sharded by
+    then. The scheduler is stepped after every optimizer step (ReduceLROnPlateau: after every validation).
     """
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:

@@ -18,7 +18,7 @@ from lightning_tex.moe import MoE, auxiliary_loss
 
 
 class Regression(L.LightningModule):
-    """Sizes are those of the whole model; the strategy cuts it. Nothing here knows a rank."""
+    """Sizes are those of the whole model; the strategy shards it. Nothing here knows a rank."""
 
     def __init__(self, features: int = 16, width: int = 64) -> None:
         super().__init__()

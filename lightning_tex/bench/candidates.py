@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,10 +18,10 @@ from torch.optim import Optimizer
 
 from lightning_tex.layers import ParallelAttention
 from lightning_tex.moe import MoE
-from lightning_tex.optim import Storage, TiledOptimizer
+from lightning_tex.optim import OptimizerStateConfig, TiledOptimizer
 from lightning_tex.optim.flat_sizes import UNBOUNDED
-from lightning_tex.optim.storage import StateFormatName
-from lightning_tex.parallel import sharding
+from lightning_tex.optim.state_config import OptimizerStateFormat
+from lightning_tex.parallel.sharding import check_shardable, parameter_shardings, shard_module
 from lightning_tex.parallel.topology import Topology
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -30,7 +30,6 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 1e-4, "momentum": 0.9},
     "Adagrad": {"lr": 1e-4},
 }
-FORMATS: tuple[str, ...] = get_args(StateFormatName)
 
 
 @dataclass(frozen=True)
@@ -56,18 +55,18 @@ class Workload:
     topology: Topology
 
     def module(self) -> nn.Module:
-        """A rank's parameters, cut for the layout, without values."""
+        """A rank's parameters, sharded for the layout, without values."""
         module: nn.Module
         with torch.device("meta"):
             if self.experts is None:
                 assert self.elements is not None
                 module = nn.ParameterList([torch.empty(self.elements)])
             else:
-                heads = self.topology.layout.tensor  # as many as can be cut; they change no size
+                heads = self.topology.layout.tensor  # as many as can be sharded; they change no size
                 attention = ParallelAttention(self.width, heads)
                 module = nn.ModuleList([attention, MoE(self.width, 4 * self.width, self.experts)])
-        sharding.check(module, self.topology.layout)
-        sharding.cut(module, self.topology)
+        check_shardable(module, self.topology.layout)
+        shard_module(module, self.topology)
         return module.to(self.dtype)
 
     def count(self) -> int:
@@ -126,30 +125,32 @@ class Tiled(Candidate):
     Args:
         workload: the elements.
         tile_size: elements in a tile; ``None``: the default.
-        state_format: how states are kept.
-        guard: look for infinities and NaN first, as the strategy does unless told otherwise; that takes the norm.
+        optimizer_state_format: how states are kept.
+        max_skipped_steps: look for infinities and NaN first, as the strategy does by default; that takes the norm.
     """
 
     def __init__(
         self,
         workload: Workload,
         tile_size: int | None,
-        state_format: StateFormatName = "fp32",
-        guard: int | None = None,
+        optimizer_state_format: OptimizerStateFormat = "fp32",
+        max_skipped_steps: int | None = None,
     ) -> None:
         super().__init__(workload)
         module = workload.module().to_empty(device=workload.device)
         named = dict(module.named_parameters())
         for parameter in named.values():
             parameter.data.copy_(workload.drawn(*parameter.shape))
-        places = {named[name]: place for name, place in sharding.placements(module, workload.topology).items()}
+        places = {named[name]: place for name, place in parameter_shardings(module, workload.topology).items()}
         inner = workload.build(list(named.values()))
-        storage = Storage(state_format=state_format, tile_size=tile_size, guard=guard)
-        self.optimizer = TiledOptimizer(inner, places, workload.topology.world, storage)
+        state_config = OptimizerStateConfig(
+            optimizer_state_format=optimizer_state_format, tile_size=tile_size, max_skipped_steps=max_skipped_steps
+        )
+        self.optimizer = TiledOptimizer(inner, places, workload.topology.world, state_config)
         for parameter in named.values():
             assert parameter.grad is not None
             parameter.grad.copy_(workload.drawn(*parameter.shape))
-        self.has_master = workload.low_precision and state_format == "fp32"
+        self.has_master = workload.low_precision and optimizer_state_format == "fp32"
 
     @property
     def tile_size(self) -> int:
@@ -204,17 +205,19 @@ Build = Callable[[Workload], Candidate]
 REFERENCE = "torch fused"
 
 
-def ours(tile_size: int | None, state_formats: Sequence[StateFormatName]) -> dict[str, Build]:
+def ours(tile_size: int | None, state_formats: Sequence[OptimizerStateFormat]) -> dict[str, Build]:
     """This package's step by name: tiled, once for each state format; guarded; and with all elements in one tile.
 
     Args:
         tile_size: elements in a tile; ``None``: the default.
-        state_formats: which of :data:`FORMATS`.
+        state_formats: which of :data:`OPTIMIZER_STATE_FORMATS`.
     """
     found: dict[str, Build] = {}
     for name in state_formats:
-        found["tiled" if name == "fp32" else f"tiled, {name}"] = partial(Tiled, tile_size=tile_size, state_format=name)
-    found["tiled, guarded"] = partial(Tiled, tile_size=tile_size, guard=1)
+        found["tiled" if name == "fp32" else f"tiled, {name}"] = partial(
+            Tiled, tile_size=tile_size, optimizer_state_format=name
+        )
+    found["tiled, guarded"] = partial(Tiled, tile_size=tile_size, max_skipped_steps=1)
     return found | {"untiled": partial(Tiled, tile_size=UNBOUNDED)}
 
 

@@ -13,16 +13,16 @@ class Combination:
     """Which communication optimizations a run uses.
 
     Args:
-        dtd: duplicate-token dropping (paper section 5.1).
-        cac: communication-aware activation checkpointing (section 5.2); otherwise full recomputation.
+        duplicate_token_dropping: duplicate-token dropping (paper section 5.1).
+        communication_aware: communication-aware activation checkpointing (section 5.2); otherwise full recomputation.
         fused: reduce-scatter where the paper has an all-reduce and a split.
         overlap: reduce gradients while the backward runs.
         sequence: sequence parallelism.
         folding: experts whole, their axis running through the tensor ranks.
     """
 
-    dtd: bool = False
-    cac: bool = False
+    duplicate_token_dropping: bool = False
+    communication_aware: bool = False
     fused: bool = False
     overlap: bool = False
     sequence: bool = False
@@ -31,8 +31,8 @@ class Combination:
     def options(self, tensor: int, expert: int | str) -> dict[str, Any]:
         """The strategy's arguments, for a recipe of these sizes."""
         options: dict[str, Any] = {
-            "duplicate_token_dropping": self.dtd,
-            "activation_checkpointing": "communication_aware" if self.cac else "full",
+            "duplicate_token_dropping": self.duplicate_token_dropping,
+            "activation_checkpointing": "communication_aware" if self.communication_aware else "full",
             "sequence_parallel": self.sequence,
             "expert_tensor_parallel_size": 1 if self.folding else tensor,
         }
@@ -45,11 +45,11 @@ class Combination:
         strategy.communication = replace(strategy.communication, fused=self.fused, overlap=self.overlap)
 
 
-PAPER = Combination(dtd=True, cac=True)
+PAPER = Combination(duplicate_token_dropping=True, communication_aware=True)
 COMBINATIONS: dict[str, Combination] = {
     "baseline": Combination(),
-    "+DTD": Combination(dtd=True),
-    "+CAC": Combination(cac=True),
+    "+DTD": Combination(duplicate_token_dropping=True),
+    "+CAC": Combination(communication_aware=True),
     "+DTD +CAC": PAPER,
     "  and reduce-scatter": replace(PAPER, fused=True),
     "  and overlap": replace(PAPER, fused=True, overlap=True),

@@ -20,7 +20,7 @@ from lightning_tex.bench.candidates import REFERENCE, Build, Candidate, Tiled, W
 from lightning_tex.bench.memory import live_bytes, peak_bytes
 from lightning_tex.bench.peers import peers
 from lightning_tex.bench.show import LEGEND, draw, tabulate, tell
-from lightning_tex.optim.storage import StateFormatName
+from lightning_tex.optim.state_config import OptimizerStateFormat
 from lightning_tex.parallel.topology import Layout, Topology
 
 PROBE_ELEMENTS = 1 << 16
@@ -42,7 +42,7 @@ class Plan:
 
     workloads: Sequence[Workload]
     tile_size: int | None
-    state_formats: Sequence[StateFormatName]
+    state_formats: Sequence[OptimizerStateFormat]
     turns: int | None
     builds: int
     limit_bytes: int

@@ -30,7 +30,9 @@ class ExpertMonitor(Callback):
         if self._layers is None:
             self._layers = labelled({n: m for n, m in pl_module.named_modules() if isinstance(m, MoE)})
         loads = {label: layer.load.take() for label, layer in self._layers.items()}
-        used = {n: self._layers[n].stream.total(load.float()) for n, load in loads.items() if load is not None}
+        used = {
+            n: self._layers[n].activation_layout.total(load.float()) for n, load in loads.items() if load is not None
+        }
         if not used:
             return
         total = trainer.strategy.reduce(torch.cat(list(used.values())), reduce_op="sum")

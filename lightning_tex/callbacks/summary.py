@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_tex.optim import TiledOptimizer
-from lightning_tex.parallel.sharding import placements
+from lightning_tex.parallel.sharding import parameter_shardings
 
 
 class RunSummary(Callback):
@@ -81,7 +81,7 @@ def _global_parameters(trainer: Trainer, module: LightningModule) -> int:
     topology = getattr(trainer.strategy, "topology", None)
     if topology is None:
         return sum(p.numel() for p in module.parameters())
-    return sum(prod(placement.box.whole) for placement in placements(module, topology).values())
+    return sum(prod(placement.box.full) for placement in parameter_shardings(module, topology).values())
 
 
 def _layout(trainer: Trainer) -> str:

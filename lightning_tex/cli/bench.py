@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from lightning_tex.bench import calibrate, communication, optimizer
-from lightning_tex.bench.candidates import FORMATS, OPTIMIZERS, Workload
+from lightning_tex.bench.candidates import OPTIMIZERS, Workload
 from lightning_tex.bench.combinations import COMBINATIONS
+from lightning_tex.optim.state_config import OPTIMIZER_STATE_FORMATS
 from lightning_tex.planner.cluster import Cluster
 from lightning_tex.recipe import Recipe
 
@@ -77,7 +78,9 @@ def add_optimizer(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--width", type=whole, default=256, help="of that block: 4 w^2 dense, 8 w^2 an expert (256)")
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["fp32"], help="of the tiled step's states")
+    parser.add_argument(
+        "--formats", nargs="+", choices=OPTIMIZER_STATE_FORMATS, default=["fp32"], help="of the tiled step's states"
+    )
     parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="AdamW")
     parser.add_argument("--tile-size", type=whole, help="elements in a tile (default: the strategy's)")
     parser.add_argument("--tensor-parallel-size", type=whole, default=1)

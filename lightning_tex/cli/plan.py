@@ -12,9 +12,10 @@ from typing import Any, NoReturn
 
 from lightning_tex.cli import plan_paper, plan_scaling, plan_tables
 from lightning_tex.cli.plan_recipe import own_candidate, recipe_sizes
+from lightning_tex.optim.state_config import OPTIMIZER_STATE_FORMATS
 from lightning_tex.planner import paper
 from lightning_tex.planner.cluster import CLUSTERS, Cluster
-from lightning_tex.planner.layouts import FORMATS, Choices, Job
+from lightning_tex.planner.layouts import Choices, Job
 from lightning_tex.planner.search import largest_base, plan, plan_all
 from lightning_tex.planner.sizes import ELEMENT_BYTES, ModelSizes
 
@@ -76,12 +77,12 @@ def _plan(options: argparse.Namespace, more: list[str], parser: _Parser) -> dict
         options.zero_stage,
         [bool(value) for value in options.sequence_parallel],
         [_RECOMPUTE[name] for name in options.activation_checkpointing],  # type: ignore[misc]
-        options.optimizer_state_format or FORMATS,
+        options.optimizer_state_format or OPTIMIZER_STATE_FORMATS,
     )
     if options.largest_base:
         # Cutting every matrix over many nodes would fit anything, at no speed to speak of.
         formats = options.optimizer_state_format or ["fp32"]
-        choices = replace(choices, most_tensor=cluster.gpus_per_node, state_format=formats)
+        choices = replace(choices, most_tensor=cluster.gpus_per_node, optimizer_state_format=formats)
         largest = largest_base(job, cluster, choices)
         report = plan_tables.largest_report(job, cluster, largest)
         plan_tables.show_largest(report)
@@ -161,7 +162,7 @@ def _parser() -> _Parser:
     kept.add_argument("--zero-stage", nargs="+", type=int, choices=[0, 1, 2], default=[0, 1, 2])
     kept.add_argument("--sequence-parallel", nargs="+", type=_yes_no, default=[False, True], metavar="true|false")
     kept.add_argument("--activation-checkpointing", nargs="+", choices=list(_RECOMPUTE), default=list(_RECOMPUTE))
-    kept.add_argument("--optimizer-state-format", nargs="+", choices=FORMATS)
+    kept.add_argument("--optimizer-state-format", nargs="+", choices=OPTIMIZER_STATE_FORMATS)
     shown = parser.add_argument_group("what is shown")
     shown.add_argument("--trace", action="store_true", help="run the recipe itself without memory; --trace --help")
     shown.add_argument(

@@ -119,7 +119,7 @@ def _times(found: Mapping[str, Any]) -> None:
         "against 128 x 125 TFLOP/s. Nothing is fitted: products at 0.74 of peak and memory at 750 GB/s (both measured "
         "by others on a V100), links and adapters at what the makers publish.\n"
         "Where it differs: our steps are faster, since links at their published rates, no gaps between kernels and "
-        "products of tensor-cut width at the efficiency of large ones are the best case; what the paper's steps take "
+        "products of sharded width at the efficiency of large ones are the best case; what the paper's steps take "
         "beside that dilutes its saving. Tensor groups of 4 do not divide nodes of 6: numbered as they come, some "
         "cross nodes, and six GPUs share two adapters; with four of six GPUs in use none crosses. The paper "
         "does not say which.\n"

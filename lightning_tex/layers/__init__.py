@@ -1,4 +1,4 @@
-"""Layers that the strategy cuts over the tensor axis. Alone, in one process, each is the plain dense layer."""
+"""Layers that the strategy shards over the tensor axis. Alone, in one process, each is the plain dense layer."""
 
 from lightning_tex.layers.attention import ParallelAttention
 from lightning_tex.layers.linear import ColumnParallelLinear, RowParallelLinear

@@ -1,4 +1,4 @@
-"""Causal self-attention with rotary embedding and grouped-query heads, cut over the tensor axis by heads."""
+"""Causal self-attention with rotary embedding and grouped-query heads, sharded over the tensor axis by heads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_tex.parallel.topology import Axis, Layout
 
 
 class ParallelAttention(TexModule):
-    """Self-attention with its heads cut over the tensor axis: [B, S, D] -> [B, S, D].
+    """Self-attention with its heads sharded over the tensor axis: [B, S, D] -> [B, S, D].
 
     Query, key and value are column parallel, the output row parallel: one all-reduce forward, one backward. Under
     sequence parallelism x and the result hold a rank's positions, but every position attends to whole sequences.
@@ -75,7 +75,7 @@ class ParallelAttention(TexModule):
         Returns:
             [B, S, D]
         """
-        x = self.stream.enter(x)
+        x = self.activation_layout.enter(x)
         query, key, value = (self._heads(project.columns(x)) for project in (self.query, self.key, self.value))
         query, key = self._rotate(query), self._rotate(key)
         with rank_random_state(self.tensor, enabled=self.training and self.dropout > 0):
@@ -116,7 +116,7 @@ class ParallelAttention(TexModule):
 
 @contextmanager
 def rank_random_state(axis: Axis, enabled: bool = True) -> Iterator[None]:
-    """Random numbers that differ over an axis, inside a region cut over it; outside, the state moves on alike."""
+    """Random numbers that differ over an axis, inside a region sharded over it; outside, the state moves on alike."""
     if not enabled or axis.size == 1:
         yield
         return

@@ -1,4 +1,4 @@
-"""Linear layers cut over the tensor axis (Megatron's column and row parallelism; paper section 3)."""
+"""Linear layers sharded over the tensor axis (Megatron's column and row parallelism; paper section 3)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_tex.parallel.initialization import by_index, draw_uniform_
-from lightning_tex.parallel.replay import product_to_record
+from lightning_tex.parallel.initialization import by_index, init_uniform_
 from lightning_tex.parallel.sharding import TexModule
 from lightning_tex.parallel.topology import Layout
 
@@ -41,14 +40,14 @@ class _Linear(TexModule):
         """Draw as ``torch.nn.Linear`` does: uniform within 1/sqrt(in_features)."""
         boxes = self.boxes()
         for name, parameter in self.named_parameters(recurse=False):
-            draw_uniform_(parameter, 1 / math.sqrt(self.in_features), boxes[name])
+            init_uniform_(parameter, 1 / math.sqrt(self.in_features), boxes[name])
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
 class ColumnParallelLinear(_Linear):
-    """A linear layer whose output features are cut over the tensor axis: [.., in] -> [.., out/tensor].
+    """A linear layer whose output features are sharded over the tensor axis: [.., in] -> [.., out/tensor].
 
     Alone in one process it is ``torch.nn.Linear``. Forward needs no communication; backward all-reduces the input's
     gradient over tensor. Under sequence parallelism the input is gathered along dim -2 forward, and its gradient
@@ -57,11 +56,11 @@ class ColumnParallelLinear(_Linear):
     Args:
         in_features: width of the input, whole on every rank.
         out_features: width of the whole output; divisible by the tensor axis.
-        bias: add a bias, cut as the output is.
+        bias: add a bias, sharded as the output is.
         gather_output: all-gather the output over tensor: [.., in] -> [.., out]; it then lies as the input did.
     """
 
-    cuts = {"weight": {"tensor": 0}, "bias": {"tensor": 0}}
+    shard_dims = {"weight": {"tensor": 0}, "bias": {"tensor": 0}}
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, gather_output: bool = False) -> None:
         self.gather_output = gather_output
@@ -71,8 +70,8 @@ class ColumnParallelLinear(_Linear):
         require_divisible(name, "out_features", self.out_features, layout)
 
     def forward(self, x: Tensor) -> Tensor:  # [.., in] -> [.., out/tensor]
-        y = self.columns(self.stream.enter(x))
-        return self.stream.put_together(y) if self.gather_output else y
+        y = self.columns(self.activation_layout.enter(x))
+        return self.activation_layout.gather_columns(y) if self.gather_output else y
 
     def columns(self, x: Tensor) -> Tensor:  # [.., in] -> [.., out/tensor]
         """The product alone, for an ``x`` that entered the tensor axis already and feeds several such layers."""
@@ -80,7 +79,7 @@ class ColumnParallelLinear(_Linear):
 
 
 class RowParallelLinear(_Linear):
-    """A linear layer whose input features are cut over the tensor axis: [.., in/tensor] -> [.., out].
+    """A linear layer whose input features are sharded over the tensor axis: [.., in/tensor] -> [.., out].
 
     Alone in one process it is ``torch.nn.Linear``. Forward all-reduces the partial outputs over tensor; backward
     needs no communication. Under sequence parallelism forward reduce-scatters along dim -2, and backward gathers.
@@ -92,7 +91,7 @@ class RowParallelLinear(_Linear):
         bias: add a bias.
     """
 
-    cuts = {"weight": {"tensor": 1}}
+    shard_dims = {"weight": {"tensor": 1}}
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__(in_features, out_features, bias)
@@ -101,6 +100,5 @@ class RowParallelLinear(_Linear):
         require_divisible(name, "in_features", self.in_features, layout)
 
     def forward(self, x: Tensor) -> Tensor:  # [.., in/tensor] -> [.., out]
-        recorded = self.tensor.size > 1
-        y = self.stream.leave(product_to_record(x, self.weight) if recorded else F.linear(x, self.weight))
+        y = self.activation_layout.leave_product(x, self.weight)
         return y if self.bias is None else y + self.bias

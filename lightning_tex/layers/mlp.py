@@ -1,4 +1,4 @@
-"""The two-matrix (gelu) and three-matrix (swiglu) feed-forward block, cut over the tensor axis."""
+"""The two-matrix (gelu) and three-matrix (swiglu) feed-forward block, sharded over the tensor axis."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def require_activation(activation: str) -> None:
 
 
 class ParallelMLP(TexModule):
-    """Feed-forward block with its hidden units cut over the tensor axis: [.., dim] -> [.., dim].
+    """Feed-forward block with its hidden units sharded over the tensor axis: [.., dim] -> [.., dim].
 
     ``gelu``: down(gelu(up(x))). ``swiglu``: down(silu(gate(x)) * up(x)), gate and up being separate matrices.
 
@@ -47,7 +47,7 @@ class ParallelMLP(TexModule):
         require_divisible(name, "hidden_dim", self.hidden_dim, layout)
 
     def forward(self, x: Tensor) -> Tensor:  # [.., D] -> [.., D]
-        x = self.stream.enter(x)
+        x = self.activation_layout.enter(x)
         up = self.up.columns(x)
         hidden = F.gelu(up) if self.gate is None else F.silu(self.gate.columns(x)) * up
         return self.down(hidden)

@@ -1,4 +1,4 @@
-"""Embedding, head and cross-entropy with the vocabulary cut over the tensor axis: full logits are never gathered.
+"""Embedding, head and cross-entropy with the vocabulary sharded over the tensor axis: full logits are never gathered.
 
 A vocabulary that the tensor axis does not divide is padded inside; the padding is never seen, learned or saved.
 """
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_tex.parallel.collectives import all_reduce, gather
-from lightning_tex.parallel.initialization import by_index, draw_normal_
+from lightning_tex.parallel.initialization import by_index, init_normal_
 from lightning_tex.parallel.sharding import TexModule
 from lightning_tex.parallel.topology import Axis
 
@@ -20,7 +20,7 @@ from lightning_tex.parallel.topology import Axis
 
 
 class _Vocabulary(TexModule):
-    cuts = {"weight": {"tensor": 0}}
+    shard_dims = {"weight": {"tensor": 0}}
 
     def __init__(self, size: int, dim: int, std: float) -> None:
         super().__init__()
@@ -31,14 +31,14 @@ class _Vocabulary(TexModule):
     @by_index
     def reset_parameters(self) -> None:
         """Draw every row from a normal distribution."""
-        draw_normal_(self.weight, self.std, self.boxes()["weight"])
+        init_normal_(self.weight, self.std, self.boxes()["weight"])
 
     def extra_repr(self) -> str:
         return f"{self.size}, {self.dim}"
 
 
 class VocabParallelEmbedding(_Vocabulary):
-    """Embedding table with its rows cut over the tensor axis: [..] integer -> [.., dim].
+    """Embedding table with its rows sharded over the tensor axis: [..] integer -> [.., dim].
 
     Alone in one process it is ``torch.nn.Embedding``. Forward all-reduces over tensor, backward communicates nothing.
     Under sequence parallelism the result is a rank's part of every sequence, [.., S] -> [.., S/tensor, dim]: forward
@@ -61,11 +61,11 @@ class VocabParallelEmbedding(_Vocabulary):
         local = ids - self.boxes()["weight"].offsets[0]
         absent = (local < 0) | (local >= self.weight.shape[0])
         rows = F.embedding(local.masked_fill(absent, 0), self.weight)
-        return self.stream.leave(rows.masked_fill(absent[..., None], 0))
+        return self.activation_layout.leave(rows.masked_fill(absent[..., None], 0))
 
 
 class VocabParallelHead(_Vocabulary):
-    """Output projection with the vocabulary cut over the tensor axis: [.., dim] -> [.., ceil(vocab/tensor)].
+    """Output projection with the vocabulary sharded over the tensor axis: [.., dim] -> [.., ceil(vocab/tensor)].
 
     Padding columns, where the vocabulary does not divide, are -inf. To tie it with an embedding assign
     ``head.weight = embedding.weight``. Under sequence parallelism it takes a rank's part of every sequence and gives
@@ -82,7 +82,7 @@ class VocabParallelHead(_Vocabulary):
         super().__init__(vocab_size, dim, std=dim**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:  # [.., D] -> [.., v]
-        logits = F.linear(self.stream.enter(x), self.weight)
+        logits = F.linear(self.activation_layout.enter(x), self.weight)
         rows = self.boxes()["weight"].sizes[0]
         if rows < self.weight.shape[0]:
             padding = torch.arange(self.weight.shape[0], device=x.device) >= rows
@@ -91,7 +91,7 @@ class VocabParallelHead(_Vocabulary):
 
 
 class VocabParallelCrossEntropy(TexModule):
-    """Cross-entropy of logits whose last dim is cut over the tensor axis. Computed in fp32 (fp64 for fp64 logits).
+    """Cross-entropy of logits whose last dim is sharded over the tensor axis. Computed in fp32 (fp64 for fp64 logits).
 
     Alone in one process it is ``torch.nn.CrossEntropyLoss`` over the last dim. Forward exchanges four numbers per
     token over tensor (maximum; sum, target and whether it was found), backward nothing. Logits that were gathered are

@@ -106,7 +106,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token ids to next-token logits: [B, S] -> [B, S, V], the last dim cut over tensor as VocabParallelHead leaves it.
+    """Token ids to next-token logits: [B, S] -> [B, S, V], the last dim sharded as VocabParallelHead leaves it.
 
     Args:
         config: the sizes.

@@ -110,7 +110,7 @@ class LanguageModel(LightningModule):
         self.eval()
         generator = torch.Generator().manual_seed(seed)
         # Sequence parallelism splits sequences evenly: positions after the last token fill up, and nobody sees them.
-        parts = self.decoder.embedding.stream.parts.size
+        parts = self.decoder.embedding.activation_layout.shard_axis.size
         longest = self.config.max_sequence_length // parts * parts
         for _ in range(new_tokens):
             seen = ids[:, -longest:]

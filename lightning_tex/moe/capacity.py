@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_tex.moe.dispatch import Arrived, Dispatcher, weighted_sum
-from lightning_tex.moe.exchange import CapacityWay, bring, send
+from lightning_tex.moe.dispatch import Arrived, Dispatcher, DispatchMetadata
+from lightning_tex.moe.exchange import CapacityExchange, to_experts
 from lightning_tex.moe.permute import group_by_expert
 from lightning_tex.moe.router import Route
 from lightning_tex.parallel.collectives import all_reduce
@@ -56,41 +56,31 @@ def assign_slots(indices: Tensor, num_experts: int, capacity: int, rows: int) ->
 
 
 @dataclass(frozen=True)
-class CapacityJourney:
-    """What the way back needs: the way, each choice's weight [T, k], the dtype of the tokens, what overflowed."""
-
-    way: CapacityWay
-    weights: Tensor
-    dtype: torch.dtype
-    overflowed: Tensor
-
-
-@dataclass(frozen=True)
 class CapacityDispatcher(Dispatcher):
     """Every expert takes up to ceil(factor * k * T / E) choices of each rank's T tokens; shapes are static.
 
     Ranks of an expert group may hold different T: buffers take the largest capacity, overflow the own.
+
+    Args:
+        factor: the capacity factor.
     """
 
     factor: float
 
-    def dispatch(self, x: Tensor, route: Route) -> tuple[Arrived, CapacityJourney]:
+    def dispatch(self, x: Tensor, route: Route) -> tuple[Arrived, DispatchMetadata]:
         tokens, top_k = route.indices.shape
         allowed = capacity(self.factor, top_k, tokens, self.num_experts)
-        largest = torch.tensor([allowed], device=x.device)
-        rows = _round_up(int(all_reduce(largest, self.lanes.expert, "max", "exchange_counts")), self.lanes.split.size)
+        largest = int(all_reduce(torch.tensor([allowed], device=x.device), self.axes.expert, "max", "exchange_counts"))
+        rows = buffer_rows(largest, self.axes.split.size)
         slots = assign_slots(route.indices, self.num_experts, allowed, rows)
-        way = CapacityWay(self.lanes, slots.slot, slots.choice.view(self.num_experts, rows))
-        arrived = send(x.reshape(-1, x.shape[-1]), way)
-        experts = self.num_experts // self.lanes.expert.size
-        journey = CapacityJourney(way, route.weights, x.dtype, slots.overflowed)
-        return Arrived(arrived, [len(arrived) // experts] * experts), journey
+        exchange = CapacityExchange(self.axes, slots.slot, slots.choice.view(self.num_experts, rows))
+        arrived = to_experts(x.reshape(-1, x.shape[-1]), exchange)
+        experts = self.num_experts // self.axes.expert.size
+        metadata = DispatchMetadata(exchange, route.weights, x.dtype, slots.overflowed)
+        return Arrived(arrived, [len(arrived) // experts] * experts), metadata
 
-    def combine(self, rows: Tensor, journey: CapacityJourney) -> Tensor:
-        return weighted_sum(bring(rows, journey.way), journey.weights, journey.dtype)
-
-    def overflow(self, journey: CapacityJourney) -> Tensor:
-        return journey.overflowed
+    def combine(self, outputs: Tensor, metadata: DispatchMetadata) -> Tensor:
+        return metadata.weighted_sum(outputs)
 
 
 def capacity(factor: float, top_k: int, tokens: int, num_experts: int) -> int:
@@ -99,5 +89,6 @@ def capacity(factor: float, top_k: int, tokens: int, num_experts: int) -> int:
     return ceil(factor * top_k * tokens / num_experts - 1e-9)
 
 
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
+def buffer_rows(allowed: int, split: int) -> int:
+    """Rows of the buffer for one expert: its capacity, rounded up to a multiple of the ranks that split it."""
+    return -(-allowed // split) * split

@@ -1,19 +1,28 @@
-"""Tokens to their experts and back: what is sent where, and how it is put together again (paper sections 3 and 5.1)."""
+"""The seam of dispatch: tokens to their experts, and what comes back put together (paper sections 3 and 5.1).
+
+    route = router(tokens)
+    arrived, metadata = dispatcher.dispatch(tokens, route)
+    y = dispatcher.combine(experts(arrived, metadata.exchange), metadata)
+
+A further way to dispatch is a further :class:`Dispatcher`. ``capacity`` decides which choices overflow their expert,
+``dropless`` serves all, ``sequence_parallel`` has a capacity for tokens that are split already. The axes that they
+pass, and duplicate-token dropping, are the table of ``expert_axes``; ``exchange`` moves the rows.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_tex.moe.exchange import Lanes
+from lightning_tex.moe.exchange import Exchange
+from lightning_tex.moe.expert_axes import ExpertAxes
 from lightning_tex.moe.router import Route
 
-# T tokens, D model width, E experts, e experts held here, P = E/e ranks on the expert axis, C capacity,
-# k choices per token, t own tokens, n own choices, N rows at the experts
+# T tokens, D model width, E experts, e experts held here, k choices per token, t own tokens, N rows at the experts
 
 
 class Arrived(NamedTuple):
@@ -24,35 +33,48 @@ class Arrived(NamedTuple):
 
 
 @dataclass(frozen=True)
+class DispatchMetadata:
+    """What the way back needs.
+
+    Args:
+        exchange: brings the rows back.
+        weights: [t, k], what the outputs of the choices are multiplied with.
+        dtype: of the tokens.
+        overflowed: how many choices overflowed their expert's capacity, of this rank's tokens: a scalar.
+        split_tokens: tokens of each rank of the split axis, where they are gathered again.
+    """
+
+    exchange: Exchange
+    weights: Tensor
+    dtype: torch.dtype
+    overflowed: Tensor
+    split_tokens: list[int] | None = None
+
+    def weighted_sum(self, outputs: Tensor) -> Tensor:
+        """The outputs of each token's choices, summed by their weights: [t * k, D] -> [t, D]."""
+        by_token = outputs.view(*self.weights.shape, outputs.shape[-1])
+        return (by_token * self.weights[..., None]).sum(1).to(self.dtype)
+
+
+@dataclass(frozen=True)
 class Dispatcher(ABC):
     """The way to the experts and back.
 
     Args:
         num_experts: E.
-        lanes: the axes of the way.
+        axes: the axes that tokens pass.
     """
 
     num_experts: int
-    lanes: Lanes
+    axes: ExpertAxes
 
     @abstractmethod
-    def dispatch(self, x: Tensor, route: Route) -> tuple[Arrived, Any]:
+    def dispatch(self, x: Tensor, route: Route) -> tuple[Arrived, DispatchMetadata]:
         """Send [.., D] tokens to their experts. Returns what arrived here and what the way back needs.
 
         The dims before the last are T in all: a route's tokens are x's in their order.
         """
 
     @abstractmethod
-    def combine(self, rows: Tensor, journey: Any) -> Tensor:
-        """Bring [N, D] expert outputs back and sum them by their weights: [T, D]. An overflowed choice adds 0.
-
-        The outputs are partial sums over the axis the experts are cut over; they are summed on the way.
-        """
-
-    @abstractmethod
-    def overflow(self, journey: Any) -> Tensor:
-        """How many choices overflowed their expert's capacity: a scalar, of this rank's tokens."""
-
-
-def weighted_sum(outputs: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:  # [t * k, D], [t, k] -> [t, D]
-    return (outputs.view(*weights.shape, outputs.shape[-1]) * weights[..., None]).sum(1).to(dtype)
+    def combine(self, outputs: Tensor, metadata: DispatchMetadata) -> Tensor:
+        """Sum what the exchange brought back by its weights: [t * k, D] by choice -> [T, D]. Overflowed ones add 0."""

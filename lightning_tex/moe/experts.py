@@ -1,8 +1,9 @@
-"""The experts' matrices, spread over the expert axis and cut over the expert_tensor axis."""
+"""The experts' matrices, spread over the expert axis and sharded over the expert_tensor axis."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,17 +11,18 @@ from torch import Tensor, nn
 
 from lightning_tex.layers.mlp import Activation, require_activation
 from lightning_tex.moe.dispatch import Arrived
-from lightning_tex.parallel.initialization import by_index, draw_uniform_
-from lightning_tex.parallel.replay import product_to_record
+from lightning_tex.moe.exchange import Exchange, from_experts
+from lightning_tex.parallel.initialization import by_index, init_uniform_
+from lightning_tex.parallel.replay import products_then
 from lightning_tex.parallel.sharding import TexModule
 
 # N rows, D model width, H hidden width, E experts, e experts held here (per rank: H/expert_tensor)
 
 
 class Experts(TexModule):
-    """E feed-forward blocks as stacked matrices: [N, D] rows grouped by expert -> [N, D].
+    """E feed-forward blocks as stacked matrices: [N, D] rows grouped by expert -> [t * k, D] outputs by choice.
 
-    Cut over expert_tensor, each rank gives partial sums; the dispatcher sums them on the way home, and the input's
+    Sharded over expert_tensor, each rank computes partial sums; the exchange sums them on the way back, and the input's
     partial gradients likewise.
 
     Args:
@@ -31,7 +33,7 @@ class Experts(TexModule):
     """
 
     axes = ("expert", "expert_tensor")
-    cuts = {
+    shard_dims = {
         "gate": {"expert": 0, "expert_tensor": 1},
         "up": {"expert": 0, "expert_tensor": 1},
         "down": {"expert": 0, "expert_tensor": 2},
@@ -53,28 +55,32 @@ class Experts(TexModule):
         """Draw each expert as ``torch.nn.Linear`` would: uniform within 1/sqrt(input width)."""
         boxes = self.boxes()
         for name, parameter in self.named_parameters(recurse=False):
-            draw_uniform_(parameter, 1 / math.sqrt(boxes[name].whole[-1]), boxes[name])
+            init_uniform_(parameter, 1 / math.sqrt(boxes[name].full[-1]), boxes[name])
 
-    def forward(self, arrived: Arrived) -> Tensor:  # [N, D] -> [N, D]
+    def forward(self, arrived: Arrived, exchange: Exchange) -> Tensor:
+        """What the experts give for the rows that arrived, brought back by the exchange: [N, D] -> [t * k, D].
+
+        The last product and the way back are one operation, as what lies between is this rank's partial sums and, where
+        a recomputation replays the way back, is not computed at all.
+        """
         rows, sizes = arrived
-        matrices = [self.up, self.down] if self.gate is None else [self.up, self.down, self.gate]
         if len(set(sizes)) == 1:
-            return feed_forward(rows.view(len(sizes), sizes[0], self.dim), *matrices).flatten(0, 1)
-        # Indexing matrices one by one, in place of unbind, would make a full-size gradient for each expert. Empty
-        # groups are served like others: their gradient is zero, not missing.
-        each = zip(rows.split(sizes), *(matrix.unbind() for matrix in matrices), strict=True)
-        return torch.cat([feed_forward(*expert) for expert in each])
+            batch = rows.view(len(sizes), sizes[0], self.dim)
+            products: Iterable[tuple[Tensor, Tensor]] = [(self._hidden(batch, self.up, self.gate), self.down)]
+        else:
+            # Indexing matrices one by one, in place of unbind, would make a full-size gradient for each expert. Empty
+            # groups are served like others: their gradient is zero, not missing.
+            ups = self.up.unbind()
+            gates: Sequence[Tensor | None] = [None] * len(ups) if self.gate is None else self.gate.unbind()
+            hidden = map(self._hidden, rows.split(sizes), ups, gates)
+            products = zip(hidden, self.down.unbind(), strict=True)
+        return products_then(products, lambda y: from_experts(y.reshape(-1, self.dim), exchange))
+
+    @staticmethod
+    def _hidden(rows: Tensor, up: Tensor, gate: Tensor | None) -> Tensor:  # [.., n, D], [.., H, D] -> [.., n, H]
+        hidden = rows @ up.mT
+        return F.gelu(hidden) if gate is None else F.silu(rows @ gate.mT) * hidden
 
     def extra_repr(self) -> str:
         kind = "gelu" if self.gate is None else "swiglu"
         return f"{self.num_experts} x ({self.dim} -> {self.hidden_dim} -> {self.dim}), {kind}"
-
-
-def feed_forward(rows: Tensor, up: Tensor, down: Tensor, gate: Tensor | None = None) -> Tensor:
-    """One expert, or several alike as one batch: [.., n, D], [.., H, D], [.., D, H] -> [.., n, D].
-
-    What they give goes home, which is recorded, and nowhere else.
-    """
-    hidden = rows @ up.mT
-    hidden = F.gelu(hidden) if gate is None else F.silu(rows @ gate.mT) * hidden
-    return product_to_record(hidden, down)

@@ -9,14 +9,15 @@ from lightning_tex.layers.mlp import Activation
 from lightning_tex.moe.capacity import CapacityDispatcher
 from lightning_tex.moe.dispatch import Dispatcher
 from lightning_tex.moe.dropless import DroplessDispatcher
-from lightning_tex.moe.exchange import Lanes
+from lightning_tex.moe.expert_axes import ExpertAxes
 from lightning_tex.moe.experts import Experts
 from lightning_tex.moe.losses import ExpertLoad, LossLedger, count_choices, routing_losses
 from lightning_tex.moe.router import Route, Router, make_router
-from lightning_tex.moe.sequence_parallel import SplitCapacityDispatcher
-from lightning_tex.parallel.activation_checkpointing import kept, recomputing
+from lightning_tex.moe.sequence_parallel import SequenceShardedCapacityDispatcher
+from lightning_tex.parallel.activation_checkpointing import first_forward_only
+from lightning_tex.parallel.replay import recomputing
 from lightning_tex.parallel.sharding import TexModule
-from lightning_tex.parallel.topology import Axis, Layout, Topology
+from lightning_tex.parallel.topology import Layout, Topology
 
 # T tokens, D model width, E experts, k choices per token
 
@@ -24,7 +25,7 @@ from lightning_tex.parallel.topology import Axis, Layout, Topology
 class MoE(TexModule):
     """A feed-forward layer of E experts of which each token uses k: [.., dim] -> [.., dim].
 
-    Alone in one process it is the plain layer; the strategy spreads its experts over the expert axis and cuts them
+    Alone in one process it is the plain layer; the strategy spreads its experts over the expert axis and shards them
     over the expert_tensor axis. A token's output is the sum of its chosen experts' outputs times their weights; an
     overflowed choice adds nothing (add the residual outside).
 
@@ -91,18 +92,12 @@ class MoE(TexModule):
         self.dispatcher = self._dispatcher(topology)
 
     def _dispatcher(self, topology: Topology) -> Dispatcher:
-        split, gather = Axis("tensor"), Axis("expert_tensor")
-        how = topology.communication
-        if how.split_duplicates or how.sequence_parallel:
-            gather = topology.expert_tensor
-        if how.split_duplicates and not how.sequence_parallel:
-            split = topology.tensor
-        lanes = Lanes(topology.expert, split, gather, topology.expert_tensor, how.fused)
+        axes = ExpertAxes.of(topology)
         if self.capacity_factor is None:
-            return DroplessDispatcher(self.num_experts, lanes)
-        if how.sequence_parallel:
-            return SplitCapacityDispatcher(self.num_experts, lanes, self.capacity_factor, topology.tensor)
-        return CapacityDispatcher(self.num_experts, lanes, self.capacity_factor)
+            return DroplessDispatcher(self.num_experts, axes)
+        if topology.communication.sequence_parallel:
+            return SequenceShardedCapacityDispatcher(self.num_experts, axes, self.capacity_factor, topology.tensor)
+        return CapacityDispatcher(self.num_experts, axes, self.capacity_factor)
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """Mix experts.
@@ -113,11 +108,11 @@ class MoE(TexModule):
                 them); False for padding, which uses no expert, takes no capacity, counts in no routing loss, and
                 gives 0.
         """
-        mask = None if token_mask is None else self.stream.own_mask(token_mask, x).reshape(-1).bool()
+        mask = None if token_mask is None else self.activation_layout.shard_mask(token_mask, x).reshape(-1).bool()
         route = self.router(x.reshape(-1, x.shape[-1]), mask)
-        arrived, journey = self.dispatcher.dispatch(x, route)
-        y = self.dispatcher.combine(self.experts(arrived), journey).view_as(x)
-        self._record(route, mask, self.dispatcher.overflow(journey), y)
+        arrived, metadata = self.dispatcher.dispatch(x, route)
+        y = self.dispatcher.combine(self.experts(arrived, metadata.exchange), metadata).view_as(x)
+        self._record(route, mask, metadata.overflowed, y)
         return y
 
     def _record(self, route: Route, mask: Tensor | None, overflowed: Tensor, y: Tensor) -> None:
@@ -125,7 +120,7 @@ class MoE(TexModule):
             return
         self.load.add(count_choices(route.indices, self.num_experts), overflowed)
         if torch.is_grad_enabled() and (self.load_balance_coefficient or self.z_loss_coefficient):
-            with kept():  # a recomputation does not come here and must not miss what is saved here
-                balance, z = routing_losses(route, mask, self.data, self.stream)
+            with first_forward_only():  # a recomputation does not come here and must not miss what is saved here
+                balance, z = routing_losses(route, mask, self.data, self.activation_layout)
                 loss = self.load_balance_coefficient * balance + self.z_loss_coefficient * z
             self.ledger.record(loss, y)

@@ -8,14 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tex.moe.router import Route
-from lightning_tex.parallel.activation_layout import Stream
+from lightning_tex.parallel.activation_layout import ActivationLayout
 from lightning_tex.parallel.collectives import sum_over
 from lightning_tex.parallel.topology import Axis
 
 # T tokens, E experts, k choices per token
 
 
-def routing_losses(route: Route, token_mask: Tensor | None, data: Axis, stream: Stream) -> tuple[Tensor, Tensor]:
+def routing_losses(
+    route: Route, token_mask: Tensor | None, data: Axis, layout: ActivationLayout
+) -> tuple[Tensor, Tensor]:
     """Load-balance loss and z-loss of one micro-step over the data axis: two scalars.
 
     Load balance is E * sum_e f_e P_e (Switch, Eq. 4-6): f_e the fraction of choices that fell on expert e, without
@@ -29,7 +31,7 @@ def routing_losses(route: Route, token_mask: Tensor | None, data: Axis, stream: 
     experts = scores.shape[-1]
     counts = count_choices(route.indices, experts).to(scores.dtype)
     tokens = scores.new_full((1,), len(scores)) if token_mask is None else token_mask.sum(dtype=scores.dtype)[None]
-    totals = sum_over(stream.total(torch.cat([scores.sum(0), log_z.sum()[None], counts, tokens])), data)
+    totals = sum_over(layout.total(torch.cat([scores.sum(0), log_z.sum()[None], counts, tokens])), data)
     score_sum, z_sum, counts, tokens = totals.split([experts, 1, experts, 1])
     counts, tokens = counts.detach(), tokens.detach().clamp(min=1)
     fraction = counts / counts.sum().clamp(min=1)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_tex.parallel.initialization import by_index, draw_uniform_
+from lightning_tex.parallel.initialization import by_index, init_uniform_
 from lightning_tex.parallel.sharding import TexModule
 
 # T tokens, D model width, E experts, k choices per token
@@ -58,7 +58,7 @@ class Router(TexModule):
     @by_index
     def reset_parameters(self) -> None:
         """Draw as ``torch.nn.Linear`` does: uniform within 1/sqrt(dim)."""
-        draw_uniform_(self.weight, 1 / math.sqrt(self.dim), self.boxes()["weight"])
+        init_uniform_(self.weight, 1 / math.sqrt(self.dim), self.boxes()["weight"])
 
     @abstractmethod
     def score(self, logits: Tensor) -> Tensor:  # [T, E] -> [T, E]
@@ -77,7 +77,7 @@ class Router(TexModule):
             logits = F.linear(x.to(dtype), self.weight.to(dtype))
             scores = self.score(logits)
             chosen = scores.detach().topk(self.top_k, dim=-1).indices
-            indices = self.stream.agree(chosen)
+            indices = self.activation_layout.agree(chosen)
             weights = scores.gather(-1, indices)
             if self.norm_topk_prob:
                 weights = weights / weights.sum(-1, keepdim=True)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lightning_tex.moe.capacity import capacity
-from lightning_tex.moe.dispatch import Arrived, Dispatcher
-from lightning_tex.moe.dropless import DroplessDispatcher, DroplessJourney
+from lightning_tex.moe.dispatch import Arrived, DispatchMetadata
+from lightning_tex.moe.dropless import DroplessDispatcher
 from lightning_tex.moe.permute import group_by_expert
 from lightning_tex.moe.router import Route
 from lightning_tex.parallel.collectives import all_gather
@@ -20,7 +20,7 @@ from lightning_tex.parallel.topology import Axis
 
 
 @dataclass(frozen=True)
-class SplitCapacityDispatcher(Dispatcher):
+class SequenceShardedCapacityDispatcher(DroplessDispatcher):
     """Capacity where each tensor rank holds its own part of every sequence: [.., s, D].
 
     Who overflows is decided as it is for whole sequences, from counts exchanged over tensor. The rest travels as it
@@ -34,24 +34,15 @@ class SplitCapacityDispatcher(Dispatcher):
     factor: float
     tensor: Axis
 
-    def dispatch(self, x: Tensor, route: Route) -> tuple[Arrived, tuple[DroplessJourney, Tensor]]:
+    def dispatch(self, x: Tensor, route: Route) -> tuple[Arrived, DispatchMetadata]:
         tokens = len(route.indices) * self.tensor.size
         allowed = capacity(self.factor, route.indices.shape[1], tokens, self.num_experts)
         sequences = x.shape[:-2].numel()
         places = places_among_all(route.indices, sequences, self.num_experts, self.tensor)
         over = (places >= allowed) & (route.indices < self.num_experts)
         indices = route.indices.masked_fill(over, self.num_experts)
-        arrived, journey = self._dropless().dispatch(x, route._replace(indices=indices))
-        return arrived, (journey, over.sum())
-
-    def combine(self, rows: Tensor, journey: tuple[DroplessJourney, Tensor]) -> Tensor:
-        return self._dropless().combine(rows, journey[0])
-
-    def overflow(self, journey: tuple[DroplessJourney, Tensor]) -> Tensor:
-        return journey[1]
-
-    def _dropless(self) -> DroplessDispatcher:
-        return DroplessDispatcher(self.num_experts, self.lanes)
+        arrived, metadata = super().dispatch(x, route._replace(indices=indices))
+        return arrived, replace(metadata, overflowed=over.sum())
 
 
 def places_among_all(indices: Tensor, sequences: int, num_experts: int, tensor: Axis) -> Tensor:

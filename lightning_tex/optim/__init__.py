@@ -1,6 +1,6 @@
 """The sharded, tiled optimizer."""
 
-from lightning_tex.optim.storage import Storage
+from lightning_tex.optim.state_config import OptimizerStateConfig
 from lightning_tex.optim.tiled import TiledOptimizer
 
-__all__ = ["Storage", "TiledOptimizer"]
+__all__ = ["OptimizerStateConfig", "TiledOptimizer"]

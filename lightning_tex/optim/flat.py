@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from lightning_tex.optim.flat_sizes import aligned, bucketed, part_length
 from lightning_tex.parallel.collectives import Started, gather_in_place, own_part
-from lightning_tex.parallel.sharding import Placement
+from lightning_tex.parallel.sharding import ParameterSharding
 from lightning_tex.parallel.topology import Axis
 
-Member = tuple[nn.Parameter, Placement]
+Member = tuple[nn.Parameter, ParameterSharding]
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +21,7 @@ class Entry:
     """One parameter's place in a buffer: elements ``start`` to ``stop`` of it."""
 
     parameter: nn.Parameter
-    placement: Placement
+    sharding: ParameterSharding
     start: int
     stop: int
 
@@ -32,23 +32,23 @@ class FlatBuffer:
     Each rank of ``owners`` owns an equal part, updates it, and gathers the others' parts.
 
     Args:
-        parameters: the parameters with their placements, all of one :func:`kind`.
+        parameters: the parameters with their shardings, all of one :func:`kind`.
         sharded: owned in parts by the ranks that hold replicas (ZeRO 1 and 2); else whole by each of them (ZeRO 0).
     """
 
     def __init__(self, parameters: Sequence[Member], sharded: bool = True) -> None:
-        first, placement = parameters[0]
-        self.replicas: Axis = placement.replicas
+        first, sharding = parameters[0]
+        self.replicas: Axis = sharding.replicas
         self.owners = self.replicas if sharded else Axis(self.replicas.name)
-        self.parts: Axis = placement.parts
-        self.divisor = placement.divisor
-        self.counted = placement.counted and (sharded or self.replicas.rank == 0)
+        self.partial_axis: Axis = sharding.partial_axis
+        self.divisor = sharding.divisor
+        self.counted = sharding.counted and (sharded or self.replicas.rank == 0)
         part = part_length([p.numel() for p, _ in parameters], self.owners.size)
         self.parameters = torch.zeros(part * self.owners.size, dtype=first.dtype, device=first.device)
         self.entries: list[Entry] = []
         start = 0
-        for parameter, placement in parameters:
-            entry = Entry(parameter, placement, start, start + parameter.numel())
+        for parameter, sharding in parameters:
+            entry = Entry(parameter, sharding, start, start + parameter.numel())
             view = self.view(self.parameters, entry)
             view.copy_(parameter.detach())
             parameter.data = view
@@ -75,9 +75,9 @@ class FlatBuffer:
         return gather_in_place(self.parameters, self.owners)
 
 
-def kind(parameter: nn.Parameter, placement: Placement) -> tuple[object, ...]:
+def kind(parameter: nn.Parameter, sharding: ParameterSharding) -> tuple[object, ...]:
     """What parameters of one buffer have in common."""
-    return placement.replicas.name, placement.repeated, parameter.dtype, parameter.device
+    return sharding.replicas.name, sharding.repeated, parameter.dtype, parameter.device
 
 
 def buckets(members: list[Member]) -> Iterator[list[Member]]:

@@ -83,13 +83,13 @@ class Gradients(ABC):
 
         Args:
             whole: make every ``.grad`` the combined gradient, not only its own part.
-            direct: parameters whose gradients are whole on every rank of the buffer's ``parts``; the others' are
+            direct: parameters whose gradients are whole on every rank of the buffer's ``partial_axis``; the others' are
                 partial sums and are summed over it.
         """
-        if self.buffer.parts.size > 1:
+        if self.buffer.partial_axis.size > 1:
             kept = [(place, place.clone()) for entry in self.buffer.entries if entry.parameter in direct
                     for place in [self.own[self._within_own(entry)]]]  # fmt: skip
-            sum_in_place(self.own, self.buffer.parts).wait()
+            sum_in_place(self.own, self.buffer.partial_axis).wait()
             for place, gradient in kept:
                 place.copy_(gradient)
         self.divisor = self.buffer.divisor

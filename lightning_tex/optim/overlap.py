@@ -19,7 +19,7 @@ from lightning_tex.parallel.topology import Axis
 _UNDER_WAY = 2
 
 
-class Overlap:
+class BucketOverlap:
     """Starts the reduction of each buffer's gradients as soon as a backward has put the last of them in.
 
     Buffers start in one fixed order on all ranks. At first it is that of the model, backwards; after the first backward

@@ -15,7 +15,7 @@ from lightning_tex.parallel.sharding import Box
 
 
 @dataclass
-class Dice:
+class RoundingSeed:
     """What all shards' random bits depend on: the seed, equal on all ranks, and the steps taken."""
 
     seed: int = 0
@@ -31,14 +31,16 @@ class Rounding:
     """Random bits for the elements of one shard.
 
     Args:
-        dice: seed and step.
+        rounding_seed: seed and step.
         entries: the parameters of the shard's buffer.
         own_start: where the shard begins in the buffer, in elements.
         device: of the bits.
     """
 
-    def __init__(self, dice: Dice, entries: Sequence[Entry], own_start: int, device: torch.device) -> None:
-        self.dice, self.entries, self.own_start, self.device = dice, entries, own_start, device
+    def __init__(
+        self, rounding_seed: RoundingSeed, entries: Sequence[Entry], own_start: int, device: torch.device
+    ) -> None:
+        self.rounding_seed, self.entries, self.own_start, self.device = rounding_seed, entries, own_start, device
 
     def bits(self, span: slice, key: str) -> Tensor:
         """16 random bits per element, for the step's rounding of ``key``. [n] int32"""
@@ -49,10 +51,10 @@ class Rounding:
         for entry in self.entries:
             start, stop = max(entry.start, first), min(entry.stop, last)
             if start < stop:
-                placement = entry.placement
-                salt = stable_hash(self.dice.seed, self.dice.step, placement.name, key)
+                sharding = entry.sharding
+                salt = stable_hash(self.rounding_seed.seed, self.rounding_seed.step, sharding.name, key)
                 bits[done - first : start - first] = 0  # between parameters
-                _hash(placement.box, start - entry.start, salt, out=bits[start - first : stop - first])
+                _hash(sharding.box, start - entry.start, salt, out=bits[start - first : stop - first])
                 done = stop
         bits[done - first :] = 0
         return bits
@@ -64,12 +66,12 @@ def global_index(box: Box, start: int, stop: int, device: torch.device) -> Tenso
     [n] int32 where that is enough, else int64.
     """
     dtype = torch.int32 if _is_small(box) else torch.int64
-    if box.stored[1:] == box.whole[1:]:  # a run of the whole tensor
+    if box.stored[1:] == box.full[1:]:  # a run of the whole tensor
         return torch.arange(_run_start(box) + start, _run_start(box) + stop, dtype=dtype, device=device)
     index = torch.arange(start, stop, dtype=dtype, device=device)
     result = torch.zeros_like(index)
     stride = 1
-    for stored, whole, offset in reversed(list(zip(box.stored, box.whole, box.offsets, strict=True))):
+    for stored, whole, offset in reversed(list(zip(box.stored, box.full, box.offsets, strict=True))):
         result += (index % stored + offset) * stride
         index = index // stored
         stride *= whole
@@ -77,11 +79,11 @@ def global_index(box: Box, start: int, stop: int, device: torch.device) -> Tenso
 
 
 def _is_small(box: Box) -> bool:
-    return prod(box.whole) + prod(box.stored) < 2**31
+    return prod(box.full) + prod(box.stored) < 2**31
 
 
 def _run_start(box: Box) -> int:
-    return box.offsets[0] * prod(box.whole[1:]) if box.offsets else 0
+    return box.offsets[0] * prod(box.full[1:]) if box.offsets else 0
 
 
 def _hash(box: Box, start: int, salt: int, out: Tensor) -> None:
@@ -92,7 +94,7 @@ def _hash(box: Box, start: int, salt: int, out: Tensor) -> None:
     Args:
         out: for 16 bits each. [n] int32
     """
-    if _is_small(box) and box.stored[1:] == box.whole[1:]:
+    if _is_small(box) and box.stored[1:] == box.full[1:]:
         _count(_run_start(box) + start + salt, out)
     else:
         index = global_index(box, start, start + len(out), out.device)

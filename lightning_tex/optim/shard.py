@@ -11,13 +11,13 @@ from lightning_tex.optim.engine import Engine, fastest
 from lightning_tex.optim.flat import FlatBuffer
 from lightning_tex.optim.formats import StateFormat
 from lightning_tex.optim.gradients import Gradients
-from lightning_tex.parallel.sharding import Placement
+from lightning_tex.parallel.sharding import ParameterSharding
 
 
 class Piece(NamedTuple):
     """Elements ``start`` to ``stop`` of a parameter's stored, flattened part: those at ``own`` of a shard's window."""
 
-    placement: Placement
+    sharding: ParameterSharding
     parameter: nn.Parameter
     start: int
     stop: int
@@ -28,7 +28,7 @@ class Piece(NamedTuple):
     @property
     def writes(self) -> bool:
         """Whether this rank is the replica that saves it: its owner or, where all are, the first."""
-        return self.shard.buffer.owners.size == self.placement.replicas.size or self.placement.replicas.rank == 0
+        return self.shard.buffer.owners.size == self.sharding.replicas.size or self.sharding.replicas.rank == 0
 
 
 class Shard:
@@ -78,4 +78,4 @@ class Shard:
                 if start < stop:
                     within = start - entry.start, stop - entry.start
                     own = slice(start - first, stop - first)
-                    yield Piece(entry.placement, entry.parameter, *within, self, i, own)
+                    yield Piece(entry.sharding, entry.parameter, *within, self, i, own)

@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 
 from lightning_tex.optim.engine import Engine
 from lightning_tex.optim.flat import FlatBuffer, Member, buckets, kind
-from lightning_tex.optim.flow import GradientFlow
-from lightning_tex.optim.rounding import Dice
+from lightning_tex.optim.gradient_reducer import GradientReducer
+from lightning_tex.optim.rounding import RoundingSeed
 from lightning_tex.optim.shard import Piece, Shard
-from lightning_tex.optim.storage import Storage
-from lightning_tex.parallel.sharding import Placement
+from lightning_tex.optim.state_config import OptimizerStateConfig
+from lightning_tex.parallel.sharding import ParameterSharding
 from lightning_tex.parallel.topology import Axis, Communication
 
 
@@ -36,10 +36,10 @@ class TiledOptimizer(Optimizer):
     without gradient counts as one with gradient zero.
 
     Args:
-        optimizer: the user's optimizer over the cut model's parameters.
-        placements: parameter -> placement.
+        optimizer: the user's optimizer over the sharded model's parameters.
+        shardings: parameter -> sharding.
         world: all ranks, over which norms are summed.
-        storage: what is kept, in which form and where; ``None``: the defaults.
+        state_config: what is kept, in which form and where; ``None``: the defaults.
         communication: what is done to communicate less; ``None``: the defaults.
 
     Raises:
@@ -49,21 +49,23 @@ class TiledOptimizer(Optimizer):
     def __init__(
         self,
         optimizer: Optimizer,
-        placements: dict[nn.Parameter, Placement],
+        shardings: dict[nn.Parameter, ParameterSharding],
         world: Axis,
-        storage: Storage | None = None,
+        state_config: OptimizerStateConfig | None = None,
         communication: Communication | None = None,
     ) -> None:
         # Monitors and messages name an optimizer by its class: let it go by the user's.
         self.__class__ = type(type(optimizer).__name__, (TiledOptimizer,), {})
-        self.inner, self.world, self.placements = optimizer, world, placements
-        self.storage = storage or Storage()
-        self.dice = Dice(self.storage.seed)
+        self.inner, self.world, self.shardings = optimizer, world, shardings
+        self.state_config = state_config or OptimizerStateConfig()
+        self.rounding_seed = RoundingSeed(self.state_config.seed)
         self.engine = Engine(optimizer)
         self.shards: list[Shard] = []
         self.frozen: list[nn.Parameter] = []
         self.skipped = Skipped()
-        self.flow = GradientFlow(placements, world, communication or Communication(), self.storage.zero_stage == 2)
+        self.reducer = GradientReducer(
+            shardings, world, communication or Communication(), self.state_config.zero_stage == 2
+        )
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.param_groups = optimizer.param_groups
         for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
@@ -79,8 +81,8 @@ class TiledOptimizer(Optimizer):
             self.param_groups.append(param_group)
         kinds: dict[tuple[object, ...], list[Member]] = {}
         for parameter in param_group["params"]:
-            placement = self.placements.get(parameter)
-            if placement is None:
+            sharding = self.shardings.get(parameter)
+            if sharding is None:
                 raise ValueError(
                     f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not a parameter of the "
                     "LightningModule; register it there, so that it is placed and saved"
@@ -88,21 +90,21 @@ class TiledOptimizer(Optimizer):
             if not parameter.requires_grad:
                 self.frozen.append(parameter)
             else:
-                kinds.setdefault(kind(parameter, placement), []).append((parameter, placement))
-        states = self.storage.for_group(self.inner, param_group, self.dice)
+                kinds.setdefault(kind(parameter, sharding), []).append((parameter, sharding))
+        states = self.state_config.for_group(self.inner, param_group, self.rounding_seed)
         new = []
         for members in kinds.values():
             for bucket in buckets(members):
-                buffer = FlatBuffer(bucket, sharded=self.storage.zero_stage > 0)
-                new.append(Shard(buffer, self.storage.gradients(buffer), states(buffer), param_group))
+                buffer = FlatBuffer(bucket, sharded=self.state_config.zero_stage > 0)
+                new.append(Shard(buffer, self.state_config.gradients(buffer), states(buffer), param_group))
         self.shards += new
-        self.flow.add([shard.gradients for shard in new])
+        self.reducer.add([shard.gradients for shard in new])
 
     # --- gradients
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Zero the gradients. ``.grad`` stays a view of flat buffers (or ``None``, ZeRO 2), whatever is asked for."""
-        self.flow.zero()
+        self.reducer.zero()
 
     def reduce_gradients(self, whole: bool = False) -> None:
         """Combine gradients over replicas, once per step; collective.
@@ -111,29 +113,29 @@ class TiledOptimizer(Optimizer):
             whole: make every ``.grad`` the combined gradient, not only this rank's shard of it.
         """
         self._require_frozen()
-        self.flow.reduce(whole)
+        self.reducer.reduce(whole)
 
     def gradient_norm(self) -> Tensor:
         """The 2-norm of all gradients, each parameter counted once, whatever the layout: an fp64 scalar; collective."""
-        return self.flow.norm()
+        return self.reducer.norm()
 
     def clip_by_norm(self, max_norm: float) -> Tensor:
         """Scale all gradients so that their norm is at most ``max_norm``. Returns the norm before; collective."""
-        return self.flow.clip_by_norm(max_norm)
+        return self.reducer.clip_by_norm(max_norm)
 
     def clip_by_value(self, max_value: float) -> None:
         """Clamp every gradient element to [-max_value, max_value]; collective."""
-        self.flow.clip_by_value(max_value)
+        self.reducer.clip_by_value(max_value)
 
     def release(self) -> None:
         """Let go of the parameters: nothing of this optimizer acts on them any more."""
-        self.flow.release()
+        self.reducer.release()
 
     def _require_frozen(self) -> None:
         for parameter in self.frozen:
             if parameter.requires_grad:
                 raise RuntimeError(
-                    f"{self.placements[parameter].name} was frozen when training was set up and is not any more, but "
+                    f"{self.shardings[parameter].name} was frozen when training was set up and is not any more, but "
                     "the optimizer has no state for it; leave it out of the optimizer while it is frozen and add it "
                     "with optimizer.add_param_group (as Lightning's BaseFinetuning does)"
                 )
@@ -148,23 +150,23 @@ class TiledOptimizer(Optimizer):
             with torch.enable_grad():
                 result = closure()
         self.reduce_gradients()
-        if self.storage.guard is not None and not self.flow.finite():
+        if self.state_config.max_skipped_steps is not None and not self.reducer.finite():
             self.skip()
             return result
         self.skipped.in_a_row = 0
         under_way = []
         for shard in self.shards:
-            shard.step(self.engine, self.flow.pending.scale)
-            with self.flow.counted():
+            shard.step(self.engine, self.reducer.pending.scale)
+            with self.reducer.counted():
                 under_way.append(shard.buffer.gather())
         for gathering in under_way:
             gathering.wait()
-        self.dice.step += 1
+        self.rounding_seed.step += 1
         self._step_is_over()
         return result
 
     def _step_is_over(self) -> None:
-        self.flow.pending.clear()
+        self.reducer.pending.clear()
         # Schedulers look here, to warn about being stepped before the optimizer.
         self.inner._opt_called = self._opt_called = True  # type: ignore[attr-defined]
 
@@ -174,15 +176,15 @@ class TiledOptimizer(Optimizer):
         Raises:
             RuntimeError: the last steps have all been skipped, as many as the storage's guard says.
         """
-        most = self.storage.guard
+        most = self.state_config.max_skipped_steps
         self.skipped.total += 1
         self.skipped.in_a_row += 1
         self._step_is_over()
         if most is not None and self.skipped.in_a_row >= most:
             raise RuntimeError(
-                f"the gradient of {self.flow.culprit()} is infinite or NaN, and some gradient was in each of the last "
-                f"{most} steps, none of which was taken; look at the data and the learning rate of the steps before. "
-                "Legal: TexMoEStrategy(max_skipped_steps=..), None to take such steps"
+                f"the gradient of {self.reducer.culprit()} is infinite or NaN, and some gradient was in each of "
+                f"the last {most} steps, none of which was taken; look at the data and the learning rate of the steps "
+                "before. Legal: TexMoEStrategy(max_skipped_steps=..), None to take such steps"
             )
 
     def refresh(self) -> None:
@@ -227,6 +229,8 @@ class TiledOptimizer(Optimizer):
 TiledOptimizer.step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
 
-def parameter_names(groups: Iterable[dict[str, Any]], placements: dict[nn.Parameter, Placement]) -> list[list[str]]:
+def parameter_names(
+    groups: Iterable[dict[str, Any]], shardings: dict[nn.Parameter, ParameterSharding]
+) -> list[list[str]]:
     """Names of each group's parameters, in their order."""
-    return [[placements[p].name for p in group["params"]] for group in groups]
+    return [[shardings[p].name for p in group["params"]] for group in groups]

@@ -15,22 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_tex.parallel.replay import Tape, active_tapes, unrecorded
+from lightning_tex.parallel.replay import Tape, outside_replay, running_tapes
 from lightning_tex.parallel.sharding import TexModule
 
-Mode = Literal["full", "communication_aware"]
-
-
-def recomputing() -> bool:
-    """Whether the current forward runs inside a backward, that is, repeats one that ran before."""
-    return torch._C._current_graph_task_id() != -1
+# Values of the strategy's option of this name.
+ActivationCheckpointing = Literal["full", "communication_aware"] | None
+ACTIVATION_CHECKPOINTING: tuple[ActivationCheckpointing, ...] = (None, "full", "communication_aware")
 
 
 @contextmanager
-def kept() -> Iterator[None]:
+def first_forward_only() -> Iterator[None]:
     """What is done inside is done in the first forward only: what it saves is kept, its collectives are on no tape."""
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
-    with unrecorded(), hooks:
+    with outside_replay(), hooks:
         yield
 
 
@@ -92,18 +89,18 @@ class _Entered(AbstractContextManager[None]):
         self.tape.recomputing = self.replaying
         self.tape.replaying = self.replaying and self.tape.replay
         self.tape._cursor = 0
-        self._token = active_tapes.set((*active_tapes.get(), self.tape))
+        self._token = running_tapes.set((*running_tapes.get(), self.tape))
 
     def __exit__(self, *_: object) -> None:
         # Early stop leaves by an exception with records unread: what follows the last saved tensor is not needed.
-        active_tapes.reset(self._token)
+        running_tapes.reset(self._token)
         self.tape.recomputing = self.tape.replaying = False
 
 
 class Recomputed:
     """A module's forward whose activations are recomputed in the backward (non-reentrant, random state kept)."""
 
-    def __init__(self, forward: Callable[..., Any], mode: Mode) -> None:
+    def __init__(self, forward: Callable[..., Any], mode: ActivationCheckpointing) -> None:
         self.forward, self.mode = forward, mode
         self.stash_bytes = 0
         self.tapes: WeakSet[BlockTape] = WeakSet()
@@ -118,7 +115,9 @@ class Recomputed:
         return result
 
 
-def recompute(root: nn.Module, mode: Mode | None, policy: set[type[nn.Module]] | None = None) -> list[str]:
+def recompute_blocks(
+    root: nn.Module, mode: ActivationCheckpointing, policy: set[type[nn.Module]] | None = None
+) -> list[str]:
     """Recompute the blocks of a model in every backward. Idempotent; ``None`` takes it back.
 
     Args:

@@ -1,6 +1,6 @@
-"""The residual stream, that is, the activations between layers, and how the tensor axis holds it.
+"""How the tensor axis holds the activations between layers: replicated, or sharded along the sequence.
 
-Layers enter and leave their cut regions through the stream and never ask how it lies.
+Layers enter and leave their tensor-parallel regions through an activation layout and never ask which one it is.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_tex.parallel.collectives import (
@@ -22,13 +23,14 @@ from lightning_tex.parallel.collectives import (
     reduce_split,
     split,
 )
+from lightning_tex.parallel.replay import products_then
 from lightning_tex.parallel.topology import Axis, Topology
 
 # S positions of a sequence, s positions held here, D model width
 
 
 @dataclass(frozen=True)
-class Stream(ABC):
+class ActivationLayout(ABC):
     """How the ranks of the tensor axis hold the activations between layers.
 
     Args:
@@ -38,15 +40,15 @@ class Stream(ABC):
     tensor: Axis
 
     @staticmethod
-    def of(topology: Topology) -> Stream:
-        """The stream of a topology: split along the sequence under sequence parallelism, else alike everywhere."""
-        kind = SplitStream if topology.communication.sequence_parallel else AlikeStream
+    def of(topology: Topology) -> ActivationLayout:
+        """That of a topology: sequence-sharded under sequence parallelism, else replicated."""
+        kind = SequenceSharded if topology.communication.sequence_parallel else Replicated
         return kind(topology.tensor)
 
     @property
     @abstractmethod
-    def parts(self) -> Axis:
-        """The axis the stream is split over; size 1 where it is not."""
+    def shard_axis(self) -> Axis:
+        """The axis the activations are sharded over; size 1 where it is not."""
 
     @abstractmethod
     def enter(self, x: Tensor) -> Tensor:
@@ -56,8 +58,14 @@ class Stream(ABC):
     def leave(self, partial: Tensor) -> Tensor:
         """The sum of what the ranks of such a region computed, back to the stream: [.., S, D] -> [.., s, D]."""
 
+    def leave_product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """:meth:`leave` of ``x @ weight.mT``, the last product of such a region: [.., S, in], [D, in] -> [.., s, D]."""
+        if self.tensor.size == 1:
+            return F.linear(x, weight)
+        return products_then([(x, weight)], self.leave)
+
     @abstractmethod
-    def put_together(self, columns: Tensor) -> Tensor:
+    def gather_columns(self, columns: Tensor) -> Tensor:
         """Columns that the ranks of such a region hold, whole and back to the stream: [.., S, d] -> [.., s, D]."""
 
     @abstractmethod
@@ -69,15 +77,15 @@ class Stream(ABC):
         """A sum over own tokens -> over the tokens of all tensor ranks."""
 
     @abstractmethod
-    def own_mask(self, mask: Tensor, x: Tensor) -> Tensor:
+    def shard_mask(self, mask: Tensor, x: Tensor) -> Tensor:
         """The part of a mask [.., S] that belongs to the activations ``x`` [.., s, D] held here: [.., s]."""
 
 
-class AlikeStream(Stream):
+class Replicated(ActivationLayout):
     """Every tensor rank holds all positions, s = S (Megatron's tensor parallelism, TED)."""
 
     @property
-    def parts(self) -> Axis:
+    def shard_axis(self) -> Axis:
         return Axis(self.tensor.name)
 
     def enter(self, x: Tensor) -> Tensor:
@@ -88,7 +96,7 @@ class AlikeStream(Stream):
         """All-reduce forward, identity backward."""
         return reduce(partial, self.tensor)
 
-    def put_together(self, columns: Tensor) -> Tensor:
+    def gather_columns(self, columns: Tensor) -> Tensor:
         """All-gather forward, split backward."""
         return gather(columns, -1, self.tensor)
 
@@ -100,15 +108,15 @@ class AlikeStream(Stream):
         """Identity in both directions."""
         return x
 
-    def own_mask(self, mask: Tensor, x: Tensor) -> Tensor:
+    def shard_mask(self, mask: Tensor, x: Tensor) -> Tensor:
         return mask
 
 
-class SplitStream(Stream):
+class SequenceSharded(ActivationLayout):
     """Tensor ranks hold consecutive equal parts of every sequence, dim -2 (Megatron's sequence parallelism)."""
 
     @property
-    def parts(self) -> Axis:
+    def shard_axis(self) -> Axis:
         return self.tensor
 
     def enter(self, x: Tensor) -> Tensor:
@@ -130,7 +138,7 @@ class SplitStream(Stream):
             )
         return reduce_split(partial, -2, self.tensor)
 
-    def put_together(self, columns: Tensor) -> Tensor:
+    def gather_columns(self, columns: Tensor) -> Tensor:
         """All-gather and split forward, all-gather and split backward."""
         return split(gather(columns, -1, self.tensor), -2, self.tensor)
 
@@ -142,7 +150,7 @@ class SplitStream(Stream):
         """All-reduce forward, identity backward: gradients are partial sums, as all are here."""
         return reduce(x, self.tensor)
 
-    def own_mask(self, mask: Tensor, x: Tensor) -> Tensor:
+    def shard_mask(self, mask: Tensor, x: Tensor) -> Tensor:
         """Of a mask over whole sequences the own part; one over the own positions as it is.
 
         Raises:

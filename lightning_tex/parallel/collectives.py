@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_tex.parallel.device import device_type
-from lightning_tex.parallel.replay import count_sent, recorded
+from lightning_tex.parallel.replay import count_sent, replayable
 from lightning_tex.parallel.topology import Axis
 
 # torch 2.13 renamed the single-tensor collectives; 2.11 has only the old names.
@@ -77,7 +77,7 @@ def all_reduce(x: Tensor, axis: Axis, op: str = "sum", operation: str = "all_red
         count_sent(operation, axis, 2 * (axis.size - 1) * _bytes(x))
         return out
 
-    return recorded(f"{operation} over {axis.name}", x, run)
+    return replayable(f"{operation} over {axis.name}", x, run)
 
 
 def broadcast(x: Tensor, axis: Axis) -> Tensor:
@@ -91,7 +91,7 @@ def broadcast(x: Tensor, axis: Axis) -> Tensor:
         count_sent("broadcast", axis, (axis.size - 1) * _bytes(x))
         return out
 
-    return recorded(f"broadcast over {axis.name}", x, run)
+    return replayable(f"broadcast over {axis.name}", x, run)
 
 
 def all_gather(
@@ -115,7 +115,7 @@ def all_gather(
             return torch.cat([part.narrow(along, 0, n) for part, n in zip(parts, sizes, strict=True)], along)
         return parts.movedim(0, along).flatten(along, along + 1)
 
-    return recorded(f"{operation} over {axis.name}", x, run)
+    return replayable(f"{operation} over {axis.name}", x, run)
 
 
 def reduce_scatter(x: Tensor, dim: int, axis: Axis, sizes: Sequence[int] | None = None) -> Tensor:
@@ -138,7 +138,7 @@ def reduce_scatter(x: Tensor, dim: int, axis: Axis, sizes: Sequence[int] | None 
         count_sent("reduce_scatter", axis, (axis.size - 1) * _bytes(parts))
         return out if sizes is None else out.narrow(along, 0, sizes[axis.rank])
 
-    return recorded(f"reduce_scatter over {axis.name}", x, run)
+    return replayable(f"reduce_scatter over {axis.name}", x, run)
 
 
 def own_slice(x: Tensor, dim: int, axis: Axis, sizes: Sequence[int] | None = None) -> Tensor:
@@ -178,7 +178,7 @@ def all_to_all(
         count_sent(operation, axis, axis.size * (x.shape[0] - own) * row_bytes)
         return out
 
-    return recorded(f"{operation} over {axis.name}", x, run)
+    return replayable(f"{operation} over {axis.name}", x, run)
 
 
 def gather_in_place(buffer: Tensor, axis: Axis) -> Started:

@@ -28,7 +28,7 @@ def materialise(root: nn.Module, device: torch.device, seed: int) -> None:
     Values come from the owning module's ``reset_parameters``. A parameter that is not on meta keeps its value.
 
     Args:
-        root: the model, cut already.
+        root: the model, sharded already.
         device: where the parameters go.
         seed: the same on all ranks.
 
@@ -69,26 +69,26 @@ def materialise(root: nn.Module, device: torch.device, seed: int) -> None:
 
 
 def _reset_whole(module: TexModule, device: torch.device) -> None:
-    # A user's own reset_parameters draws as if alone: let it draw this one layer whole, then cut.
+    # A user's own reset_parameters draws as if alone: let it draw this one layer whole, then shard it.
     boxes = module.boxes()
     stored = {own: getattr(module, own) for own in boxes}
     for own, box in boxes.items():
-        setattr(module, own, nn.Parameter(stored[own].new_empty(box.whole, device=device)))
+        setattr(module, own, nn.Parameter(stored[own].new_empty(box.full, device=device)))
     module.reset_parameters()  # type: ignore[operator]
     for own, box in boxes.items():
-        stored[own].copy_(box.cut(getattr(module, own)))
+        stored[own].copy_(box.shard(getattr(module, own)))
         setattr(module, own, stored[own])
 
 
 @torch.no_grad()
-def draw_uniform_(parameter: Tensor, bound: float, box: Box) -> None:
+def init_uniform_(parameter: Tensor, bound: float, box: Box) -> None:
     """Fill a stored part with U(-bound, bound) by global index. Takes one number from torch's random state."""
     if has_values(parameter):
         _fill(parameter, box, lambda index, key: (2 * uniform(index, key) - 1) * bound)
 
 
 @torch.no_grad()
-def draw_normal_(parameter: Tensor, std: float, box: Box) -> None:
+def init_normal_(parameter: Tensor, std: float, box: Box) -> None:
     """Fill a stored part with N(0, std^2) by global index (Box-Muller). Takes one number from torch's random state."""
 
     def normal(index: Tensor, key: int) -> Tensor:
@@ -110,9 +110,9 @@ def _fill(parameter: Tensor, box: Box, value: Callable[[Tensor, int], Tensor]) -
     rows = box.unpadded(parameter)
     if rows.numel() == 0:
         return
-    strides = [1] * len(box.whole)
-    for dim in range(len(box.whole) - 2, -1, -1):
-        strides[dim] = strides[dim + 1] * box.whole[dim + 1]
+    strides = [1] * len(box.full)
+    for dim in range(len(box.full) - 2, -1, -1):
+        strides[dim] = strides[dim + 1] * box.full[dim + 1]
     steps = [
         torch.arange(start, start + size, device=parameter.device) * stride
         for start, size, stride in zip(box.offsets, box.sizes, strides, strict=True)

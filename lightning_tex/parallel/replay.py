@@ -1,12 +1,17 @@
-"""What a collective's result passes through: tapes that keep it for a recomputation, and the byte meter."""
+"""Communication-aware checkpointing (paper section 5.2): results of collectives that a recomputation takes from a tape.
+
+This room holds the only state that is not handed in: the tapes of the blocks that are being run in this thread. A
+block's tape is put there while its forward runs, first or again (``activation_checkpointing``). Whatever a forward
+communicates passes :func:`replayable`, and what is counted asks :func:`current_pass`.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,22 +35,27 @@ class Tape(ABC):
         """What the same collective gave in the first forward."""
 
 
-# The tapes of the blocks that are being run, outermost first.
-active_tapes: ContextVar[tuple[Tape, ...]] = ContextVar("active_tapes", default=())
-_inside: ContextVar[bool] = ContextVar("_inside", default=False)
+# The tapes of the blocks that are being run, outermost first, and whether they are passed by for the moment.
+running_tapes: ContextVar[tuple[Tape, ...]] = ContextVar("running_tapes", default=())
+_outside: ContextVar[bool] = ContextVar("_outside", default=False)
+
+
+def _player() -> Tape | None:
+    """The tape that gives results again, if one does."""
+    return None if _outside.get() else next((tape for tape in running_tapes.get() if tape.replaying), None)
 
 
 @contextmanager
-def unrecorded() -> Iterator[None]:
+def outside_replay() -> Iterator[None]:
     """Collectives inside are on no tape: a recomputation does not come here."""
-    token = _inside.set(True)
+    token = _outside.set(True)
     try:
         yield
     finally:
-        _inside.reset(token)
+        _outside.reset(token)
 
 
-def recorded(name: str, like: Tensor, run: Callable[[], Tensor]) -> Tensor:
+def replayable(name: str, like: Tensor, run: Callable[[], Tensor]) -> Tensor:
     """``run()``, or what it gave in the first forward of the block that is being recomputed.
 
     Collectives inside ``run`` are not recorded one by one: only what comes out at the end takes memory.
@@ -55,15 +65,15 @@ def recorded(name: str, like: Tensor, run: Callable[[], Tensor]) -> Tensor:
         like: the input.
         run: what communicates.
     """
-    tapes = active_tapes.get()
-    if not tapes or _inside.get():
+    tapes = running_tapes.get()
+    if not tapes or _outside.get():
         return run()
     key = f"{name} of {like.dtype} {tuple(like.shape)}"
-    player = next((tape for tape in tapes if tape.replaying), None)
+    player = _player()
     if player is not None:
         result = player.next(key)
     else:
-        with unrecorded():
+        with outside_replay():
             result = run()
     for tape in tapes:
         if not tape.replaying:
@@ -91,20 +101,33 @@ class _Product(torch.autograd.Function):
             return grad @ weight, d_weight, None
 
 
-def product_to_record(x: Tensor, weight: Tensor) -> Tensor:
-    """``x @ weight.mT`` that is given to :func:`recorded` and to nothing else: [.., n, in], [.., out, in] -> [.., out].
+def products_then(
+    products: Iterable[tuple[Tensor, Tensor]], communicate: Callable[[Tensor], Tensor]
+) -> Tensor:  # [.., n, in], [.., out, in] -> what communicate makes of [.., n, out]
+    """``communicate`` of ``x @ weight.mT``, for several (x, weight) of their products, row by row.
 
-    Where a tape replays what came of it, nobody looks at it and it is not computed.
+    One operation, because what lies between is nobody's: partial sums, which a recomputation that replays the result of
+    ``communicate`` does not compute.
+
+    Args:
+        products: pairs of x and weight, taken one by one.
+        communicate: passes its argument to :func:`replayable` and looks at nothing of it but shape and dtype.
     """
-    replayed = not _inside.get() and any(tape.replaying for tape in active_tapes.get())
-    return _Product.apply(x, weight, not replayed)
+    replayed = _player() is not None
+    results = [_Product.apply(x, weight, not replayed) for x, weight in products]
+    return communicate(results[0] if len(results) == 1 else torch.cat(results))
 
 
-def current_pass() -> str:
-    """``forward``, ``recompute`` or ``backward``."""
-    if any(tape.recomputing for tape in active_tapes.get()):
-        return "recompute"
-    return "forward" if torch._C._current_graph_task_id() == -1 else "backward"
+def recomputing() -> bool:
+    """Whether a layer's forward is one that ran before, repeated in a backward."""
+    return current_pass() != "forward"
+
+
+def current_pass() -> Literal["forward", "recompute", "backward"]:
+    """What is being run. Outside of blocks with a tape, a forward inside a backward counts as ``backward``."""
+    if torch._C._current_graph_task_id() == -1:
+        return "forward"
+    return "recompute" if any(tape.recomputing for tape in running_tapes.get()) else "backward"
 
 
 def count_sent(operation: str, axis: Axis, scaled_bytes: int) -> None:

@@ -99,12 +99,12 @@ class Layout:
         if expert_tensor not in (1, tensor):
             raise ValueError(
                 f"expert_tensor_parallel_size={expert_tensor} with tensor_parallel_size={tensor}; legal: "
-                f"{tensor} (experts cut like the rest, TED) or 1 (experts uncut, folding)"
+                f"{tensor} (experts sharded like the rest, TED) or 1 (experts whole, folding)"
             )
         if expert_tensor < tensor and not duplicate_token_dropping:
             raise ValueError(
                 f"duplicate_token_dropping=False is not possible with expert_tensor_parallel_size=1 and "
-                f"tensor_parallel_size={tensor}: each token must reach its uncut expert once; legal: True, or "
+                f"tensor_parallel_size={tensor}: each token must reach its whole expert once; legal: True, or "
                 f"expert_tensor_parallel_size={tensor}"
             )
         where = f"on {world} ranks with tensor_parallel_size={tensor}"
@@ -164,14 +164,14 @@ class Communication:
     """Which of the ways to communicate less, or at a better time, are taken. None of them changes a result.
 
     Args:
-        split_duplicates: tokens that all ranks of the tensor axis hold alike are split over it before they travel
-            (duplicate-token dropping, paper section 5.1).
+        duplicate_token_dropping: tokens that all ranks of the tensor axis hold alike are split over it before they
+            travel (paper section 5.1).
         fused: an all-reduce followed by a split is one reduce-scatter.
         sequence_parallel: between embedding and head, activations are split over tensor along the sequence.
         overlap: gradients are reduced while the backward still runs.
     """
 
-    split_duplicates: bool = True
+    duplicate_token_dropping: bool = True
     fused: bool = True
     sequence_parallel: bool = False
     overlap: bool = True

@@ -102,7 +102,7 @@ class Activations:
 
     @property
     def _whole(self) -> int:
-        """Activations inside a region cut over tensor, before they are cut: [T, D]."""
+        """Activations inside a region sharded over tensor, before they are sharded: [T, D]."""
         return self.tokens * self._sizes.dim * self._bytes
 
     def norm(self) -> int:
@@ -173,16 +173,16 @@ class Activations:
 
     def stash(self, experts: bool) -> int:
         """What communication-aware recomputation keeps of a block's collectives."""
-        if self.candidate.recompute != "communication_aware":
+        if self.candidate.activation_checkpointing != "communication_aware":
             return 0
         sizes, layout, exchange = self._sizes, self.candidate.layout, self._exchange
-        sequence, cut = self.candidate.sequence_parallel, layout.tensor > 1
-        enter = self._whole if cut and sequence else 0
-        leave = self.stream if cut else 0
+        sequence, sharded = self.candidate.sequence_parallel, layout.tensor > 1
+        enter = self._whole if sharded and sequence else 0
+        leave = self.stream if sharded else 0
         if not experts:
             return 2 * (enter + leave)
         total = enter + leave
-        if cut and not sequence:
+        if sharded and not sequence:
             total += _INT64 * self.tokens * sizes.top_k
         static = sizes.capacity_factor is not None and not sequence
         if static:
@@ -190,7 +190,7 @@ class Activations:
         else:
             counts = _INT64 * sizes.num_experts
             total += counts * (layout.expert > 1) + exchange.gather * counts * (exchange.gather > 1)
-            if sequence and cut and sizes.capacity_factor is not None:
+            if sequence and sharded and sizes.capacity_factor is not None:
                 total += _INT64 * layout.tensor * sizes.top_k * exchange.sequences * (sizes.num_experts + 1)
             if exchange.split > 1:
                 total += self._whole
@@ -198,7 +198,7 @@ class Activations:
 
     def kept(self, experts: bool) -> int:
         """What is left of a block when its forward is over, stash included."""
-        if self.candidate.recompute is None:
+        if self.candidate.activation_checkpointing is None:
             return self.block(experts)
         losses = self.routing_losses() if experts else 0
         return self.stream + losses + self.stash(experts)

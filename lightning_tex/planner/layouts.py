@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
+from lightning_tex.optim.state_config import OPTIMIZER_STATE_FORMATS
+from lightning_tex.parallel.activation_checkpointing import ACTIVATION_CHECKPOINTING, ActivationCheckpointing
 from lightning_tex.parallel.topology import Communication, Layout
 from lightning_tex.planner.sizes import ELEMENT_BYTES, ModelSizes
-
-Recompute = Literal["full", "communication_aware"] | None
-RECOMPUTE: tuple[Recompute, ...] = (None, "full", "communication_aware")
-FORMATS = ("fp32", "split", "int8", "stochastic")
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ class Candidate:
         layout: sizes of the axes.
         micro_batch: sequences of one data rank in a micro-step.
         accumulation: micro-steps of an optimizer step.
-        zero_stage, recompute, state_format: as the strategy's.
+        zero_stage, activation_checkpointing, optimizer_state_format: as the strategy's.
         communication: duplicates, fusion, sequence parallelism, overlap.
     """
 
@@ -76,8 +73,8 @@ class Candidate:
     micro_batch: int = 1
     accumulation: int = 1
     zero_stage: int = 1
-    recompute: Recompute = None
-    state_format: str = "fp32"
+    activation_checkpointing: ActivationCheckpointing = None
+    optimizer_state_format: str = "fp32"
     communication: Communication = field(default_factory=Communication)
 
     @property
@@ -93,9 +90,9 @@ class Candidate:
             "expert_tensor_parallel_size": layout.expert_tensor,
             "zero_stage": self.zero_stage,
             "sequence_parallel": self.sequence_parallel,
-            "activation_checkpointing": self.recompute,
-            "optimizer_state_format": self.state_format,
-            "duplicate_token_dropping": self.communication.split_duplicates,
+            "activation_checkpointing": self.activation_checkpointing,
+            "optimizer_state_format": self.optimizer_state_format,
+            "duplicate_token_dropping": self.communication.duplicate_token_dropping,
             "micro_batch": self.micro_batch,
             "accumulate_grad_batches": self.accumulation,
         }
@@ -107,8 +104,8 @@ class Choices:
 
     Args:
         tensor, expert, expert_tensor, micro_batch: sizes to keep to.
-        zero_stage, sequence_parallel, recompute, state_format: values to try.
-        split_duplicates: duplicate-token dropping where it is a choice.
+        zero_stage, sequence_parallel, activation_checkpointing, optimizer_state_format: values to try.
+        duplicate_token_dropping: duplicate-token dropping where it is a choice.
         most_tensor: no larger tensor axis, such as the GPUs of a node.
     """
 
@@ -118,9 +115,9 @@ class Choices:
     micro_batch: int | None = None
     zero_stage: Sequence[int] = (0, 1, 2)
     sequence_parallel: Sequence[bool] = (False, True)
-    recompute: Sequence[Recompute] = RECOMPUTE
-    state_format: Sequence[str] = FORMATS
-    split_duplicates: bool = True
+    activation_checkpointing: Sequence[ActivationCheckpointing] = ACTIVATION_CHECKPOINTING
+    optimizer_state_format: Sequence[str] = OPTIMIZER_STATE_FORMATS
+    duplicate_token_dropping: bool = True
     most_tensor: int | None = None
 
 
@@ -140,7 +137,9 @@ def layouts(sizes: ModelSizes, world: int, choices: Choices | None = None) -> li
             legal = Layout.legal_expert_sizes(world, max(1, folded), sizes.experts) if sizes.moe_layers else [1]
             for expert in legal if choices.expert is None else [choices.expert]:
                 try:
-                    layout = Layout.resolve(world, tensor, expert, folded, sizes.experts, choices.split_duplicates)
+                    layout = Layout.resolve(
+                        world, tensor, expert, folded, sizes.experts, choices.duplicate_token_dropping
+                    )
                     sizes.check(layout)
                     layout.require_experts(sizes.experts)
                 except ValueError as error:
@@ -187,19 +186,25 @@ def _micro_batches(job: Job, layout: Layout, choices: Choices) -> Iterator[tuple
             yield micro, share // micro
 
 
-def _options(job: Job, layout: Layout, choices: Choices) -> Iterator[tuple[int, Recompute, str, Communication]]:
-    formats = [f for f in choices.state_format if f == "fp32" or job.precision.startswith("bf16")]
+def _options(
+    job: Job, layout: Layout, choices: Choices
+) -> Iterator[tuple[int, ActivationCheckpointing, str, Communication]]:
+    formats = [f for f in choices.optimizer_state_format if f == "fp32" or job.precision.startswith("bf16")]
     replicated = layout.data > 1
     for sequence in choices.sequence_parallel:
         if sequence and (layout.tensor == 1 or job.sequence_length % layout.tensor):
             continue
-        communication = Communication(choices.split_duplicates, sequence_parallel=sequence)
+        communication = Communication(choices.duplicate_token_dropping, sequence_parallel=sequence)
         for stage in choices.zero_stage if replicated else list(choices.zero_stage)[:1]:
-            for recompute in choices.recompute:
-                if recompute == "communication_aware" and job.world == 1 and "full" in choices.recompute:
+            for checkpointing in choices.activation_checkpointing:
+                if (
+                    checkpointing == "communication_aware"
+                    and job.world == 1
+                    and "full" in choices.activation_checkpointing
+                ):
                     continue
-                for state_format in formats:
-                    yield stage, recompute, state_format, communication
+                for optimizer_state_format in formats:
+                    yield stage, checkpointing, optimizer_state_format, communication
 
 
 def _divisors(n: int) -> list[int]:

@@ -101,12 +101,12 @@ def block_backward(at: Activations) -> int:
 
 def _recomputed(at: Activations, experts: bool) -> int:
     """What a recomputation makes anew: the block's activations, but its input and what is on the tape."""
-    if at.candidate.recompute is None:
+    if at.candidate.activation_checkpointing is None:
         return 0
     made = at.block(experts)
     if at.norm_sees_stream:
         made -= at.stream
-    if at.candidate.recompute == "communication_aware" and experts:
+    if at.candidate.activation_checkpointing == "communication_aware" and experts:
         made -= at.arrived + at.home
     return made
 
@@ -132,7 +132,7 @@ def _moe_flow(at: Activations) -> int:
         2 * at.home + at.arrived + (at.arrived // gather if gather > 1 else 0) - _given_back(at),
         at.arrived + _expert_matrix(at) + at.hidden - _given_back(at),
     ]
-    if at.candidate.recompute == "full":
+    if at.candidate.activation_checkpointing == "full":
         moments.append(3 * at.arrived)
     return at.stream + max(moments)
 
@@ -151,7 +151,7 @@ def _expert_matrix(at: Activations) -> int:
 
 
 def _given_back(at: Activations) -> int:
-    return 0 if at.candidate.recompute == "communication_aware" else at.home
+    return 0 if at.candidate.activation_checkpointing == "communication_aware" else at.home
 
 
 class GradientBuffers(NamedTuple):

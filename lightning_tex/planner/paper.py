@@ -170,7 +170,7 @@ class _Run:
 
     def candidate(self, variant: str, micro_batch: int) -> Candidate:
         recompute, split = VARIANTS[variant]
-        how = Communication(split_duplicates=split, fused=False)  # as in the paper: an all-reduce, then a split
+        how = Communication(duplicate_token_dropping=split, fused=False)  # as in the paper: an all-reduce, then a split
         layout = Layout(128, 4, 16, 4)
         share = BATCH // layout.data
         return Candidate(layout, micro_batch, share // micro_batch, 1, recompute, "fp32", how)  # type: ignore[arg-type]

@@ -59,7 +59,7 @@ class Plans:
         """
         if not (fitting := self.fitting):
             return None
-        fitting = [each for each in fitting if each.candidate.state_format in EXACT] or fitting
+        fitting = [each for each in fitting if each.candidate.optimizer_state_format in EXACT] or fitting
         best = min(each.time.total for each in fitting)
         return min((each for each in fitting if each.time.total <= 1.01 * best), key=lambda each: each.memory.peak)
 
@@ -164,7 +164,7 @@ def largest_base(
 ) -> LargestBase | None:
     """The largest base model of a family that some legal layout holds; ``None`` if the smallest does not fit.
 
-    Need grows with the model, so the search halves. A size that no layout can be cut for is passed over.
+    Need grows with the model, so the search halves. A size that no layout can be sharded for is passed over.
 
     Args:
         job: what is trained; its sizes give experts, vocabulary and activation.

@@ -38,13 +38,13 @@ class Parameter(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    cuts: Mapping[str, int]
+    shard_dims: Mapping[str, int]
     full_precision: bool = False
 
     @property
     def kind(self) -> Kind:
-        """How the ranks share it: cut over tensor, on all tensor ranks alike, or spread over expert."""
-        return "expert" if "expert" in self.cuts else "cut" if self.cuts else "uncut"
+        """How the ranks share it: sharded over tensor, on all tensor ranks alike, or spread over expert."""
+        return "expert" if "expert" in self.shard_dims else "cut" if self.shard_dims else "uncut"
 
     @property
     def numel(self) -> int:
@@ -53,7 +53,7 @@ class Parameter(NamedTuple):
 
     def stored(self, layout: Layout) -> int:
         """Elements that a rank stores, padding included; all ranks store equally many."""
-        cuts = [(Axis(axis, getattr(layout, axis)), dim) for axis, dim in self.cuts.items()]
+        cuts = [(Axis(axis, getattr(layout, axis)), dim) for axis, dim in self.shard_dims.items()]
         return prod(Box.of(self.shape, cuts).stored)
 
 
@@ -208,7 +208,7 @@ class ModelSizes:
         return total
 
     def check(self, layout: Layout) -> None:
-        """Refuse a layout that some layer of the decoder cannot be cut for.
+        """Refuse a layout that some layer of the decoder cannot be sharded for.
 
         Raises:
             ValueError: naming the size and the axis that does not divide it.
@@ -229,10 +229,10 @@ class ModelSizes:
 def _stored(sizes: ModelSizes, layout: Layout) -> tuple[int, ...]:
     shapes: dict[tuple[Any, ...], int] = {}  # blocks repeat their parameters' shapes
     for parameter in sizes.parameters():
-        key = parameter.shape, tuple(parameter.cuts)
+        key = parameter.shape, tuple(parameter.shard_dims)
         if key not in shapes:
             shapes[key] = parameter.stored(layout)
-    return tuple(shapes[p.shape, tuple(p.cuts)] for p in sizes.parameters())
+    return tuple(shapes[p.shape, tuple(p.shard_dims)] for p in sizes.parameters())
 
 
 def _at_least_one(name: str, value: int) -> None:

@@ -132,19 +132,24 @@ def state_bytes(job: Job, candidate: Candidate, tile_size: int | None = None, de
         tile_size: elements, as the strategy's; ``None``: the device's budget over the temporaries.
         device: ``cuda`` or ``cpu``.
     """
-    return _state_bytes(buffers(job, candidate), job.precision, candidate.zero_stage, candidate.state_format,
+    return _state_bytes(buffers(job, candidate), job.precision, candidate.zero_stage, candidate.optimizer_state_format,
                         tile_size, device)  # fmt: skip
 
 
 @lru_cache(maxsize=512)
 def _state_bytes(
-    of: tuple[Buffer, ...], precision: str, zero_stage: int, state_format: str, tile_size: int | None, device: str
+    of: tuple[Buffer, ...],
+    precision: str,
+    zero_stage: int,
+    optimizer_state_format: str,
+    tile_size: int | None,
+    device: str,
 ) -> StateBytes:
     gradients = master = moments = scalars = 0
     for buffer, times in distinct(of).items():
         own = buffer.part * times
         gradients += own * max(4, buffer.element_bytes) if zero_stage == 2 else buffer.bytes * times
-        kept = kept_format(precision, state_format, buffer.element_bytes)
+        kept = kept_format(precision, optimizer_state_format, buffer.element_bytes)
         per_master, per_moment = {
             "plain": (0, buffer.element_bytes),
             "fp32": (4, 4),
@@ -162,11 +167,11 @@ def _state_bytes(
     return StateBytes(dense, expert, gradients, master, moments, scalars)
 
 
-def kept_format(precision: str, state_format: str, element_bytes: int) -> str:
+def kept_format(precision: str, optimizer_state_format: str, element_bytes: int) -> str:
     """How states of parameters of that size are kept: by the format, or plainly where they need no master."""
-    if element_bytes > 2 or (precision == "bf16-true" and state_format == "fp32"):
+    if element_bytes > 2 or (precision == "bf16-true" and optimizer_state_format == "fp32"):
         return "plain"
-    return state_format
+    return optimizer_state_format
 
 
 def tile_elements(kept: str, tile_size: int | None, device: str) -> int:
@@ -179,7 +184,7 @@ def tile_bytes(job: Job, candidate: Candidate, tile_size: int | None = None, dev
     """The most temporary memory of an optimizer step."""
     most = 0
     for buffer in distinct(buffers(job, candidate)):
-        kept = kept_format(job.precision, candidate.state_format, buffer.element_bytes)
+        kept = kept_format(job.precision, candidate.optimizer_state_format, buffer.element_bytes)
         tile = min(buffer.part, tile_elements(kept, tile_size, device))
         most = max(most, int(tile * TEMPORARY_BYTES[kept]))
     return most

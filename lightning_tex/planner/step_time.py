@@ -169,7 +169,7 @@ def _buffer_times(of: tuple[Buffer, ...], precision: str, candidate: Candidate, 
 
 def update_seconds(buffer: Buffer, precision: str, candidate: Candidate, cluster: Cluster) -> float:
     """Zeroing the gradients, their norm, and the update of the own part, by memory bandwidth."""
-    kept = kept_format(precision, candidate.state_format, buffer.element_bytes)
+    kept = kept_format(precision, candidate.optimizer_state_format, buffer.element_bytes)
     # Plainly kept: gradient read, parameter and two states read and written.
     per_element = 7 * buffer.element_bytes if kept == "plain" else STEP_BYTES[kept]
     moved = buffer.bytes + buffer.part * (buffer.element_bytes + per_element)

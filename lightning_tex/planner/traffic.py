@@ -77,7 +77,7 @@ class Exchange:
         sizes: the model.
         layout: sizes of the axes.
         communication: how it communicates.
-        recompute: as the strategy's activation_checkpointing.
+        activation_checkpointing: as the strategy's.
         sequences, length: B and S.
         element_bytes: of an activation.
         score_bytes: of a router's score: 4, or 8 in fp64.
@@ -86,7 +86,7 @@ class Exchange:
     sizes: ModelSizes
     layout: Layout
     communication: Communication
-    recompute: str | None
+    activation_checkpointing: str | None
     sequences: int
     length: int
     element_bytes: int
@@ -95,8 +95,8 @@ class Exchange:
     @classmethod
     def of(cls, job: Job, candidate: Candidate) -> Exchange:
         score = 8 if job.precision == "64-true" else 4
-        return cls(job.sizes, candidate.layout, candidate.communication, candidate.recompute, candidate.micro_batch,
-                   job.sequence_length, job.element_bytes, score)  # fmt: skip
+        return cls(job.sizes, candidate.layout, candidate.communication, candidate.activation_checkpointing,
+                   candidate.micro_batch, job.sequence_length, job.element_bytes, score)  # fmt: skip
 
     @property
     def tokens(self) -> int:
@@ -118,10 +118,10 @@ class Exchange:
     @property
     def forward(self) -> tuple[str, ...]:
         """The passes in which a block's forward communicates."""
-        return (FORWARD, RECOMPUTED) if self.recompute == "full" else (FORWARD,)
+        return (FORWARD, RECOMPUTED) if self.activation_checkpointing == "full" else (FORWARD,)
 
     def _enter(self, forward: Iterable[str]) -> Iterator[Collective]:
-        """Into a region cut over tensor."""
+        """Into a region sharded over tensor."""
         if self.communication.sequence_parallel:
             yield from self._over("tensor", "all_gather", self.stream_bytes, forward)
             yield from self._over("tensor", "reduce_scatter", self.stream_bytes, [BACKWARD])
@@ -129,7 +129,7 @@ class Exchange:
             yield from self._over("tensor", "all_reduce", self.stream_bytes, [BACKWARD])
 
     def _leave(self, forward: Iterable[str]) -> Iterator[Collective]:
-        """Out of a region cut over tensor."""
+        """Out of a region sharded over tensor."""
         if self.communication.sequence_parallel:
             yield from self._over("tensor", "reduce_scatter", self.stream_bytes, forward)
             yield from self._over("tensor", "all_gather", self.stream_bytes, [BACKWARD])
@@ -211,13 +211,13 @@ class Exchange:
     def split(self) -> int:
         """Ranks that equal tokens are split over before they travel."""
         how = self.communication
-        return self.layout.tensor if how.split_duplicates and not how.sequence_parallel else 1
+        return self.layout.tensor if how.duplicate_token_dropping and not how.sequence_parallel else 1
 
     @property
     def gather(self) -> int:
         """Ranks that what arrived is put together over."""
         how = self.communication
-        return self.layout.expert_tensor if how.split_duplicates or how.sequence_parallel else 1
+        return self.layout.expert_tensor if how.duplicate_token_dropping or how.sequence_parallel else 1
 
     @property
     def capacity_rows(self) -> int:
@@ -279,7 +279,7 @@ def reduction(buffer: Buffer, candidate: Candidate) -> list[Collective]:
 
 
 def combination(buffer: Buffer, candidate: Candidate) -> list[Collective]:
-    """Partial sums of uncut parameters over tensor, of the own part, under sequence parallelism."""
+    """Partial sums of replicated parameters over tensor, of the own part, under sequence parallelism."""
     tensor = candidate.layout.tensor
     if not (buffer.repeated and candidate.sequence_parallel):
         return []

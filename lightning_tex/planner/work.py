@@ -171,7 +171,7 @@ def computation(job: Job, candidate: Candidate, cluster: Cluster) -> Computation
         (sizes.moe_layers, list(work.moe()) if sizes.moe_layers else [],
          work.moe_bytes() + work.norm_bytes() if sizes.moe_layers else 0),
     )  # fmt: skip
-    replays = candidate.recompute == "communication_aware"
+    replays = candidate.activation_checkpointing == "communication_aware"
     blocks: list[float] = []
     for times, products, moved in parts:
         time = [p.seconds(cluster, job.precision, job.element_bytes) for p in products]
@@ -181,7 +181,7 @@ def computation(job: Job, candidate: Candidate, cluster: Cluster) -> Computation
         back = sum(p.backward * t for p, t in zip(products, time, strict=True)) + 2 * rest
         backward += times * back
         flops += times * sum((1 + p.backward) * p.flops for p in products)
-        if candidate.recompute is not None:
+        if candidate.activation_checkpointing is not None:
             once_more = sum(t for t, r in zip(time, repeated, strict=True) if r) + rest
             again += times * once_more
             back += once_more

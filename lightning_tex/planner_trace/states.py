@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from lightning_tex.optim import TiledOptimizer
-from lightning_tex.parallel.sharding import placements
+from lightning_tex.parallel.sharding import parameter_shardings
 from lightning_tex.parallel.topology import Topology
 
 # The kinds of what is kept between steps.
@@ -20,14 +20,14 @@ def states(model: nn.Module, topology: Topology, optimizer: TiledOptimizer | Non
     Several tensors may be views of one storage; a storage belongs to the kind that names it first.
 
     Args:
-        model: cut already.
-        topology: what it was cut by.
+        model: sharded already.
+        topology: what it was sharded by.
         optimizer: its optimizer, if it has one.
     """
     parameters = dict(model.named_parameters())
-    for name, placement in placements(model, topology).items():
+    for name, sharding in parameter_shardings(model, topology).items():
         yield (
-            "expert_parameters" if placement.replicas.name == "expert_data" else "dense_parameters",
+            "expert_parameters" if sharding.replicas.name == "expert_data" else "dense_parameters",
             parameters[name],
         )
     for shard in [] if optimizer is None else optimizer.shards:

@@ -18,7 +18,7 @@ from lightning_tex.optim import TiledOptimizer
 from lightning_tex.parallel.activation_checkpointing import stash, stash_bytes
 from lightning_tex.parallel.byte_meter import Sent
 from lightning_tex.parallel.device import played_device
-from lightning_tex.parallel.sharding import placements
+from lightning_tex.parallel.sharding import parameter_shardings
 from lightning_tex.parallel.topology import Layout
 from lightning_tex.planner_trace.batches import MadeUpBlocks
 from lightning_tex.planner_trace.states import state_bytes, states
@@ -224,10 +224,10 @@ class _Reader(Callback):
         moments = self.tracker.over_time()
         peak = max(moments, key=lambda live: sum(live.values()))
         kinds = {kind for live in moments for kind in live}
-        placed = placements(module, strategy.topology)
+        placed = parameter_shardings(module, strategy.topology)
         self.read = {
             "layout": strategy.topology.layout,
-            "parameters": sum(prod(placement.box.whole) for placement in placed.values()),
+            "parameters": sum(prod(sharding.box.full) for sharding in placed.values()),
             "state_bytes": state_bytes(module, strategy.topology, _optimizer(trainer)),
             "peak_bytes": sum(peak.values()),
             "peak_bytes_by_kind": peak,

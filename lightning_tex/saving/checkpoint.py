@@ -39,11 +39,11 @@ def _within_epoch(rest: Mapping[str, Any]) -> bool:
 
 
 class Checkpoints:
-    """Saves and loads one cut model and its optimizer.
+    """Saves and loads one sharded model and its optimizer.
 
     Args:
-        module: the cut model.
-        topology: the layout it is cut for.
+        module: the sharded model.
+        topology: the layout it is sharded for.
         optimizer: the sharded optimizer; ``None`` when there is nothing to train.
         distributed: whether to save a directory or one plain file.
         broadcast: sends rank 0's object to all ranks.
@@ -81,7 +81,7 @@ class Checkpoints:
             "state": optimizer_state.optimizer_state(self.optimizer),
             "param_groups": optimizer_state.group_options(self.optimizer),
             "numbers": optimizer_state.number_keys(self.optimizer),
-            "dice": asdict(self.optimizer.dice),
+            "dice": asdict(self.optimizer.rounding_seed),
         }
 
     def begin(self, checkpoint: dict[str, Any], filepath: Any, linked: bool) -> Save:
@@ -184,7 +184,7 @@ class Checkpoints:
             return rest
         if saved is not None:
             optimizer_state.load_optimizer(self.optimizer, source, saved["param_groups"], saved["numbers"])
-            self.optimizer.dice.restore(saved.get("dice"))
+            self.optimizer.rounding_seed.restore(saved.get("dice"))
         optimizer_state.load_masters(self.optimizer, source)
         if own.get("layout") == asdict(self.topology.layout):
             streams = self._read_random(source)
@@ -209,13 +209,13 @@ class Checkpoints:
         saved = checkpoint["optimizer_states"][0]
         if "param_groups" in saved:
             states, groups, numbers = plain.states_by_name(saved, self.optimizer)
-            dice = saved.get("dice")
+            rounding_seed = saved.get("dice")
         else:  # a consolidated directory: by name already
             own = checkpoint[OWN]["optimizer"]
             states, groups, numbers = saved["state"], own["param_groups"], own["numbers"]
-            dice = own.get("dice")
+            rounding_seed = own.get("dice")
         optimizer_state.load_optimizer(self.optimizer, plain.PlainFile.of_optimizer(states), groups, numbers)
-        self.optimizer.dice.restore(dice)
+        self.optimizer.rounding_seed.restore(rounding_seed)
 
     def load_whole_model(self, checkpoint: Mapping[str, Any], strict: bool) -> None:
         """Cut the whole weights of a plain file; nothing if they came from a directory."""

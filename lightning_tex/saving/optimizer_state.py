@@ -1,4 +1,4 @@
-"""Optimizer states of a cut model, described globally, to be written from or read into in place."""
+"""Optimizer states of a sharded model, described globally, to be written from or read into in place."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def optimizer_state(optimizer: TiledOptimizer) -> dict[str, dict[str, GlobalTens
     parts: dict[tuple[str, str], list[Part]] = {}
     kinds: dict[tuple[str, str], tuple[tuple[int, ...], torch.dtype, bool]] = {}
     for piece in optimizer.pieces():
-        placement = piece.placement
+        sharding = piece.sharding
         for key, value in window_states(piece).items():
-            path = (placement.name, key)
-            writes = placement.counted and piece.writes
+            path = (sharding.name, key)
+            writes = sharding.counted and piece.writes
             if isinstance(value, Kept):
                 held = parts.setdefault(path, [])
-                held += range_parts(placement.box, piece.start, piece.stop - piece.start, partial(_own, value, piece))
-                kinds[path] = placement.box.whole, value.dtype, writes
+                held += range_parts(sharding.box, piece.start, piece.stop - piece.start, partial(_own, value, piece))
+                kinds[path] = sharding.box.full, value.dtype, writes
             elif holds_first_element(piece):
                 number = torch.as_tensor(value)
                 parts[path] = [Part.of((), number)]
@@ -68,8 +68,8 @@ def _own(kept: Kept, piece: Piece) -> Tensor:
 
 
 def holds_first_element(piece: Piece) -> bool:
-    """Whether the piece has the parameter's first element: true once over replicas and cut axes."""
-    return piece.start == 0 and not any(piece.placement.box.offsets)
+    """Whether the piece has the parameter's first element: true once over replicas and sharded axes."""
+    return piece.start == 0 and not any(piece.sharding.box.offsets)
 
 
 def number_keys(optimizer: TiledOptimizer) -> list[str]:
@@ -80,7 +80,7 @@ def number_keys(optimizer: TiledOptimizer) -> list[str]:
 
 def group_options(optimizer: TiledOptimizer) -> list[dict[str, Any]]:
     """Every group's options, with its parameters by name."""
-    names = parameter_names(optimizer.param_groups, optimizer.placements)
+    names = parameter_names(optimizer.param_groups, optimizer.shardings)
     return [
         {**{key: value for key, value in group.items() if key != "params"}, "params": own}
         for group, own in zip(optimizer.param_groups, names, strict=True)
@@ -120,10 +120,10 @@ def load_optimizer(optimizer: TiledOptimizer, source: Source, groups: list[dict[
 def _load_elements(shard: Shard, source: Source, saved: dict[str, dict[str, Saved]], scalar: set[str]) -> None:
     wanted: dict[tuple[int, str], torch.dtype] = {}
     for piece in shard.pieces():
-        for key, entry in saved.get(piece.placement.name, {}).items():
+        for key, entry in saved.get(piece.sharding.name, {}).items():
             if key not in scalar:
                 wanted[piece.window, key] = entry.dtype
-    _read_windows(shard, source, wanted, lambda piece, key: (OPTIMIZER, "state", piece.placement.name, key))
+    _read_windows(shard, source, wanted, lambda piece, key: (OPTIMIZER, "state", piece.sharding.name, key))
 
 
 def _read_windows(
@@ -139,8 +139,8 @@ def _read_windows(
         for (window, key), place in places.items():
             path = path_of(piece, key)
             if window == piece.window and path in source.saved:
-                box = piece.placement.box
-                requested = request.setdefault(path, GlobalTensor(box.whole, place.dtype))
+                box = piece.sharding.box
+                requested = request.setdefault(path, GlobalTensor(box.full, place.dtype))
                 requested.parts += range_parts(box, piece.start, piece.stop - piece.start, partial(_part, place, piece))
     source.fill(request)
     for (window, key), place in places.items():
@@ -167,7 +167,7 @@ def require_same_groups(saved: list[dict[str, Any]], optimizer: TiledOptimizer) 
 
 def _scalar_keys(saved: dict[str, dict[str, Saved]], optimizer: TiledOptimizer) -> set[str]:
     # The states of a 0-dim parameter have shape [] too, so other parameters tell.
-    dims = {placement.name: len(placement.box.whole) for placement in optimizer.placements.values()}
+    dims = {sharding.name: len(sharding.box.full) for sharding in optimizer.shardings.values()}
     return {"step"} | {
         key for name, states in saved.items() for key, entry in states.items() if not entry.shape and dims.get(name)
     }
@@ -182,16 +182,16 @@ def _load_scalars(
 ) -> None:
     read: dict[Path, Tensor] = {}
     for piece in optimizer.pieces():
-        for key, entry in saved.get(piece.placement.name, {}).items():
+        for key, entry in saved.get(piece.sharding.name, {}).items():
             if key in scalar:
-                read[OPTIMIZER, "state", piece.placement.name, key] = torch.zeros((), dtype=entry.dtype)
+                read[OPTIMIZER, "state", piece.sharding.name, key] = torch.zeros((), dtype=entry.dtype)
     source.fill({path: GlobalTensor((), value.dtype, [Part.of((), value)]) for path, value in read.items()})
     largest: dict[tuple[int, int, str], Tensor] = {}
     differing = set()
     for piece in optimizer.pieces():
         shard = piece.shard
-        for key in scalar & saved.get(piece.placement.name, {}).keys():
-            value = read[OPTIMIZER, "state", piece.placement.name, key]
+        for key in scalar & saved.get(piece.sharding.name, {}).keys():
+            value = read[OPTIMIZER, "state", piece.sharding.name, key]
             known = largest.get((id(shard), piece.window, key), value)
             if float(known) != float(value):
                 differing.add(key)
@@ -234,5 +234,5 @@ def load_masters(optimizer: TiledOptimizer, source: Source) -> None:
 
 
 def _master_paths(piece: Piece) -> tuple[Path, Path]:
-    name = piece.placement.name
+    name = piece.sharding.name
     return (OPTIMIZER, "state", name, MASTER), (MODEL, name)

@@ -15,7 +15,7 @@ from lightning_tex.optim.formats import MASTER, Kept
 from lightning_tex.optim.shard import Piece
 from lightning_tex.optim.tiled import parameter_names
 from lightning_tex.parallel import collectives
-from lightning_tex.parallel.sharding import Placement
+from lightning_tex.parallel.sharding import ParameterSharding
 from lightning_tex.parallel.topology import Topology
 from lightning_tex.saving.optimizer_state import (
     group_options,
@@ -41,12 +41,12 @@ def whole_model_state(module: nn.Module, topology: Topology, optimizer: TiledOpt
     whole: dict[str, Tensor] = {}
     for name, value in state_dict_tensors(module).items():
         if id(value) not in gathered:
-            tensor, placement = value.detach(), known.get(id(value))
-            if placement is not None and placement.name in mastered:
-                tensor = _gather_windows(placement, MASTER, pieces, torch.float32, _device(optimizer))
-            elif placement is not None:
+            tensor, sharding = value.detach(), known.get(id(value))
+            if sharding is not None and sharding.name in mastered:
+                tensor = _gather_windows(sharding, MASTER, pieces, torch.float32, _device(optimizer))
+            elif sharding is not None:
                 # After a fit Lightning has moved the module to the host, where the group may have no backend.
-                tensor = placement.gather(tensor.to(_device(optimizer) or tensor.device))
+                tensor = sharding.gather(tensor.to(_device(optimizer) or tensor.device))
             gathered[id(value)] = _host(tensor) if first else tensor.new_empty(0)
         if first:
             whole[name] = gathered[id(value)]
@@ -59,7 +59,7 @@ def _mastered(optimizer: TiledOptimizer | None) -> set[str]:
         return set()
     optimizer.refresh()
     shards = [shard for shard in optimizer.shards if shard.states.has_master]
-    return {entry.placement.name for shard in shards for entry in shard.buffer.entries}
+    return {entry.sharding.name for shard in shards for entry in shard.buffer.entries}
 
 
 @torch.no_grad()
@@ -70,7 +70,7 @@ def whole_optimizer_state(optimizer: TiledOptimizer, topology: Topology) -> dict
         ``{"state": {parameter number: {key: tensor}}, "param_groups": [.. "params": [parameter number]]}``.
     """
     pieces = _pieces(optimizer)
-    placed = {placement.name: placement for placement in optimizer.placements.values()}
+    placed = {sharding.name: sharding for sharding in optimizer.shardings.values()}
     keys = _agreed_keys(optimizer, topology)
     groups = group_options(optimizer)
     numbers = {name: index for index, name in enumerate(name for group in groups for name in group["params"])}
@@ -86,7 +86,7 @@ def whole_optimizer_state(optimizer: TiledOptimizer, topology: Topology) -> dict
     if topology.world.rank != 0:
         return {}
     plain_groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in groups]
-    return {"state": dict(sorted(state.items())), "param_groups": plain_groups, "dice": asdict(optimizer.dice)}
+    return {"state": dict(sorted(state.items())), "param_groups": plain_groups, "dice": asdict(optimizer.rounding_seed)}
 
 
 def _agreed_keys(optimizer: TiledOptimizer, topology: Topology) -> dict[str, dict[str, Any]]:
@@ -96,7 +96,7 @@ def _agreed_keys(optimizer: TiledOptimizer, topology: Topology) -> dict[str, dic
         for key, value in window_states(piece).items():
             if key == MASTER:
                 continue
-            kinds = own.setdefault(piece.placement.name, {})
+            kinds = own.setdefault(piece.sharding.name, {})
             if isinstance(value, Kept):
                 kinds[key] = value.dtype
             elif holds_first_element(piece):
@@ -115,21 +115,25 @@ def _agreed_keys(optimizer: TiledOptimizer, topology: Topology) -> dict[str, dic
 def _pieces(optimizer: TiledOptimizer | None) -> dict[str, list[Piece]]:
     by_name: dict[str, list[Piece]] = {}
     for piece in optimizer.pieces() if optimizer is not None else ():
-        by_name.setdefault(piece.placement.name, []).append(piece)
+        by_name.setdefault(piece.sharding.name, []).append(piece)
     return by_name
 
 
 def _gather_windows(
-    placement: Placement, key: str, pieces: dict[str, list[Piece]], dtype: torch.dtype, device: torch.device | None
+    sharding: ParameterSharding,
+    key: str,
+    pieces: dict[str, list[Piece]],
+    dtype: torch.dtype,
+    device: torch.device | None,
 ) -> Tensor:
-    """A whole state from the windows the ranks hold of it; collective over replicas and cut axes."""
-    stored = torch.zeros(placement.box.stored, dtype=dtype, device=device)
-    for piece in pieces.get(placement.name, []):
+    """A whole state from the windows the ranks hold of it; collective over replicas and sharded axes."""
+    stored = torch.zeros(sharding.box.stored, dtype=dtype, device=device)
+    for piece in pieces.get(sharding.name, []):
         if piece.writes:
             stored.view(-1)[piece.start : piece.stop] = window_states(piece)[key].read()[piece.own]
     # Each element is in one rank's window, so a sum of bytes brings them together bit for bit.
-    joined = collectives.all_reduce(stored.view(-1).view(torch.uint8), placement.replicas)
-    return placement.gather(joined.view(dtype).view(stored.shape))
+    joined = collectives.all_reduce(stored.view(-1).view(torch.uint8), sharding.replicas)
+    return sharding.gather(joined.view(dtype).view(stored.shape))
 
 
 def _device(optimizer: TiledOptimizer | None) -> torch.device | None:
@@ -191,7 +195,7 @@ def states_by_name(
     Raises:
         ValueError: groups of other sizes than the optimizer's.
     """
-    names = parameter_names(optimizer.param_groups, optimizer.placements)
+    names = parameter_names(optimizer.param_groups, optimizer.shardings)
     sizes = [len(group["params"]) for group in saved["param_groups"]]
     if sizes != [len(own) for own in names]:
         raise ValueError(

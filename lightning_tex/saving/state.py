@@ -1,4 +1,4 @@
-"""Weights of a cut model, described globally, to be written from or read into in place.
+"""Weights of a sharded model, described globally, to be written from or read into in place.
 
 Saved tensors are named by paths: ``("model", name)`` and ``("optimizer_0", "state", parameter name, key)``.
 """
@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from lightning_tex.parallel.sharding import Placement, placements
+from lightning_tex.parallel.sharding import ParameterSharding, parameter_shardings
 from lightning_tex.parallel.topology import Topology
 from lightning_tex.saving.sharded import GlobalTensor, Part, stored_part
 
@@ -37,10 +37,10 @@ class Source(Protocol):
         """Read the boxes of each requested tensor into their place. Called on all ranks, with different requests."""
 
 
-def placed_parameters(module: nn.Module, topology: Topology) -> dict[int, Placement]:
+def placed_parameters(module: nn.Module, topology: Topology) -> dict[int, ParameterSharding]:
     """Placements by the identity of the parameter."""
     parameters = dict(module.named_parameters())
-    return {id(parameters[name]): p for name, p in placements(module, topology).items()}
+    return {id(parameters[name]): p for name, p in parameter_shardings(module, topology).items()}
 
 
 def model_state(module: nn.Module, topology: Topology) -> dict[str, GlobalTensor]:
@@ -75,13 +75,13 @@ def ties(module: nn.Module) -> dict[str, str]:
     return {name: parameter for name, parameter in names.items() if name != parameter}
 
 
-def _global(value: Tensor, position: int, placement: Placement | None, topology: Topology) -> GlobalTensor:
-    if placement is None:
+def _global(value: Tensor, position: int, sharding: ParameterSharding | None, topology: Topology) -> GlobalTensor:
+    if sharding is None:
         return GlobalTensor(
             tuple(value.shape), value.dtype, [Part.of((0,) * value.dim(), value)], topology.world.rank == 0
         )
-    writes = placement.counted and placement.replicas.rank == position % placement.replicas.size
-    return GlobalTensor(placement.box.whole, value.dtype, [stored_part(placement.box, value)], writes)
+    writes = sharding.counted and sharding.replicas.rank == position % sharding.replicas.size
+    return GlobalTensor(sharding.box.full, value.dtype, [stored_part(sharding.box, value)], writes)
 
 
 @torch.no_grad()

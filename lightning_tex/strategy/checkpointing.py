@@ -67,7 +67,7 @@ class CheckpointingStrategy(MeshStrategy):
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
-        """Weights are read into the parts that ``setup`` cut."""
+        """Weights are read into the parts that ``setup`` made."""
         return True
 
     @property
@@ -167,7 +167,7 @@ class CheckpointingStrategy(MeshStrategy):
     # --- loading
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint of either form, from any layout, into the cut model and the sharded optimizer."""
+        """Read a checkpoint of either form, from any layout, into the sharded model and the sharded optimizer."""
         assert self.lightning_module is not None
         self._background.wait()
         checkpoints = self._checkpoints()

@@ -7,10 +7,10 @@ from typing import Any
 
 from lightning import LightningModule
 
-from lightning_tex.optim import Storage
+from lightning_tex.optim import OptimizerStateConfig
 from lightning_tex.parallel.topology import Communication, Layout
 from lightning_tex.planner.cluster import CLUSTERS
-from lightning_tex.planner.layouts import Candidate, Choices, Job, Recompute
+from lightning_tex.planner.layouts import ActivationCheckpointing, Candidate, Choices, Job
 from lightning_tex.planner.memory import Memory, memory, size
 from lightning_tex.planner.search import Planned, plan_all
 from lightning_tex.planner.sizes import ELEMENT_BYTES, ModelSizes
@@ -24,8 +24,8 @@ def require_memory(
     module: LightningModule,
     layout: Layout,
     communication: Communication,
-    storage: Storage,
-    recompute: Recompute,
+    state_config: OptimizerStateConfig,
+    recompute: ActivationCheckpointing,
     precision: str,
     device_bytes: int,
 ) -> None:
@@ -41,8 +41,10 @@ def require_memory(
     if job is None:
         return
     share = job.global_batch_size // layout.data
-    candidate = Candidate(layout, share, 1, storage.zero_stage, recompute, storage.state_format, communication)
-    needed = memory(job, candidate, tile_size=storage.tile_size)
+    candidate = Candidate(
+        layout, share, 1, state_config.zero_stage, recompute, state_config.optimizer_state_format, communication
+    )
+    needed = memory(job, candidate, tile_size=state_config.tile_size)
     if needed.peak * (1 - MARGIN) <= device_bytes:
         return
     parts = ", ".join(f"{name} {size(taken)}" for name, taken in needed.parts().items() if taken)
@@ -71,7 +73,7 @@ def _job(module: LightningModule, layout: Layout, precision: str) -> Job | None:
 def _nearest(job: Job, candidate: Candidate, device_bytes: int) -> str:
     """The layouts that fit and differ in the fewest options."""
     cluster = replace(CLUSTERS["h100"], memory_bytes=float(device_bytes), reserved_bytes=0.0)
-    choices = Choices(split_duplicates=candidate.communication.split_duplicates)
+    choices = Choices(duplicate_token_dropping=candidate.communication.duplicate_token_dropping)
     wanted = candidate.options()
 
     def distance(planned: Planned) -> tuple[int, float]:

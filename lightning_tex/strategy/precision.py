@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_tex.moe.router import Router
-from lightning_tex.optim import Storage, TiledOptimizer
+from lightning_tex.optim import OptimizerStateConfig, TiledOptimizer
 from lightning_tex.strategy.train_step import TrainStep
 
 _NORMS = (
@@ -67,15 +67,15 @@ class TexMixedPrecision(TrainStep, MixedPrecision):  # type: ignore[misc]
                         parameter.data = parameter.data.to(self._dtype)
         return module
 
-    def storage(self, wanted: Storage) -> Storage:
+    def state_config(self, wanted: OptimizerStateConfig) -> OptimizerStateConfig:
         if self.scaler is None:
             return wanted
-        return replace(super().storage(wanted), guard=None)  # the loss scale looks for infinities
+        return replace(super().state_config(wanted), max_skipped_steps=None)  # the loss scale looks for infinities
 
     def _unscale(self, optimizer: TiledOptimizer) -> None:
-        if self.scaler is not None and not optimizer.flow.pending.unscaled:
+        if self.scaler is not None and not optimizer.reducer.pending.unscaled:
             self.scaler.unscale_(optimizer)
-            optimizer.flow.pending.unscaled = True
+            optimizer.reducer.pending.unscaled = True
 
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         self._before_clip(optimizer)
@@ -111,11 +111,11 @@ class ShardedGradScaler(torch.amp.GradScaler):
     def _unscale_grads_(  # type: ignore[override]
         self, optimizer: TiledOptimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> dict[torch.device, Tensor]:
-        optimizer.flow.scale(float(inv_scale))
-        return {found_inf.device: torch.full_like(found_inf, not optimizer.flow.finite())}
+        optimizer.reducer.scale(float(inv_scale))
+        return {found_inf.device: torch.full_like(found_inf, not optimizer.reducer.finite())}
 
     def _maybe_opt_step(self, optimizer: TiledOptimizer, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        if not optimizer.flow.finite():
+        if not optimizer.reducer.finite():
             return optimizer.skip()
         return super()._maybe_opt_step(optimizer, *args, **kwargs)
 
@@ -132,7 +132,7 @@ class TexHalfPrecision(TrainStep, HalfPrecision):
             raise MisconfigurationException(_unsupported(precision, type(self).__name__))
         super().__init__(precision)
 
-    def storage(self, wanted: Storage) -> Storage:
+    def state_config(self, wanted: OptimizerStateConfig) -> OptimizerStateConfig:
         """Without masters, unless a format is asked for."""
         return replace(wanted, masters=False)
 

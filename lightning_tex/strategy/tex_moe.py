@@ -1,4 +1,4 @@
-"""The Lightning strategy: cuts the model, shards the optimizer, and runs both through Lightning's own loops."""
+"""The Lightning strategy: shards the model and the optimizer, and runs both through Lightning's own loops."""
 
 from __future__ import annotations
 
@@ -26,11 +26,16 @@ from torchmetrics import Metric
 
 from lightning_tex.layers.vocab import require_both_ends
 from lightning_tex.moe import MoE, auxiliary_loss
-from lightning_tex.optim import Storage, TiledOptimizer
-from lightning_tex.optim.storage import StateFormatName, ZeroStage
-from lightning_tex.parallel import initialization, sharding
-from lightning_tex.parallel.activation_checkpointing import recompute
+from lightning_tex.optim import OptimizerStateConfig, TiledOptimizer
+from lightning_tex.optim.state_config import OptimizerStateFormat, ZeroStage
+from lightning_tex.parallel import initialization
+from lightning_tex.parallel.activation_checkpointing import (
+    ACTIVATION_CHECKPOINTING,
+    ActivationCheckpointing,
+    recompute_blocks,
+)
 from lightning_tex.parallel.hashing import stable_hash
+from lightning_tex.parallel.sharding import check_shardable, parameter_shardings, shard_module, synchronise
 from lightning_tex.parallel.topology import Communication, Layout, Topology
 from lightning_tex.strategy.batches import agreed_loader, evaluation_loader, gather_numbers, require_same_batch
 from lightning_tex.strategy.checkpointing import CheckpointingStrategy
@@ -48,8 +53,8 @@ class TexMoEStrategy(CheckpointingStrategy):
     """Train a LightningModule built of TEX layers with tensor x expert x data parallelism (arXiv 2303.06318).
 
     Use it as ``Trainer(strategy="tex_moe")`` or with arguments. The world is split twice (Eq. 1):
-    ``tensor x data`` for ordinary parameters, ``expert_tensor x expert x expert_data`` for experts. TEX layers are cut
-    in place, everything else is replicated; the module's torch optimizer is sharded over replicas (ZeRO-1) and
+    ``tensor x data`` for ordinary parameters, ``expert_tensor x expert x expert_data`` for experts. TEX layers are
+    sharded in place, everything else is replicated; the module's torch optimizer is sharded over replicas (ZeRO-1) and
     stepped in tiles.
 
     Args:
@@ -101,9 +106,9 @@ class TexMoEStrategy(CheckpointingStrategy):
         sequence_parallel: bool = False,
         zero_stage: ZeroStage = 1,
         tile_size: int | None = None,
-        optimizer_state_format: StateFormatName = "fp32",
+        optimizer_state_format: OptimizerStateFormat = "fp32",
         duplicate_token_dropping: bool = True,
-        activation_checkpointing: Literal["full", "communication_aware"] | None = None,
+        activation_checkpointing: ActivationCheckpointing = None,
         activation_checkpointing_policy: set[type[nn.Module]] | None = None,
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
@@ -123,16 +128,20 @@ class TexMoEStrategy(CheckpointingStrategy):
         )
         self._expert_size_given = expert_parallel_size != "auto"
         self.communication = Communication(duplicate_token_dropping, sequence_parallel=sequence_parallel)
-        self._storage = Storage(zero_stage, optimizer_state_format, tile_size=tile_size, guard=max_skipped_steps)
-        if activation_checkpointing not in (None, "full", "communication_aware"):
-            legal = "None, 'full', 'communication_aware'"
+        self._state_config = OptimizerStateConfig(
+            zero_stage, optimizer_state_format, tile_size=tile_size, max_skipped_steps=max_skipped_steps
+        )
+        if activation_checkpointing not in ACTIVATION_CHECKPOINTING:
+            legal = ", ".join(map(repr, ACTIVATION_CHECKPOINTING))
             raise ValueError(f"activation_checkpointing={activation_checkpointing!r}; legal: {legal}")
         if activation_checkpointing is None and activation_checkpointing_policy is not None:
             raise ValueError(
                 "activation_checkpointing_policy has no effect with activation_checkpointing=None; legal with it: "
                 "'full', 'communication_aware'"
             )
-        self._recompute = partial(recompute, mode=activation_checkpointing, policy=activation_checkpointing_policy)
+        self._recompute = partial(
+            recompute_blocks, mode=activation_checkpointing, policy=activation_checkpointing_policy
+        )
         self._check_memory, self._recompute_mode = check_memory, activation_checkpointing
         self._topology: Topology | None = None
         self._seed = 0
@@ -174,7 +183,7 @@ class TexMoEStrategy(CheckpointingStrategy):
         super().setup_environment()
 
     def _refuse_what_is_not_supported(self, trainer: Trainer) -> None:
-        self.precision_plugin.storage(self._storage)
+        self.precision_plugin.state_config(self._state_config)
         if self._layer_sync is not None:
             raise MisconfigurationException("Trainer(sync_batchnorm=True) is not supported by TexMoEStrategy")
         if type(self.checkpoint_io) is not TorchCheckpointIO and self._save_distributed_checkpoint:
@@ -196,7 +205,7 @@ class TexMoEStrategy(CheckpointingStrategy):
         layout = self.resolve_layout()
         if self._expert_size_given:
             layout.require_experts(self._num_experts())
-        sharding.check(self.model, layout)
+        check_shardable(self.model, layout)
         if trainer.state.fn == TrainerFn.FITTING:
             self._require_memory(layout)
         if self.communication.sequence_parallel:
@@ -205,8 +214,8 @@ class TexMoEStrategy(CheckpointingStrategy):
             self._topology = Topology.build(layout, self.root_device.type, self._mesh, self.communication)
         seed = self._seed = shared_seed(self.topology.world, self.root_device)
         self._require_same_model()
-        sharding.synchronise(self.model, self.topology.world, self.root_device)
-        sharding.cut(self.model, self.topology)
+        synchronise(self.model, self.topology.world, self.root_device)
+        shard_module(self.model, self.topology)
         self._recompute(self.model)
         self.model = self.precision_plugin.convert_module(self.model)
         self._move_to_device()
@@ -226,8 +235,8 @@ class TexMoEStrategy(CheckpointingStrategy):
         if self._check_memory and device_bytes is not None:
             assert self.lightning_module is not None
             plugin = self.precision_plugin
-            storage, how, mode = plugin.storage(self._storage), self.communication, self._recompute_mode
-            require_memory(self.lightning_module, layout, how, storage, mode, str(plugin.precision), device_bytes)
+            state_config, how, mode = plugin.state_config(self._state_config), self.communication, self._recompute_mode
+            require_memory(self.lightning_module, layout, how, state_config, mode, str(plugin.precision), device_bytes)
 
     def _device_bytes(self) -> int | None:
         """Memory of this rank's GPU; ``None`` on CPU, where ranks share what there is."""
@@ -247,7 +256,7 @@ class TexMoEStrategy(CheckpointingStrategy):
             )
 
     def setup_optimizers(self, trainer: Trainer) -> None:
-        """Build the user's optimizer over the cut model and put the sharded, tiled one in its place."""
+        """Build the user's optimizer over the sharded model and put the sharded, tiled one in its place."""
         for optimizer in self.optimizers:
             if isinstance(optimizer, TiledOptimizer):
                 optimizer.release()
@@ -260,11 +269,11 @@ class TexMoEStrategy(CheckpointingStrategy):
             )
         assert self.model is not None
         parameters = dict(self.model.named_parameters())
-        placed = {parameters[name]: p for name, p in sharding.placements(self.model, self.topology).items()}
+        placed = {parameters[name]: p for name, p in parameter_shardings(self.model, self.topology).items()}
         if not isinstance(self.optimizers[0], _MockOptimizer):  # configure_optimizers returned None
-            storage = self.precision_plugin.storage(replace(self._storage, seed=self._seed))
+            state_config = self.precision_plugin.state_config(replace(self._state_config, seed=self._seed))
             world, how = self.topology.world, self.communication
-            self.optimizers = [TiledOptimizer(self.optimizers[0], placed, world, storage, how)]
+            self.optimizers = [TiledOptimizer(self.optimizers[0], placed, world, state_config, how)]
             for config in self.lr_scheduler_configs:  # or a learning-rate monitor would find two optimizers
                 config.scheduler.optimizer = self.optimizers[0]
 

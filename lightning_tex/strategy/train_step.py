@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_tex.moe.losses import auxiliary_loss
-from lightning_tex.optim import Storage, TiledOptimizer
+from lightning_tex.optim import OptimizerStateConfig, TiledOptimizer
 
 
 class TrainStep(Precision):
@@ -22,15 +22,15 @@ class TrainStep(Precision):
     Gradients of the last layers are reduced while the closure's backward still runs, if nothing comes in between.
     """
 
-    def storage(self, wanted: Storage) -> Storage:
+    def state_config(self, wanted: OptimizerStateConfig) -> OptimizerStateConfig:
         """How the optimizer keeps its states under this precision.
 
         Raises:
             ValueError: a format that is not made for it.
         """
-        if wanted.state_format != "fp32":
+        if wanted.optimizer_state_format != "fp32":
             raise ValueError(
-                f"optimizer_state_format={wanted.state_format!r} is made for bf16 parameters, and "
+                f"optimizer_state_format={wanted.optimizer_state_format!r} is made for bf16 parameters, and "
                 f"precision={self.precision!r} has none; legal: 'fp32', or precision='bf16-mixed' or 'bf16-true'"
             )
         return wanted
@@ -41,14 +41,14 @@ class TrainStep(Precision):
             tensor = tensor + auxiliary_loss(module) / module.trainer.accumulate_grad_batches
         for optimizer in module.trainer.strategy.optimizers:
             if isinstance(optimizer, TiledOptimizer):
-                optimizer.flow.before_backward(tensor, undisturbed=self._may_overlap(module))
+                optimizer.reducer.before_backward(tensor, undisturbed=self._may_overlap(module))
         return super().pre_backward(tensor, module)
 
     def post_backward(self, tensor: Tensor, module: LightningModule) -> Tensor:  # type: ignore[override]
         """Send the gradients at once, where they are not kept."""
         for optimizer in module.trainer.strategy.optimizers:
             if isinstance(optimizer, TiledOptimizer):
-                optimizer.flow.after_backward()
+                optimizer.reducer.after_backward()
         return super().post_backward(tensor, module)
 
     def optimizer_step(  # type: ignore[override]
@@ -56,7 +56,7 @@ class TrainStep(Precision):
     ) -> Any:
         if not isinstance(optimizer, TiledOptimizer):  # configure_optimizers returned None
             return super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
-        with optimizer.flow.overlapping() if self._may_overlap(model) else nullcontext():
+        with optimizer.reducer.overlapping() if self._may_overlap(model) else nullcontext():
             result = closure()
         optimizer.reduce_gradients(whole=self._looked_at(model))
         self._unscale(optimizer)

@@ -24,7 +24,8 @@ from lightning_tex.layers import (
     VocabParallelHead,
 )
 from lightning_tex.moe import MoE, auxiliary_loss
-from lightning_tex.parallel import collectives, sharding
+from lightning_tex.parallel import collectives
+from lightning_tex.parallel.sharding import parameter_shardings
 from lightning_tex.testing.ranks import run_ranks
 
 TED = {"tensor_parallel_size": 2, "expert_parallel_size": 2}
@@ -136,7 +137,7 @@ def gathered(module: L.LightningModule, trainer: L.Trainer) -> dict[str, Tensor]
     if not isinstance(trainer.strategy, tex.TexMoEStrategy):
         return {name: p.detach().clone() for name, p in module.named_parameters()}
     parameters = dict(module.named_parameters())
-    placed = sharding.placements(module, trainer.strategy.topology)
+    placed = parameter_shardings(module, trainer.strategy.topology)
     return {name: p.gather(parameters[name].detach()).clone() for name, p in placed.items()}
 
 

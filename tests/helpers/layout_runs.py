@@ -20,12 +20,13 @@ from helpers.layout_grid import Case, Options, Sizes
 from lightning_tex.layers import VocabParallelCrossEntropy
 from lightning_tex.models import Decoder, DecoderConfig
 from lightning_tex.moe import MoE, Router, auxiliary_loss
-from lightning_tex.moe.capacity import CapacityDispatcher
-from lightning_tex.moe.dispatch import Arrived
-from lightning_tex.moe.exchange import Lanes
+from lightning_tex.moe.capacity import CapacityDispatcher, assign_slots, capacity
+from lightning_tex.moe.dispatch import Arrived, DispatchMetadata
+from lightning_tex.moe.exchange import CapacityExchange, to_experts
+from lightning_tex.moe.expert_axes import ExpertAxes
 from lightning_tex.moe.experts import Experts
 from lightning_tex.moe.router import Route
-from lightning_tex.parallel import sharding
+from lightning_tex.parallel.sharding import parameter_shardings
 from lightning_tex.parallel.topology import Axis
 
 STEPS = 20
@@ -129,7 +130,7 @@ class Recorded(L.LightningModule):
         strategy = self.trainer.strategy
         if not isinstance(strategy, tex.TexMoEStrategy):
             return {name: t.detach().clone() for name, t in tensors.items()}
-        placed = sharding.placements(self, strategy.topology)
+        placed = parameter_shardings(self, strategy.topology)
         return {name: p.gather(tensors[name].detach()).clone() for name, p in placed.items()}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -144,27 +145,29 @@ class SlicedCapacity(CapacityDispatcher):
 
     slices = 1
 
-    def dispatch(self, x: Tensor, route: Route) -> tuple[Arrived, Any]:
-        shares = zip(x.chunk(self.slices), *(part.chunk(self.slices) for part in route), strict=True)
-        arrived, journeys = zip(*(super(SlicedCapacity, self).dispatch(t, Route(*r)) for t, *r in shares), strict=True)
-        by_expert = torch.cat([a.rows.view(self.num_experts, -1, x.shape[-1]) for a in arrived], 1)
-        return Arrived(by_expert.flatten(0, 1), [by_expert.shape[1]] * self.num_experts), journeys
-
-    def combine(self, rows: Tensor, journey: Any) -> Tensor:
-        parts = rows.view(self.num_experts, -1, rows.shape[-1]).chunk(self.slices, 1)
-        back = (super(SlicedCapacity, self).combine(p.flatten(0, 1), j) for p, j in zip(parts, journey, strict=True))
-        return torch.cat(list(back))
-
-    def overflow(self, journey: Any) -> Tensor:
-        return sum(super(SlicedCapacity, self).overflow(j) for j in journey)
+    def dispatch(self, x: Tensor, route: Route) -> tuple[Arrived, DispatchMetadata]:
+        tokens, top_k = route.indices.shape
+        share, experts = tokens // self.slices, self.num_experts
+        rows = capacity(self.factor, top_k, share, experts)
+        slots = [assign_slots(indices, experts, rows, rows) for indices in route.indices.split(share)]
+        slot, choice = [], []
+        for i, part in enumerate(slots):  # an expert's rows of one slice come after those of the slice before
+            row = part.slot // rows * rows * self.slices + i * rows + part.slot % rows
+            slot.append(torch.where(part.slot < experts * rows, row, experts * rows * self.slices))
+            moved = torch.where(part.choice < share * top_k, part.choice + i * share * top_k, tokens * top_k)
+            choice.append(moved.view(experts, rows))
+        exchange = CapacityExchange(self.axes, torch.cat(slot), torch.cat(choice, 1))
+        overflowed = torch.stack([part.overflowed for part in slots]).sum()
+        arrived = Arrived(to_experts(x.reshape(tokens, -1), exchange), [rows * self.slices] * experts)
+        return arrived, DispatchMetadata(exchange, route.weights, x.dtype, overflowed)
 
 
 def decide_overflow_as(root: nn.Module, slices: int) -> None:
     for module in root.modules():
         if isinstance(module, MoE) and module.capacity_factor is not None:
             one = Axis("one")
-            lanes = Lanes(one, one, one, one)
-            module.dispatcher = SlicedCapacity(module.num_experts, lanes, module.capacity_factor)
+            axes = ExpertAxes(one, one, one, one)
+            module.dispatcher = SlicedCapacity(module.num_experts, axes, module.capacity_factor)
             object.__setattr__(module.dispatcher, "slices", slices)  # the base is a frozen dataclass
 
 
@@ -176,7 +179,7 @@ def token_blocks(samples: int, seed: int = 0) -> TensorDataset:
 
 
 class Slices:
-    """Batch sampler: of every ``samples`` consecutive samples, the ``rank``-th of ``parts`` slices."""
+    """Batch sampler: of every ``samples`` consecutive samples, the ``rank``-th of ``partial_axis`` slices."""
 
     def __init__(self, total: int, samples: int, parts: int = 1, rank: int = 0) -> None:
         share = samples // parts

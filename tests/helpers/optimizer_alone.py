@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_tex.optim import Storage, TiledOptimizer
-from lightning_tex.parallel import sharding
+from lightning_tex.optim import OptimizerStateConfig, TiledOptimizer
+from lightning_tex.parallel.sharding import parameter_shardings
 from lightning_tex.parallel.topology import Axis, Topology
 
 KINDS = {
@@ -32,10 +32,10 @@ def network(dtype=torch.float64):
     return nn.Sequential(nn.Linear(7, 19), nn.Tanh(), nn.LayerNorm(19), nn.Linear(19, 23, bias=False)).to(dtype)
 
 
-def tiled(model, optimizer, tile_size=64, **storage):
+def tiled(model, optimizer, tile_size=64, **state_config):
     parameters = dict(model.named_parameters())
-    at = {parameters[name]: p for name, p in sharding.placements(model, Topology.single()).items()}
-    return TiledOptimizer(optimizer, at, Axis("world"), Storage(tile_size=tile_size, **storage))
+    at = {parameters[name]: p for name, p in parameter_shardings(model, Topology.single()).items()}
+    return TiledOptimizer(optimizer, at, Axis("world"), OptimizerStateConfig(tile_size=tile_size, **state_config))
 
 
 def pair(kind, tile_size=64, dtype=torch.float64):

@@ -8,10 +8,10 @@ from torch import nn
 from helpers.topologies import join
 from lightning_tex.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from lightning_tex.moe import MoE
-from lightning_tex.optim import Storage, TiledOptimizer
-from lightning_tex.parallel import sharding
+from lightning_tex.optim import OptimizerStateConfig, TiledOptimizer
 from lightning_tex.parallel.collectives import all_reduce
 from lightning_tex.parallel.hashing import stable_hash
+from lightning_tex.parallel.sharding import parameter_shardings, shard_module
 
 # tensor, expert, expert_tensor
 LAYOUTS = [(2, 2, 2), (2, 2, 1), (2, 1, 2), (1, 2, 1), (4, 4, 1), (1, 1, 1)]
@@ -35,40 +35,40 @@ def made(name, replica, step, shape):
 
 
 class Case:
-    """A cut model with the tiled optimizer beside the whole one with the plain optimizer."""
+    """A sharded model with the tiled optimizer beside the whole one with the plain optimizer."""
 
-    def __init__(self, layout, kind, dtype=torch.float64, **storage):
+    def __init__(self, layout, kind, dtype=torch.float64, **state_config):
         self.topology = join(*layout)
         torch.manual_seed(0)
         self.whole = Model().to(dtype)
         self.parted = copy.deepcopy(self.whole)
-        sharding.cut(self.parted, self.topology)
-        self.placements = sharding.placements(self.parted, self.topology)
+        shard_module(self.parted, self.topology)
+        self.shardings = parameter_shardings(self.parted, self.topology)
         parameters = dict(self.parted.named_parameters())
-        at = {parameters[name]: p for name, p in self.placements.items()}
-        storage = Storage(**{"tile_size": 64, **storage})
-        self.optimizer = TiledOptimizer(kind(self.parted), at, self.topology.world, storage)
+        at = {parameters[name]: p for name, p in self.shardings.items()}
+        config = OptimizerStateConfig(**{"tile_size": 64, **state_config})
+        self.optimizer = TiledOptimizer(kind(self.parted), at, self.topology.world, config)
         self.plain = kind(self.whole)
 
     def set_gradients(self, step):
         self.optimizer.zero_grad()
         for name, p in self.parted.named_parameters():
-            at = self.placements[name]
-            p.grad.copy_(at.box.cut(made(name, at.replicas.rank, step, at.box.whole)))
+            at = self.shardings[name]
+            p.grad.copy_(at.box.shard(made(name, at.replicas.rank, step, at.box.full)))
         for name, p in self.whole.named_parameters():
-            at = self.placements[name]
-            total = sum(made(name, replica, step, at.box.whole) for replica in range(at.replicas.size))
+            at = self.shardings[name]
+            total = sum(made(name, replica, step, at.box.full) for replica in range(at.replicas.size))
             p.grad = (total / self.topology.data.size).to(p.dtype)
 
     def compare(self, tolerance=1e-12):
         for (name, p), q in zip(self.parted.named_parameters(), self.whole.named_parameters(), strict=True):
             assert q[0] == name
-            gathered = self.placements[name].gather(p.detach())
+            gathered = self.shardings[name].gather(p.detach())
             torch.testing.assert_close(gathered, q[1].detach(), rtol=tolerance, atol=tolerance)
-            alike = all_reduce(p.detach(), self.placements[name].replicas, "max")
+            alike = all_reduce(p.detach(), self.shardings[name].replicas, "max")
             assert torch.equal(alike, p.detach()), f"{name} differs between replicas"
-            box = self.placements[name].box
-            assert torch.equal(box.cut(gathered), p.detach()), f"padding of {name} is not zero"
+            box = self.shardings[name].box
+            assert torch.equal(box.shard(gathered), p.detach()), f"padding of {name} is not zero"
 
 
 def by_group(model):

@@ -11,13 +11,13 @@ def join(
     tensor: int = 1,
     expert: int = 1,
     expert_tensor: int | None = None,
-    split_duplicates: bool = True,
+    duplicate_token_dropping: bool = True,
     **communication: bool,
 ) -> Topology:
     """This rank's topology over the whole world; makes the world on the first call. Collective."""
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     layout = Layout.resolve(
-        dist.get_world_size(), tensor, expert, expert_tensor, duplicate_token_dropping=split_duplicates
+        dist.get_world_size(), tensor, expert, expert_tensor, duplicate_token_dropping=duplicate_token_dropping
     )
-    return Topology.build(layout, "cpu", communication=Communication(split_duplicates, **communication))
+    return Topology.build(layout, "cpu", communication=Communication(duplicate_token_dropping, **communication))

@@ -259,7 +259,7 @@ def test_attention_sizes_that_do_not_divide_are_refused(sizes, message):
         ParallelAttention(*sizes)
 
 
-# --- what cannot be cut says so
+# --- what cannot be sharded says so
 
 FOUR = Layout(8, tensor=4, expert_tensor=4)
 

@@ -1,4 +1,4 @@
-"""Every layer cut over 2 and 4 tensor ranks equals itself in one process, in fp64, forward and gradients."""
+"""Every layer sharded over 2 and 4 tensor ranks equals itself in one process, in fp64, forward and gradients."""
 
 import copy
 
@@ -17,8 +17,8 @@ from lightning_tex.layers import (
     VocabParallelHead,
 )
 from lightning_tex.layers.attention import rank_random_state
-from lightning_tex.parallel import sharding
-from lightning_tex.parallel.activation_layout import AlikeStream
+from lightning_tex.parallel.activation_layout import Replicated
+from lightning_tex.parallel.sharding import check_shardable, parameter_shardings, shard_module
 from lightning_tex.parallel.topology import Axis
 from lightning_tex.testing.ranks import run_ranks
 
@@ -41,13 +41,13 @@ def same(actual, expected):
 def both(topology, layer, x, upstream, part_in=False, part_out=False, call=None, part_of=own):
     """Run ``layer`` whole and cut; compare output, gradient of the input and of every parameter.
 
-    ``part_in``, ``part_out``: the cut layer takes, or gives, only its own part of the last dim.
+    ``part_in``, ``part_out``: the sharded layer takes, or gives, only its own part of the last dim.
     """
     call = call or (lambda module, x: module(x))
     layer = layer.double()
     parted = copy.deepcopy(layer)
-    sharding.check(parted, topology.layout)
-    sharding.cut(parted, topology)
+    check_shardable(parted, topology.layout)
+    shard_module(parted, topology)
     tensor = topology.tensor
     differentiable = x.is_floating_point()
 
@@ -61,7 +61,7 @@ def both(topology, layer, x, upstream, part_in=False, part_out=False, call=None,
     y.backward(part_of(upstream, tensor) if part_out else upstream)
     if differentiable:
         same(own_x.grad, own(whole_x.grad, tensor) if part_in else whole_x.grad)
-    found = sharding.placements(parted, topology)
+    found = parameter_shardings(parted, topology)
     for (name, p), (_, reference) in zip(parted.named_parameters(), layer.named_parameters(), strict=True):
         same(found[name].gather(p.grad), reference.grad)
 
@@ -118,7 +118,7 @@ def vocabulary():
             both(topology, VocabParallelHead(6, size, gather_output=True), randn(1, 2, 5, 6), randn(2, 2, 5, size))
             expected = VocabParallelHead(6, size).double()
             parted = copy.deepcopy(expected)
-            sharding.cut(parted, topology)
+            shard_module(parted, topology)
             x, y = randn(1, 2, 5, 6).requires_grad_(), randn(1, 2, 5, 6).requires_grad_()
             logits = parted(x)
             whole = expected(y)
@@ -126,9 +126,9 @@ def vocabulary():
             logits.backward(padded_part(9.0)(randn(2, 2, 5, size), topology.tensor))  # padding's gradient is ignored
             whole.backward(randn(2, 2, 5, size))
             same(x.grad, y.grad)
-            found = sharding.placements(parted, topology)["weight"]
+            found = parameter_shardings(parted, topology)["weight"]
             same(found.gather(parted.weight.grad), expected.weight.grad)
-            same(parted.weight.grad, found.box.cut(expected.weight.grad))
+            same(parted.weight.grad, found.box.shard(expected.weight.grad))
 
 
 def test_embedding_and_head():
@@ -195,7 +195,7 @@ def random_states():
         disabled = torch.rand(8)
 
     layer = ParallelAttention(16, 4, dropout=0.5)
-    sharding.cut(layer, topology)
+    shard_module(layer, topology)
     masks = [p.detach() for p in (layer.query.weight, layer.value.weight, layer.key.weight)]
     for weight in masks:
         weight.fill_(0.1)  # every head is alike: only the dropout masks can differ
@@ -220,10 +220,13 @@ class collectives_identity:
         self.layer = layer
 
     def __enter__(self):
-        self.stream, self.layer.out.stream = self.layer.out.stream, AlikeStream(Axis("tensor"))
+        self.activation_layout, self.layer.out.activation_layout = (
+            self.layer.out.activation_layout,
+            Replicated(Axis("tensor")),
+        )
 
     def __exit__(self, *_):
-        self.layer.out.stream = self.stream
+        self.layer.out.activation_layout = self.activation_layout
 
 
 def test_masks_differ_over_tensor_and_the_state_afterwards_is_equal():

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from lightning_tex.moe.capacity import CapacityDispatcher, assign_slots
 from lightning_tex.moe.dispatch import Arrived
 from lightning_tex.moe.dropless import DroplessDispatcher
-from lightning_tex.moe.exchange import Lanes
+from lightning_tex.moe.exchange import Exchange, from_experts
+from lightning_tex.moe.expert_axes import ExpertAxes
 from lightning_tex.moe.experts import Experts
 from lightning_tex.moe.permute import group_by_expert, invert, pick
 from lightning_tex.moe.router import Route
@@ -87,26 +88,26 @@ def loop(x, route, experts, capacity):
 @given(choices(), st.sampled_from([None, 0.3, 0.75, 1.0, 1.25, 4.0]))
 def test_dispatch_and_combine_are_the_plain_loop(case, factor):
     indices, experts = case
-    alone = Lanes(*map(Axis, ("expert", "tensor", "expert_tensor", "expert_tensor")))
+    alone = ExpertAxes(*map(Axis, ("expert", "tensor", "expert_tensor", "expert_tensor")))
     x, route = worked_route(indices, experts)
     if factor is None:
         dispatcher, capacity = DroplessDispatcher(experts, alone), None
     else:
         dispatcher = CapacityDispatcher(experts, alone, factor)
         capacity = math.ceil(factor * indices.shape[1] * indices.shape[0] / experts)
-    arrived, journey = dispatcher.dispatch(x, route)
-    y = dispatcher.combine(transform(arrived), journey)
+    arrived, metadata = dispatcher.dispatch(x, route)
+    y = dispatcher.combine(from_experts(transform(arrived), metadata.exchange), metadata)
     expected = loop(x, route, experts, capacity)
     torch.testing.assert_close(y, expected, rtol=1e-13, atol=1e-13)
     served = (y.detach() != 0).any(-1) if len(x) else torch.zeros(0)
     assert served.sum() <= len(x)
     total = int((indices < experts).sum())
     if capacity is None:
-        assert dispatcher.overflow(journey) == 0
+        assert metadata.overflowed == 0
         assert sum(arrived.sizes) == total
         assert arrived.sizes == [int((indices == e).sum()) for e in range(experts)]
     else:
-        assert dispatcher.overflow(journey) == sum(max(0, int((indices == e).sum()) - capacity) for e in range(experts))
+        assert metadata.overflowed == sum(max(0, int((indices == e).sum()) - capacity) for e in range(experts))
     if len(x) and total:
         upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         leaves = [x, route.weights]
@@ -137,11 +138,21 @@ def test_pick_gives_zeros_for_no_row():
     assert torch.equal(pick(x, torch.tensor([3, 1])), torch.stack([torch.zeros(2), x[1]]))
 
 
+class Stay(Exchange):
+    """Rows that stay where they are."""
+
+    def to_experts(self, x, choices):
+        return x
+
+    def from_experts(self, y):
+        return y
+
+
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=4), st.sampled_from(["gelu", "swiglu"]))
 def test_experts_serve_their_own_rows_and_without_rows_have_zero_gradient(sizes, activation):
     experts = Experts(3, 2, len(sizes), activation).double()
     rows = torch.randn(sum(sizes), 3, dtype=torch.float64).requires_grad_()
-    y = experts(Arrived(rows, sizes))
+    y = experts(Arrived(rows, sizes), Stay(None, torch.empty(0, 1)))
     owner = [e for e, n in enumerate(sizes) for _ in range(n)]
     expected = torch.zeros_like(y)
     for i, e in enumerate(owner):

@@ -10,8 +10,8 @@ from helpers.topologies import join
 from torch.utils.checkpoint import checkpoint
 
 from lightning_tex.moe import MoE, auxiliary_loss
-from lightning_tex.parallel import sharding
 from lightning_tex.parallel.collectives import all_reduce
+from lightning_tex.parallel.sharding import check_shardable, parameter_shardings, shard_module
 from lightning_tex.testing.ranks import run_ranks
 
 # tensor, expert, expert_tensor, split duplicates
@@ -67,8 +67,8 @@ def compare_all(capacity_factor, activation):
         for scenario in ROUTES:
             layer = build(capacity_factor, activation)
             reference = copy.deepcopy(layer)
-            sharding.check(layer, topology.layout)
-            sharding.cut(layer, topology)
+            check_shardable(layer, topology.layout)
+            shard_module(layer, topology)
 
             inputs = [tokens_of(scenario, r) for r in range(data.size)]
             upstream = [torch.cos(torch.arange(x.numel()).double()).view_as(x) for x in inputs]
@@ -91,7 +91,7 @@ def compare_all(capacity_factor, activation):
                     overflowed += outcome.overflowed
             for name, p in reference.named_parameters():
                 expected_grad[name] = torch.zeros_like(p) if p.grad is None else p.grad / data.size
-            found = sharding.placements(layer, topology)
+            found = parameter_shardings(layer, topology)
             for name, p in layer.named_parameters():
                 at = found[name]
                 gradient = at.gather(all_reduce(p.grad, at.replicas) / at.divisor)
@@ -121,7 +121,7 @@ def masked_and_top_1():
         for capacity_factor in (None, 1.0):
             layer = build(capacity_factor, "gelu", top_k=1)
             reference = copy.deepcopy(layer)
-            sharding.cut(layer, topology)
+            shard_module(layer, topology)
             x = tokens_of("anything, T differs", data.rank)
             mask = torch.arange(len(x)) % 3 != 1 if data.rank < 2 else torch.zeros(len(x)).bool()
             capacity = capacity_factor and math.ceil(capacity_factor * len(x) / EXPERTS)
@@ -138,7 +138,7 @@ def disagreeing_routers():
     topology = join(tensor=4, expert=1, expert_tensor=4)
     torch.manual_seed(0)
     layer = MoE(DIM, 8, EXPERTS, top_k=2)
-    sharding.cut(layer, topology)
+    shard_module(layer, topology)
     x = torch.ones(5, DIM)
     layer.router.weight.data.zero_()
     layer.router.weight.data[topology.tensor.rank] += 1e-6  # each rank prefers another expert
@@ -157,7 +157,7 @@ def recomputed():
             for recompute in (False, True):
                 layer = build(capacity_factor, "swiglu")
                 layer.load_balance_coefficient, layer.z_loss_coefficient = 0.5, 0.1
-                sharding.cut(layer, topology)
+                shard_module(layer, topology)
                 x = tokens_of("a rank with no tokens", topology.data.rank).requires_grad_()
                 y = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
                 (y.square().sum() + auxiliary_loss(layer)).backward()

@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_tex.moe import MoE, Route, auxiliary_loss
 from lightning_tex.moe.losses import count_choices, routing_losses
-from lightning_tex.parallel import collectives, sharding
-from lightning_tex.parallel.activation_layout import AlikeStream
+from lightning_tex.parallel import collectives
+from lightning_tex.parallel.activation_layout import Replicated
+from lightning_tex.parallel.sharding import shard_module
 from lightning_tex.parallel.topology import Axis
 from lightning_tex.testing.ranks import run_ranks
 
@@ -35,7 +36,7 @@ def test_losses_by_hand():
     logits = torch.tensor([[0.0, 0.0], [math.log(3.0), 0.0]], dtype=torch.float64)
     scores = torch.tensor([[0.5, 0.5], [0.75, 0.25]], dtype=torch.float64)
     route = Route(torch.tensor([[0], [0]]), scores[:, :1], scores, logits)
-    balance, z = routing_losses(route, None, Axis("data"), AlikeStream(Axis("tensor")))
+    balance, z = routing_losses(route, None, Axis("data"), Replicated(Axis("tensor")))
     torch.testing.assert_close(balance.item(), 2 * (1.0 * 0.625 + 0.0 * 0.375))
     torch.testing.assert_close(z.item(), (math.log(2) ** 2 + math.log(4) ** 2) / 2)
 
@@ -44,12 +45,12 @@ def test_balanced_routing_costs_one_and_collapse_costs_the_number_of_experts():
     uniform = torch.full((8, 4), 0.25)
     even = Route(torch.arange(8)[:, None] % 4, uniform[:, :1], uniform, uniform)
     torch.testing.assert_close(
-        routing_losses(even, None, Axis("data"), AlikeStream(Axis("tensor")))[0], torch.tensor(1.0)
+        routing_losses(even, None, Axis("data"), Replicated(Axis("tensor")))[0], torch.tensor(1.0)
     )
     sure = torch.eye(4)[[2] * 8]
     collapsed = Route(torch.full((8, 1), 2), sure[:, :1], sure, sure)
     torch.testing.assert_close(
-        routing_losses(collapsed, None, Axis("data"), AlikeStream(Axis("tensor")))[0], torch.tensor(4.0)
+        routing_losses(collapsed, None, Axis("data"), Replicated(Axis("tensor")))[0], torch.tensor(4.0)
     )
 
 
@@ -94,7 +95,7 @@ def union_of_tokens(masked, top_k):
         topology = join(*layout)
         layer = moe(top_k=top_k, load_balance_coefficient=0.7, z_loss_coefficient=0.4)
         alone = copy.deepcopy(layer)
-        sharding.cut(layer, topology)
+        shard_module(layer, topology)
         data = topology.data
         tokens = [randn(r, TOKENS[r], 6) for r in range(data.size)]
         masks = [torch.rand(len(x), generator=torch.Generator().manual_seed(r)) > 0.4 for r, x in enumerate(tokens)]

@@ -18,8 +18,8 @@ from lightning_tex.optim.flat_sizes import BUDGET_BYTES, most_elements
 from lightning_tex.optim.formats import PlainStates
 from lightning_tex.optim.moments import BLOCK, Int8Moments
 from lightning_tex.optim.probe import Allocations, temporary_bytes
-from lightning_tex.optim.rounding import Dice, Rounding, global_index, round_stochastically
-from lightning_tex.parallel.sharding import Box, Placement
+from lightning_tex.optim.rounding import Rounding, RoundingSeed, global_index, round_stochastically
+from lightning_tex.parallel.sharding import Box, ParameterSharding
 from lightning_tex.parallel.topology import Axis, Topology
 
 COMPACT = ("split", "int8", "stochastic")
@@ -62,9 +62,9 @@ def test_a_split_master_is_exact_to_the_bit_and_its_parameter_the_nearest():
 @pytest.mark.parametrize("tile_size", [64, None])
 def test_split_has_the_masters_of_fp32_bit_for_bit(tile_size):
     masters = []
-    for state_format in ("fp32", "split"):
+    for optimizer_state_format in ("fp32", "split"):
         model = network(torch.bfloat16)
-        optimizer = tiled(model, adamw(model), tile_size, state_format=state_format)
+        optimizer = tiled(model, adamw(model), tile_size, optimizer_state_format=optimizer_state_format)
         for step in range(200):
             set_gradients(model, step)
             optimizer.step()
@@ -86,7 +86,7 @@ def windows(states):
 
 def test_weights_loaded_into_a_split_master_leave_no_remainder():
     model = network(torch.bfloat16)
-    optimizer = tiled(model, torch.optim.SGD(model.parameters(), lr=1.0), state_format="split")
+    optimizer = tiled(model, torch.optim.SGD(model.parameters(), lr=1.0), optimizer_state_format="split")
     set_gradients(model, 0, 1e-3)
     optimizer.step()
     model.load_state_dict({name: torch.randn_like(t) for name, t in model.state_dict().items()})
@@ -116,7 +116,7 @@ def test_updates_too_small_to_see_add_up():
     model = nn.Linear(64, 64, bias=False).bfloat16()
     with torch.no_grad():
         model.weight.fill_(1.0)
-    optimizer = tiled(model, torch.optim.SGD(model.parameters(), lr=1e-4), state_format="stochastic")
+    optimizer = tiled(model, torch.optim.SGD(model.parameters(), lr=1e-4), optimizer_state_format="stochastic")
     for _ in range(100):
         model.weight.grad.fill_(1.0)
         optimizer.step()
@@ -126,9 +126,9 @@ def test_updates_too_small_to_see_add_up():
 
 def bits_of(box, name="weight", seed=1, step=0, key="master"):
     stored = nn.Parameter(torch.zeros(box.stored, dtype=torch.bfloat16))
-    placed = Placement.of(name, box, {}, Topology.single())
+    placed = ParameterSharding.of(name, box, {}, Topology.single())
     entry = Entry(stored, placed, 0, stored.numel())
-    rounding = Rounding(Dice(seed, step), [entry], 0, stored.device)
+    rounding = Rounding(RoundingSeed(seed, step), [entry], 0, stored.device)
     return rounding.bits(slice(0, stored.numel()), key).view(box.stored)
 
 
@@ -173,7 +173,7 @@ def test_random_bits_are_even_and_change_with_everything_they_depend_on():
 
 def moments(count, nonnegative=frozenset({"v"})):
     own = torch.zeros(count, dtype=torch.bfloat16)
-    kept = Int8Moments(own, nonnegative, Rounding(Dice(), [], 0, own.device))
+    kept = Int8Moments(own, nonnegative, Rounding(RoundingSeed(), [], 0, own.device))
     for key in ("m", "v"):
         kept.make(key)
     return kept
@@ -218,15 +218,15 @@ def test_the_largest_value_of_every_block_is_kept_exactly():
 def test_a_slow_average_is_not_stuck_at_a_code():
     count, steps = BLOCK * 8, 3000
     weight = nn.Parameter(torch.zeros(count, dtype=torch.bfloat16))
-    placed = Placement.of("weight", Box.of(weight.shape, []), {}, Topology.single())
-    every, rounding = slice(0, count), Rounding(Dice(), [Entry(weight, placed, 0, count)], 0, weight.device)
+    placed = ParameterSharding.of("weight", Box.of(weight.shape, []), {}, Topology.single())
+    every, rounding = slice(0, count), Rounding(RoundingSeed(), [Entry(weight, placed, 0, count)], 0, weight.device)
     kept = Int8Moments(weight.detach(), frozenset({"v"}), rounding)
     kept.make("v")
     start = torch.full((count,), 0.2)
     start.view(-1, BLOCK)[:, 0] = 1.0
     kept.write("v", every, start, exact=True)
     for step in range(steps):
-        rounding.dice.step = step
+        rounding.rounding_seed.step = step
         values = kept.read("v", every)
         values.view(-1, BLOCK)[:, 1:].lerp_(torch.tensor(0.25), 1e-3)
         kept.write("v", every, values)
@@ -237,30 +237,30 @@ def test_a_slow_average_is_not_stuck_at_a_code():
 # --- all of them
 
 
-@pytest.mark.parametrize("state_format", COMPACT)
+@pytest.mark.parametrize("optimizer_state_format", COMPACT)
 @pytest.mark.parametrize(
     "kind", [adamw, lambda m: torch.optim.RMSprop(m.parameters(), lr=1e-3), lambda m: SignDescent(m.parameters())]
 )
-def test_formats_follow_fp32(kind, state_format):
+def test_formats_follow_fp32(kind, optimizer_state_format):
     found = {}
-    for name in ("fp32", state_format):
+    for name in ("fp32", optimizer_state_format):
         model = network(torch.bfloat16)
-        optimizer = tiled(model, kind(model), 64, state_format=name)
+        optimizer = tiled(model, kind(model), 64, optimizer_state_format=name)
         start = torch.cat([p.detach().float().flatten() for p in model.parameters()])
         for step in range(20):
             set_gradients(model, step % 3)
             optimizer.step()
         found[name] = torch.cat([p.detach().float().flatten() for p in model.parameters()]) - start
-    error = (found[state_format] - found["fp32"]).norm() / found["fp32"].norm()
-    assert error < (0.02 if state_format == "split" else 0.2), error
+    error = (found[optimizer_state_format] - found["fp32"]).norm() / found["fp32"].norm()
+    assert error < (0.02 if optimizer_state_format == "split" else 0.2), error
 
 
-@pytest.mark.parametrize("state_format", COMPACT)
-def test_tiles_change_no_bit_of_any_format(state_format):
+@pytest.mark.parametrize("optimizer_state_format", COMPACT)
+def test_tiles_change_no_bit_of_any_format(optimizer_state_format):
     results = []
     for tile_size in (64, 192, None):
         model = network(torch.bfloat16)
-        optimizer = tiled(model, adamw(model), tile_size, state_format=state_format)
+        optimizer = tiled(model, adamw(model), tile_size, optimizer_state_format=optimizer_state_format)
         for step in range(5):
             set_gradients(model, step)
             optimizer.step()
@@ -268,11 +268,13 @@ def test_tiles_change_no_bit_of_any_format(state_format):
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-@pytest.mark.parametrize(("state_format", "most"), [("fp32", 16), ("split", 14), ("int8", 8.5), ("stochastic", 8)])
-def test_bytes_per_parameter(state_format, most):
+@pytest.mark.parametrize(
+    ("optimizer_state_format", "most"), [("fp32", 16), ("split", 14), ("int8", 8.5), ("stochastic", 8)]
+)
+def test_bytes_per_parameter(optimizer_state_format, most):
     elements = 1 << 20
     model = nn.Linear(1 << 10, 1 << 10, bias=False).bfloat16()
-    optimizer = tiled(model, adamw(model), None, state_format=state_format)
+    optimizer = tiled(model, adamw(model), None, optimizer_state_format=optimizer_state_format)
     set_gradients(model, 0)
     optimizer.step()
     gc.collect()
@@ -349,12 +351,12 @@ def test_a_tile_is_the_budget_over_the_measured_temporaries(name):
         assert states.tile_size * needed <= BUDGET_BYTES["cpu"]
 
 
-@pytest.mark.parametrize("state_format", ["fp32", *COMPACT])
-def test_a_step_takes_no_more_however_many_elements(state_format):
+@pytest.mark.parametrize("optimizer_state_format", ["fp32", *COMPACT])
+def test_a_step_takes_no_more_however_many_elements(optimizer_state_format):
     peaks = []
     for width in (64, 256, 1024):
         model = nn.Linear(width, 256, bias=False).bfloat16()
-        optimizer = tiled(model, adamw(model), 1 << 13, state_format=state_format)
+        optimizer = tiled(model, adamw(model), 1 << 13, optimizer_state_format=optimizer_state_format)
         set_gradients(model, 0)
         optimizer.step()
         allocations = Allocations()
@@ -364,10 +366,10 @@ def test_a_step_takes_no_more_however_many_elements(state_format):
     assert peaks[0] > 0 and max(peaks) < 1.01 * peaks[0] + 4096
 
 
-@pytest.mark.parametrize("state_format", ["fp32", *COMPACT])
-def test_a_step_keeps_to_the_budget_torchs_own_temporaries_included(state_format):
+@pytest.mark.parametrize("optimizer_state_format", ["fp32", *COMPACT])
+def test_a_step_keeps_to_the_budget_torchs_own_temporaries_included(optimizer_state_format):
     model = nn.Linear(1 << 10, 3000, bias=False).bfloat16()
-    optimizer = tiled(model, adamw(model), None, state_format=state_format)
+    optimizer = tiled(model, adamw(model), None, optimizer_state_format=optimizer_state_format)
     optimizer.step()
     assert len(optimizer.shards[0].states.spans) > 1
     assert 0.9 * BUDGET_BYTES["cpu"] < peak_bytes(optimizer.step, torch.device("cpu")) <= BUDGET_BYTES["cpu"]
@@ -384,17 +386,17 @@ class CountsSigns(torch.optim.SGD):
         return super().step(closure)
 
 
-@pytest.mark.parametrize("state_format", COMPACT)
-def test_a_state_of_whole_numbers_is_refused_by_name(state_format):
+@pytest.mark.parametrize("optimizer_state_format", COMPACT)
+def test_a_state_of_whole_numbers_is_refused_by_name(optimizer_state_format):
     model = network(torch.bfloat16)
-    said = rf"CountsSigns keeps 'count' \(torch.int32\) .*'{state_format}' .*legal: 'fp32'"
+    said = rf"CountsSigns keeps 'count' \(torch.int32\) .*'{optimizer_state_format}' .*legal: 'fp32'"
     with pytest.raises(ValueError, match=said):
-        tiled(model, CountsSigns(model.parameters(), lr=0.1), None, state_format=state_format)
+        tiled(model, CountsSigns(model.parameters(), lr=0.1), None, optimizer_state_format=optimizer_state_format)
 
 
 def test_a_state_of_whole_numbers_stays_one_in_fp32():
     model = network(torch.bfloat16)
-    optimizer = tiled(model, CountsSigns(model.parameters(), lr=0.1), 64, state_format="fp32")
+    optimizer = tiled(model, CountsSigns(model.parameters(), lr=0.1), 64, optimizer_state_format="fp32")
     for _ in range(3):
         optimizer.zero_grad()
         for p in model.parameters():

@@ -16,18 +16,18 @@ def backward(case, step, micro):
     """A backward whose gradients are those of ``Case``: of a loss linear in the parameters."""
     loss = 0
     for name, p in case.parted.named_parameters():
-        at = case.placements[name]
-        loss = loss + (p * at.box.cut(made(name, at.replicas.rank, 10 * step + micro, at.box.whole)).to(p.dtype)).sum()
-    case.optimizer.flow.before_backward(loss, undisturbed=True)
+        at = case.shardings[name]
+        loss = loss + (p * at.box.shard(made(name, at.replicas.rank, 10 * step + micro, at.box.full)).to(p.dtype)).sum()
+    case.optimizer.reducer.before_backward(loss, undisturbed=True)
     loss.backward()
-    case.optimizer.flow.after_backward()
+    case.optimizer.reducer.after_backward()
 
 
 def plain_gradients(case, step, micros):
     for name, p in case.whole.named_parameters():
-        at = case.placements[name]
+        at = case.shardings[name]
         total = sum(
-            made(name, replica, 10 * step + micro, at.box.whole)
+            made(name, replica, 10 * step + micro, at.box.full)
             for replica in range(at.replicas.size)
             for micro in range(micros)
         )
@@ -68,7 +68,7 @@ def whole_gradients(stage):
         plain_gradients(case, 0, 1)
         case.optimizer.reduce_gradients(whole=True)
         for (name, p), q in zip(case.parted.named_parameters(), case.whole.parameters(), strict=True):
-            torch.testing.assert_close(case.placements[name].gather(p.grad), q.grad, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(case.shardings[name].gather(p.grad), q.grad, rtol=1e-12, atol=1e-12)
             p.grad.mul_(0.5)  # as a hook might
             q.grad.mul_(0.5)
         case.optimizer.step()
@@ -140,9 +140,9 @@ def dtypes_of_accumulation(stage):
     case.optimizer.zero_grad()
     for micro in range(101):
         loss = sum(p.sum() for p in case.parted.parameters()) * (1.0 if micro == 0 else 2**-9)
-        case.optimizer.flow.before_backward(loss, undisturbed=True)
+        case.optimizer.reducer.before_backward(loss, undisturbed=True)
         loss.backward()
-        case.optimizer.flow.after_backward()
+        case.optimizer.reducer.after_backward()
     case.optimizer.reduce_gradients()
     own = [(s.gradients.own, s.gradients.divisor, s) for s in case.optimizer.shards]
     return [float(g.max()) / divisor for g, divisor, shard in own if shard.buffer.replicas.name == "data"]
@@ -185,31 +185,31 @@ def test_gradients_set_by_hand():
 # --- formats on every layout
 
 
-def rounded(state_format):
+def rounded(optimizer_state_format):
     """bf16 parameters after steps on every layout, whole."""
     results = []
     for layout in LAYOUTS:
         for stage in (0, 1, 2):
             case = Case(layout, lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2), torch.bfloat16,
-                        state_format=state_format, zero_stage=stage)  # fmt: skip
+                        optimizer_state_format=optimizer_state_format, zero_stage=stage)  # fmt: skip
             for step in range(3):
                 case.optimizer.zero_grad()
                 for name, p in case.parted.named_parameters():
-                    at = case.placements[name]
+                    at = case.shardings[name]
                     # Alike on all replicas, and divided by a power of two: no rounding on the way.
                     factor = at.divisor / at.replicas.size
-                    p.grad = at.box.cut(made(name, 0, step, at.box.whole) * factor).bfloat16()
+                    p.grad = at.box.shard(made(name, 0, step, at.box.full) * factor).bfloat16()
                 case.optimizer.step()
-            results.append({n: case.placements[n].gather(p.detach()) for n, p in case.parted.named_parameters()})
+            results.append({n: case.shardings[n].gather(p.detach()) for n, p in case.parted.named_parameters()})
             for name, p in case.parted.named_parameters():
-                alike = all_reduce(p.detach(), case.placements[name].replicas, "max")
+                alike = all_reduce(p.detach(), case.shardings[name].replicas, "max")
                 assert torch.equal(alike, p.detach()), f"{name} differs between replicas"
     return results
 
 
-@pytest.mark.parametrize("state_format", ["fp32", "split", "stochastic"])
-def test_no_layout_changes_what_is_rounded(state_format):
-    for results in run_ranks(4, rounded, state_format):
+@pytest.mark.parametrize("optimizer_state_format", ["fp32", "split", "stochastic"])
+def test_no_layout_changes_what_is_rounded(optimizer_state_format):
+    for results in run_ranks(4, rounded, optimizer_state_format):
         for other in results[1:]:
             assert all(torch.equal(other[name], value) for name, value in results[0].items())
 
@@ -218,7 +218,7 @@ def test_no_layout_changes_what_is_rounded(state_format):
 
 
 def bad_gradient(where, guard):
-    case = Case((2, 2, 2), SGD, guard=guard)
+    case = Case((2, 2, 2), SGD, max_skipped_steps=guard)
     world = case.topology.world
     before = [p.detach().clone() for p in case.parted.parameters()]
     skipped = []

@@ -149,7 +149,7 @@ def third_gradient(layout: dict[str, Any], second_fails: bool) -> list[Tensor]:
     for step in range(3):
         optimizer.zero_grad()
         try:
-            with optimizer.flow.overlapping():
+            with optimizer.reducer.overlapping():
                 module.training_step(batch, 0).backward()
             optimizer.reduce_gradients(whole=True)
         except InterruptedError:

@@ -66,7 +66,7 @@ def whole_gradients():
         case.optimizer.reduce_gradients(whole=True)
         case.optimizer.reduce_gradients(whole=True)  # a second call must change nothing
         for (name, p), q in zip(case.parted.named_parameters(), case.whole.parameters(), strict=True):
-            torch.testing.assert_close(case.placements[name].gather(p.grad), q.grad, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(case.shardings[name].gather(p.grad), q.grad, rtol=1e-12, atol=1e-12)
         case.optimizer.step()
         case.plain.step()
         case.compare()
@@ -84,16 +84,16 @@ def low_precision():
         for step in range(2):
             case.optimizer.zero_grad()
             for name, p in case.parted.named_parameters():
-                at = case.placements[name]
-                gradient = made(name, 0, step, at.box.whole).bfloat16()
+                at = case.shardings[name]
+                gradient = made(name, 0, step, at.box.full).bfloat16()
                 # Alike on all replicas and divided by a power of two: no rounding on the way.
-                p.grad.copy_(at.box.cut(gradient))
+                p.grad.copy_(at.box.shard(gradient))
                 whole[name].grad = (gradient * (at.replicas.size / at.divisor)).float()
             case.optimizer.step()
             plain.step()
             for name, p in case.parted.named_parameters():
                 expected = whole[name].detach().bfloat16()
-                torch.testing.assert_close(case.placements[name].gather(p.detach()), expected, rtol=2**-7, atol=1e-6)
+                torch.testing.assert_close(case.shardings[name].gather(p.detach()), expected, rtol=2**-7, atol=1e-6)
 
 
 def test_bf16_parameters_follow_their_fp32_masters():
@@ -106,8 +106,8 @@ def loading():
         case.set_gradients(0)
         case.optimizer.step()
         loaded = {}
-        for name, at in case.placements.items():
-            loaded[name] = at.box.cut(made(name, 0, 7, at.box.whole)).to(dtype)
+        for name, at in case.shardings.items():
+            loaded[name] = at.box.shard(made(name, 0, 7, at.box.full)).to(dtype)
         state = {**case.parted.state_dict(), **loaded}
         case.parted.load_state_dict(state)
         case.optimizer.zero_grad()
@@ -126,16 +126,16 @@ def states_are_sharded():
         case = Case(layout, lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2), tile_size=128)
         case.set_gradients(0)
         case.optimizer.step()
-        covered = {name: torch.zeros(at.box.stored).flatten() for name, at in case.placements.items()}
+        covered = {name: torch.zeros(at.box.stored).flatten() for name, at in case.shardings.items()}
         for piece in case.optimizer.pieces():
-            covered[piece.placement.name][piece.start : piece.stop] += 1
+            covered[piece.sharding.name][piece.start : piece.stop] += 1
             state = piece.shard.states.kept(piece.window)
             span = piece.shard.states.spans[piece.window]
             assert state["exp_avg"].read().shape == (span.stop - span.start,)
-        for name, at in case.placements.items():
+        for name, at in case.shardings.items():
             assert torch.equal(all_reduce(covered[name], at.replicas), torch.ones_like(covered[name])), name
         held = sum(len(shard.states.own) for shard in case.optimizer.shards)
-        stored = sum(p.numel() / case.placements[n].replicas.size for n, p in case.parted.named_parameters())
+        stored = sum(p.numel() / case.shardings[n].replicas.size for n, p in case.parted.named_parameters())
         elements.append((held, stored))
     return elements
 

@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_tex.layers import ParallelAttention, ParallelMLP
 from lightning_tex.moe import MoE, auxiliary_loss
-from lightning_tex.parallel import sharding
-from lightning_tex.parallel.activation_checkpointing import recompute, stash_bytes
+from lightning_tex.parallel.activation_checkpointing import recompute_blocks, stash_bytes
 from lightning_tex.parallel.collectives import all_reduce
+from lightning_tex.parallel.sharding import shard_module
 from lightning_tex.parallel.topology import Axis
 from lightning_tex.testing.ranks import run_ranks
 
@@ -54,8 +54,8 @@ class Stack(nn.Module):
 def build(topology, mode, **options) -> Stack:
     torch.manual_seed(0)
     model = Stack(**options)
-    sharding.cut(model, topology)
-    recompute(model, mode)
+    shard_module(model, topology)
+    recompute_blocks(model, mode)
     return model
 
 
@@ -151,8 +151,8 @@ def nested():
     for mode in MODES:
         torch.manual_seed(0)
         model = Stack()
-        sharding.cut(model, topology)
-        recompute(model, mode, {Block, MoE, ParallelAttention})
+        shard_module(model, topology)
+        recompute_blocks(model, mode, {Block, MoE, ParallelAttention})
         torch.manual_seed(5)
         x = batch(topology)
         with topology.world.meter.measure() as meter:
@@ -209,7 +209,7 @@ def refusals():
     topology = join(4, 1, 4, True)
     holder = nn.Module()
     holder.block = Scripted(topology.tensor)
-    recompute(holder, "communication_aware", {Scripted})
+    recompute_blocks(holder, "communication_aware", {Scripted})
     x = torch.ones(4, requires_grad=True)
 
     def run(first, again):
@@ -242,15 +242,15 @@ def test_a_policy_that_finds_nothing_names_what_it_looked_for():
     with pytest.raises(
         ValueError, match=r"finds nothing to recompute in Linear: looked for elements of nn\.ModuleLists"
     ):
-        recompute(nn.Linear(2, 2), "full")
+        recompute_blocks(nn.Linear(2, 2), "full")
     with pytest.raises(ValueError, match=r"looked for \['MoE'\]"):
-        recompute(nn.Linear(2, 2), "communication_aware", {MoE})
+        recompute_blocks(nn.Linear(2, 2), "communication_aware", {MoE})
 
 
 def test_taking_it_back():
     model = Stack()
-    assert recompute(model, "full") == ["blocks.0", "blocks.1"]
-    assert recompute(model, None) == []
+    assert recompute_blocks(model, "full") == ["blocks.0", "blocks.1"]
+    assert recompute_blocks(model, None) == []
     assert not any("forward" in vars(module) for module in model.modules())
 
 
@@ -260,7 +260,7 @@ def test_a_product_whose_outcome_is_replayed_is_not_computed_again():
     for mode in ("full", "communication_aware"):
         model = nn.Module()
         model.blocks = nn.ModuleList([MoE(dim, hidden, 4)])
-        recompute(model, mode)
+        recompute_blocks(model, mode)
         y = model.blocks[0](torch.randn(tokens, dim, requires_grad=True))
         with FlopCounterMode(display=False) as counter:
             (y.square().sum() + auxiliary_loss(model)).backward()

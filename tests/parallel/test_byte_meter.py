@@ -15,11 +15,11 @@ from torch import nn
 from lightning_tex.layers import ParallelAttention, VocabParallelCrossEntropy
 from lightning_tex.models import Decoder, DecoderConfig
 from lightning_tex.moe import MoE, auxiliary_loss
-from lightning_tex.moe.exchange import Lanes
-from lightning_tex.optim import Storage, TiledOptimizer, flat_sizes
-from lightning_tex.parallel import collectives, sharding
-from lightning_tex.parallel.activation_checkpointing import recompute
+from lightning_tex.optim import OptimizerStateConfig, TiledOptimizer, flat_sizes
+from lightning_tex.parallel import collectives
+from lightning_tex.parallel.activation_checkpointing import recompute_blocks
 from lightning_tex.parallel.byte_meter import Sent
+from lightning_tex.parallel.sharding import parameter_shardings, shard_module
 from lightning_tex.parallel.topology import AXES
 from lightning_tex.planner.layouts import Candidate, Job
 from lightning_tex.planner.sizes import ModelSizes
@@ -99,12 +99,10 @@ def one_pass(topology, mode, fused, module=Block, x=None):
     torch.manual_seed(0)
     model = nn.Module()
     model.blocks = nn.ModuleList([module()])
-    sharding.cut(model, topology)
+    shard_module(model, topology)
     for moe in (m for m in model.modules() if isinstance(m, MoE)):
-        lanes = moe.dispatcher.lanes
-        lanes = Lanes(lanes.expert, lanes.split, lanes.gather, lanes.cut, fused)
-        moe.dispatcher = type(moe.dispatcher)(**{**vars(moe.dispatcher), "lanes": lanes})
-    recompute(model, mode)
+        moe.dispatcher = replace(moe.dispatcher, axes=replace(moe.dispatcher.axes, fused=fused))
+    recompute_blocks(model, mode)
     torch.manual_seed(topology.data.rank)
     x = (torch.randn(B, S, D) if x is None else x).requires_grad_()
     with topology.world.meter.measure() as meter:
@@ -169,23 +167,23 @@ STEPS = ((0, None, 1), (1, "full", 2), (2, "communication_aware", 2))  # ZeRO st
 def training_step(model, topology, mode, stage, micro_steps):
     """One optimizer step of a decoder, as the strategy takes it."""
     torch.manual_seed(0)
-    sharding.cut(model, topology)
-    recompute(model, mode)
+    shard_module(model, topology)
+    recompute_blocks(model, mode)
     parameters = dict(model.named_parameters())
-    placed = {parameters[name]: p for name, p in sharding.placements(model, topology).items()}
+    placed = {parameters[name]: p for name, p in parameter_shardings(model, topology).items()}
     groups = [{"params": [p for p in model.parameters() if (p.dim() > 1) == matrix]} for matrix in (True, False)]
-    optimizer = TiledOptimizer(torch.optim.AdamW(groups), placed, topology.world, Storage(stage))
+    optimizer = TiledOptimizer(torch.optim.AdamW(groups), placed, topology.world, OptimizerStateConfig(stage))
     cross_entropy = VocabParallelCrossEntropy()
     cross_entropy.bind(topology)
-    optimizer.flow._overlap._agreed = True  # which buffer leaves first is agreed upon once in a training
+    optimizer.reducer._overlap._agreed = True  # which buffer leaves first is agreed upon once in a training
     with topology.world.meter.measure() as meter:
         meter.clear()
         for _ in range(micro_steps):
             ids = torch.randint(98, (B, EVEN), generator=torch.Generator().manual_seed(topology.data.rank))
             loss = cross_entropy(model(ids), ids) + auxiliary_loss(model)
-            optimizer.flow.before_backward(loss, undisturbed=False)
+            optimizer.reducer.before_backward(loss, undisturbed=False)
             loss.backward()
-            optimizer.flow.after_backward()
+            optimizer.reducer.after_backward()
         optimizer.clip_by_norm(1.0)
         optimizer.step()
     return meter

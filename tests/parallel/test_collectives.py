@@ -113,7 +113,7 @@ def enter_and_reduce():
         same(y, xs.sum(0))
         same(dx, grad * axis.size)
 
-        # Between them a product cut over the axis is the whole product, for operands that all ranks hold alike.
+        # Between them a product sharded over the axis is the whole product, for operands that all ranks hold alike.
         inner = 4 * axis.size
         shared, weight, upstream = numbers(50, 3, inner), numbers(51, inner, 6), numbers(52, 3, 6)
         y, dx = run_backward(partial(cut_product, weight=weight, axis=axis), shared, upstream)

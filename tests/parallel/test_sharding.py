@@ -10,9 +10,16 @@ from torch import nn
 
 from lightning_tex.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, VocabParallelHead
 from lightning_tex.models import Decoder, DecoderConfig
-from lightning_tex.parallel import initialization, sharding
+from lightning_tex.parallel import initialization
 from lightning_tex.parallel.hashing import stable_hash
-from lightning_tex.parallel.sharding import Box, TexModule
+from lightning_tex.parallel.sharding import (
+    Box,
+    TexModule,
+    check_shardable,
+    parameter_shardings,
+    shard_module,
+    synchronise,
+)
 from lightning_tex.parallel.topology import Axis, Layout, Topology
 from lightning_tex.testing.ranks import run_ranks
 
@@ -28,8 +35,8 @@ def box_of(shape, at):
 def cut_tensors(draw):
     shape = draw(st.lists(st.integers(1, 9), min_size=1, max_size=3))
     dims = draw(st.permutations(range(len(shape))))
-    cuts = [(dim, draw(st.integers(1, 5))) for dim in dims[: draw(st.integers(1, len(shape)))]]
-    return shape, cuts
+    shard_dims = [(dim, draw(st.integers(1, 5))) for dim in dims[: draw(st.integers(1, len(shape)))]]
+    return shape, shard_dims
 
 
 def coordinates(cuts):
@@ -46,7 +53,7 @@ def test_boxes_tile_the_tensor_and_cutting_round_trips(case):
     rebuilt, covered = torch.zeros(shape), torch.zeros(shape)
     for ranks in coordinates(cuts):
         box = box_of(shape, [(dim, size, rank) for (dim, size), rank in zip(cuts, ranks, strict=True)])
-        stored = box.cut(whole)
+        stored = box.shard(whole)
         assert stored.shape == box.stored
         assert stored.sum() == box.unpadded(stored).sum()  # the padding is zero
         place = tuple(slice(start, start + size) for start, size in zip(box.offsets, box.sizes, strict=True))
@@ -61,7 +68,7 @@ def test_box_of_a_padded_cut_by_hand():
     assert [b.stored for b in boxes] == [(2, 3)] * 4
     assert [b.offsets[0] for b in boxes] == [0, 2, 4, 5]
     assert [b.sizes[0] for b in boxes] == [2, 2, 1, 0]
-    assert boxes[2].cut(torch.arange(15).view(5, 3)).tolist() == [[12, 13, 14], [0, 0, 0]]
+    assert boxes[2].shard(torch.arange(15).view(5, 3)).tolist() == [[12, 13, 14], [0, 0, 0]]
 
 
 class Everything(nn.Module):
@@ -88,15 +95,15 @@ def cut_on_ranks():
     for layout in LAYOUTS:
         topology = join(*layout)
         model = copy.deepcopy(original)
-        sharding.check(model, topology.layout)
-        sharding.cut(model, topology)
+        check_shardable(model, topology.layout)
+        shard_module(model, topology)
         stored = {name: p.clone() for name, p in model.named_parameters()}
-        sharding.cut(model, topology)
+        shard_module(model, topology)
         assert model.head.weight is model.embedding.weight
-        found = sharding.placements(model, topology)
+        found = parameter_shardings(model, topology)
         assert list(found) == list(wholes)
         for name, parameter in model.named_parameters():
-            assert torch.equal(parameter, stored[name]), f"{name} is cut twice"
+            assert torch.equal(parameter, stored[name]), f"{name} is sharded twice"
             assert parameter.shape == found[name].box.stored
             assert torch.equal(found[name].gather(parameter.detach()), wholes[name]), name
             expert = ".experts." in name
@@ -114,14 +121,14 @@ def count_over_world():
     for layout in LAYOUTS:
         topology = join(*layout)
         model = Everything()
-        sharding.cut(model, topology)
-        found = sharding.placements(model, topology)
+        shard_module(model, topology)
+        found = parameter_shardings(model, topology)
         for name, parameter in model.named_parameters():
             at = found[name]
             elements = at.box.unpadded(parameter).numel() if at.counted and at.replicas.rank == 0 else 0
             total = torch.tensor(elements)
             torch.distributed.all_reduce(total)
-            assert total == torch.Size(at.box.whole).numel(), (layout, name)
+            assert total == torch.Size(at.box.full).numel(), (layout, name)
             counted.append(name)
     return len(counted)
 
@@ -132,10 +139,10 @@ def test_counted_copies_hold_every_element_exactly_once():
 
 def test_a_model_cut_for_one_layout_is_not_cut_for_another():
     model = nn.Sequential(ColumnParallelLinear(4, 8))
-    sharding.cut(model, Topology.single())
-    sharding.check(model, Layout(1))
-    with pytest.raises(ValueError, match=r"0 is already cut for another layout .* asked for: 4 ranks = tensor 2"):
-        sharding.check(model, Layout(4, 2, 1, 2))
+    shard_module(model, Topology.single())
+    check_shardable(model, Layout(1))
+    with pytest.raises(ValueError, match=r"0 is already sharded for another layout .* asked for: 4 ranks = tensor 2"):
+        check_shardable(model, Layout(4, 2, 1, 2))
 
 
 def synchronise_on_ranks():
@@ -146,7 +153,7 @@ def synchronise_on_ranks():
     torch.manual_seed(0)
     first = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), ColumnParallelLinear(4, 8))
     first[1].running_mean.normal_()
-    sharding.synchronise(model, topology.world, torch.device("cpu"))
+    synchronise(model, topology.world, torch.device("cpu"))
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, first.state_dict()[name]), name
 
@@ -158,8 +165,8 @@ def test_synchronise_gives_every_rank_the_first_ones_weights_and_buffers():
 # --- drawing
 
 DRAWS = [
-    lambda p, box: initialization.draw_normal_(p, 0.3, box),
-    lambda p, box: initialization.draw_uniform_(p, 0.3, box),
+    lambda p, box: initialization.init_normal_(p, 0.3, box),
+    lambda p, box: initialization.init_uniform_(p, 0.3, box),
 ]
 
 
@@ -187,7 +194,7 @@ def test_a_part_draws_what_the_whole_has_there(draw, dtype, shape, cuts):
         part = torch.full(box.stored, float("nan"), dtype=dtype)
         torch.manual_seed(3)
         draw(part, box)
-        assert torch.equal(part, box.cut(whole))
+        assert torch.equal(part, box.shard(whole))
 
 
 def drawn(draw, n, seed=0):
@@ -199,7 +206,7 @@ def drawn(draw, n, seed=0):
 
 def test_normal_draws_look_normal():
     n = 200_000
-    x = drawn(lambda p, box: initialization.draw_normal_(p, 2.0, box), n) / 2
+    x = drawn(lambda p, box: initialization.init_normal_(p, 2.0, box), n) / 2
     within = 5 / n**0.5  # five standard errors
     assert abs(x.mean()) < within
     assert abs(x.var() - 1) < within * 2**0.5
@@ -212,7 +219,7 @@ def test_normal_draws_look_normal():
 
 def test_uniform_draws_look_uniform():
     n = 200_000
-    x = drawn(lambda p, box: initialization.draw_uniform_(p, 3.0, box), n) / 3
+    x = drawn(lambda p, box: initialization.init_uniform_(p, 3.0, box), n) / 3
     within = 5 / n**0.5
     assert x.abs().max() <= 1
     assert x.max() > 0.999 and x.min() < -0.999
@@ -224,7 +231,7 @@ def test_uniform_draws_look_uniform():
 
 def test_draws_depend_on_the_seed_and_consume_one_number():
     def normal(p, box):
-        initialization.draw_normal_(p, 1.0, box)
+        initialization.init_normal_(p, 1.0, box)
 
     assert not torch.equal(drawn(normal, 50, 0), drawn(normal, 50, 1))
     drawn(normal, 50, 0)
@@ -247,7 +254,7 @@ def test_stable_hash_is_the_same_on_every_machine():
 class OwnReset(TexModule):
     """A user's layer whose reset draws as if alone."""
 
-    cuts = {"weight": {"tensor": 1}}
+    shard_dims = {"weight": {"tensor": 1}}
 
     def __init__(self):
         super().__init__()
@@ -289,7 +296,7 @@ def on_meta(build):
 def materialise_on_ranks():
     cpu = torch.device("cpu")
     alone = on_meta(Mixed)
-    sharding.cut(alone, Topology.single())
+    shard_module(alone, Topology.single())
     initialization.materialise(alone, cpu, seed=5)
     wholes = dict(alone.named_parameters())
     never_cut = on_meta(Mixed)
@@ -301,18 +308,18 @@ def materialise_on_ranks():
         torch.manual_seed(topology.world.rank)  # must not matter
         state = torch.get_rng_state()
         model = on_meta(Mixed)
-        sharding.cut(model, topology)
+        shard_module(model, topology)
         assert all(p.is_meta for p in model.parameters())
         initialization.materialise(model, cpu, seed=5)
         assert torch.equal(torch.get_rng_state(), state)
         assert model.head.weight is model.embedding.weight
         assert model.decoder.head.weight is model.decoder.embedding.weight
-        found = sharding.placements(model, topology)
+        found = parameter_shardings(model, topology)
         assert list(found) == list(wholes)
         for name, parameter in model.named_parameters():
             assert parameter.shape == found[name].box.stored
             assert torch.equal(found[name].gather(parameter.detach()), wholes[name]), (layout, name)
-            assert torch.equal(found[name].box.cut(wholes[name].detach()), parameter), "padding is not zero"
+            assert torch.equal(found[name].box.shard(wholes[name].detach()), parameter), "padding is not zero"
     return True
 
 

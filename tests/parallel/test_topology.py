@@ -186,7 +186,7 @@ ERRORS = [
     (
         {"world": 8, "tensor_parallel_size": 4, "expert_tensor_parallel_size": 2},
         "expert_tensor_parallel_size=2 with tensor_parallel_size=4; legal: "
-        "4 (experts cut like the rest, TED) or 1 (experts uncut, folding)",
+        "4 (experts sharded like the rest, TED) or 1 (experts whole, folding)",
     ),
     (
         {"world": 8, "tensor_parallel_size": 2, "expert_tensor_parallel_size": 1, "duplicate_token_dropping": False},

@@ -15,9 +15,9 @@ from lightning_tex.models.decoder import Block
 from lightning_tex.moe import auxiliary_loss
 from lightning_tex.moe.losses import routing_losses
 from lightning_tex.moe.router import Route
-from lightning_tex.parallel import sharding
-from lightning_tex.parallel.activation_checkpointing import recompute, stash_bytes
-from lightning_tex.parallel.activation_layout import AlikeStream
+from lightning_tex.parallel.activation_checkpointing import recompute_blocks, stash_bytes
+from lightning_tex.parallel.activation_layout import Replicated
+from lightning_tex.parallel.sharding import shard_module
 from lightning_tex.parallel.topology import Axis, Layout
 from lightning_tex.planner.activations import Activations
 from lightning_tex.planner.layouts import Candidate, Job
@@ -64,7 +64,7 @@ def compare(layouts: tuple[tuple[int, int, int, bool], ...]) -> int:
         for experts in (False, True):
             torch.manual_seed(0)
             block = Block(config, int(experts))
-            sharding.cut(block, topology)
+            shard_module(block, topology)
             if precision == "bf16-mixed":
                 TexMixedPrecision("bf16-mixed", "cpu").convert_module(block)
             held = S // layout[0] if sequence else S
@@ -90,7 +90,7 @@ def test_what_routing_losses_keep() -> None:
     saved: dict[int, torch.Tensor] = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
         routing_losses(
-            Route(indices, logits, logits.softmax(-1), logits), None, Axis("data"), AlikeStream(Axis("tensor"))
+            Route(indices, logits, logits.softmax(-1), logits), None, Axis("data"), Replicated(Axis("tensor"))
         )
     planned = Activations(Job(ModelSizes.of(config), 1, S, B, "32-true"), Candidate(Layout(1), B))
     of_each_token = [t for t in saved.values() if t.dim() and t.shape[0] == tokens and t is not None]
@@ -117,8 +117,8 @@ def compare_stashes(layouts: tuple[tuple[int, int, int, bool], ...]) -> int:
         candidate = Candidate(topology.layout, B, recompute="communication_aware", communication=topology.communication)
         model = nn.Module()
         model.blocks = nn.ModuleList(Block(config, layer) for layer in range(2))
-        sharding.cut(model, topology)
-        recompute(model, "communication_aware")
+        shard_module(model, topology)
+        recompute_blocks(model, "communication_aware")
         x = torch.randn(B, S // layout[0] if sequence else S, config.dim).requires_grad_()
         y = model.blocks[1](model.blocks[0](x))
         (y.sum() + auxiliary_loss(model)).backward()

@@ -55,7 +55,7 @@ def both(path: str, strategy: dict[str, object]) -> dict[str, object]:
     # The trace counts what a causal kernel skips.
     shares = candidate.layout.data * candidate.layout.tensor
     half = 2 * job.tokens * job.sequence_length * job.sizes.dim * job.sizes.num_layers / shares
-    skipped = half * (1 + 2.5 + (candidate.recompute is not None))
+    skipped = half * (1 + 2.5 + (candidate.activation_checkpointing is not None))
     flops = candidate.accumulation * computation(job, candidate, CLUSTERS["h100"]).flops + skipped
     return {
         "sent": {str(k): (float(found.get(k, 0)), float(sent.get(k, 0))) for k in {*found, *sent}},

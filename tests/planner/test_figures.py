@@ -137,7 +137,9 @@ def test_the_recommended_one_fits_and_is_as_fast_as_any_exact_one_that_fits() ->
     plans = plan_all(job, tight)
     best = plans.recommended
     assert best is not None and best.memory.peak <= 2e9
-    everything = [plan(job, candidate, tight) for candidate in candidates(job, Choices(state_format=("fp32", "split")))]
+    everything = [
+        plan(job, candidate, tight) for candidate in candidates(job, Choices(optimizer_state_format=("fp32", "split")))
+    ]
     assert plans.considered == 2 * len(everything)
     fastest = min(each.time.total for each in everything if each.memory.peak <= 2e9)
     assert fastest <= best.time.total <= 1.01 * fastest
@@ -148,7 +150,7 @@ def test_the_recommended_one_fits_and_is_as_fast_as_any_exact_one_that_fits() ->
 def test_the_largest_base_model_fits_and_the_next_does_not() -> None:
     job = Job(replace(SMALL, vocab_size=51200), 16, 512, 16)
     tight = replace(H100, memory_bytes=4e9, reserved_bytes=0)
-    choices = Choices(tensor=4, state_format=("fp32",))
+    choices = Choices(tensor=4, optimizer_state_format=("fp32",))
     largest = largest_base(job, tight, choices)
     assert largest is not None and largest.planned.memory.peak <= 4e9
     models = family(job.sizes)
@@ -191,7 +193,7 @@ def test_simulated_savings_on_summit_are_the_models_own() -> None:
 
 def test_planning_for_16384_ranks_is_a_matter_of_seconds() -> None:
     job = Job(ModelSizes(51200, 4096, 32, 32, num_experts=16, capacity_factor=1.0), 16384, 2048, 16384)
-    plans = plan_all(job, H100, Choices(zero_stage=(0, 1), state_format=("fp32",)))
+    plans = plan_all(job, H100, Choices(zero_stage=(0, 1), optimizer_state_format=("fp32",)))
     assert plans.considered > 1000 and plans.recommended is not None
 
 

@@ -18,10 +18,10 @@ from lightning_tex.bench.memory import peak_bytes
 from lightning_tex.layers import VocabParallelCrossEntropy
 from lightning_tex.models import Decoder, DecoderConfig
 from lightning_tex.moe import auxiliary_loss
-from lightning_tex.optim import Storage, TiledOptimizer
+from lightning_tex.optim import OptimizerStateConfig, TiledOptimizer
 from lightning_tex.optim.probe import Allocations
-from lightning_tex.parallel import sharding
-from lightning_tex.parallel.activation_checkpointing import recompute
+from lightning_tex.parallel.activation_checkpointing import recompute_blocks
+from lightning_tex.parallel.sharding import parameter_shardings, shard_module
 from lightning_tex.planner.layouts import Candidate, Job
 from lightning_tex.planner.memory import memory
 from lightning_tex.planner.sizes import ModelSizes
@@ -44,15 +44,15 @@ def measured_and_planned(
     topology = join(*layout, sequence_parallel=sequence, overlap=False)
     torch.manual_seed(0)
     model = Decoder(config)
-    sharding.cut(model, topology)
-    recompute(model, mode)
+    shard_module(model, topology)
+    recompute_blocks(model, mode)
     if precision == "bf16-mixed":
         TexMixedPrecision("bf16-mixed", "cpu").convert_module(model)
     parameters = dict(model.named_parameters())
-    placed = {parameters[name]: p for name, p in sharding.placements(model, topology).items()}
+    placed = {parameters[name]: p for name, p in parameter_shardings(model, topology).items()}
     groups = [{"params": [p for p in model.parameters() if (p.dim() > 1) == matrix]} for matrix in (True, False)]
-    storage = Storage(stage)
-    optimizer = TiledOptimizer(torch.optim.AdamW(groups), placed, topology.world, storage, topology.communication)
+    state_config = OptimizerStateConfig(stage)
+    optimizer = TiledOptimizer(torch.optim.AdamW(groups), placed, topology.world, state_config, topology.communication)
     cross_entropy = VocabParallelCrossEntropy(reduction="sum")
     cross_entropy.bind(topology)
     ids = torch.randint(config.vocab_size, (B, S), generator=torch.Generator().manual_seed(topology.data.rank))
@@ -61,9 +61,9 @@ def measured_and_planned(
         with torch.autocast("cpu", torch.bfloat16) if precision == "bf16-mixed" else nullcontext():
             loss = cross_entropy(model(ids), ids) / ids.numel() + auxiliary_loss(model)
         optimizer.zero_grad()
-        optimizer.flow.before_backward(loss, undisturbed=True)
+        optimizer.reducer.before_backward(loss, undisturbed=True)
         loss.backward()
-        optimizer.flow.after_backward()
+        optimizer.reducer.after_backward()
         optimizer.step()
 
     step()

@@ -10,8 +10,8 @@ from helpers.topologies import join
 from torch import nn
 
 from lightning_tex.models import Decoder, DecoderConfig
-from lightning_tex.optim import Storage, TiledOptimizer, flat_sizes
-from lightning_tex.parallel import sharding
+from lightning_tex.optim import OptimizerStateConfig, TiledOptimizer, flat_sizes
+from lightning_tex.parallel.sharding import check_shardable, parameter_shardings, shard_module
 from lightning_tex.parallel.topology import Axis, Layout, Topology
 from lightning_tex.planner.layouts import Candidate, Job, layouts
 from lightning_tex.planner.sizes import ModelSizes
@@ -51,10 +51,10 @@ def test_what_a_rank_stores_is_what_placement_cuts(name: str) -> None:
         for layout in layouts(sizes, world):
             with torch.device("meta"):
                 model = Decoder(CONFIGS[name])
-            sharding.check(model, layout)
-            axes = {axis: sharding.Axis(axis, getattr(layout, axis)) for axis in AXES}
-            topology = Topology(layout, **axes, world=sharding.Axis("world", world))
-            sharding.cut(model, topology)
+            check_shardable(model, layout)
+            axes = {axis: Axis(axis, getattr(layout, axis)) for axis in AXES}
+            topology = Topology(layout, **axes, world=Axis("world", world))
+            shard_module(model, topology)
             assert list(sizes.stored(layout)) == [p.numel() for p in model.parameters()], layout
             seen += 1
     assert seen > 12
@@ -76,7 +76,7 @@ def test_layouts_are_those_that_the_layers_accept(name: str) -> None:
                     try:
                         layout = Layout.resolve(world, tensor, expert, expert_tensor, sizes.experts)
                         layout.require_experts(sizes.experts)
-                        sharding.check(model, layout)
+                        check_shardable(model, layout)
                     except ValueError:
                         continue
                     legal.add(layout)
@@ -107,18 +107,20 @@ def distinct_bytes(tensors: list[torch.Tensor]) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def allocated(config: DecoderConfig, layout: Layout, precision: str, stage: int, state_format: str, tile: int | None):
+def allocated(
+    config: DecoderConfig, layout: Layout, precision: str, stage: int, optimizer_state_format: str, tile: int | None
+):
     """Bytes that a real optimizer holds after a step."""
     topology = join(layout.tensor, layout.expert, layout.expert_tensor)
     torch.manual_seed(0)
     model = Groups(config)
-    sharding.cut(model, topology)
+    shard_module(model, topology)
     plugin = PLUGINS[precision]
     plugin.convert_module(model)
     parameters = dict(model.named_parameters())
-    placed = {parameters[name]: p for name, p in sharding.placements(model, topology).items()}
-    storage = plugin.storage(Storage(stage, state_format, tile_size=tile))
-    optimizer = TiledOptimizer(torch.optim.AdamW(model.groups()), placed, topology.world, storage)
+    placed = {parameters[name]: p for name, p in parameter_shardings(model, topology).items()}
+    state_config = plugin.state_config(OptimizerStateConfig(stage, optimizer_state_format, tile_size=tile))
+    optimizer = TiledOptimizer(torch.optim.AdamW(model.groups()), placed, topology.world, state_config)
     optimizer.zero_grad()
     optimizer.step()
     found = StateBytes(0, 0, 0, 0, 0, 0).__dict__.copy()
@@ -161,12 +163,12 @@ def compare_states(world: int, every: int) -> int:
     for config in CONFIGS.values():
         sizes = ModelSizes.of(config)
         cases = [(layout, kind) for layout in layouts(sizes, world) for kind in KINDS]
-        for layout, (precision, stage, state_format, tile) in cases[::every]:
+        for layout, (precision, stage, optimizer_state_format, tile) in cases[::every]:
             job = Job(sizes, world, 16, world, precision)
-            candidate = Candidate(layout, zero_stage=stage, state_format=state_format)
+            candidate = Candidate(layout, zero_stage=stage, optimizer_state_format=optimizer_state_format)
             planned = state_bytes(job, candidate, tile, "cpu")
-            real = allocated(config, layout, precision, stage, state_format, tile)
-            assert vars(planned) == real, (layout, precision, stage, state_format, tile)
+            real = allocated(config, layout, precision, stage, optimizer_state_format, tile)
+            assert vars(planned) == real, (layout, precision, stage, optimizer_state_format, tile)
             seen += 1
     return seen
 
@@ -182,11 +184,13 @@ def test_state_bytes_of_every_layout_are_those_allocated(world: int) -> None:
     run_ranks(world, compare_states, world, 1, timeout=600, detail=False)
 
 
-@pytest.mark.parametrize("state_format", ["fp32", "split", "int8", "stochastic"])
+@pytest.mark.parametrize("optimizer_state_format", ["fp32", "split", "int8", "stochastic"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tiles_are_as_large_as_the_strategys(state_format: str, dtype: torch.dtype) -> None:
+def test_tiles_are_as_large_as_the_strategys(optimizer_state_format: str, dtype: torch.dtype) -> None:
     layer = nn.Linear(64, 64, bias=False, dtype=dtype)
-    placed = {layer.weight: sharding.placements(layer, Topology.single())["weight"]}
-    optimizer = TiledOptimizer(torch.optim.AdamW(layer.parameters()), placed, Axis("world"), Storage(1, state_format))
-    kept = kept_format("bf16-mixed", state_format, layer.weight.element_size())
+    placed = {layer.weight: parameter_shardings(layer, Topology.single())["weight"]}
+    optimizer = TiledOptimizer(
+        torch.optim.AdamW(layer.parameters()), placed, Axis("world"), OptimizerStateConfig(1, optimizer_state_format)
+    )
+    kept = kept_format("bf16-mixed", optimizer_state_format, layer.weight.element_size())
     assert optimizer.shards[0].states.tile_size == tile_elements(kept, None, "cpu")

@@ -52,7 +52,7 @@ def test_pieces_of_all_ranks_make_the_whole_without_padding(
     for ranks in product(*[range(size) for _, size in cuts]):
         axes = [(Axis(str(dim), size, rank), dim) for (dim, size), rank in zip(cuts, ranks, strict=True)]
         box = Box.of(whole, axes)
-        flat = (box.cut(values) if all(box.sizes) else torch.zeros(box.stored)).flatten()
+        flat = (box.shard(values) if all(box.sizes) else torch.zeros(box.stored)).flatten()
         for start in range(0, len(flat), window):
             values_here = flat[start : start + window]
             for part in range_parts(box, start, len(values_here), lambda values_here=values_here: values_here):

@@ -17,7 +17,7 @@ import lightning_tex as tex
 from lightning_tex.bench.combinations import COMBINATIONS
 from lightning_tex.layers import VocabParallelCrossEntropy
 from lightning_tex.models import Decoder, DecoderConfig
-from lightning_tex.parallel import sharding
+from lightning_tex.parallel.sharding import parameter_shardings
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance\\(treespec, LeafSpec\\).*")
 
@@ -63,7 +63,7 @@ def run(name: str, capacity_factor: float | None, precision: str) -> dict[str, T
     )
     given = [[part.repeat(1, 2)[:, :6] for part in batch] for batch in batches(STEPS)]
     trainer.fit(module, loader(own_slices(trainer, given)))
-    placed = sharding.placements(module, strategy.topology)
+    placed = parameter_shardings(module, strategy.topology)
     whole = {f"gradient of {key}": placed[key].gather(gradient) for key, gradient in module.gradients.items()}
     return {
         "losses": strategy.reduce(torch.stack(module.losses), reduce_op="mean"),

@@ -122,17 +122,17 @@ def test_precision_that_is_not_supported(precision: Any, plugins: Any, words: tu
 
 
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "16-mixed"])
-@pytest.mark.parametrize("state_format", ["split", "int8", "stochastic"])
-def test_format_that_is_made_for_bf16(precision: str, state_format: str) -> None:
-    for outcome in run_ranks(1, fit_in_format, precision, state_format):
+@pytest.mark.parametrize("optimizer_state_format", ["split", "int8", "stochastic"])
+def test_format_that_is_made_for_bf16(precision: str, optimizer_state_format: str) -> None:
+    for outcome in run_ranks(1, fit_in_format, precision, optimizer_state_format):
         assert outcome["error"] == "ValueError" and outcome["steps"] == 0
-        for word in (f"optimizer_state_format='{state_format}'", f"precision='{precision}'", "'bf16-mixed'"):
+        for word in (f"optimizer_state_format='{optimizer_state_format}'", f"precision='{precision}'", "'bf16-mixed'"):
             assert word in outcome["text"], outcome["text"]
 
 
-def fit_in_format(precision: str, state_format: str) -> dict[str, Any]:
+def fit_in_format(precision: str, optimizer_state_format: str) -> dict[str, Any]:
     plugin: Precision | None = MixedPrecision("16-mixed", "cpu") if precision == "16-mixed" else None
-    trainer = new_trainer(1, None if plugin else precision, plugin, optimizer_state_format=state_format)
+    trainer = new_trainer(1, None if plugin else precision, plugin, optimizer_state_format=optimizer_state_format)
     quiet()
     try:
         trainer.fit(Plain(), SlicedData(1))
@@ -141,7 +141,7 @@ def fit_in_format(precision: str, state_format: str) -> dict[str, Any]:
     return {"error": None, "text": "nothing was raised", "steps": trainer.global_step}
 
 
-# --- layout against model: before anything is cut
+# --- layout against model: before anything is sharded
 
 
 def fit_error(arguments: dict[str, Any], changes: dict[str, Any], optimizers: Any = torch.optim.SGD) -> dict[str, Any]:
@@ -153,8 +153,8 @@ def fit_error(arguments: dict[str, Any], changes: dict[str, Any], optimizers: An
     try:
         fit.fit(module, SlicedData(2))
     except (ValueError, MisconfigurationException) as error:
-        uncut = {name: p.shape for name, p in module.named_parameters()} == whole
-        return {"error": type(error).__name__, "text": str(error), "uncut": uncut, "steps": fit.global_step}
+        replicated = {name: p.shape for name, p in module.named_parameters()} == whole
+        return {"error": type(error).__name__, "text": str(error), "uncut": replicated, "steps": fit.global_step}
     return {"error": None, "text": "nothing was raised", "uncut": None, "steps": fit.global_step}
 
 

@@ -1,4 +1,4 @@
-"""Modules of other kinds: without TEX layers, with frozen parts, copied after they were cut."""
+"""Modules of other kinds: without TEX layers, with frozen parts, copied after they were sharded."""
 
 from __future__ import annotations
 

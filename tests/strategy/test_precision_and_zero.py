@@ -20,7 +20,7 @@ from lightning_tex.callbacks import RunSummary
 from lightning_tex.layers import VocabParallelCrossEntropy
 from lightning_tex.models import Decoder, DecoderConfig
 from lightning_tex.moe import Router
-from lightning_tex.parallel import sharding
+from lightning_tex.parallel.sharding import parameter_shardings
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance\\(treespec, LeafSpec\\).*")
 
@@ -55,7 +55,7 @@ def fitted(module: L.LightningModule, layout: Any, steps: int = 8, **flags: Any)
 
 
 def whole_parameters(module: nn.Module, trainer: L.Trainer) -> dict[str, Tensor]:
-    placed = sharding.placements(module, trainer.strategy.topology)
+    placed = parameter_shardings(module, trainer.strategy.topology)
     return {name: placed[name].gather(p.detach()).clone() for name, p in module.named_parameters()}
 
 

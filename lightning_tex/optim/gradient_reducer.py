@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tex.optim.gradients import Gradients
-from lightning_tex.optim.overlap import Overlap
+from lightning_tex.optim.overlap import BucketOverlap
 from lightning_tex.parallel import collectives
 from lightning_tex.parallel.activation_layout import reached, reached_directly
-from lightning_tex.parallel.sharding import Placement
+from lightning_tex.parallel.sharding import ParameterSharding
 from lightning_tex.parallel.topology import Axis, Communication
 
 
 @dataclass
-class Pending:
+class ReductionState:
     """What has been done to the gradients since the last step.
 
     An object of its own, because Lightning's wrapper forwards reads to the optimizer but keeps what is assigned.
@@ -38,22 +38,26 @@ class Pending:
         self.__init__()  # type: ignore[misc]
 
 
-class GradientFlow:
+class GradientReducer:
     """The gradients of all buffers, from their backwards to the step.
 
     Args:
-        placements: parameter -> placement.
+        shardings: parameter -> sharding.
         world: all ranks, over which norms are summed.
         communication: what is done to communicate less.
         at_once: they are reduced in every backward (ZeRO 2), not only in the last of a step.
     """
 
     def __init__(
-        self, placements: Mapping[nn.Parameter, Placement], world: Axis, communication: Communication, at_once: bool
+        self,
+        shardings: Mapping[nn.Parameter, ParameterSharding],
+        world: Axis,
+        communication: Communication,
+        at_once: bool,
     ) -> None:
-        self.placements, self.world, self.communication, self.at_once = placements, world, communication, at_once
+        self.shardings, self.world, self.communication, self.at_once = shardings, world, communication, at_once
         self.gradients: list[Gradients] = []
-        self.pending = Pending()
+        self.pending = ReductionState()
         self.direct: set[nn.Parameter] = set()
         self._overlap = self._new_overlap()
 
@@ -63,8 +67,8 @@ class GradientFlow:
         self.release()
         self._overlap = self._new_overlap()
 
-    def _new_overlap(self) -> Overlap:
-        return Overlap(self.gradients, self.world, self.counted, lambda parameter: self.placements[parameter].name)
+    def _new_overlap(self) -> BucketOverlap:
+        return BucketOverlap(self.gradients, self.world, self.counted, lambda parameter: self.shardings[parameter].name)
 
     def release(self) -> None:
         """Take the hooks from the parameters."""
@@ -112,13 +116,13 @@ class GradientFlow:
         """
         if not self.communication.sequence_parallel or self.world.size == 1:
             return
-        split = {parameter for parameter, placement in self.placements.items() if placement.parts.size > 1}
+        split = {parameter for parameter, sharding in self.shardings.items() if sharding.partial_axis.size > 1}
         new = split & reached_directly(loss)
         if not new <= self.direct:
             _, behind = reached(loss)
             if both := new & behind:
                 raise RuntimeError(
-                    f"the loss reaches {', '.join(sorted(self.placements[p].name for p in both))} both through "
+                    f"the loss reaches {', '.join(sorted(self.shardings[p].name for p in both))} both through "
                     "VocabParallelHead and past it: under sequence_parallel=True activations between embedding and "
                     "head are a rank's own part, and nothing but VocabParallelHead and MoE layers may lead from them "
                     "to the loss; legal: compute that term behind the head, or sequence_parallel=False"
@@ -167,7 +171,7 @@ class GradientFlow:
         self.reduce()
         if self.pending.norm is not None:
             return
-        device = next(iter(self.placements)).device
+        device = next(iter(self.shardings)).device
         total = torch.zeros(2, dtype=torch.float64, device=device)  # of what is counted, and of everything
         for each in self.gradients:
             square = each.squared_norm()
@@ -200,10 +204,10 @@ class GradientFlow:
 
     def culprit(self) -> str:
         """A parameter with a gradient that is not finite, and the rank that owns it; collective."""
-        names = sorted({placement.name for placement in self.placements.values()})
+        names = sorted({sharding.name for sharding in self.shardings.values()})
         bad = (entry for each in self.gradients if (entry := each.bad_entry()) is not None)
-        own = next((names.index(entry.placement.name) for entry in bad), -1)
-        device = next(iter(self.placements)).device
+        own = next((names.index(entry.sharding.name) for entry in bad), -1)
+        device = next(iter(self.shardings)).device
         found = collectives.all_gather(torch.tensor([own], device=device), 0, self.world).tolist()
         rank = next((rank for rank, index in enumerate(found) if index >= 0), None)
         return "some parameter" if rank is None else f"{names[found[rank]]} (rank {rank})"
