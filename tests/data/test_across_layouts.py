@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_tex import LanguageModel, TexMoEStrategy
 from lightning_tex.data import TextDataModule
 from lightning_tex.models import DecoderConfig
-from lightning_tex.parallel.sharding import shardings
+from lightning_tex.parallel.sharding import parameter_shardings
 from lightning_tex.testing.ranks import run_ranks
 
 EPOCH = 5  # steps
@@ -88,7 +88,7 @@ def fit(
         **how,
     )
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
-    placed = shardings(module, trainer.strategy.topology)
+    placed = parameter_shardings(module, trainer.strategy.topology)
     return {
         "data rank": trainer.distributed_sampler_kwargs["rank"],
         "samples": module.samples,

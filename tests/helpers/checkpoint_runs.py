@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 import lightning_tex as tex
 from lightning_tex.layers import VocabParallelCrossEntropy
 from lightning_tex.models import Decoder, DecoderConfig
-from lightning_tex.parallel.sharding import shardings
+from lightning_tex.parallel.sharding import parameter_shardings
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
@@ -193,7 +193,7 @@ def whole_weights(run: L.Trainer, module: Model) -> dict[str, Tensor]:
     """Parameters as one process would hold them."""
     parameters = dict(module.named_parameters())
     if isinstance(run.strategy, tex.TexMoEStrategy):
-        placed = shardings(module, run.strategy.topology)
+        placed = parameter_shardings(module, run.strategy.topology)
         return {name: placed[name].gather(p.detach()).clone() for name, p in parameters.items()}
     return {name: p.detach().clone() for name, p in parameters.items()}
 
