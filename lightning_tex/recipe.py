@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning_utilities import module_available
 
 from lightning_tex.data import TextDataModule
+from lightning_tex.errors import UserValueError
 from lightning_tex.models import LanguageModel
 from lightning_tex.strategy import TexMoEStrategy
 
@@ -155,7 +156,7 @@ class Recipe:
         if isinstance(devices, list):
             devices = len(devices)
         if not isinstance(devices, int) or devices < 1:
-            raise ValueError(f"trainer.devices={devices!r} leaves the number of processes open; legal: a number")
+            raise UserValueError(f"trainer.devices={devices!r} leaves the number of processes open; legal: a number")
         return int(nodes) * devices
 
     def accelerator(self) -> str:

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from lightning_tex.bench.combinations import Combination
 from lightning_tex.bench.stopwatch import Measured, Stopwatch
+from lightning_tex.errors import UserValueError
 from lightning_tex.parallel.topology import Layout, Topology
 from lightning_tex.recipe import Recipe, quiet
 from lightning_tex.strategy import TexMoEStrategy
@@ -107,7 +108,7 @@ class CommunicationBench:
         del fit
         gc.collect()
         if watch.measured is None:
-            raise ValueError(
+            raise UserValueError(
                 f"the recipe's data ended before {self.warmup} + {self.steps} optimizer steps; "
                 "legal: smaller --warmup and --steps"
             )

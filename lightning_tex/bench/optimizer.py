@@ -20,6 +20,7 @@ from lightning_tex.bench.candidates import REFERENCE, Build, Candidate, Tiled, W
 from lightning_tex.bench.memory import live_bytes, peak_bytes
 from lightning_tex.bench.peers import peers
 from lightning_tex.bench.show import LEGEND, draw, tabulate, tell
+from lightning_tex.errors import UserValueError
 from lightning_tex.optim.state_config import OptimizerStateFormat
 from lightning_tex.parallel.topology import Layout, Topology
 
@@ -155,7 +156,7 @@ class Case:
         probe = peak_bytes(lambda: stepped(build(small)).close(), self.workload.device)
         need = self._needs[name] = probe / PROBE_ELEMENTS * self.elements
         if need > self.plan.limit_bytes:
-            raise ValueError(
+            raise UserValueError(
                 f"needs about {need / 2**30:.1f} GiB of the {self.plan.limit_bytes / 2**30:.1f} GiB that may be taken; "
                 "legal: a larger --memory-gib, or fewer elements"
             )

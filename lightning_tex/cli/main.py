@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import traceback
 import warnings
 
 from lightning.pytorch.cli import ArgsType
@@ -11,6 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_tex.cli import bench, checkpoint, plan
+from lightning_tex.errors import UserError
 from lightning_tex.recipe import DEFAULTS, TexCLI
 
 # Those that are not the Trainer's.
@@ -34,7 +34,7 @@ def main(args: ArgsType = None) -> None:
             _COMMANDS[words[0]](words[1:])
         else:
             TexCLI(**DEFAULTS, args=args)
-    except (ValueError, TypeError, RuntimeError, OSError, MisconfigurationException) as error:
+    except (UserError, MisconfigurationException, OSError, RuntimeError) as error:
         # Every rank tells: the fault may be one rank's own, or rank 0 already ended by its launcher.
         rank = getattr(rank_zero_only, "rank", 0)
         if _left_by_another_rank(error):
@@ -42,7 +42,7 @@ def main(args: ArgsType = None) -> None:
                 f"[rank {rank}] ended: another rank has closed its connection; see that rank's error", file=sys.stderr
             )
             raise SystemExit(1) from None
-        if not _raised_on_purpose(error):
+        if not isinstance(error, UserError | MisconfigurationException | OSError):
             raise
         print(f"[rank {rank}] error: {error}" if rank else f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
@@ -52,11 +52,3 @@ def _left_by_another_rank(error: Exception) -> bool:
     """Whether gloo or torch's store says so. NCCL does not notice: its launcher or its watchdog ends the process."""
     text = str(error)
     return isinstance(error, RuntimeError) and ("losed by peer" in text or "reset by peer" in text)
-
-
-def _raised_on_purpose(error: Exception) -> bool:
-    """Whether a ``raise`` statement of this package or one it drives says what is wrong: no code went astray."""
-    frame, _ = list(traceback.walk_tb(error.__traceback__))[-1]
-    package = frame.f_globals.get("__name__", "").partition(".")[0]
-    line = traceback.extract_tb(error.__traceback__)[-1].line or ""
-    return package in ("lightning_tex", "lightning", "datasets") and line.startswith("raise ")

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from lightning_tex.cli import plan_paper, plan_scaling, plan_tables
 from lightning_tex.cli.plan_recipe import own_candidate, recipe_sizes
+from lightning_tex.errors import UserValueError
 from lightning_tex.optim.state_config import OPTIMIZER_STATE_FORMATS
 from lightning_tex.planner import paper
 from lightning_tex.planner.cluster import CLUSTERS, Cluster
@@ -28,7 +29,7 @@ _SEQUENCE_LENGTH, _PRECISION = 2048, "bf16-mixed"
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, as all errors of the command line are."""
-        raise ValueError(message)
+        raise UserValueError(message)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
+from lightning_tex.errors import UserValueError
 from lightning_tex.models import DecoderConfig
 from lightning_tex.parallel.topology import Communication, Layout
 from lightning_tex.planner.layouts import Candidate, Job
@@ -25,7 +26,7 @@ def recipe_sizes(path: str, more: Sequence[str] = ()) -> tuple[DecoderConfig, di
         ValueError: there is no such file, or its model's sizes cannot be read.
     """
     if not Path(path).is_file():
-        raise ValueError(f"--config {path}: there is no such file")
+        raise UserValueError(f"--config {path}: there is no such file")
     from lightning_tex.recipe import Recipe  # takes seconds to import, which sizes do not need
 
     recipe = Recipe(path, list(more))
@@ -34,7 +35,7 @@ def recipe_sizes(path: str, more: Sequence[str] = ()) -> tuple[DecoderConfig, di
     known = {field.name for field in fields(DecoderConfig)}
     sizes = sizes.as_dict() if isinstance(sizes, Namespace) else sizes
     if not isinstance(sizes, dict) or not set(sizes) <= known:
-        raise ValueError(
+        raise UserValueError(
             f"recipe {path}: its model has no DecoderConfig as `config`, and its sizes cannot be read; legal: a "
             "lightning_tex.LanguageModel, or the sizes as options, without --config"
         )

@@ -11,6 +11,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from lightning_tex.errors import UserValueError
 from lightning_tex.planner.cluster import GIB, Cluster
 from lightning_tex.planner.layouts import Job
 from lightning_tex.planner.memory import size
@@ -167,7 +168,7 @@ def largest_report(job: Job, cluster: Cluster, largest: LargestBase | None) -> d
         ValueError: none fits.
     """
     if largest is None:
-        raise ValueError(
+        raise UserValueError(
             f"no model of the family with {job.sizes.num_experts} experts fits {job.world} x {cluster.name}: not even "
             "width 768"
         )

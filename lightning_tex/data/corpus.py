@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_tex.errors import UserValueError
+
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
@@ -43,9 +45,9 @@ class Source:
 
     def __post_init__(self) -> None:
         if not 0 < self.validation_fraction <= 0.5:
-            raise ValueError(f"validation_fraction={self.validation_fraction} is not in (0, 0.5]")
+            raise UserValueError(f"validation_fraction={self.validation_fraction} is not in (0, 0.5]")
         if self.path is None and (self.streaming or self.name or self.data_files):
-            raise ValueError(
+            raise UserValueError(
                 "streaming, name and data_files need a path: a folder, a builder ('text', 'json', ...) or a data set"
             )
 
@@ -111,7 +113,7 @@ def _standard_library(source: Source) -> Documents:
 
     texts = [_read(path) for path in standard_library_files(source.max_bytes)]
     if len(texts) < 2:
-        raise ValueError(
+        raise UserValueError(
             f"max_bytes={source.max_bytes} holds {len(texts)} files of the standard library; at least 2 needed"
         )
     train, validation = _divide(Dataset.from_dict({"text": texts}), source.validation_fraction)
@@ -133,7 +135,7 @@ def _divide(documents: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
     if len(documents) == 1:
         documents = Dataset.from_dict({"text": cut_at_lines(documents[0]["text"], _stride(fraction))})
     if len(documents) < 2:
-        raise ValueError(
+        raise UserValueError(
             f"{len(documents)} documents leave nothing to hold out for validation; give 2, or a validation_split"
         )
     validation = held_out(len(documents), fraction)
@@ -179,7 +181,7 @@ def _call(path: str, name: str | None, data_files: Any, split: str | None, optio
     try:
         return load_dataset(path, name, data_files=data_files, split=split, **options)
     except ValueError as error:
-        raise ValueError(f"cannot load split={split!r} of path={path!r}, name={name!r}: {error}") from error
+        raise UserValueError(f"cannot load split={split!r} of path={path!r}, name={name!r}: {error}") from error
 
 
 def _builder(source: Source) -> tuple[str, Any, dict[str, Any]]:
@@ -199,7 +201,9 @@ def _local_files(path: Path) -> tuple[str, list[str] | None]:
         return str(path), None  # a data set in a form of its own, which load_dataset may know
     if len(found) > 1:
         counts = ", ".join(f"{len(names)} {kind}" for kind, names in found.items())
-        raise ValueError(f"{path} holds {counts} files; name one kind, e.g. path='text', data_files='{path}/**/*.txt'")
+        raise UserValueError(
+            f"{path} holds {counts} files; name one kind, e.g. path='text', data_files='{path}/**/*.txt'"
+        )
     return next(iter(found.items()))
 
 
@@ -218,7 +222,7 @@ def _text_only(documents: Any, column: str) -> Any:
         columns = list(next(iter(documents)))
         documents = documents.select_columns([column]) if column in columns else documents
     if column not in columns:
-        raise ValueError(f"text_column={column!r} is not a column of the data set; it has: {', '.join(columns)}")
+        raise UserValueError(f"text_column={column!r} is not a column of the data set; it has: {', '.join(columns)}")
     documents = documents.select_columns([column])
     return documents if column == "text" else documents.rename_column(column, "text")
 

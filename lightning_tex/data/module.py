@@ -17,6 +17,7 @@ from lightning_tex.data.packing import Blocks, StreamedBlocks, unigram_loss
 from lightning_tex.data.prepared import Preparation, Prepared, default_cache_dir
 from lightning_tex.data.resume import Cursor, check_same, check_tokenizer, trainer_cursor
 from lightning_tex.data.tokenizer import SMALLEST_VOCABULARY, TextTokenizer, is_hub_name
+from lightning_tex.errors import UserValueError
 
 DEFAULT_VOCABULARY = 4096
 
@@ -94,9 +95,11 @@ class TextDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         if sequence_length < 1:
-            raise ValueError(f"sequence_length={sequence_length} must be at least 1")
+            raise UserValueError(f"sequence_length={sequence_length} must be at least 1")
         if shuffle_buffer and not streaming:
-            raise ValueError(f"shuffle_buffer={shuffle_buffer} needs streaming=True; other data is shuffled as a whole")
+            raise UserValueError(
+                f"shuffle_buffer={shuffle_buffer} needs streaming=True; other data is shuffled as a whole"
+            )
         Share(global_batch_size)
         source = Source(
             str(path) if path is not None else None, name, data_files, split, validation_split, test_split,
@@ -166,7 +169,7 @@ class TextDataModule(LightningDataModule):
         if self._prepared is None:
             self._prepared = self._preparation.open(cache_dir) or self._preparation.run(cache_dir, hub_cache_dir)
             if (smallest := self._prepared.tokenizer.size) > self.vocab_size:
-                raise ValueError(f"vocab_size={self.vocab_size} is too small; legal are {smallest} and more")
+                raise UserValueError(f"vocab_size={self.vocab_size} is too small; legal are {smallest} and more")
         if self._loaded is not None:
             check_tokenizer(self._loaded, self._identity())
 
@@ -255,7 +258,7 @@ class TextDataModule(LightningDataModule):
     def _enough(self, train: Blocks | None) -> Blocks:
         assert train is not None
         if len(train) < self.global_batch_size:
-            raise ValueError(
+            raise UserValueError(
                 f"global_batch_size={self.global_batch_size} is more than the {len(train)} training blocks of "
                 f"sequence_length={self.sequence_length}; legal are 1 to {len(train)}, or more text"
             )
@@ -281,7 +284,7 @@ def _vocab_size(tokenizer: str | None, wanted: int | None, end_of_document: str 
         smallest = TextTokenizer.load(tokenizer, end_of_document).size
         size = wanted or smallest
     if size < smallest:
-        raise ValueError(f"vocab_size={size} is too small; legal are {smallest} and more")
+        raise UserValueError(f"vocab_size={size} is too small; legal are {smallest} and more")
     return size
 
 

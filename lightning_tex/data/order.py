@@ -13,6 +13,8 @@ import numpy as np
 from torch.utils.data import Dataset, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
+from lightning_tex.errors import UserValueError
+
 PADDING = -1  # the index of a row that holds no sample
 
 
@@ -60,7 +62,7 @@ class Share:
         size, n = self.global_batch_size, self.num_replicas
         if size < 1 or size % n:
             lower = max(n, size // n * n)
-            raise ValueError(
+            raise UserValueError(
                 f"global_batch_size={size} cannot be shared by a data axis of size {n}; "
                 f"legal are the multiples of {n}, the nearest {lower} and {lower + n}"
             )

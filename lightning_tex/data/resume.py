@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_tex.errors import UserValueError
+
 
 @dataclass
 class Cursor:
@@ -88,7 +90,7 @@ def check_tokenizer(state: dict[str, Any], mine: dict[str, Any]) -> None:
     """Raises ``ValueError`` if a checkpoint's token ids mean other text than here."""
     before, now = state["tokenizer_fingerprint"], mine["tokenizer_fingerprint"]
     if before != now:
-        raise ValueError(
+        raise UserValueError(
             f"the tokenizer has changed: fingerprint {now}, in the checkpoint {before}; "
             "give the checkpoint's as tokenizer=..., since token ids would mean other text"
         )
@@ -104,18 +106,18 @@ def check_same(state: dict[str, Any], mine: dict[str, Any]) -> None:
     check_tokenizer(state, mine)
     for option in ("sequence_length", "seed"):
         if state[option] != mine[option]:
-            raise ValueError(
+            raise UserValueError(
                 f"{option}={mine[option]} but the checkpoint was trained with {option}={state[option]}; "
                 "only the latter continues with the next sample"
             )
     before, now = state["dataset_fingerprint"], mine["dataset_fingerprint"]
     if before != now:
-        raise ValueError(
+        raise UserValueError(
             f"the data set has changed: fingerprint {now}, in the checkpoint {before}; "
             "resume with the checkpoint's data, or start a new run from its weights"
         )
     if state["samples"] and state["global_batch_size"] != mine["global_batch_size"]:
-        raise ValueError(
+        raise UserValueError(
             f"global_batch_size={mine['global_batch_size']} but the checkpoint stands {state['samples']} samples into "
             f"an epoch of global_batch_size={state['global_batch_size']}; change it at an epoch's end only"
         )

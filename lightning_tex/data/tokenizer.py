@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_tex.data.corpus import fingerprint
+from lightning_tex.errors import UserFileError, UserValueError
 
 if TYPE_CHECKING:
     import tokenizers
@@ -50,7 +51,7 @@ class TextTokenizer:
         file = Path(path).expanduser()
         file = file / "tokenizer.json" if file.is_dir() else file
         if not file.is_file():
-            raise FileNotFoundError(
+            raise UserFileError(
                 f"tokenizer={str(path)!r} is neither a tokenizers JSON file nor a folder with tokenizer.json"
             )
         return cls(tokenizers.Tokenizer.from_file(str(file)), end_of_document)
@@ -89,7 +90,7 @@ def tokenizer_file(name: str | Path) -> Path:
         return Path(hf_hub_download(str(name), "tokenizer.json"))
     except Exception as error:  # the client has no common class for them
         reason = str(error).strip().partition("\n")[0]
-        raise FileNotFoundError(
+        raise UserFileError(
             f"tokenizer={str(name)!r} is no file or folder here, and the Hugging Face hub gives no tokenizer.json of "
             f"that name ({type(error).__name__}: {reason})"
         ) from error
@@ -101,7 +102,7 @@ def _end_id(tokenizer: tokenizers.Tokenizer, wanted: str | None) -> int:
     found = [i for i in ids if i is not None]
     if not found:
         special = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
-        raise ValueError(
+        raise UserValueError(
             f"the tokenizer has no end-of-document token {' or '.join(candidates)}; "
             f"set end_of_document to one of its tokens, e.g. one of its special tokens: {', '.join(special) or 'none'}"
         )

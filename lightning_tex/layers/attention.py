@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_tex.errors import UserValueError
 from lightning_tex.layers.linear import ColumnParallelLinear, RowParallelLinear, require_divisible
 from lightning_tex.parallel.hashing import stable_hash
 from lightning_tex.parallel.sharding import TexModule
@@ -50,9 +51,11 @@ class ParallelAttention(TexModule):
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if dim % num_heads or dim // num_heads % 2:
-            raise ValueError(f"dim={dim} must be an even multiple of num_heads={num_heads} (rotary embedding pairs)")
+            raise UserValueError(
+                f"dim={dim} must be an even multiple of num_heads={num_heads} (rotary embedding pairs)"
+            )
         if num_heads % num_kv_heads:
-            raise ValueError(f"num_heads={num_heads} is not divisible by num_kv_heads={num_kv_heads}")
+            raise UserValueError(f"num_heads={num_heads} is not divisible by num_kv_heads={num_kv_heads}")
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, dim // num_heads
         self.rope_base, self.causal, self.dropout = rope_base, causal, dropout
         self.query = ColumnParallelLinear(dim, dim, bias)

@@ -7,6 +7,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_tex.errors import UserValueError
 from lightning_tex.layers.linear import ColumnParallelLinear, RowParallelLinear, require_divisible
 from lightning_tex.parallel.sharding import TexModule
 from lightning_tex.parallel.topology import Layout
@@ -17,7 +18,7 @@ Activation = Literal["gelu", "swiglu"]
 def require_activation(activation: str) -> None:
     """Raise ``ValueError`` unless the activation is known."""
     if activation not in ("gelu", "swiglu"):
-        raise ValueError(f"activation={activation!r}; legal: 'gelu', 'swiglu'")
+        raise UserValueError(f"activation={activation!r}; legal: 'gelu', 'swiglu'")
 
 
 class ParallelMLP(TexModule):

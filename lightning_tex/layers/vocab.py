@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_tex.errors import UserValueError
 from lightning_tex.parallel.collectives import all_reduce, gather
 from lightning_tex.parallel.initialization import by_index, init_normal_
 from lightning_tex.parallel.sharding import TexModule
@@ -110,7 +111,7 @@ class VocabParallelCrossEntropy(TexModule):
     def __init__(self, ignore_index: int = -100, reduction: Literal["mean", "sum", "none"] = "mean") -> None:
         super().__init__()
         if reduction not in ("mean", "sum", "none"):
-            raise ValueError(f"reduction={reduction!r}; legal: 'mean', 'sum', 'none'")
+            raise UserValueError(f"reduction={reduction!r}; legal: 'mean', 'sum', 'none'")
         self.ignore_index, self.reduction = ignore_index, reduction
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:  # [.., v], [..] -> scalar, or [..] for "none"
@@ -159,7 +160,7 @@ def require_both_ends(root: nn.Module) -> None:
     """
     for end in (VocabParallelEmbedding, VocabParallelHead):
         if not any(isinstance(module, end) for module in root.modules()):
-            raise ValueError(
+            raise UserValueError(
                 f"sequence_parallel=True splits activations over tensor from VocabParallelEmbedding to "
                 f"VocabParallelHead, and {type(root).__name__} has no {end.__name__}; legal: build it with both, or "
                 "sequence_parallel=False"

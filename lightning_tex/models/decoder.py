@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_tex.errors import UserValueError
 from lightning_tex.layers import ParallelAttention, ParallelMLP, RMSNorm, VocabParallelEmbedding, VocabParallelHead
 from lightning_tex.layers.mlp import Activation
 from lightning_tex.moe import MoE
@@ -66,7 +67,7 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "num_layers", "num_heads", "max_sequence_length", "num_experts", "moe_every"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+                raise UserValueError(f"{name}={getattr(self, name)} must be at least 1")
 
     def has_experts(self, layer: int) -> bool:
         """Whether block ``layer`` (from 0) has experts."""
@@ -132,7 +133,7 @@ class Decoder(nn.Module):
             ValueError: a longer sequence.
         """
         if ids.shape[-1] > self.config.max_sequence_length:
-            raise ValueError(
+            raise UserValueError(
                 f"sequence of {ids.shape[-1]} tokens is longer than "
                 f"max_sequence_length={self.config.max_sequence_length}"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_tex.errors import UserValueError
 from lightning_tex.layers.mlp import Activation
 from lightning_tex.moe.capacity import CapacityDispatcher
 from lightning_tex.moe.dispatch import Dispatcher
@@ -63,7 +64,7 @@ class MoE(TexModule):
     ) -> None:
         super().__init__()
         if capacity_factor is not None and capacity_factor <= 0:
-            raise ValueError(f"capacity_factor={capacity_factor} must be positive, or None for dropless routing")
+            raise UserValueError(f"capacity_factor={capacity_factor} must be positive, or None for dropless routing")
         self.hidden_dim, self.num_experts, self.top_k = hidden_dim, num_experts, top_k
         self.capacity_factor = capacity_factor
         self.load_balance_coefficient, self.z_loss_coefficient = load_balance_coefficient, z_loss_coefficient
@@ -76,12 +77,12 @@ class MoE(TexModule):
     def check(self, name: str, layout: Layout) -> None:
         if self.num_experts % layout.expert:
             legal = Layout.legal_expert_sizes(layout.world, layout.expert_tensor, [self.num_experts])
-            raise ValueError(
+            raise UserValueError(
                 f"{name}: num_experts={self.num_experts} is not divisible by expert_parallel_size={layout.expert}; "
                 f"legal sizes on {layout.world} ranks: {', '.join(map(str, legal))}"
             )
         if self.hidden_dim % layout.expert_tensor:
-            raise ValueError(
+            raise UserValueError(
                 f"{name}: hidden_dim={self.hidden_dim} is not divisible by expert_tensor_parallel_size="
                 f"{layout.expert_tensor}; choose a tensor_parallel_size that divides it, or "
                 "expert_tensor_parallel_size=1"

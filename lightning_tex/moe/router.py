@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_tex.errors import UserValueError
 from lightning_tex.parallel.initialization import by_index, init_uniform_
 from lightning_tex.parallel.sharding import TexModule
 
@@ -50,7 +51,7 @@ class Router(TexModule):
     def __init__(self, dim: int, num_experts: int, top_k: int = 1, norm_topk_prob: bool = False) -> None:
         super().__init__()
         if not 1 <= top_k <= num_experts:
-            raise ValueError(f"top_k={top_k} must be between 1 and num_experts={num_experts}")
+            raise UserValueError(f"top_k={top_k} must be between 1 and num_experts={num_experts}")
         self.dim, self.num_experts, self.top_k, self.norm_topk_prob = dim, num_experts, top_k, norm_topk_prob
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.reset_parameters()
@@ -108,7 +109,7 @@ def make_router(router: str | Router | type[Router], dim: int, num_experts: int,
     """
     if isinstance(router, Router):
         if (router.dim, router.num_experts, router.top_k) != (dim, num_experts, top_k):
-            raise ValueError(
+            raise UserValueError(
                 f"router is made for dim={router.dim}, num_experts={router.num_experts}, top_k={router.top_k}; "
                 f"the MoE layer has dim={dim}, num_experts={num_experts}, top_k={top_k}"
             )
@@ -116,6 +117,6 @@ def make_router(router: str | Router | type[Router], dim: int, num_experts: int,
     if isinstance(router, str):
         if router not in ROUTERS:
             known = ", ".join(map(repr, ROUTERS))
-            raise ValueError(f"router={router!r}; legal: {known}, or a Router class or instance")
+            raise UserValueError(f"router={router!r}; legal: {known}, or a Router class or instance")
         router = ROUTERS[router]
     return router(dim, num_experts, top_k, norm)

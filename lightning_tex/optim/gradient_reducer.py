@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_tex.errors import UserRuntimeError
 from lightning_tex.optim.gradients import Gradients
 from lightning_tex.optim.overlap import BucketOverlap
 from lightning_tex.parallel import collectives
@@ -121,7 +122,7 @@ class GradientReducer:
         if not new <= self.direct:
             _, behind = reached(loss)
             if both := new & behind:
-                raise RuntimeError(
+                raise UserRuntimeError(
                     f"the loss reaches {', '.join(sorted(self.shardings[p].name for p in both))} both through "
                     "VocabParallelHead and past it: under sequence_parallel=True activations between embedding and "
                     "head are a rank's own part, and nothing but VocabParallelHead and MoE layers may lead from them "
@@ -143,7 +144,7 @@ class GradientReducer:
             if not self.pending.left:
                 self._send()
             elif any(each.waiting for each in self.gradients):
-                raise RuntimeError(
+                raise UserRuntimeError(
                     "a backward added gradients after zero_stage=2 had reduced those of this step: legal in manual "
                     "optimization: self.manual_backward(loss) for every backward of a step, or for none"
                 )

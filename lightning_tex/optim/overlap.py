@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_tex.errors import UserRuntimeError
 from lightning_tex.optim.flat import Entry
 from lightning_tex.optim.gradients import Gradients
 from lightning_tex.parallel.collectives import all_reduce
@@ -66,7 +67,7 @@ class BucketOverlap:
 
     def _arrived(self, gradients: Gradients, entry: Entry, parameter: nn.Parameter) -> None:
         if self._missing is not None and gradients.started:
-            raise RuntimeError(
+            raise UserRuntimeError(
                 f"a gradient of {self._name(parameter)} arrived after it was reduced: it is computed in several parts, "
                 "as reentrant checkpoints do; legal: torch.utils.checkpoint(..., use_reentrant=False), or "
                 "TexMoEStrategy(activation_checkpointing=...)"

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from lightning_tex.errors import UserValueError
 from lightning_tex.optim.engine import Engine, fastest
 from lightning_tex.optim.formats import StateFormat, Window, per_element
 
@@ -64,13 +65,13 @@ def _try(optimizer: Optimizer, group: dict[str, Any]) -> Probed:
             reference.step()
     except Exception as error:
         _refuse_line_search(optimizer, options, calls)
-        raise ValueError(
+        raise UserValueError(
             f"optimizer {name} cannot be driven window by window ({type(error).__name__}: {error}); {need}"
         ) from error
     _refuse_line_search(optimizer, options, calls)
     windowed = torch.cat([window.tile.detach() for window in windows])
     if not torch.allclose(windowed, whole.detach().flatten(), rtol=1e-5, atol=1e-7):
-        raise ValueError(
+        raise UserValueError(
             f"optimizer {name} is not elementwise: a random matrix stepped whole and in windows differ by up to "
             f"{(windowed - whole.detach().flatten()).abs().max():.1e}; {need}"
         )
@@ -102,7 +103,7 @@ def _refuse_line_search(optimizer: Optimizer, options: dict[str, Any], closure: 
     except Exception:
         return
     if closure.count > 1:
-        raise ValueError(
+        raise UserValueError(
             f"optimizer {type(optimizer).__name__} calls its closure {closure.count} times in one step, that is, it "
             "computes the loss again at other parameters; a step here has one forward and backward. Legal: an "
             "elementwise optimizer that calls it at most once (Adam, AdamW, SGD, ..)"

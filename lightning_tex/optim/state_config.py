@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_tex.errors import UserValueError
 from lightning_tex.optim.compact import CompactStates, RoundedMaster, SplitMaster
 from lightning_tex.optim.engine import fastest
 from lightning_tex.optim.flat import FlatBuffer
@@ -57,11 +58,11 @@ class OptimizerStateConfig:
             ("optimizer_state_format", self.optimizer_state_format, OPTIMIZER_STATE_FORMATS),
         ):
             if value not in legal:
-                raise ValueError(f"{option}={value!r}; legal: {', '.join(map(repr, legal))}")
+                raise UserValueError(f"{option}={value!r}; legal: {', '.join(map(repr, legal))}")
         if self.tile_size is not None and self.tile_size < 1:
-            raise ValueError(f"tile_size={self.tile_size} elements; legal: 1 or more, or None")
+            raise UserValueError(f"tile_size={self.tile_size} elements; legal: 1 or more, or None")
         if self.max_skipped_steps is not None and self.max_skipped_steps < 1:
-            raise ValueError(f"max_skipped_steps={self.max_skipped_steps}; legal: 1 or more, or None")
+            raise UserValueError(f"max_skipped_steps={self.max_skipped_steps}; legal: 1 or more, or None")
 
     def gradients(self, buffer: FlatBuffer) -> Gradients:
         """Gradients for a buffer's parameters."""
@@ -108,7 +109,7 @@ class OptimizerStateConfig:
         """Refuse to round what is no floating-point number."""
         if self.optimizer_state_format != "fp32" and dtype in LOW_PRECISION and probed.not_floating:
             odd = ", ".join(f"{key!r} ({kind})" for key, kind in sorted(probed.not_floating.items()))
-            raise ValueError(
+            raise UserValueError(
                 f"optimizer {name} keeps {odd} for every element, and "
                 f"optimizer_state_format={self.optimizer_state_format!r} is for floating-point numbers; legal: 'fp32'"
             )
@@ -119,7 +120,7 @@ class OptimizerStateConfig:
         if self.optimizer_state_format == "fp32":
             return PlainStates(own, tile_size, master=self.masters)
         if own.dtype != torch.bfloat16:
-            raise ValueError(
+            raise UserValueError(
                 f"optimizer_state_format={self.optimizer_state_format!r} is made for bf16 parameters, and these are "
                 f"{own.dtype}; legal: 'fp32', or precision='bf16-mixed' or 'bf16-true'"
             )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_tex.errors import UserRuntimeError, UserValueError
 from lightning_tex.optim.engine import Engine
 from lightning_tex.optim.flat import FlatBuffer, Member, buckets, kind
 from lightning_tex.optim.gradient_reducer import GradientReducer
@@ -83,7 +84,7 @@ class TiledOptimizer(Optimizer):
         for parameter in param_group["params"]:
             sharding = self.shardings.get(parameter)
             if sharding is None:
-                raise ValueError(
+                raise UserValueError(
                     f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not a parameter of the "
                     "LightningModule; register it there, so that it is placed and saved"
                 )
@@ -134,7 +135,7 @@ class TiledOptimizer(Optimizer):
     def _require_frozen(self) -> None:
         for parameter in self.frozen:
             if parameter.requires_grad:
-                raise RuntimeError(
+                raise UserRuntimeError(
                     f"{self.shardings[parameter].name} was frozen when training was set up and is not any more, but "
                     "the optimizer has no state for it; leave it out of the optimizer while it is frozen and add it "
                     "with optimizer.add_param_group (as Lightning's BaseFinetuning does)"
@@ -181,7 +182,7 @@ class TiledOptimizer(Optimizer):
         self.skipped.in_a_row += 1
         self._step_is_over()
         if most is not None and self.skipped.in_a_row >= most:
-            raise RuntimeError(
+            raise UserRuntimeError(
                 f"the gradient of {self.reducer.culprit()} is infinite or NaN, and some gradient was in each of "
                 f"the last {most} steps, none of which was taken; look at the data and the learning rate of the steps "
                 "before. Legal: TexMoEStrategy(max_skipped_steps=..), None to take such steps"
@@ -206,7 +207,7 @@ class TiledOptimizer(Optimizer):
         Raises:
             RuntimeError: always, saying what to call.
         """
-        raise RuntimeError(
+        raise UserRuntimeError(
             "the states of this optimizer are sharded over ranks; trainer.save_checkpoint(..) saves all of them, and "
             "TexMoEStrategy(save_distributed_checkpoint=False) in torch's own form"
         )
@@ -217,7 +218,7 @@ class TiledOptimizer(Optimizer):
         Raises:
             RuntimeError: always, saying what to call.
         """
-        raise RuntimeError("the states of this optimizer are sharded over ranks; give the Trainer a ckpt_path")
+        raise UserRuntimeError("the states of this optimizer are sharded over ranks; give the Trainer a ckpt_path")
 
     def pieces(self) -> Iterator[Piece]:
         """Every piece of every parameter that this rank's windows hold."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_tex.errors import UserRuntimeError, UserValueError
 from lightning_tex.parallel.replay import Tape, outside_replay, running_tapes
 from lightning_tex.parallel.sharding import TexModule
 
@@ -62,13 +63,15 @@ class BlockTape(Tape):
 
     def next(self, key: str) -> Tensor:
         if self._cursor >= len(self._entries):
-            raise RuntimeError(f"recomputation asks for {key}, which the first forward did not do: {self._advice}")
+            raise UserRuntimeError(f"recomputation asks for {key}, which the first forward did not do: {self._advice}")
         recorded, result, version = self._entries[self._cursor]
         self._cursor += 1
         if recorded != key:
-            raise RuntimeError(f"recomputation asks for {key} where the first forward did {recorded}: {self._advice}")
+            raise UserRuntimeError(
+                f"recomputation asks for {key} where the first forward did {recorded}: {self._advice}"
+            )
         if result._version != version:
-            raise RuntimeError(f"the result of {key} was changed in place after the first forward: {self._advice}")
+            raise UserRuntimeError(f"the result of {key} was changed in place after the first forward: {self._advice}")
         return result.detach()
 
     _advice = (
@@ -139,7 +142,7 @@ def recompute_blocks(
     blocks = dict(_blocks(root, policy))
     if not blocks:
         wanted = "elements of nn.ModuleLists that hold TEX layers" if policy is None else [c.__name__ for c in policy]
-        raise ValueError(
+        raise UserValueError(
             f"activation_checkpointing={mode!r} finds nothing to recompute in {type(root).__name__}: looked for "
             f"{wanted}; name your block's classes in activation_checkpointing_policy"
         )

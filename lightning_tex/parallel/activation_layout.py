@@ -12,6 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_tex.errors import UserValueError
 from lightning_tex.parallel.collectives import (
     BORDERS,
     broadcast,
@@ -131,7 +132,7 @@ class SequenceSharded(ActivationLayout):
         """
         length = partial.shape[-2]
         if length % self.tensor.size:
-            raise ValueError(
+            raise UserValueError(
                 f"sequence_parallel=True splits each sequence over tensor_parallel_size={self.tensor.size}, which does "
                 f"not divide its length of {length}; legal: multiples of {self.tensor.size} (pad the sequences), or "
                 "sequence_parallel=False"
@@ -160,7 +161,7 @@ class SequenceSharded(ActivationLayout):
         if mask.shape[-1] == held * self.tensor.size:
             return own_slice(mask, -1, self.tensor)
         if mask.shape[-1] != held:
-            raise ValueError(
+            raise UserValueError(
                 f"a token mask of length {mask.shape[-1]} for {held} positions on each of {self.tensor.size} tensor "
                 f"ranks; legal with sequence_parallel=True: {held * self.tensor.size} (whole sequences) or {held}"
             )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from lightning_tex.errors import UserTypeError
 from lightning_tex.parallel.hashing import stable_hash, uniform
 from lightning_tex.parallel.sharding import Box, TexModule
 
@@ -44,7 +45,7 @@ def materialise(root: nn.Module, device: torch.device, seed: int) -> None:
             continue
         reset = getattr(module, "reset_parameters", None)
         if reset is None:
-            raise TypeError(
+            raise UserTypeError(
                 f"{name or 'the model'} ({type(module).__name__}) has parameters or buffers on the meta device but no "
                 "reset_parameters(); define it, or build the module on a real device"
             )

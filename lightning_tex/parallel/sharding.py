@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_tex.errors import UserValueError
 from lightning_tex.parallel import collectives
 from lightning_tex.parallel.activation_layout import ActivationLayout, Replicated
 from lightning_tex.parallel.topology import Axis, Layout, Topology
@@ -174,7 +175,7 @@ def check_shardable(root: nn.Module, layout: Layout) -> None:
     """Raise, before anything is sharded, if some layer cannot be sharded for the layout or is sharded for another."""
     for name, module in tex_modules(root):
         if module.bound not in (None, layout):
-            raise ValueError(
+            raise UserValueError(
                 f"{name or type(module).__name__} is already sharded for another layout ({module.bound}); asked for: "
                 f"{layout}. Build the model anew, or load a checkpoint into a new one"
             )
@@ -191,7 +192,7 @@ def _check_ties(root: nn.Module, layout: Layout) -> None:
             dims = {axis: dim for axis, dim in shard_dims.get(own, {}).items() if getattr(layout, axis) > 1}
             other, others_dims = owners.setdefault(id(parameter), (name, dims))
             if dims != others_dims:
-                raise ValueError(
+                raise UserValueError(
                     f"{name} and {other} are one parameter, but {dims or 'whole'} in the one and "
                     f"{others_dims or 'whole'} in the other (axis: dim); legal: layers with the same "
                     "sharding, such as VocabParallelEmbedding and VocabParallelHead"

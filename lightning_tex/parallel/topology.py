@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from lightning_tex.errors import UserValueError
 from lightning_tex.parallel.byte_meter import ByteMeter
 
 AXES = ("tensor", "data", "expert_tensor", "expert", "expert_data")
@@ -91,18 +92,18 @@ class Layout:
         tensor, expert = tensor_parallel_size, expert_parallel_size
         legal_tensor = _divisors(world)
         if tensor not in legal_tensor:
-            raise ValueError(
+            raise UserValueError(
                 f"tensor_parallel_size={tensor} does not divide the world of {world} ranks; "
                 f"legal: {_list(legal_tensor)}"
             )
         expert_tensor = tensor if expert_tensor_parallel_size is None else expert_tensor_parallel_size
         if expert_tensor not in (1, tensor):
-            raise ValueError(
+            raise UserValueError(
                 f"expert_tensor_parallel_size={expert_tensor} with tensor_parallel_size={tensor}; legal: "
                 f"{tensor} (experts sharded like the rest, TED) or 1 (experts whole, folding)"
             )
         if expert_tensor < tensor and not duplicate_token_dropping:
-            raise ValueError(
+            raise UserValueError(
                 f"duplicate_token_dropping=False is not possible with expert_tensor_parallel_size=1 and "
                 f"tensor_parallel_size={tensor}: each token must reach its whole expert once; legal: True, or "
                 f"expert_tensor_parallel_size={tensor}"
@@ -113,10 +114,12 @@ class Layout:
         if expert == "auto":
             expert = max(legal) if num_experts else 1
         if not isinstance(expert, int) or expert not in by_world:
-            raise ValueError(f"expert_parallel_size={expert!r} is not possible {where}; legal sizes: {_list(by_world)}")
+            raise UserValueError(
+                f"expert_parallel_size={expert!r} is not possible {where}; legal sizes: {_list(by_world)}"
+            )
         for n in num_experts:
             if n % expert:
-                raise ValueError(
+                raise UserValueError(
                     f"num_experts={n} is not divisible by expert_parallel_size={expert}; "
                     f"legal sizes {where}: {_list(legal)}"
                 )
@@ -130,7 +133,7 @@ class Layout:
     def require_experts(self, num_experts: Sequence[int]) -> None:
         """Refuse an expert axis for a model in which nothing would be spread over it."""
         if self.expert > 1 and not num_experts:
-            raise ValueError(
+            raise UserValueError(
                 f"expert_parallel_size={self.expert}, but the model has no MoE layer; legal: 1 or 'auto'. "
                 "Build the model with lightning_tex.moe.MoE, or leave the option out"
             )

@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from lightning_tex.errors import UserValueError
+
 GB, GIB, TERA = 1e9, 2**30, 1e12
 Shares = tuple[tuple[Any, float], ...]  # of a mapping; a profile can be hashed
 _OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
@@ -75,15 +77,15 @@ class Cluster:
             if field.name in ("name", "device", *_SHARES):
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ValueError(f"cluster {self.name!r}: {field.name}={value!r} must be a number")
+                raise UserValueError(f"cluster {self.name!r}: {field.name}={value!r} must be a number")
             if value < 0 or (value == 0 and field.name not in _MAY_BE_0):
-                raise ValueError(f"cluster {self.name!r}: {field.name}={value} must be positive")
+                raise UserValueError(f"cluster {self.name!r}: {field.name}={value} must be positive")
             if value > 1 and field.name in ("product_efficiency", "attention_efficiency", "overlap"):
-                raise ValueError(f"cluster {self.name!r}: {field.name}={value} must be at most 1")
+                raise UserValueError(f"cluster {self.name!r}: {field.name}={value} must be at most 1")
         if self.gpus_per_node != int(self.gpus_per_node):
-            raise ValueError(f"cluster {self.name!r}: gpus_per_node={self.gpus_per_node} must be a whole number")
+            raise UserValueError(f"cluster {self.name!r}: gpus_per_node={self.gpus_per_node} must be a whole number")
         if self.device not in ("cuda", "cpu"):
-            raise ValueError(f"cluster {self.name!r}: device={self.device!r}; legal: 'cuda', 'cpu'")
+            raise UserValueError(f"cluster {self.name!r}: device={self.device!r}; legal: 'cuda', 'cpu'")
 
     @property
     def usable_bytes(self) -> float:
@@ -125,13 +127,13 @@ class Cluster:
             return CLUSTERS[name]
         path = Path(name)
         if path.suffix not in (".yaml", ".yml"):
-            raise ValueError(f"cluster {name!r} is not known; legal: {', '.join(CLUSTERS)}, or a .yaml file")
+            raise UserValueError(f"cluster {name!r} is not known; legal: {', '.join(CLUSTERS)}, or a .yaml file")
         if not path.is_file():
-            raise ValueError(f"cluster file {name} does not exist; built-in clusters: {', '.join(CLUSTERS)}")
+            raise UserValueError(f"cluster file {name} does not exist; built-in clusters: {', '.join(CLUSTERS)}")
         try:
             given = yaml.safe_load(path.read_text())
         except yaml.YAMLError as error:
-            raise ValueError(f"cluster file {name} is not YAML: {' '.join(str(error).split())}") from None
+            raise UserValueError(f"cluster file {name} is not YAML: {' '.join(str(error).split())}") from None
         return cls.from_fields(given, name)
 
     @classmethod
@@ -143,12 +145,12 @@ class Cluster:
         """
         required = {f.name for f in fields(cls) if f.default is MISSING}
         if not isinstance(given, Mapping):
-            raise ValueError(f"cluster file {source} must be a mapping of {', '.join(sorted(required))}")
+            raise UserValueError(f"cluster file {source} must be a mapping of {', '.join(sorted(required))}")
         missing, unknown = required - set(given), set(given) - {f.name for f in fields(cls)}
         if missing or unknown:
             said = [f"{what}: {', '.join(sorted(map(str, names)))}" for what, names in
                     (("missing", missing), ("unknown", unknown)) if names]  # fmt: skip
-            raise ValueError(f"cluster file {source}: {'; '.join(said)}")
+            raise UserValueError(f"cluster file {source}: {'; '.join(said)}")
         numbers = {key: _number(value) for key, value in given.items()}
         return cls(**{**numbers, "name": str(given["name"])})
 
@@ -173,13 +175,13 @@ def _shares(what: str, given: Any, keys: Sequence[str] | None) -> Shares:
         named = {str(key) if keys else int(key): float(share) for key, share in dict(given).items()}
     except (TypeError, ValueError):
         example = "{all_to_all: 0.8}" if keys else "{256: 0.8}"
-        raise ValueError(f"{what}={given!r} must map to shares, such as {example}") from None
+        raise UserValueError(f"{what}={given!r} must map to shares, such as {example}") from None
     if unknown := [key for key in named if (key not in keys if keys else int(key) < 1)]:
-        raise ValueError(
+        raise UserValueError(
             f"{what}: {unknown[0]!r} is unknown; legal: {', '.join(keys) if keys else 'sizes of 1 or more'}"
         )
     if wrong := [share for share in named.values() if not 0 < share <= 1]:
-        raise ValueError(f"{what}: {wrong[0]} must be above 0 and at most 1")
+        raise UserValueError(f"{what}: {wrong[0]} must be above 0 and at most 1")
     return tuple(sorted(named.items()))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from lightning_tex.errors import UserValueError
 from lightning_tex.optim.state_config import OPTIMIZER_STATE_FORMATS
 from lightning_tex.parallel.activation_checkpointing import ACTIVATION_CHECKPOINTING, ActivationCheckpointing
 from lightning_tex.parallel.topology import Communication, Layout
@@ -40,11 +41,11 @@ class Job:
     def __post_init__(self) -> None:
         for name in ("world", "sequence_length", "global_batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+                raise UserValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.precision not in ELEMENT_BYTES:
-            raise ValueError(f"precision={self.precision!r}; legal: {', '.join(map(repr, ELEMENT_BYTES))}")
+            raise UserValueError(f"precision={self.precision!r}; legal: {', '.join(map(repr, ELEMENT_BYTES))}")
         if self.imbalance < 1:
-            raise ValueError(f"imbalance={self.imbalance} must be at least 1, which is balanced")
+            raise UserValueError(f"imbalance={self.imbalance} must be at least 1, which is balanced")
 
     @property
     def element_bytes(self) -> int:
@@ -129,7 +130,7 @@ def layouts(sizes: ModelSizes, world: int, choices: Choices | None = None) -> li
     """
     choices = choices or Choices()
     found: list[Layout] = []
-    refusal = ValueError(f"no layout of {world} ranks is possible")
+    refusal = UserValueError(f"no layout of {world} ranks is possible")
     most = choices.most_tensor or world
     tensors = [t for t in _divisors(world) if t <= most] if choices.tensor is None else [choices.tensor]
     for tensor in tensors:
@@ -142,7 +143,7 @@ def layouts(sizes: ModelSizes, world: int, choices: Choices | None = None) -> li
                     )
                     sizes.check(layout)
                     layout.require_experts(sizes.experts)
-                except ValueError as error:
+                except UserValueError as error:
                     refusal = error
                 else:
                     found.append(layout)
@@ -169,7 +170,7 @@ def candidates(job: Job, choices: Choices | None = None) -> Iterator[Candidate]:
                 none = False
                 yield Candidate(layout, micro, accumulation, *options)
     if none:
-        raise ValueError(
+        raise UserValueError(
             f"global_batch_size={job.global_batch_size} sequences cannot be shared evenly over the data axis of any "
             f"layout of {job.world} ranks"
             + ("" if choices.micro_batch is None else f" with micro_batch={choices.micro_batch}")

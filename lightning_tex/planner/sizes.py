@@ -8,6 +8,7 @@ from functools import cached_property, lru_cache
 from math import prod
 from typing import Any, Literal, NamedTuple
 
+from lightning_tex.errors import UserValueError
 from lightning_tex.parallel.sharding import Box
 from lightning_tex.parallel.topology import Axis, Layout
 
@@ -88,15 +89,17 @@ class ModelSizes:
             if getattr(self, name) is not None:
                 _at_least_one(name, getattr(self, name))
         if self.dim % self.num_heads or self.dim // self.num_heads % 2:
-            raise ValueError(f"dim={self.dim} must be an even multiple of num_heads={self.num_heads}")
+            raise UserValueError(f"dim={self.dim} must be an even multiple of num_heads={self.num_heads}")
         if self.num_heads % self.kv_heads:
-            raise ValueError(f"num_heads={self.num_heads} is not divisible by num_kv_heads={self.kv_heads}")
+            raise UserValueError(f"num_heads={self.num_heads} is not divisible by num_kv_heads={self.kv_heads}")
         if self.top_k > self.num_experts:
-            raise ValueError(f"top_k={self.top_k} must be between 1 and num_experts={self.num_experts}")
+            raise UserValueError(f"top_k={self.top_k} must be between 1 and num_experts={self.num_experts}")
         if self.capacity_factor is not None and self.capacity_factor <= 0:
-            raise ValueError(f"capacity_factor={self.capacity_factor} must be positive, or None for dropless routing")
+            raise UserValueError(
+                f"capacity_factor={self.capacity_factor} must be positive, or None for dropless routing"
+            )
         if self.activation not in ("gelu", "swiglu"):
-            raise ValueError(f"activation={self.activation!r}; legal: 'gelu', 'swiglu'")
+            raise UserValueError(f"activation={self.activation!r}; legal: 'gelu', 'swiglu'")
 
     @classmethod
     def of(cls, config: Any) -> ModelSizes:
@@ -218,9 +221,9 @@ class ModelSizes:
             sizes["hidden_dim"] = self.hidden
         for name, size in sizes.items():
             if size % layout.tensor:
-                raise ValueError(f"{name}={size} is not divisible by tensor_parallel_size={layout.tensor}")
+                raise UserValueError(f"{name}={size} is not divisible by tensor_parallel_size={layout.tensor}")
         if self.moe_layers and self.hidden % layout.expert_tensor:
-            raise ValueError(
+            raise UserValueError(
                 f"hidden_dim={self.hidden} is not divisible by expert_tensor_parallel_size={layout.expert_tensor}"
             )
 
@@ -237,4 +240,4 @@ def _stored(sizes: ModelSizes, layout: Layout) -> tuple[int, ...]:
 
 def _at_least_one(name: str, value: int) -> None:
     if value < 1:
-        raise ValueError(f"{name}={value} must be at least 1")
+        raise UserValueError(f"{name}={value} must be at least 1")

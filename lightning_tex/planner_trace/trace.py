@@ -14,6 +14,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_tex.data import TextDataModule
+from lightning_tex.errors import UserValueError
 from lightning_tex.optim import TiledOptimizer
 from lightning_tex.parallel.activation_checkpointing import stash, stash_bytes
 from lightning_tex.parallel.byte_meter import Sent
@@ -110,7 +111,7 @@ def trace(
         RuntimeError: the process has joined a process group already.
     """
     if imbalance <= 0:
-        raise ValueError(f"imbalance={imbalance}; legal: above 0, 1 being perfect balance")
+        raise UserValueError(f"imbalance={imbalance}; legal: above 0, 1 being perfect balance")
     began = time.process_time()
     kind = device or ("cpu" if recipe.accelerator() == "cpu" else "cuda")
     routing, tracker = Routing(imbalance), Tracker()
@@ -128,7 +129,7 @@ def trace(
         fit.trainer._data_connector.prepare_data = partial(_prepare, fit.trainer)  # type: ignore[method-assign]
         fit.trainer.fit(fit.model, data)
     if reader.read is None:
-        raise ValueError("the recipe's data ended before 2 optimizer steps, which a trace takes; legal: more data")
+        raise UserValueError("the recipe's data ended before 2 optimizer steps, which a trace takes; legal: more data")
     return Trace(rank=rank, seconds=time.process_time() - began, **reader.read)
 
 

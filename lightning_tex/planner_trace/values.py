@@ -14,6 +14,8 @@ from torch._C._distributed_c10d import ProcessGroup
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_tex.errors import UserValueError
+
 aten, c10d, prim = torch.ops.aten, torch.ops.c10d, torch.ops.prim
 
 
@@ -148,7 +150,7 @@ def _answer(unknown: Tensor) -> bool | float:
         return True
     if unknown.is_floating_point():
         return 0.0
-    raise ValueError(
+    raise UserValueError(
         "the traced step asks for an integer that depends on weights or activations, and a trace has neither; legal: "
         "modules whose shapes depend on token ids, sizes and the top k of a router"
     )

@@ -13,6 +13,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_utilities.core.rank_zero import rank_zero_only as utilities_rank_zero_only
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from lightning_tex.errors import UserRuntimeError, UserValueError
+
 
 class OneOfMany(ClusterEnvironment):
     """Lightning's view of such a world: one node, whose processes somebody else has started.
@@ -79,9 +81,9 @@ def one_of_many(rank: int, world_size: int) -> Iterator[OneOfMany]:
         RuntimeError: the process belongs to a real world.
     """
     if world_size < 1 or not 0 <= rank < world_size:
-        raise ValueError(f"rank={rank} of a world of {world_size} ranks; legal: 0 to world_size - 1")
+        raise UserValueError(f"rank={rank} of a world of {world_size} ranks; legal: 0 to world_size - 1")
     if dist.is_initialized():
-        raise RuntimeError("a trace needs a process of its own: this one has joined a process group already")
+        raise UserRuntimeError("a trace needs a process of its own: this one has joined a process group already")
     before = getattr(rank_zero_only, "rank", None), getattr(utilities_rank_zero_only, "rank", None)
     level, environment = dist.get_debug_level(), dict(os.environ)
     dist.set_debug_level(dist.DebugLevel.OFF)  # or torch would have gloo check collectives that move nothing

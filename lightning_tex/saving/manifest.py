@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 import xxhash
 
+from lightning_tex.errors import UserValueError
+
 MANIFEST = "manifest.json"
 INDEX = "tensors.json"
 FORMAT = 1
@@ -23,7 +25,7 @@ CHUNK_BYTES = 1 << 22
 _READ_BYTES = 1 << 22
 
 
-class CorruptCheckpointError(ValueError):
+class CorruptCheckpointError(UserValueError):
     """A checkpoint is incomplete, or not what was written: which file, what was expected and what is there."""
 
 
@@ -165,14 +167,14 @@ def _tensor(entry: dict[str, Any], files: dict[str, FileRecord]) -> TensorRecord
         place = BoxRecord(_numbers(offsets), _numbers(sizes), file, start, (archive[0], archive[1]), tuple(chunks))
         length = dtype.itemsize * _product(place.sizes)
         if not 0 <= start <= start + length <= files[file].bytes or len(chunks) != -(-length // CHUNK_BYTES):
-            raise ValueError(f"{entry['path']} lies outside {file}")
+            raise UserValueError(f"{entry['path']} lies outside {file}")
         boxes.append(place)
     return TensorRecord(tuple(map(str, entry["path"])), _numbers(entry["shape"]), dtype, boxes)
 
 
 def _numbers(values: list[Any]) -> tuple[int, ...]:
     if any(type(value) is not int or value < 0 for value in values):
-        raise ValueError(f"{values} are not sizes")
+        raise UserValueError(f"{values} are not sizes")
     return tuple(values)
 
 
@@ -185,7 +187,7 @@ def _product(sizes: tuple[int, ...]) -> int:
 
 def _plain_name(name: str) -> str:
     if PurePath(name).name != name or name in ("", ".", ".."):
-        raise ValueError(f"{name!r} is not the name of a file in the directory")
+        raise UserValueError(f"{name!r} is not the name of a file in the directory")
     return name
 
 

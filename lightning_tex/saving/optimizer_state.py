@@ -10,6 +10,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_tex.errors import UserTypeError, UserValueError
 from lightning_tex.optim import TiledOptimizer
 from lightning_tex.optim.engine import fastest
 from lightning_tex.optim.formats import LOW_PRECISION, MASTER, Kept
@@ -30,7 +31,9 @@ def window_states(piece: Piece) -> dict[str, Any]:
     states = piece.shard.states.kept(piece.window)
     for key, value in states.items():
         if not isinstance(value, Kept) and not is_scalar(value):
-            raise TypeError(f"optimizer state {key!r} is neither one number nor one number per element: {value!r:.200}")
+            raise UserTypeError(
+                f"optimizer state {key!r} is neither one number nor one number per element: {value!r:.200}"
+            )
     return states
 
 
@@ -155,11 +158,13 @@ def require_same_groups(saved: list[dict[str, Any]], optimizer: TiledOptimizer) 
     """Raise ``ValueError`` if the groups of a checkpoint hold other parameters than the optimizer's."""
     groups = group_options(optimizer)
     if len(saved) != len(groups):
-        raise ValueError(f"the checkpoint's optimizer has {len(saved)} parameter groups, this one has {len(groups)}")
+        raise UserValueError(
+            f"the checkpoint's optimizer has {len(saved)} parameter groups, this one has {len(groups)}"
+        )
     for index, (theirs, own) in enumerate(zip(saved, groups, strict=True)):
         differing = set(theirs["params"]) ^ set(own["params"])
         if differing:
-            raise ValueError(
+            raise UserValueError(
                 f"optimizer group {index} holds other parameters than in the checkpoint; only in one of them: "
                 f"{', '.join(sorted(differing)[:8])}"
             )

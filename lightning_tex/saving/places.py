@@ -13,6 +13,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
+from lightning_tex.errors import UserFileError
 from lightning_tex.saving.manifest import MANIFEST, CorruptCheckpointError, Manifest
 
 # Being written, perhaps by another run in the same folder; and given up, whosever it was.
@@ -202,4 +203,4 @@ def find(path: Path) -> Path:
         return max(complete)[2]
     other = latest(path.parent)
     hint = f"; the newest complete checkpoint there is {other}" if other else ""
-    raise FileNotFoundError(f"there is no checkpoint {path}{hint}")
+    raise UserFileError(f"there is no checkpoint {path}{hint}")

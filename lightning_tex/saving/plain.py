@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_tex.errors import UserValueError
 from lightning_tex.optim import TiledOptimizer
 from lightning_tex.optim.formats import MASTER, Kept
 from lightning_tex.optim.shard import Piece
@@ -176,7 +177,7 @@ class PlainFile:
         for path, wanted in request.items():
             whole = self.tensors[path]
             if whole.shape != wanted.shape:
-                raise ValueError(
+                raise UserValueError(
                     f"{'.'.join(path)} has shape {list(whole.shape)} in the checkpoint, not {list(wanted.shape)}"
                 )
             for part in wanted.parts:
@@ -198,7 +199,7 @@ def states_by_name(
     names = parameter_names(optimizer.param_groups, optimizer.shardings)
     sizes = [len(group["params"]) for group in saved["param_groups"]]
     if sizes != [len(own) for own in names]:
-        raise ValueError(
+        raise UserValueError(
             f"the checkpoint's optimizer has groups of {sizes} parameters, this one of {[len(own) for own in names]}"
         )
     groups = [{**group, "params": own} for group, own in zip(saved["param_groups"], names, strict=True)]

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_tex.errors import UserValueError
 from lightning_tex.parallel.topology import Axis
 from lightning_tex.saving import places
 from lightning_tex.saving.archive import read_elements
@@ -97,7 +98,7 @@ class Directory:
         for path, wanted in request.items():
             saved = self._tensors[path]
             if saved.shape != tuple(wanted.shape):
-                raise ValueError(
+                raise UserValueError(
                     f"{'.'.join(path)} has shape {list(saved.shape)} in the checkpoint, not {list(wanted.shape)}"
                 )
             for part in wanted.parts:

@@ -15,6 +15,7 @@ from lightning.fabric.utilities.load import _METADATA_FILENAME
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_tex.errors import UserTypeError, UserValueError
 from lightning_tex.saving.sharded import GlobalTensor
 
 # Lightning's own name for it, which its consolidate_checkpoint reads.
@@ -36,9 +37,9 @@ def restricted_load(file: Any, what: object, weights_only: bool | None = None, m
     try:
         content: dict[str, Any] = torch.load(file, map_location="cpu", mmap=mmap, weights_only=restricted)
     except UnpicklingError as error:
-        raise ValueError(_unsafe(what, error)) from error
+        raise UserValueError(_unsafe(what, error)) from error
     except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{what} cannot be read, it is damaged or no checkpoint: {error}") from error
+        raise UserValueError(f"{what} cannot be read, it is damaged or no checkpoint: {error}") from error
     return content
 
 
@@ -65,7 +66,7 @@ def plain_data(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, GlobalTensor):
-        raise TypeError("a hook moved sharded weights to another key of the checkpoint, where they cannot be saved")
+        raise UserTypeError("a hook moved sharded weights to another key of the checkpoint, where they cannot be saved")
     if type(value) is Tensor and value.untyped_storage().nbytes() > value.nbytes:
         return value.clone()
     return value

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from lightning_tex.errors import UserRuntimeError
 from lightning_tex.parallel.topology import Axis
 
 
@@ -54,7 +55,7 @@ class SideGroup:
     def _closed_on_error(self) -> Iterator[dist.ProcessGroup]:
         """Pass a failure on: ranks that wait for this one, not for the one that has gone, would wait for ever."""
         if self._group is None:
-            raise RuntimeError("another rank has gone, so nothing can be saved any more")
+            raise UserRuntimeError("another rank has gone, so nothing can be saved any more")
         try:
             yield self._group
         except Exception:

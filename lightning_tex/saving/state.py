@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from lightning_tex.errors import UserTypeError, UserValueError
 from lightning_tex.parallel.sharding import ParameterSharding, parameter_shardings
 from lightning_tex.parallel.topology import Topology
 from lightning_tex.saving.sharded import GlobalTensor, Part, stored_part
@@ -64,7 +65,7 @@ def state_dict_tensors(module: nn.Module) -> dict[str, Tensor]:
     state = module.state_dict(keep_vars=True)
     odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if odd:
-        raise TypeError(f"the state_dict has entries that are not tensors, which cannot be saved: {', '.join(odd)}")
+        raise UserTypeError(f"the state_dict has entries that are not tensors, which cannot be saved: {', '.join(odd)}")
     return state
 
 
@@ -115,7 +116,7 @@ def require_fitting(wanted: Mapping[str, tuple[int, ...]], saved: Mapping[str, S
     )
     if problems:
         hint = "" if wrong else "; LightningModule.strict_loading=False loads what fits"
-        raise ValueError(f"the checkpoint does not fit the model: {'; '.join(problems)}{hint}")
+        raise UserValueError(f"the checkpoint does not fit the model: {'; '.join(problems)}{hint}")
 
 
 def _listed(what: str, names: list[str], most: int = 8) -> list[str]:

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from lightning_tex.errors import UserRuntimeError
 from lightning_tex.parallel.topology import Axis, Layout
 from lightning_tex.saving import places
 from lightning_tex.saving.archive import Item, write_file, write_tensors
@@ -87,7 +88,7 @@ def on_first_rank(act: Callable[[], Any], world: Axis, broadcast: Broadcast) -> 
     if failure is not None:
         raise failure
     if message is not None:
-        raise RuntimeError(f"rank 0 could not write the checkpoint: {message}")
+        raise UserRuntimeError(f"rank 0 could not write the checkpoint: {message}")
     return result
 
 
@@ -133,7 +134,7 @@ class Save:
         if failure:
             if self.rank == 0:
                 places.remove(self.partial)
-            raise RuntimeError(f"saving the checkpoint {self.path} (step {self.step}) failed: {failure}")
+            raise UserRuntimeError(f"saving the checkpoint {self.path} (step {self.step}) failed: {failure}")
 
     def _attempt(self, act: Callable[..., Any], *args: Any) -> tuple[Any, str | None]:
         try:

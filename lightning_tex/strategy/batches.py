@@ -11,6 +11,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_tex.errors import UserRuntimeError
 from lightning_tex.parallel import collectives
 from lightning_tex.parallel.topology import Axis
 
@@ -41,7 +42,7 @@ def evaluation_loader(loader: Any, world: Axis, device: torch.device) -> Any:
 def _require_batches(has: list[bool]) -> None:
     if any(has) and not all(has):
         without = ", ".join(str(rank) for rank, some in enumerate(has) if not some)
-        raise RuntimeError(
+        raise UserRuntimeError(
             f"rank(s) {without} have no batch to evaluate while others have; give every rank at least one "
             "(ranks with fewer batches than others are fine)"
         )
@@ -147,7 +148,7 @@ def require_same_batch(batch: Any, tensor: Axis, world: Axis, device: torch.devi
     first_odd = [n for (n,) in gather_numbers([odd[0] if odd else -1], world, device)]
     wrong = sorted({n for n in first_odd if n >= 0})
     if wrong:
-        raise RuntimeError(
+        raise UserRuntimeError(
             f"Ranks of one tensor group must see the same batch, but rank(s) {', '.join(map(str, wrong))} got another "
             "batch than their group's first rank. Give data loaders a sampler over the data axis "
             "(num_replicas, rank = trainer.distributed_sampler_kwargs), let Lightning add it "

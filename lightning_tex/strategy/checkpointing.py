@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_tex.errors import UserTypeError
 from lightning_tex.optim import TiledOptimizer
 from lightning_tex.parallel.topology import Topology
 from lightning_tex.saving import Background, Checkpoints, SideGroup, places
@@ -93,7 +94,9 @@ class CheckpointingStrategy(MeshStrategy):
                 training step, the next save or the end of the fit.
         """
         if storage_options is not None:
-            raise TypeError("TexMoEStrategy.save_checkpoint(storage_options=...) is not supported; use a CheckpointIO")
+            raise UserTypeError(
+                "TexMoEStrategy.save_checkpoint(storage_options=...) is not supported; use a CheckpointIO"
+            )
         self._background.wait()  # one copy of the states at a time
         if not self._save_distributed_checkpoint:
             self._checkpoints().save_plain(checkpoint, filepath)

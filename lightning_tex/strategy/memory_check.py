@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning import LightningModule
 
+from lightning_tex.errors import UserValueError
 from lightning_tex.optim import OptimizerStateConfig
 from lightning_tex.parallel.topology import Communication, Layout
 from lightning_tex.planner.cluster import CLUSTERS
@@ -48,7 +49,7 @@ def require_memory(
     if needed.peak * (1 - MARGIN) <= device_bytes:
         return
     parts = ", ".join(f"{name} {size(taken)}" for name, taken in needed.parts().items() if taken)
-    raise ValueError(
+    raise UserValueError(
         f"this layout ({layout}) needs about {size(needed.peak)} on each of {layout.world} ranks, and a GPU has "
         f"{size(device_bytes)}: {parts} (micro-batches of {share} x {job.sequence_length} tokens). "
         f"{_nearest(job, candidate, device_bytes)}; "

@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_tex.errors import UserRuntimeError, UserValueError
 from lightning_tex.layers.vocab import require_both_ends
 from lightning_tex.moe import MoE, auxiliary_loss
 from lightning_tex.optim import OptimizerStateConfig, TiledOptimizer
@@ -133,9 +134,9 @@ class TexMoEStrategy(CheckpointingStrategy):
         )
         if activation_checkpointing not in ACTIVATION_CHECKPOINTING:
             legal = ", ".join(map(repr, ACTIVATION_CHECKPOINTING))
-            raise ValueError(f"activation_checkpointing={activation_checkpointing!r}; legal: {legal}")
+            raise UserValueError(f"activation_checkpointing={activation_checkpointing!r}; legal: {legal}")
         if activation_checkpointing is None and activation_checkpointing_policy is not None:
-            raise ValueError(
+            raise UserValueError(
                 "activation_checkpointing_policy has no effect with activation_checkpointing=None; legal with it: "
                 "'full', 'communication_aware'"
             )
@@ -153,7 +154,7 @@ class TexMoEStrategy(CheckpointingStrategy):
     def topology(self) -> Topology:
         """All axes of the run. Exists from ``setup`` on."""
         if self._topology is None:
-            raise RuntimeError("The topology exists only after the Trainer has set up the strategy")
+            raise UserRuntimeError("The topology exists only after the Trainer has set up the strategy")
         return self._topology
 
     @property
@@ -250,7 +251,7 @@ class TexMoEStrategy(CheckpointingStrategy):
         described = [(name, t.is_meta, tuple(t.shape), t.dtype) for name, t in tensors.items()]
         own = stable_hash(*described)
         if len({n for (n,) in gather_numbers([own], self.topology.world, self.root_device)}) > 1:
-            raise RuntimeError(
+            raise UserRuntimeError(
                 "ranks have built different models: names, shapes, dtypes and what is on the meta device must be alike "
                 "(pretrained weights are loaded on every rank, or on none)"
             )
@@ -311,7 +312,7 @@ class TexMoEStrategy(CheckpointingStrategy):
         output = super().training_step(*args, **kwargs)
         assert self.lightning_module is not None
         if output is None and self.lightning_module.automatic_optimization and self.topology.world.size > 1:
-            raise RuntimeError(
+            raise UserRuntimeError(
                 f"training_step returned None on rank {self.global_rank}: without a backward of its own it would leave "
                 f"the other {self.topology.world.size - 1} ranks waiting in theirs. Legal: a loss on every rank, "
                 "0 * loss where a batch is to count for nothing; None in a run of one process"

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_tex.errors import UserValueError
 from lightning_tex.moe.losses import auxiliary_loss
 from lightning_tex.optim import OptimizerStateConfig, TiledOptimizer
 
@@ -29,7 +30,7 @@ class TrainStep(Precision):
             ValueError: a format that is not made for it.
         """
         if wanted.optimizer_state_format != "fp32":
-            raise ValueError(
+            raise UserValueError(
                 f"optimizer_state_format={wanted.optimizer_state_format!r} is made for bf16 parameters, and "
                 f"precision={self.precision!r} has none; legal: 'fp32', or precision='bf16-mixed' or 'bf16-true'"
             )

@@ -15,6 +15,7 @@ import torch
 from lightning import LightningModule
 from torchmetrics import Metric
 
+from lightning_tex.errors import UserRuntimeError
 from lightning_tex.parallel.topology import Axis
 from lightning_tex.strategy.batches import gather_numbers
 
@@ -42,7 +43,7 @@ def run_until_all_are_done(
     while True:
         states = gather_numbers([int(last), loader], world, device)
         if len({index for _, index in states}) > 1:
-            raise RuntimeError(
+            raise UserRuntimeError(
                 "Ranks are in different evaluation data loaders because a loader has unequal numbers of batches: "
                 f"{[index for _, index in states]} by rank. Use one loader, or equal lengths"
             )

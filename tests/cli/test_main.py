@@ -11,6 +11,7 @@ import yaml
 from helpers import tiny_recipe
 
 from lightning_tex import cli
+from lightning_tex.recipe import TexCLI
 from lightning_tex.testing.ranks import run_ranks
 
 PROBE = "--trainer.callbacks+=tiny_recipe.Probe"
@@ -119,6 +120,6 @@ def test_an_unknown_option_is_named_without_a_list_of_all_options(recipe, capsys
 
 
 def test_a_bug_keeps_its_traceback(recipe, monkeypatch):
-    monkeypatch.setattr(cli.TexCLI, "instantiate_trainer", lambda self: int("not a number"))
+    monkeypatch.setattr(TexCLI, "instantiate_trainer", lambda self: int("not a number"))
     with pytest.raises(ValueError, match="invalid literal"):
         cli.main(["fit", "--config", str(recipe)])
