@@ -20,7 +20,7 @@ class UserTypeError(UserError, TypeError):
 
 
 class UserRuntimeError(UserError, RuntimeError):
-    """Found only while running: ranks that disagree, a hook that undoes what was done, gradients that are not finite."""
+    """Found only while running: ranks that disagree, a hook that undoes what was done, an infinite gradient."""
 
 
 class UserFileError(UserError, FileNotFoundError):

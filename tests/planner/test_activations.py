@@ -114,7 +114,9 @@ def compare_stashes(layouts: tuple[tuple[int, int, int, bool], ...]) -> int:
             continue
         topology = join(*layout, sequence_parallel=sequence)
         job = Job(ModelSizes.of(config), topology.layout.world, S, B * topology.layout.data, "32-true")
-        candidate = Candidate(topology.layout, B, recompute="communication_aware", communication=topology.communication)
+        candidate = Candidate(
+            topology.layout, B, activation_checkpointing="communication_aware", communication=topology.communication
+        )
         model = nn.Module()
         model.blocks = nn.ModuleList(Block(config, layer) for layer in range(2))
         shard_module(model, topology)

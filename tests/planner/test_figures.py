@@ -74,7 +74,7 @@ def test_flops_are_twice_the_multiplications() -> None:
     half = 2 * tokens * 4 * 64 * d
     alone = computation(job, Candidate(Layout(1), 3), H100).flops
     assert alone == model_flops(job) - 3 * half + half / 2
-    again = computation(job, Candidate(Layout(1), 3, recompute="full"), H100).flops
+    again = computation(job, Candidate(Layout(1), 3, activation_checkpointing="full"), H100).flops
     assert again == pytest.approx(alone + model_flops(job) / 3 - half - 2 * tokens * 1000 * d)
 
 
