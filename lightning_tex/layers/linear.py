@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from lightning_tex.errors import UserValueError
 from lightning_tex.parallel.initialization import by_index, init_uniform_
 from lightning_tex.parallel.sharding import TexModule
-from lightning_tex.parallel.topology import Layout
+from lightning_tex.parallel.topology import Layout, divisors
 
 
 def require_divisible(name: str, option: str, value: int, layout: Layout) -> None:
     """Raise ``ValueError`` unless the tensor axis divides ``value``; the message lists sizes that would."""
     if value % layout.tensor:
-        legal = [d for d in range(1, layout.world + 1) if layout.world % d == 0 and value % d == 0]
+        legal = [size for size in divisors(layout.world) if value % size == 0]
         raise UserValueError(
             f"{name}: {option}={value} is not divisible by tensor_parallel_size={layout.tensor}; "
             f"legal sizes on {layout.world} ranks: {', '.join(map(str, legal))}"

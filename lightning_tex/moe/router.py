@@ -48,6 +48,8 @@ class Router(TexModule):
         ValueError: ``top_k`` outside 1..num_experts.
     """
 
+    full_precision = True
+
     def __init__(self, dim: int, num_experts: int, top_k: int = 1, norm_topk_prob: bool = False) -> None:
         super().__init__()
         if not 1 <= top_k <= num_experts:

@@ -12,12 +12,10 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_tex.errors import UserRuntimeError
 from lightning_tex.optim.flat import Entry
+from lightning_tex.optim.flat_sizes import UNDER_WAY
 from lightning_tex.optim.gradients import Gradients
 from lightning_tex.parallel.collectives import all_reduce
 from lightning_tex.parallel.topology import Axis
-
-# Buffers under way at once when each is freed as soon as it has arrived.
-_UNDER_WAY = 2
 
 
 class BucketOverlap:
@@ -103,8 +101,8 @@ class BucketOverlap:
                     return
                 each.start()
                 each.started = True
-                if each.frees and i >= _UNDER_WAY:
-                    self.gradients[i - _UNDER_WAY].finish()
+                if each.frees and i >= UNDER_WAY:
+                    self.gradients[i - UNDER_WAY].finish()
 
     def _agree(self, completed: list[Gradients]) -> None:
         places = [completed.index(each) if each in completed else len(self.gradients) for each in self.gradients]

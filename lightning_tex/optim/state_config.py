@@ -25,6 +25,7 @@ from lightning_tex.parallel.device import device_type
 OptimizerStateFormat = Literal["fp32", "split", "int8", "stochastic"]
 OPTIMIZER_STATE_FORMATS: tuple[OptimizerStateFormat, ...] = get_args(OptimizerStateFormat)
 ZeroStage = Literal[0, 1, 2]
+ZERO_STAGES: tuple[ZeroStage, ...] = get_args(ZeroStage)
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class OptimizerStateConfig:
 
     def __post_init__(self) -> None:
         for option, value, legal in (
-            ("zero_stage", self.zero_stage, get_args(ZeroStage)),
+            ("zero_stage", self.zero_stage, ZERO_STAGES),
             ("optimizer_state_format", self.optimizer_state_format, OPTIMIZER_STATE_FORMATS),
         ):
             if value not in legal:

@@ -25,10 +25,12 @@ class TexModule(nn.Module):
     Class attributes that a subclass declares:
         axes: names of the mesh axes it uses; each becomes an attribute holding an :class:`Axis`, of size 1 until cut.
         shard_dims: parameter name -> {axis name: tensor dim sharded over that axis}.
+        full_precision: mixed precision leaves its own parameters in fp32.
     """
 
     axes: ClassVar[tuple[str, ...]] = ("tensor",)
     shard_dims: ClassVar[Mapping[str, Mapping[str, int]]] = {}
+    full_precision: ClassVar[bool] = False
     tensor: Axis
     data: Axis
     expert: Axis

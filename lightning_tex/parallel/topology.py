@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -14,6 +15,8 @@ from lightning_tex.errors import UserValueError
 from lightning_tex.parallel.byte_meter import ByteMeter
 
 AXES = ("tensor", "data", "expert_tensor", "expert", "expert_data")
+# One rank, or an array of ranks, which arithmetic serves alike.
+Ranks = TypeVar("Ranks", int, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class Layout:
             ValueError: naming the option, the numbers and what would be legal.
         """
         tensor, expert = tensor_parallel_size, expert_parallel_size
-        legal_tensor = _divisors(world)
+        legal_tensor = divisors(world)
         if tensor not in legal_tensor:
             raise UserValueError(
                 f"tensor_parallel_size={tensor} does not divide the world of {world} ranks; "
@@ -128,7 +131,7 @@ class Layout:
     @staticmethod
     def legal_expert_sizes(world: int, expert_tensor: int, num_experts: Sequence[int] = ()) -> list[int]:
         """Sizes of the expert axis that divide the world's share and every number of experts."""
-        return [size for size in _divisors(world // expert_tensor) if all(n % size == 0 for n in num_experts)]
+        return [size for size in divisors(world // expert_tensor) if all(n % size == 0 for n in num_experts)]
 
     def require_experts(self, num_experts: Sequence[int]) -> None:
         """Refuse an expert axis for a model in which nothing would be spread over it."""
@@ -138,8 +141,12 @@ class Layout:
                 "Build the model with lightning_tex.moe.MoE, or leave the option out"
             )
 
-    def coordinates(self, rank: int) -> dict[str, int]:
-        """Coordinates of a global rank on every axis. Tensor ranks are neighbours, then expert, then expert_data."""
+    def axis_size(self, name: str) -> int:
+        """Ranks along an axis, or of the ``world``."""
+        return int(getattr(self, name))
+
+    def coordinates(self, rank: Ranks) -> dict[str, Ranks]:
+        """Coordinates of global ranks on every axis. Tensor ranks are neighbours, then expert, then expert_data."""
         return {
             "tensor": rank % self.tensor,
             "data": rank // self.tensor,
@@ -148,13 +155,22 @@ class Layout:
             "expert_data": rank // (self.expert_tensor * self.expert),
         }
 
+    def group_number(self, name: str, rank: Ranks) -> Ranks:
+        """A number for the group of an axis, or of the ``world``, that global ranks belong to."""
+        if name == "world":
+            return 0 * rank
+        coordinates = self.coordinates(rank)
+        number = 0 * rank
+        for other in ("tensor", "data") if name in ("tensor", "data") else AXES[2:]:
+            if other != name:
+                number = number * self.axis_size(other) + coordinates[other]
+        return number
+
     def groups(self, name: str) -> list[tuple[int, ...]]:
         """All groups of ranks along one axis, each in axis order."""
-        others = [a for a in (("tensor", "data") if name in ("tensor", "data") else AXES[2:]) if a != name]
-        groups: dict[tuple[int, ...], list[int]] = {}
+        groups: dict[int, list[int]] = {}
         for rank in range(self.world):
-            at = self.coordinates(rank)
-            groups.setdefault(tuple(at[a] for a in others), []).append(rank)
+            groups.setdefault(self.group_number(name, rank), []).append(rank)
         return [tuple(group) for group in groups.values()]
 
     def __str__(self) -> str:
@@ -261,7 +277,8 @@ def build_mesh(layout: Layout, device_type: str) -> DeviceMesh:
     return DeviceMesh(device_type, ranks, mesh_dim_names=("data", "tensor"))
 
 
-def _divisors(n: int) -> list[int]:
+def divisors(n: int) -> list[int]:
+    """Every whole number that divides ``n``, the smallest first."""
     return [d for d in range(1, n + 1) if n % d == 0]
 
 

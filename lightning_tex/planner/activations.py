@@ -7,7 +7,7 @@ from math import ceil
 
 from lightning_tex.planner.layouts import Candidate, Job
 from lightning_tex.planner.sizes import ELEMENT_BYTES, ModelSizes
-from lightning_tex.planner.traffic import Exchange
+from lightning_tex.planner.traffic import MicroStepTraffic
 
 _INT64 = 8
 
@@ -31,8 +31,8 @@ class Activations:
         return self.job.sizes
 
     @property
-    def _exchange(self) -> Exchange:
-        return Exchange.of(self.job, self.candidate)
+    def _traffic(self) -> MicroStepTraffic:
+        return MicroStepTraffic.of(self.job, self.candidate)
 
     @property
     def _bytes(self) -> int:
@@ -46,7 +46,7 @@ class Activations:
     @property
     def score_bytes(self) -> int:
         """Of a router's score."""
-        return self._exchange.score_bytes
+        return self._traffic.score_bytes
 
     @property
     def tokens(self) -> int:
@@ -86,12 +86,12 @@ class Activations:
     @property
     def gather(self) -> int:
         """Ranks that what arrived is put together over."""
-        return self._exchange.gather
+        return self._traffic.gather
 
     @property
     def rows(self) -> int:
         """N, at the fullest rank."""
-        rows = self._exchange.arrived_rows()
+        rows = self._traffic.arrived_rows()
         static = self._sizes.capacity_factor is not None and not self.candidate.sequence_parallel
         return rows if static else ceil(rows * self.job.imbalance)
 
@@ -152,18 +152,18 @@ class Activations:
 
     def indices(self) -> int:
         """Which row each choice has, and the order of rows: int64 numbers that the way keeps."""
-        sizes, exchange = self._sizes, self._exchange
+        sizes, traffic = self._sizes, self._traffic
         slots = self._own_tokens * sizes.top_k
         if sizes.capacity_factor is not None and not self.candidate.sequence_parallel:
-            return _INT64 * (slots + sizes.num_experts * exchange.capacity_rows)
-        return _INT64 * (slots + exchange.chosen_rows + 2 * self.rows)
+            return _INT64 * (slots + sizes.num_experts * traffic.capacity_rows)
+        return _INT64 * (slots + traffic.chosen_rows + 2 * self.rows)
 
     @property
     def _own_tokens(self) -> int:
         """Tokens whose choices this rank brings home."""
         if self._sizes.capacity_factor is not None and not self.candidate.sequence_parallel:
             return self.tokens
-        split = self._exchange.split
+        split = self._traffic.split
         return -(-self.held // split)
 
     def block(self, experts: bool) -> int:
@@ -175,7 +175,7 @@ class Activations:
         """What communication-aware recomputation keeps of a block's collectives."""
         if self.candidate.activation_checkpointing != "communication_aware":
             return 0
-        sizes, layout, exchange = self._sizes, self.candidate.layout, self._exchange
+        sizes, layout, traffic = self._sizes, self.candidate.layout, self._traffic
         sequence, sharded = self.candidate.sequence_parallel, layout.tensor > 1
         enter = self._whole if sharded and sequence else 0
         leave = self.stream if sharded else 0
@@ -189,10 +189,10 @@ class Activations:
             total += _INT64 if layout.expert > 1 else 0
         else:
             counts = _INT64 * sizes.num_experts
-            total += counts * (layout.expert > 1) + exchange.gather * counts * (exchange.gather > 1)
+            total += counts * (layout.expert > 1) + traffic.gather * counts * (traffic.gather > 1)
             if sequence and sharded and sizes.capacity_factor is not None:
-                total += _INT64 * layout.tensor * sizes.top_k * exchange.sequences * (sizes.num_experts + 1)
-            if exchange.split > 1:
+                total += _INT64 * layout.tensor * sizes.top_k * traffic.sequences * (sizes.num_experts + 1)
+            if traffic.split > 1:
                 total += self._whole
         return total + self.arrived + self.home
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from lightning_tex.errors import UserValueError
-from lightning_tex.optim.state_config import OPTIMIZER_STATE_FORMATS
+from lightning_tex.optim.state_config import OPTIMIZER_STATE_FORMATS, ZERO_STAGES
 from lightning_tex.parallel.activation_checkpointing import ACTIVATION_CHECKPOINTING, ActivationCheckpointing
-from lightning_tex.parallel.topology import Communication, Layout
+from lightning_tex.parallel.topology import Communication, Layout, divisors
 from lightning_tex.planner.sizes import ELEMENT_BYTES, ModelSizes
 
 
@@ -114,7 +114,7 @@ class Choices:
     expert: int | None = None
     expert_tensor: int | None = None
     micro_batch: int | None = None
-    zero_stage: Sequence[int] = (0, 1, 2)
+    zero_stage: Sequence[int] = ZERO_STAGES
     sequence_parallel: Sequence[bool] = (False, True)
     activation_checkpointing: Sequence[ActivationCheckpointing] = ACTIVATION_CHECKPOINTING
     optimizer_state_format: Sequence[str] = OPTIMIZER_STATE_FORMATS
@@ -132,7 +132,7 @@ def layouts(sizes: ModelSizes, world: int, choices: Choices | None = None) -> li
     found: list[Layout] = []
     refusal = UserValueError(f"no layout of {world} ranks is possible")
     most = choices.most_tensor or world
-    tensors = [t for t in _divisors(world) if t <= most] if choices.tensor is None else [choices.tensor]
+    tensors = [t for t in divisors(world) if t <= most] if choices.tensor is None else [choices.tensor]
     for tensor in tensors:
         for folded in dict.fromkeys((tensor, 1) if choices.expert_tensor is None else (choices.expert_tensor,)):
             legal = Layout.legal_expert_sizes(world, max(1, folded), sizes.experts) if sizes.moe_layers else [1]
@@ -206,7 +206,3 @@ def _options(
                     continue
                 for optimizer_state_format in formats:
                     yield stage, checkpointing, optimizer_state_format, communication
-
-
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]

@@ -34,8 +34,8 @@ def span(layout: Layout, axis: str, gpus_per_node: int) -> Span:
     """How the groups of an axis lie on nodes of that many ranks."""
     ranks = np.arange(layout.world)
     node = ranks // gpus_per_node
-    group = _group(layout, axis, ranks)
-    size = layout.world if axis == "world" else getattr(layout, axis)
+    group = layout.group_number(axis, ranks)
+    size = layout.axis_size(axis)
     nodes = int(node[-1]) + 1
     # Members of one group on one node, and at each rank their number.
     places, at, members = np.unique(group * nodes + node, return_inverse=True, return_counts=True)
@@ -45,23 +45,6 @@ def span(layout: Layout, axis: str, gpus_per_node: int) -> Span:
     remote = np.bincount(node, weights=(size - on_node) / max(1, size - 1), minlength=nodes)
     local = float((on_node - 1).max() / max(1, size - 1))
     return Span(inside, int(leaving.max()), float(remote.max()), local)
-
-
-def _group(layout: Layout, axis: str, ranks: np.ndarray) -> np.ndarray:
-    """A number for each rank's group of an axis."""
-    tensor, cut, expert = layout.tensor, layout.expert_tensor, layout.expert
-    if axis == "world":
-        return ranks * 0
-    if axis == "tensor":
-        return ranks // tensor
-    if axis == "data":
-        return ranks % tensor
-    if axis == "expert_tensor":
-        return ranks // cut
-    if axis == "expert_data":
-        return ranks % (cut * expert)
-    assert axis == "expert"
-    return ranks // (cut * expert) * cut + ranks % cut
 
 
 def seconds(collective: Collective, layout: Layout, cluster: Cluster) -> float:

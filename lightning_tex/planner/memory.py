@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from lightning_tex.optim.flat_sizes import UNDER_WAY
 from lightning_tex.planner.activations import Activations
 from lightning_tex.planner.layouts import Candidate, Job
 from lightning_tex.planner.states import StateBytes, buffers, last_members, state_bytes, tile_bytes
 
-_UNDER_WAY = 3  # buffers of ZeRO 2 that exist at once: two that are sent, one that fills
+_EXISTING = UNDER_WAY + 1  # buffers of ZeRO 2 that exist at once: those that are sent, and one that fills
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def gradient_buffers(job: Job, candidate: Candidate, device: str) -> GradientBuf
     sends = sorted((buffer.bytes for buffer in of if device == "cpu" and buffer.owners > 1), reverse=True)
     if stage < 2:
         return GradientBuffers(received=sum(sends) if stage == 1 else 0)
-    alive = _UNDER_WAY if candidate.communication.overlap else len(of)
+    alive = _EXISTING if candidate.communication.overlap else len(of)
 
     def begun(place: int) -> int:
         """Of the buffers with a gradient, once those of all parameters from ``place`` on are there."""
@@ -192,4 +193,4 @@ def gradient_buffers(job: Job, candidate: Candidate, device: str) -> GradientBuf
     first = begun(experts[-1]) if experts else head
     block = max(0, job.sizes.num_layers - job.sizes.moe_every)
     blocks, end = begun(names.index(f"blocks.{block}.attention_norm.weight")), begun(0)
-    return GradientBuffers(head, first, blocks, end, end + sum(sends[:_UNDER_WAY]))
+    return GradientBuffers(head, first, blocks, end, end + sum(sends[:_EXISTING]))

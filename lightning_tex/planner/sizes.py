@@ -9,18 +9,12 @@ from math import prod
 from typing import Any, Literal, NamedTuple
 
 from lightning_tex.errors import UserValueError
+from lightning_tex.parallel.precision import PRECISIONS
 from lightning_tex.parallel.sharding import Box
 from lightning_tex.parallel.topology import Axis, Layout
 
-Precision = Literal["32-true", "64-true", "bf16-mixed", "16-mixed", "bf16-true"]
 # Bytes of a number: of parameters and activations, and of the parameters that mixed precision keeps in fp32.
-ELEMENT_BYTES: dict[str, tuple[int, int]] = {
-    "32-true": (4, 4),
-    "64-true": (8, 8),
-    "bf16-mixed": (2, 4),
-    "16-mixed": (2, 4),
-    "bf16-true": (2, 2),
-}
+ELEMENT_BYTES = {name: (usual.itemsize, full.itemsize) for name, (usual, full) in PRECISIONS.items()}
 _TENSOR_0, _TENSOR_1 = {"tensor": 0}, {"tensor": 1}
 _UP, _DOWN = {"expert": 0, "expert_tensor": 1}, {"expert": 0, "expert_tensor": 2}
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from math import ceil
 from typing import NamedTuple
 
+from lightning_tex.moe.capacity import buffer_rows, capacity
+from lightning_tex.moe.expert_axes import DispatchCase
 from lightning_tex.parallel.byte_meter import Sent
 from lightning_tex.parallel.topology import Communication, Layout
 from lightning_tex.planner.layouts import Candidate, Job
@@ -70,7 +71,7 @@ def sent_bytes(collectives: Iterable[Collective]) -> dict[Sent, Fraction]:
 
 
 @dataclass(frozen=True)
-class Exchange:
+class MicroStepTraffic:
     """Collectives of one micro-step of one data rank, part by part.
 
     Args:
@@ -93,7 +94,7 @@ class Exchange:
     score_bytes: int = 4
 
     @classmethod
-    def of(cls, job: Job, candidate: Candidate) -> Exchange:
+    def of(cls, job: Job, candidate: Candidate) -> MicroStepTraffic:
         score = 8 if job.precision == "64-true" else 4
         return cls(job.sizes, candidate.layout, candidate.communication, candidate.activation_checkpointing,
                    candidate.micro_batch, job.sequence_length, job.element_bytes, score)  # fmt: skip
@@ -210,22 +211,20 @@ class Exchange:
     @property
     def split(self) -> int:
         """Ranks that equal tokens are split over before they travel."""
-        how = self.communication
-        return self.layout.tensor if how.duplicate_token_dropping and not how.sequence_parallel else 1
+        return DispatchCase.of(self.communication).sizes(self.layout)[0]
 
     @property
     def gather(self) -> int:
         """Ranks that what arrived is put together over."""
-        how = self.communication
-        return self.layout.expert_tensor if how.duplicate_token_dropping or how.sequence_parallel else 1
+        return DispatchCase.of(self.communication).sizes(self.layout)[1]
 
     @property
     def capacity_rows(self) -> int:
         """Rows of the buffer per expert, C: of one data rank's tokens, a multiple of the ranks that split it."""
         sizes = self.sizes
         assert sizes.capacity_factor is not None
-        allowed = ceil(sizes.capacity_factor * sizes.top_k * self.tokens / sizes.num_experts - 1e-9)
-        return -(-allowed // self.split) * self.split
+        allowed = capacity(sizes.capacity_factor, sizes.top_k, self.tokens, sizes.num_experts)
+        return buffer_rows(allowed, self.split)
 
     @property
     def chosen_rows(self) -> int:
@@ -246,12 +245,12 @@ class Exchange:
 
 def micro_step(job: Job, candidate: Candidate) -> list[Collective]:
     """Collectives of one micro-step: forward, recomputation and backward."""
-    exchange, sizes = Exchange.of(job, candidate), job.sizes
-    found = list(exchange.ends())
+    traffic, sizes = MicroStepTraffic.of(job, candidate), job.sizes
+    found = list(traffic.ends())
     for times, part in (
-        (sizes.num_layers, exchange.attention()),
-        (sizes.dense_layers, exchange.mlp()),
-        (sizes.moe_layers, exchange.moe()),
+        (sizes.num_layers, traffic.attention()),
+        (sizes.dense_layers, traffic.mlp()),
+        (sizes.moe_layers, traffic.moe()),
     ):
         found += [each._replace(times=times * each.times) for each in part if times]
     return found

@@ -11,16 +11,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_tex.moe.router import Router
 from lightning_tex.optim import OptimizerStateConfig, TiledOptimizer
+from lightning_tex.parallel.precision import PRECISIONS, keeps_full_precision
 from lightning_tex.strategy.train_step import TrainStep
-
-_NORMS = (
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.GroupNorm,
-    nn.modules.batchnorm._NormBase,
-)
 
 
 class TexPrecision(TrainStep):
@@ -56,12 +49,12 @@ class TexMixedPrecision(TrainStep, MixedPrecision):  # type: ignore[misc]
 
     @property
     def _dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.precision == "bf16-mixed" else torch.float16
+        return PRECISIONS[self.precision].usual
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Cast floating parameters to 16 bits, except those of routers and norms."""
         for part in module.modules():
-            if not isinstance(part, (Router, *_NORMS)):
+            if not keeps_full_precision(part):
                 for parameter in part.parameters(recurse=False):
                     if parameter.is_floating_point():
                         parameter.data = parameter.data.to(self._dtype)
@@ -160,6 +153,6 @@ def tex_precision(plugin: Precision) -> TrainStep:
 
 def _unsupported(precision: str, plugin: str) -> str:
     return (
-        f"precision={precision!r} ({plugin}) is not supported by TexMoEStrategy; legal: '32-true', '64-true', "
-        "'bf16-mixed', '16-mixed', 'bf16-true'"
+        f"precision={precision!r} ({plugin}) is not supported by TexMoEStrategy; legal: "
+        f"{', '.join(map(repr, PRECISIONS))}"
     )

@@ -23,7 +23,7 @@ from lightning_tex.parallel.sharding import parameter_shardings, shard_module
 from lightning_tex.parallel.topology import AXES
 from lightning_tex.planner.layouts import Candidate, Job
 from lightning_tex.planner.sizes import ModelSizes
-from lightning_tex.planner.traffic import Exchange, sent_bytes, step_collectives
+from lightning_tex.planner.traffic import MicroStepTraffic, sent_bytes, step_collectives
 from lightning_tex.testing.ranks import run_ranks
 
 # B sequences x S positions = T tokens, D model width, E experts, k choices, F capacity factor; fp32, int64 indices
@@ -50,8 +50,8 @@ SIZES = ModelSizes(96, D, 2, 4, hidden_dim=24, num_experts=E, top_k=K, capacity_
 def formulas(topology, mode: str | None, fused: bool, sizes=SIZES, length=S) -> dict[Sent, Fraction]:
     """Bytes of one forward and backward of one block, as the planner has them."""
     communication = replace(topology.communication, fused=fused)
-    exchange = Exchange(sizes, topology.layout, communication, mode, B, length, 4)
-    return sent_bytes([*exchange.attention(), *exchange.moe()])
+    traffic = MicroStepTraffic(sizes, topology.layout, communication, mode, B, length, 4)
+    return sent_bytes([*traffic.attention(), *traffic.moe()])
 
 
 class Overheard:
