@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from lightning_tex.cli.plan_recipe import own_candidate, recipe_sizes
+from lightning_tex.cli.plan_recipe import own_candidate, read_recipe
 from lightning_tex.planner.layouts import Job
 from lightning_tex.planner.memory import memory, size
-from lightning_tex.planner.sizes import ModelSizes
 from lightning_tex.recipe import Recipe, quiet
 
 STEPS = 3
@@ -48,10 +47,11 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("skipped: torch sees no CUDA device")
         return
-    sizes, numbers, own = recipe_sizes(options.config, more)
+    planned_recipe = read_recipe(options.config, more)
+    numbers = planned_recipe.numbers
     world, length, batch = (numbers[name] for name in ("gpus", "sequence_length", "global_batch_size"))
-    job = Job(ModelSizes.of(sizes), world, length, batch, numbers["precision"], two_groups=numbers["two_groups"])
-    candidate = own_candidate(job, own)
+    job = Job(planned_recipe.model, world, length, batch, numbers["precision"], two_groups=numbers["two_groups"])
+    candidate = own_candidate(job, planned_recipe.strategy)
     if candidate is None:
         sys.exit(f"{options.config} cannot run on {world} ranks as it is")
     planned, peak = memory(job, candidate), Peak()

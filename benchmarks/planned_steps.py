@@ -26,10 +26,9 @@ from slow_network import HERE, HOSTS, RANKS_PER_HOST, hosts, run
 
 from lightning_tex.bench.combinations import Combination
 from lightning_tex.bench.communication import CommunicationBench
-from lightning_tex.cli.plan_recipe import own_candidate, recipe_sizes
+from lightning_tex.cli.plan_recipe import own_candidate, read_recipe
 from lightning_tex.planner.cluster import Cluster
 from lightning_tex.planner.layouts import Job
-from lightning_tex.planner.sizes import ModelSizes
 from lightning_tex.planner.step_time import step_time
 from lightning_tex.recipe import Recipe
 from lightning_tex.strategy import TexMoEStrategy
@@ -112,10 +111,11 @@ def compare(rate: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def plan(config: Path, given: dict[str, Any], cluster: Cluster) -> dict[str, Any]:
     """Seconds of a step by the planner, and what they are made of."""
-    sizes, numbers, own = recipe_sizes(str(config), ON_RANKS)
-    job = Job(ModelSizes.of(sizes), WORLD, numbers["sequence_length"], numbers["global_batch_size"],
+    recipe = read_recipe(str(config), ON_RANKS)
+    numbers = recipe.numbers
+    job = Job(recipe.model, WORLD, numbers["sequence_length"], numbers["global_batch_size"],
               numbers["precision"], two_groups=numbers["two_groups"])  # fmt: skip
-    candidate = own_candidate(job, {**own, **given})
+    candidate = own_candidate(job, {**recipe.strategy, **given})
     assert candidate is not None
     time = step_time(job, candidate, cluster)
     return {"total": time.total, "parts": time.parts()}

@@ -11,19 +11,23 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning_tex.cli import plan_paper, plan_scaling, plan_tables
-from lightning_tex.cli.plan_recipe import own_candidate, recipe_sizes
+from lightning_tex.cli.plan_recipe import own_candidate, read_recipe
 from lightning_tex.errors import UserValueError
-from lightning_tex.optim.state_config import OPTIMIZER_STATE_FORMATS
+from lightning_tex.models import DecoderConfig
+from lightning_tex.optim.state_config import OPTIMIZER_STATE_FORMATS, ZERO_STAGES
+from lightning_tex.parallel.activation_checkpointing import ACTIVATION_CHECKPOINTING
+from lightning_tex.parallel.precision import PRECISIONS
 from lightning_tex.planner import paper
 from lightning_tex.planner.cluster import CLUSTERS, Cluster
+from lightning_tex.planner.describe import describe_decoder
 from lightning_tex.planner.layouts import Choices, Job
 from lightning_tex.planner.search import largest_base, plan, plan_all
-from lightning_tex.planner.sizes import ELEMENT_BYTES, ModelSizes
 
-_SIZES = [field.name for field in fields(ModelSizes)]
-_RECOMPUTE = {"none": None, "full": "full", "communication_aware": "communication_aware"}
+# Of a decoder's sizes those that a plan depends on.
+_SIZES = [field for field in fields(DecoderConfig) if field.name not in ("max_sequence_length", "rope_base", "dropout")]
+_RECOMPUTE = {value or "none": value for value in ACTIVATION_CHECKPOINTING}
 # Of what neither options nor recipe say.
-_SEQUENCE_LENGTH, _PRECISION = 2048, "bf16-mixed"
+_SEQUENCE_LENGTH, _PRECISION, _ACTIVATION = 2048, "bf16-mixed", "gelu"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -77,7 +81,7 @@ def _plan(options: argparse.Namespace, more: list[str], parser: _Parser) -> dict
         options.micro_batch,
         options.zero_stage,
         [bool(value) for value in options.sequence_parallel],
-        [_RECOMPUTE[name] for name in options.activation_checkpointing],  # type: ignore[misc]
+        [_RECOMPUTE[name] for name in options.activation_checkpointing],
         options.optimizer_state_format or OPTIMIZER_STATE_FORMATS,
     )
     if options.largest_base:
@@ -105,17 +109,17 @@ def _plan(options: argparse.Namespace, more: list[str], parser: _Parser) -> dict
 
 def _job(options: argparse.Namespace, more: list[str], parser: _Parser) -> tuple[Job, dict[str, Any]]:
     """The job of the options, over that of the recipe; and what the recipe gives the strategy."""
-    given = {name: value for name in _SIZES if (value := getattr(options, name)) is not None}
+    given = {size.name: value for size in _SIZES if (value := getattr(options, size.name)) is not None}
     own: dict[str, Any] = {}
     defaults: dict[str, Any] = {"sequence_length": _SEQUENCE_LENGTH, "precision": _PRECISION}
     if options.config is None:
         if missing := [name for name in ("dim", "num_layers", "num_heads", "vocab_size") if name not in given]:
             parser.error(f"--config, or sizes are needed: {', '.join(map(_flag, missing))} are missing")
-        sizes = ModelSizes(**given)
+        model = describe_decoder(DecoderConfig(**{"activation": _ACTIVATION, **given}))
     else:
-        config, defaults, own = recipe_sizes(options.config, more)
-        sizes = replace(ModelSizes.of(config), **given)
-    if not sizes.moe_layers:
+        recipe = read_recipe(options.config, more, given)
+        model, defaults, own = recipe.model, recipe.numbers, recipe.strategy
+    if (sizes := model.config) is not None and not model.experts:
         where = f"recipe {options.config}" if options.config else "the model"
         parser.error(
             f"{where} has no MoE layer (num_experts={sizes.num_experts}, num_layers={sizes.num_layers}, "
@@ -130,7 +134,7 @@ def _job(options: argparse.Namespace, more: list[str], parser: _Parser) -> tuple
     length = options.sequence_length or defaults["sequence_length"]
     precision = options.precision or defaults["precision"]
     two_groups = defaults.get("two_groups", True)
-    return Job(sizes, gpus, length, batch, precision, options.imbalance, two_groups), own
+    return Job(model, gpus, length, batch, precision, options.imbalance, two_groups), own
 
 
 def _parser() -> _Parser:
@@ -149,10 +153,10 @@ def _parser() -> _Parser:
     parser.add_argument("--gpus-per-node", type=int, help="used of each node (default: all)")
     parser.add_argument("--sequence-length", type=int, help=f"tokens (default: the recipe's, else {_SEQUENCE_LENGTH})")
     parser.add_argument("--global-batch-size", type=int, help="sequences of an optimizer step (default: the recipe's)")
-    parser.add_argument("--precision", help=f"{', '.join(ELEMENT_BYTES)} (default: the recipe's, else {_PRECISION})")
+    parser.add_argument("--precision", help=f"{', '.join(PRECISIONS)} (default: the recipe's, else {_PRECISION})")
     parser.add_argument("--imbalance", type=float, default=1.0, help="dropless: rows of the fullest rank over the mean")
     sizes = parser.add_argument_group("sizes", "of the model; as in lightning_tex.models.DecoderConfig")
-    for field in fields(ModelSizes):
+    for field in _SIZES:
         kind: Any = {"activation": str, "capacity_factor": float}.get(field.name, int)
         if "coefficient" in field.name:
             kind = float
@@ -160,7 +164,7 @@ def _parser() -> _Parser:
     kept = parser.add_argument_group("choices", "what is tried; left out: everything legal")
     for name in ("tensor_parallel_size", "expert_parallel_size", "expert_tensor_parallel_size", "micro_batch"):
         kept.add_argument(_flag(name), type=_positive, metavar="N")
-    kept.add_argument("--zero-stage", nargs="+", type=int, choices=[0, 1, 2], default=[0, 1, 2])
+    kept.add_argument("--zero-stage", nargs="+", type=int, choices=ZERO_STAGES, default=list(ZERO_STAGES))
     kept.add_argument("--sequence-parallel", nargs="+", type=_yes_no, default=[False, True], metavar="true|false")
     kept.add_argument("--activation-checkpointing", nargs="+", choices=list(_RECOMPUTE), default=list(_RECOMPUTE))
     kept.add_argument("--optimizer-state-format", nargs="+", choices=OPTIMIZER_STATE_FORMATS)

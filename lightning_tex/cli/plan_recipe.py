@@ -1,29 +1,54 @@
-"""A recipe as the planner sees it: sizes, numbers of the job, and what it tells the strategy. Nothing is built."""
+"""A recipe as the planner sees it: its model on the meta device, numbers of the job, and what it tells the strategy."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from jsonargparse import Namespace
+from lightning import LightningModule
+from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_tex.errors import UserValueError
-from lightning_tex.models import DecoderConfig
+from lightning_tex.models import DecoderConfig, LanguageModel
 from lightning_tex.parallel.topology import Communication, Layout
+from lightning_tex.planner.describe import describe, describe_decoder
 from lightning_tex.planner.layouts import Candidate, Job
+from lightning_tex.planner.model import ModelDescription
+
+if TYPE_CHECKING:
+    from lightning_tex.recipe import Recipe
 
 
-def recipe_sizes(path: str, more: Sequence[str] = ()) -> tuple[DecoderConfig, dict[str, Any], dict[str, Any]]:
-    """The decoder's sizes, the job's numbers as far as they are known, and the strategy's arguments.
+@dataclass(frozen=True)
+class PlannedRecipe:
+    """What a recipe says.
+
+    Args:
+        model: its model.
+        numbers: the job's, as far as they are known, by the name of Job's arguments, and ``gpus``.
+        strategy: the strategy's arguments, and ``accumulate_grad_batches``.
+    """
+
+    model: ModelDescription
+    numbers: dict[str, Any]
+    strategy: dict[str, Any]
+
+
+def read_recipe(path: str, more: Sequence[str] = (), sizes: Mapping[str, Any] | None = None) -> PlannedRecipe:
+    """Read a recipe. A LanguageModel is described by its sizes; any other module is built on the meta device.
 
     Args:
         path: the recipe.
         more: further words of the command line.
+        sizes: of a LanguageModel's decoder, which take precedence.
 
     Raises:
-        ValueError: there is no such file, or its model's sizes cannot be read.
+        ValueError: there is no such file, or its model cannot be built without memory.
     """
     if not Path(path).is_file():
         raise UserValueError(f"--config {path}: there is no such file")
@@ -31,29 +56,63 @@ def recipe_sizes(path: str, more: Sequence[str] = ()) -> tuple[DecoderConfig, di
 
     recipe = Recipe(path, list(more))
     config = recipe.config
-    sizes = config.get("model.init_args.config")
-    known = {field.name for field in fields(DecoderConfig)}
-    sizes = sizes.as_dict() if isinstance(sizes, Namespace) else sizes
-    if not isinstance(sizes, dict) or not set(sizes) <= known:
-        raise UserValueError(
-            f"recipe {path}: its model has no DecoderConfig as `config`, and its sizes cannot be read; legal: a "
-            "lightning_tex.LanguageModel, or the sizes as options, without --config"
-        )
     data, trainer = config.get("data.init_args") or {}, config.trainer
-    if (vocabulary := data.get("vocab_size")) is not None:  # the model's is the data's
-        sizes["vocab_size"] = vocabulary
+    given = config.get("model.init_args.config")
+    if isinstance(given, Namespace) and "vocab_size" in given and data.get("vocab_size") is not None:
+        given.vocab_size = data["vocab_size"]  # the model's is the data's
     accumulation = int(trainer.get("accumulate_grad_batches") or 1)
+    module = None if _is_language_model(recipe) else _built_on_meta(path, config.model)
+    if module is None:
+        decoder = DecoderConfig(**{**given.as_dict(), **(sizes or {})})
+        model, length = describe_decoder(decoder), decoder.max_sequence_length
+    elif sizes:
+        raise UserValueError(
+            f"recipe {path}: its model is no lightning_tex.LanguageModel, whose sizes could be set by "
+            f"{', '.join(sizes)}; legal: the model's own options, such as --model.init_args.dim 64"
+        )
+    else:
+        model, length = describe(module, _policy(recipe)), 1
     numbers: dict[str, Any] = {
-        "sequence_length": data.get("sequence_length") or sizes.get("max_sequence_length"),
+        "sequence_length": data.get("sequence_length") or length,
         "precision": str(trainer.get("precision") or "32-true"),
-        "two_groups": not config.get("optimizer"),
+        "two_groups": isinstance(module, LanguageModel | None) and not config.get("optimizer"),
     }
     if data.get("global_batch_size"):  # of a micro-step over all ranks
         numbers["global_batch_size"] = data["global_batch_size"] * accumulation
     devices = str(trainer.get("devices"))
     if devices.isdigit():
         numbers["gpus"] = int(devices) * int(trainer.get("num_nodes") or 1)
-    return DecoderConfig(**sizes), numbers, {**recipe.strategy_options(), "accumulate_grad_batches": accumulation}
+    return PlannedRecipe(model, numbers, {**recipe.strategy_options(), "accumulate_grad_batches": accumulation})
+
+
+def _is_language_model(recipe: Recipe) -> bool:
+    return _imported(recipe.config.model.class_path) is LanguageModel
+
+
+def _imported(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(module), name)
+
+
+def _policy(recipe: Recipe) -> set[type[torch.nn.Module]] | None:
+    names = recipe.strategy_options().get("activation_checkpointing_policy")
+    return None if names is None else {_imported(name) if isinstance(name, str) else name for name in names}
+
+
+def _built_on_meta(path: str, config: Namespace) -> LightningModule:
+    parser = LightningArgumentParser()
+    parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
+    try:
+        with torch.device("meta"):
+            module = parser.instantiate_classes(Namespace(model=config)).model
+            module.configure_model()
+    except Exception as error:
+        raise UserValueError(
+            f"recipe {path}: its model {config.class_path} cannot be built on the meta device "
+            f"({type(error).__name__}: {error}); legal: __init__ and configure_model() that read no tensor's values"
+        ) from error
+    assert isinstance(module, LightningModule)
+    return module
 
 
 def own_candidate(job: Job, own: dict[str, Any]) -> Candidate | None:
@@ -69,8 +128,8 @@ def own_candidate(job: Job, own: dict[str, Any]) -> Candidate | None:
     sizes = "tensor_parallel_size", "expert_parallel_size", "expert_tensor_parallel_size", "duplicate_token_dropping"
     given = {name: own[name] for name in sizes if name in own}
     try:
-        layout = Layout.resolve(job.world, **given, num_experts=job.sizes.experts)
-        job.sizes.check(layout)
+        layout = Layout.resolve(job.world, **given, num_experts=job.model.experts)
+        job.model.check(layout)
     except ValueError:
         return None
     micro_batch = job.global_batch_size // (accumulation * layout.data)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ from rich.table import Table
 
 from lightning_tex.errors import UserValueError
 from lightning_tex.planner.cluster import GIB, Cluster
+from lightning_tex.planner.describe import describe_decoder
 from lightning_tex.planner.layouts import Job
 from lightning_tex.planner.memory import size
-from lightning_tex.planner.search import LargestBase, Planned, Plans
+from lightning_tex.planner.model import ActivationSource
+from lightning_tex.planner.search import LargestBase, Planned, Plans, decoder_config
 from lightning_tex.planner.traffic import sent_bytes, step_collectives
 
 FLOPS = (
@@ -24,6 +26,14 @@ FLOPS = (
     "Times are a lower bound, kernels following each other without gaps: far below a small model's real step. "
     "A profile that `lightning-tex bench calibrate` measured comes closer."
 )
+
+
+# Where the activations of a plan come from.
+ACTIVATIONS: dict[ActivationSource, str] = {
+    "formulas": "Activations: formulas, which are exact for this package's decoder.",
+    "states only": "Activations: states only. What forwards keep for backwards is not in the memory, and the time is "
+    "that of the package's layers and of torch.nn.Linear: `lightning-tex plan --trace` runs the recipe and sees all.",
+}
 
 
 def row(planned: Planned) -> dict[str, Any]:
@@ -45,8 +55,9 @@ def row(planned: Planned) -> dict[str, Any]:
 
 def _job(job: Job, cluster: Cluster) -> dict[str, Any]:
     return {
-        "sizes": asdict(job.sizes),
-        "parameters": job.sizes.counts(),
+        "sizes": None if job.model.config is None else asdict(job.model.config),
+        "parameters": job.model.counts(),
+        "activations": job.model.activations,
         "gpus": job.world,
         "sequence_length": job.sequence_length,
         "global_batch_size": job.global_batch_size,
@@ -113,6 +124,7 @@ def show(found: Mapping[str, Any], rows: int) -> None:
         out.print(f"Nothing fits: the least that any layout needs is {size(least)}.")
     else:
         _break_down(out, best)
+    out.print(ACTIVATIONS[found["activations"]])
     out.print(found["flops"])
 
 
@@ -169,11 +181,14 @@ def largest_report(job: Job, cluster: Cluster, largest: LargestBase | None) -> d
     """
     if largest is None:
         raise UserValueError(
-            f"no model of the family with {job.sizes.num_experts} experts fits {job.world} x {cluster.name}: not even "
-            "width 768"
+            f"no model of the family with {decoder_config(job).num_experts} experts fits {job.world} x {cluster.name}: "
+            "not even width 768"
         )
-    of = Job(largest.sizes, job.world, job.sequence_length, job.global_batch_size, job.precision, job.imbalance)
-    return {**_job(of, cluster), "base_parameters": largest.base, "recommended": row(largest.planned)}
+    return {
+        **_job(replace(job, model=describe_decoder(largest.config)), cluster),
+        "base_parameters": largest.base,
+        "recommended": row(largest.planned),
+    }
 
 
 def show_largest(found: Mapping[str, Any]) -> None:

@@ -65,9 +65,20 @@ class DecoderConfig:
     tie_embeddings: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "dim", "num_layers", "num_heads", "max_sequence_length", "num_experts", "moe_every"):
-            if getattr(self, name) < 1:
-                raise UserValueError(f"{name}={getattr(self, name)} must be at least 1")
+        sizes = ("vocab_size", "dim", "num_layers", "num_heads", "max_sequence_length", "num_experts", "moe_every")
+        for name in (*sizes, "num_kv_heads", "hidden_dim"):
+            if (size := getattr(self, name)) is not None and size < 1:
+                raise UserValueError(f"{name}={size} must be at least 1")
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def hidden(self) -> int:
+        """Hidden width of MLPs and of each expert."""
+        return self.hidden_dim or 4 * self.dim
 
     def has_experts(self, layer: int) -> bool:
         """Whether block ``layer`` (from 0) has experts."""
@@ -80,7 +91,6 @@ class Block(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         c = config
-        hidden = c.hidden_dim or 4 * c.dim
         self.attention_norm = RMSNorm(c.dim, eps=1e-5)
         self.attention = ParallelAttention(c.dim, c.num_heads, c.num_kv_heads, rope_base=c.rope_base, dropout=c.dropout)
         self.mlp_norm = RMSNorm(c.dim, eps=1e-5)
@@ -88,7 +98,7 @@ class Block(nn.Module):
         if c.has_experts(layer):
             self.mlp = MoE(
                 c.dim,
-                hidden,
+                c.hidden,
                 c.num_experts,
                 c.top_k,
                 c.capacity_factor,
@@ -98,7 +108,7 @@ class Block(nn.Module):
                 z_loss_coefficient=c.z_loss_coefficient,
             )
         else:
-            self.mlp = ParallelMLP(c.dim, hidden, c.activation)
+            self.mlp = ParallelMLP(c.dim, c.hidden, c.activation)
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x: Tensor) -> Tensor:

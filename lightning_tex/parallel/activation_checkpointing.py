@@ -139,7 +139,7 @@ def recompute_blocks(
             del module.forward
     if mode is None:
         return []
-    blocks = dict(_blocks(root, policy))
+    blocks = dict(checkpointed_blocks(root, policy))
     if not blocks:
         wanted = "elements of nn.ModuleLists that hold TEX layers" if policy is None else [c.__name__ for c in policy]
         raise UserValueError(
@@ -151,7 +151,8 @@ def recompute_blocks(
     return list(blocks)
 
 
-def _blocks(root: nn.Module, policy: set[type[nn.Module]] | None) -> Iterator[tuple[str, nn.Module]]:
+def checkpointed_blocks(root: nn.Module, policy: set[type[nn.Module]] | None = None) -> Iterator[tuple[str, nn.Module]]:
+    """The blocks that :func:`recompute_blocks` recomputes, with their names."""
     if policy is not None:
         for name, module in root.named_modules():
             if type(module) in policy:

@@ -181,6 +181,12 @@ def check_shardable(root: nn.Module, layout: Layout) -> None:
                 f"{name or type(module).__name__} is already sharded for another layout ({module.bound}); asked for: "
                 f"{layout}. Build the model anew, or load a checkpoint into a new one"
             )
+    check_sizes(root, layout)
+
+
+def check_sizes(root: nn.Module, layout: Layout) -> None:
+    """Raise if the full sizes of some layer, or what is tied, cannot be sharded for the layout."""
+    for name, module in tex_modules(root):
         module.check(name or type(module).__name__, layout)
     _check_ties(root, layout)
 

@@ -227,7 +227,12 @@ class Topology:
     @classmethod
     def single(cls) -> Topology:
         """The topology of one process without process groups: every axis has size 1."""
-        return cls(Layout(1), *map(Axis, (*AXES, "world")))  # type: ignore[arg-type]
+        return cls.without_groups(Layout(1))
+
+    @classmethod
+    def without_groups(cls, layout: Layout) -> Topology:
+        """A layout's first rank as a topology that has sizes and no processes: for what is only reckoned with."""
+        return cls(layout, **{name: Axis(name, layout.axis_size(name)) for name in (*AXES, "world")})  # type: ignore[arg-type]
 
     @classmethod
     def build(

@@ -1,13 +1,15 @@
-"""Bytes that one micro-step's forward keeps for its backward, from what autograd saves in each layer's code."""
+"""Bytes that one micro-step's forward keeps for its backward, from what autograd saves in each layer's code.
+
+The formulas hold for blocks that are put together as :class:`lightning_tex.models.Block` is, in a decoder.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from math import ceil
 
-from lightning_tex.planner.layouts import Candidate, Job
-from lightning_tex.planner.sizes import ELEMENT_BYTES, ModelSizes
-from lightning_tex.planner.traffic import MicroStepTraffic
+from lightning_tex.planner.layers import Attention, CrossEntropy, Embedding, Head, Layer, Mlp, Moe, Norm
+from lightning_tex.planner.micro_step import MicroStep
 
 _INT64 = 8
 
@@ -20,218 +22,170 @@ class Activations:
     """Activations of one rank in one micro-step, in bytes.
 
     Args:
-        job, candidate: what is trained, and how.
+        step: its numbers.
     """
 
-    job: Job
-    candidate: Candidate
+    step: MicroStep
 
-    @property
-    def _sizes(self) -> ModelSizes:
-        return self.job.sizes
+    def saved(self, layer: Layer) -> int:
+        """What a layer's forward keeps without recomputation."""
+        match layer:
+            case Norm():
+                return self._norm(layer)
+            case Attention():
+                return self._attention(layer)
+            case Mlp():
+                return self._mlp(layer)
+            case Moe():
+                experts = self.arrived(layer) + between(layer) * self.hidden(layer)
+                return self._router(layer) + experts + self._combine(layer) + self.indices(layer)
+            case Embedding():
+                return self.step.tokens * _INT64
+            case Head():
+                return self.whole(layer.dim)
+            case CrossEntropy():
+                return self.step.tokens * (_INT64 + 1)
+        raise AssertionError(f"no formula for what {layer} keeps")
 
-    @property
-    def _traffic(self) -> MicroStepTraffic:
-        return MicroStepTraffic.of(self.job, self.candidate)
+    def stream(self, dim: int) -> int:
+        """Activations between layers: [s, D]."""
+        return self.step.held * dim * self.step.element_bytes
 
-    @property
-    def _bytes(self) -> int:
-        return self.job.element_bytes
-
-    @property
-    def _norm_bytes(self) -> int:
-        """Of a number as norms see it: their weights' dtype."""
-        return ELEMENT_BYTES[self.job.precision][1]
-
-    @property
-    def score_bytes(self) -> int:
-        """Of a router's score."""
-        return self._traffic.score_bytes
-
-    @property
-    def tokens(self) -> int:
-        """T."""
-        return self.candidate.micro_batch * self.job.sequence_length
-
-    @property
-    def held(self) -> int:
-        """s."""
-        return self.tokens // self.candidate.layout.tensor if self.candidate.sequence_parallel else self.tokens
-
-    @property
-    def stream(self) -> int:
-        """What a block is given: [s, D]."""
-        return self.held * self._sizes.dim * self._bytes
+    def whole(self, dim: int) -> int:
+        """Activations inside a region sharded over tensor, before they are sharded: [T, D]."""
+        return self.step.tokens * dim * self.step.element_bytes
 
     @property
     def norm_sees_stream(self) -> bool:
         """Whether a norm keeps the stream itself, and no copy in another precision."""
-        return self._norm_bytes == self._bytes
+        return self.step.norm_bytes == self.step.element_bytes
 
-    @property
-    def arrived(self) -> int:
-        """Rows at the experts: [N, D]."""
-        return self.rows * self._sizes.dim * self._bytes
-
-    @property
-    def home(self) -> int:
-        """What comes home, by choice: [t k, D]."""
-        return self._own_tokens * self._sizes.top_k * self._sizes.dim * self._bytes
-
-    @property
-    def hidden(self) -> int:
-        """One tensor between the experts' products: [N, H]."""
-        return self.rows * self._sizes.hidden // self.candidate.layout.expert_tensor * self._bytes
-
-    @property
-    def gather(self) -> int:
-        """Ranks that what arrived is put together over."""
-        return self._traffic.gather
-
-    @property
-    def rows(self) -> int:
-        """N, at the fullest rank."""
-        rows = self._traffic.arrived_rows()
-        static = self._sizes.capacity_factor is not None and not self.candidate.sequence_parallel
-        return rows if static else ceil(rows * self.job.imbalance)
-
-    @property
-    def columns(self) -> int:
-        """v."""
-        return -(-self._sizes.vocab_size // self.candidate.layout.tensor)
-
-    @property
-    def _whole(self) -> int:
-        """Activations inside a region sharded over tensor, before they are sharded: [T, D]."""
-        return self.tokens * self._sizes.dim * self._bytes
-
-    def norm(self) -> int:
+    def _norm(self, layer: Norm) -> int:
         """The input in the weight's dtype, and a scale a token."""
-        return self.held * (self._sizes.dim + 1) * self._norm_bytes
+        return self.step.held * (layer.dim + 1) * self.step.norm_bytes
 
-    def attention(self) -> int:
+    def _attention(self, layer: Attention) -> int:
         """The input of the projections; sines and cosines; what the attention kernel saves, its result included."""
-        sizes, tensor = self._sizes, self.candidate.layout.tensor
-        heads = 2 * sizes.num_heads + 2 * sizes.kv_heads  # query and result, key and value
-        kernel = self.tokens * heads * sizes.head_dim // tensor * self._bytes
-        log_sums = self.tokens * sizes.num_heads // tensor * max(4, self._bytes)
-        rotary = 4 * self.job.sequence_length * sizes.head_dim * self._bytes
-        return self._whole + rotary + kernel + log_sums
+        step, tensor = self.step, self.step.layout.tensor
+        heads = 2 * layer.num_heads + 2 * layer.num_kv_heads  # query and result, key and value
+        kernel = step.tokens * heads * layer.head_dim // tensor * step.element_bytes
+        log_sums = step.tokens * layer.num_heads // tensor * step.score_bytes
+        rotary = 4 * step.job.sequence_length * layer.head_dim * step.element_bytes
+        return self.whole(layer.dim) + rotary + kernel + log_sums
 
-    def mlp(self) -> int:
+    def _mlp(self, layer: Mlp) -> int:
         """The input of the first product, and what stands between the products."""
-        hidden = self.tokens * self._sizes.hidden // self.candidate.layout.tensor * self._bytes
-        return self._whole + self._between * hidden
+        hidden = self.step.tokens * layer.hidden // self.step.layout.tensor * self.step.element_bytes
+        return self.whole(layer.dim) + between(layer) * hidden
 
-    @property
-    def _between(self) -> int:
-        """Tensors of hidden width: gelu's input and result; of swiglu both products, silu's result and the product."""
-        return 2 if self._sizes.activation == "gelu" else 4
+    def arrived(self, layer: Moe) -> int:
+        """Rows at the experts: [N, D]."""
+        return self.step.rows(layer) * layer.dim * self.step.element_bytes
 
-    def router(self) -> int:
+    def home(self, layer: Moe) -> int:
+        """What comes home, by choice: [t k, D]."""
+        return self.step.own_tokens(layer) * layer.top_k * layer.dim * self.step.element_bytes
+
+    def hidden(self, layer: Moe) -> int:
+        """One tensor between the experts' products: [N, H]."""
+        return self.step.rows(layer) * layer.hidden // self.step.layout.expert_tensor * self.step.element_bytes
+
+    def _router(self, layer: Moe) -> int:
         """The input in full precision, scores, choices, and for the routing losses logits."""
-        sizes = self._sizes
-        per_token = self.score_bytes * (sizes.dim + sizes.num_experts) + _INT64 * sizes.top_k
-        if sizes.norm_topk_prob:
-            per_token += self.score_bytes * (sizes.top_k + 1)
-        return self.held * per_token + self.routing_losses()
+        score = self.step.score_bytes
+        per_token = score * (layer.dim + layer.num_experts) + _INT64 * layer.top_k
+        if layer.norm_topk_prob:
+            per_token += score * (layer.top_k + 1)
+        return self.step.held * per_token + self.routing_losses(layer)
 
-    def routing_losses(self) -> int:
+    def routing_losses(self, layer: Layer) -> int:
         """Logits and two numbers of each token; kept in recomputation as well."""
-        if not self._sizes.routing_losses:
+        if not isinstance(layer, Moe) or not layer.routing_losses:
             return 0
-        return self.held * self.score_bytes * (self._sizes.num_experts + 1)
+        return self.step.held * self.step.score_bytes * (layer.num_experts + 1)
 
-    def experts(self) -> int:
-        """Rows that arrived, and what stands between the products."""
-        return self.arrived + self._between * self.hidden
-
-    def combine(self) -> int:
+    def _combine(self, layer: Moe) -> int:
         """What came home, by choice, and the weights: all that are held, of which the own may be a view."""
-        return self.home + self._sizes.top_k * self.held * self.score_bytes
+        return self.home(layer) + layer.top_k * self.step.held * self.step.score_bytes
 
-    def indices(self) -> int:
-        """Which row each choice has, and the order of rows: int64 numbers that the way keeps."""
-        sizes, traffic = self._sizes, self._traffic
-        slots = self._own_tokens * sizes.top_k
-        if sizes.capacity_factor is not None and not self.candidate.sequence_parallel:
-            return _INT64 * (slots + sizes.num_experts * traffic.capacity_rows)
-        return _INT64 * (slots + traffic.chosen_rows + 2 * self.rows)
+    def indices(self, layer: Moe) -> int:
+        """Which row each choice has, and the order of rows: int64 numbers that the exchange keeps."""
+        step = self.step
+        slots = step.own_tokens(layer) * layer.top_k
+        if step.static(layer):
+            return _INT64 * (slots + layer.num_experts * step.capacity_rows(layer))
+        return _INT64 * (slots + step.chosen_rows(layer) + 2 * step.rows(layer))
 
-    @property
-    def _own_tokens(self) -> int:
-        """Tokens whose choices this rank brings home."""
-        if self._sizes.capacity_factor is not None and not self.candidate.sequence_parallel:
-            return self.tokens
-        split = self._traffic.split
-        return -(-self.held // split)
+    # --- blocks
 
-    def block(self, experts: bool) -> int:
+    def block(self, layers: Iterable[Layer]) -> int:
         """Everything that a block keeps without recomputation."""
-        mixing = self.router() + self.experts() + self.combine() + self.indices() if experts else self.mlp()
-        return 2 * self.norm() + self.attention() + mixing
+        return sum(map(self.saved, layers))
 
-    def stash(self, experts: bool) -> int:
+    def stash(self, layers: Iterable[Layer]) -> int:
         """What communication-aware recomputation keeps of a block's collectives."""
-        if self.candidate.activation_checkpointing != "communication_aware":
+        if self.step.candidate.activation_checkpointing != "communication_aware":
             return 0
-        sizes, layout, traffic = self._sizes, self.candidate.layout, self._traffic
-        sequence, sharded = self.candidate.sequence_parallel, layout.tensor > 1
-        enter = self._whole if sharded and sequence else 0
-        leave = self.stream if sharded else 0
-        if not experts:
-            return 2 * (enter + leave)
-        total = enter + leave
-        if sharded and not sequence:
-            total += _INT64 * self.tokens * sizes.top_k
-        static = sizes.capacity_factor is not None and not sequence
-        if static:
-            total += _INT64 if layout.expert > 1 else 0
-        else:
-            counts = _INT64 * sizes.num_experts
-            total += counts * (layout.expert > 1) + traffic.gather * counts * (traffic.gather > 1)
-            if sequence and sharded and sizes.capacity_factor is not None:
-                total += _INT64 * layout.tensor * sizes.top_k * traffic.sequences * (sizes.num_experts + 1)
-            if traffic.split > 1:
-                total += self._whole
-        return total + self.arrived + self.home
+        return sum(map(self._stashed, layers))
 
-    def kept(self, experts: bool) -> int:
-        """What is left of a block when its forward is over, stash included."""
-        if self.candidate.activation_checkpointing is None:
-            return self.block(experts)
-        losses = self.routing_losses() if experts else 0
-        return self.stream + losses + self.stash(experts)
+    def _stashed(self, layer: Layer) -> int:
+        match layer:
+            case Attention() | Mlp():
+                sharded = self.step.layout.tensor > 1
+                enter = self.whole(layer.dim) if sharded and self.step.candidate.sequence_parallel else 0
+                return enter + (self.stream(layer.dim) if sharded else 0)
+            case Moe():
+                return self._stashed_moe(layer) + self.arrived(layer) + self.home(layer)
+        return 0
 
-    def ends(self) -> int:
-        """Embedding, last norm and head, without the logits."""
-        ids = self.tokens * _INT64 * 2 + self.tokens
-        return ids + self.norm() + self._whole
+    def _stashed_moe(self, layer: Moe) -> int:
+        """Choices and counts that ranks agree on, and tokens that are put together at the end."""
+        step, layout = self.step, self.step.layout
+        sequence, sharded = step.candidate.sequence_parallel, layout.tensor > 1
+        total = _INT64 * step.tokens * layer.top_k if sharded and not sequence else 0
+        if step.static(layer):
+            return total + (_INT64 if layout.expert > 1 else 0)
+        counts = _INT64 * layer.num_experts
+        total += counts * (layout.expert > 1) + step.gather * counts * (step.gather > 1)
+        if sequence and sharded and layer.capacity_factor is not None:
+            total += _INT64 * layout.tensor * layer.top_k * step.sequences * (layer.num_experts + 1)
+        return total + (self.whole(layer.dim) if step.split > 1 else 0)
 
-    def logits(self) -> int:
-        """The most that logits take at once: themselves, in full precision, and their softmax or gradient."""
-        score = self.score_bytes
-        copies = 2 * score if score == self._bytes else 2 * score + self._bytes
-        return self.tokens * self.columns * copies
+    def kept(self, layers: tuple[Layer, ...]) -> int:
+        """What is left of a block when its forward is over, without the stash."""
+        if self.step.candidate.activation_checkpointing is None:
+            return self.block(layers)
+        return self.stream(width(layers)) + sum(map(self.routing_losses, layers))
 
-    def head_backward(self) -> int:
-        """Gradients of the logits, of the head's matrix and of its input."""
-        return self.tokens * self.columns * self._bytes + self.vocabulary + self._whole
+    # --- both ends
 
-    def embedding_backward(self) -> int:
-        """Gradients of the stream and of the embedding."""
-        return self.stream + self.vocabulary
-
-    @property
-    def vocabulary(self) -> int:
+    def vocabulary(self, layer: Embedding | Head) -> int:
         """The own part of the embedding or the head."""
-        return self.columns * self._sizes.dim * self._bytes
+        return self.step.columns(layer) * layer.dim * self.step.element_bytes
 
-    def forward(self) -> int:
-        """What is kept when the last block's forward is over."""
-        sizes = self._sizes
-        return sizes.dense_layers * self.kept(False) + sizes.moe_layers * self.kept(True) + self.ends()
+    def logits(self, layer: Head) -> int:
+        """The most that logits take at once: themselves, in full precision, and their softmax or gradient."""
+        size, score = self.step.element_bytes, self.step.score_bytes
+        copies = 2 * score if score == size else 2 * score + size
+        return self.step.tokens * self.step.columns(layer) * copies
 
-    def stashes(self) -> int:
-        """Of that, what communication-aware recomputation keeps of all blocks."""
-        return self._sizes.dense_layers * self.stash(False) + self._sizes.moe_layers * self.stash(True)
+    def head_backward(self, layer: Head) -> int:
+        """Gradients of the logits, of the head's matrix and of its input."""
+        logits = self.step.tokens * self.step.columns(layer) * self.step.element_bytes
+        return logits + self.vocabulary(layer) + self.whole(layer.dim)
+
+    def embedding_backward(self, layer: Embedding) -> int:
+        """Gradients of the stream and of the embedding."""
+        return self.stream(layer.dim) + self.vocabulary(layer)
+
+
+def between(layer: Mlp | Moe) -> int:
+    """Tensors of hidden width: gelu's input and result; of swiglu both products, silu's result and the product."""
+    return 4 if layer.gated else 2
+
+
+def width(layers: tuple[Layer, ...]) -> int:
+    """D of a block."""
+    first = layers[0]
+    assert isinstance(first, (Norm, Attention, Mlp, Moe)), first
+    return first.dim

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from lightning_tex.errors import UserValueError
 from lightning_tex.optim.state_config import OPTIMIZER_STATE_FORMATS, ZERO_STAGES
 from lightning_tex.parallel.activation_checkpointing import ACTIVATION_CHECKPOINTING, ActivationCheckpointing
+from lightning_tex.parallel.precision import PRECISIONS, StoredDtypes
 from lightning_tex.parallel.topology import Communication, Layout, divisors
-from lightning_tex.planner.sizes import ELEMENT_BYTES, ModelSizes
+from lightning_tex.planner.model import ModelDescription
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Job:
     """What is trained, whatever the layout.
 
     Args:
-        sizes: the model.
+        model: the model.
         world: ranks.
         sequence_length: tokens of a sequence, S.
         global_batch_size: sequences of one optimizer step over all ranks.
@@ -30,7 +31,7 @@ class Job:
         ValueError: naming the option and what is legal.
     """
 
-    sizes: ModelSizes
+    model: ModelDescription
     world: int
     sequence_length: int
     global_batch_size: int
@@ -42,15 +43,15 @@ class Job:
         for name in ("world", "sequence_length", "global_batch_size"):
             if getattr(self, name) < 1:
                 raise UserValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.precision not in ELEMENT_BYTES:
-            raise UserValueError(f"precision={self.precision!r}; legal: {', '.join(map(repr, ELEMENT_BYTES))}")
+        if self.precision not in PRECISIONS:
+            raise UserValueError(f"precision={self.precision!r}; legal: {', '.join(map(repr, PRECISIONS))}")
         if self.imbalance < 1:
             raise UserValueError(f"imbalance={self.imbalance} must be at least 1, which is balanced")
 
     @property
-    def element_bytes(self) -> int:
-        """Bytes of one activation."""
-        return ELEMENT_BYTES[self.precision][0]
+    def dtypes(self) -> StoredDtypes:
+        """Of parameters and activations."""
+        return PRECISIONS[self.precision]
 
     @property
     def tokens(self) -> int:
@@ -122,8 +123,8 @@ class Choices:
     most_tensor: int | None = None
 
 
-def layouts(sizes: ModelSizes, world: int, choices: Choices | None = None) -> list[Layout]:
-    """Every layout that the world, the topology's rules and the model's sizes allow.
+def layouts(model: ModelDescription, world: int, choices: Choices | None = None) -> list[Layout]:
+    """Every layout that the world, the topology's rules and the model's layers allow.
 
     Raises:
         ValueError: none is; with what the topology says of the one that was asked for.
@@ -135,14 +136,14 @@ def layouts(sizes: ModelSizes, world: int, choices: Choices | None = None) -> li
     tensors = [t for t in divisors(world) if t <= most] if choices.tensor is None else [choices.tensor]
     for tensor in tensors:
         for folded in dict.fromkeys((tensor, 1) if choices.expert_tensor is None else (choices.expert_tensor,)):
-            legal = Layout.legal_expert_sizes(world, max(1, folded), sizes.experts) if sizes.moe_layers else [1]
+            legal = Layout.legal_expert_sizes(world, max(1, folded), model.experts) if model.experts else [1]
             for expert in legal if choices.expert is None else [choices.expert]:
                 try:
                     layout = Layout.resolve(
-                        world, tensor, expert, folded, sizes.experts, choices.duplicate_token_dropping
+                        world, tensor, expert, folded, model.experts, choices.duplicate_token_dropping
                     )
-                    sizes.check(layout)
-                    layout.require_experts(sizes.experts)
+                    model.check(layout)
+                    layout.require_experts(model.experts)
                 except UserValueError as error:
                     refusal = error
                 else:
@@ -164,7 +165,7 @@ def candidates(job: Job, choices: Choices | None = None) -> Iterator[Candidate]:
     """
     choices = choices or Choices()
     none = True
-    for layout in layouts(job.sizes, job.world, choices):
+    for layout in layouts(job.model, job.world, choices):
         for micro, accumulation in _micro_batches(job, layout, choices):
             for options in _options(job, layout, choices):
                 none = False

@@ -10,20 +10,30 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from lightning_tex.models.decoder import DecoderConfig
 from lightning_tex.parallel.topology import Communication, Layout
 from lightning_tex.planner.cluster import CLUSTERS, Cluster
+from lightning_tex.planner.describe import describe_decoder
 from lightning_tex.planner.layouts import Candidate, Choices, Job
 from lightning_tex.planner.memory import memory
+from lightning_tex.planner.model import ModelDescription
 from lightning_tex.planner.search import largest_base
-from lightning_tex.planner.sizes import ModelSizes
-from lightning_tex.planner.states import state_bytes, tile_bytes, untiled_bytes
+from lightning_tex.planner.states import FlatBuffers, state_bytes, tile_bytes, untiled_bytes
 from lightning_tex.planner.step_time import StepTime, step_time
 from lightning_tex.planner.work import paper_flops
 
 VOCABULARY, LENGTH, BATCH = 51200, 2048, 1024
-# GPT-3 6.7B and 2.7B, experts in every second layer, one expert a token.
-BASE_6_7B = partial(ModelSizes, VOCABULARY, 4096, 32, 32, capacity_factor=1.0, moe_every=2)
-BASE_2_7B = partial(ModelSizes, VOCABULARY, 2560, 32, 32, capacity_factor=1.0, moe_every=2)
+
+
+def _base(width: int, num_experts: int) -> ModelDescription:
+    """GPT-3 6.7B or 2.7B, experts in every second layer, one expert a token."""
+    config = DecoderConfig(
+        VOCABULARY, width, 32, 32, num_experts=num_experts, capacity_factor=1.0, moe_every=2, activation="gelu"
+    )
+    return describe_decoder(config)
+
+
+BASE_6_7B, BASE_2_7B = partial(_base, 4096), partial(_base, 2560)
 PAPER_PARAMETERS = {"non_expert": 4.52e9, "expert": 34.37e9, "total": 38.9e9}
 PAPER_STATES_GB = {1: 30.3, 2: 17.0, 4: 10.3}
 PAPER_SPIKE_GB, PAPER_TILED_GB = 4.5, 1.0
@@ -94,7 +104,7 @@ def _states() -> list[dict[str, Any]]:
     rows = []
     for tensor, paper in PAPER_STATES_GB.items():
         job = Job(BASE_6_7B(num_experts=16), 128, LENGTH, BATCH, "16-mixed")
-        own = state_bytes(job, Candidate(Layout(128, tensor, 16, tensor)))
+        own = state_bytes(FlatBuffers.of(job, Candidate(Layout(128, tensor, 16, tensor))), 1, "fp32")
         formula = states_bytes(gpt["non_expert"], gpt["expert"], 128, tensor, 16)
         rows.append({"tensor": tensor, "paper_gb": paper, "formula_gb": formula / 1e9, "own_gb": own.total / 1e9})
     return rows
@@ -142,15 +152,15 @@ def _spike() -> list[dict[str, Any]]:
     for experts in (4, 8, 16, 32, 64, 128):
         gpt = gpt_parameters(32, 2560, VOCABULARY, LENGTH, experts)
         job = Job(BASE_2_7B(num_experts=experts), 32, LENGTH, 32, "16-mixed")
-        candidate = Candidate(Layout(32, 1, min(experts, 32), 1))
+        flat = FlatBuffers.of(job, Candidate(Layout(32, 1, min(experts, 32), 1)))
         shard = sum(gpt.values()) / 32
         rows.append(
             {
                 "experts": experts,
                 "shard_elements": shard,
                 "untiled_gb": [per * shard / 1e9 for per in UNTILED_BYTES],
-                "own_untiled_gb": untiled_bytes(job, candidate) / 1e9,
-                "own_tiled_gb": tile_bytes(job, candidate) / 1e9,
+                "own_untiled_gb": untiled_bytes(flat) / 1e9,
+                "own_tiled_gb": tile_bytes(flat, "fp32") / 1e9,
                 "paper_untiled_gb": PAPER_SPIKE_GB if experts == 32 else None,
                 "paper_tiled_gb": PAPER_TILED_GB if experts == 32 else None,
             }

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from lightning_tex.models.decoder import DecoderConfig
 from lightning_tex.planner.cluster import Cluster
+from lightning_tex.planner.describe import describe_decoder
 from lightning_tex.planner.layouts import Choices, Job
-from lightning_tex.planner.search import GPT3, Planned, plan_all
-from lightning_tex.planner.sizes import ModelSizes
+from lightning_tex.planner.search import GPT3, Planned, decoder_config, plan_all
 from lightning_tex.planner.traffic import sent_bytes, step_collectives
 
 RANKS = tuple(1 << i for i in range(3, 15))  # 8 to 16,384
@@ -49,20 +50,23 @@ def by_ranks(job: Job, cluster: Cluster, choices: Choices, ranks: Iterable[int] 
 
 def by_experts(job: Job, cluster: Cluster, choices: Choices, experts: Iterable[int] = EXPERTS) -> list[Point]:
     """More experts in each layer, on as many ranks."""
-    return _points(((n, replace(job, sizes=replace(job.sizes, num_experts=n))) for n in experts), cluster, choices)
+    config = decoder_config(job)
+    models = ((n, describe_decoder(replace(config, num_experts=n))) for n in experts)
+    return _points(((n, replace(job, model=model)) for n, model in models), cluster, choices)
 
 
 def by_width(job: Job, cluster: Cluster, choices: Choices) -> list[Point]:
     """The base models of the GPT-3 family, with the job's experts, on as many ranks."""
-    ratio = job.sizes.hidden / job.sizes.dim
+    config = decoder_config(job)
+    ratio = config.hidden / config.dim
 
-    def sized(layers: int, width: int) -> ModelSizes:
+    def sized(layers: int, width: int) -> DecoderConfig:
         heads = max(width // 128, 8)
         shape = {"dim": width, "num_layers": layers, "num_heads": heads, "num_kv_heads": None}
-        return replace(job.sizes, **shape, hidden_dim=int(ratio * width))  # type: ignore[arg-type]
+        return replace(config, **shape, hidden_dim=int(ratio * width))  # type: ignore[arg-type]
 
     models = [(w, sized(layers, w)) for layers, w in GPT3 if w >= 1024]
-    return _points(((width, replace(job, sizes=sizes)) for width, sizes in models), cluster, choices)
+    return _points(((width, replace(job, model=describe_decoder(one))) for width, one in models), cluster, choices)
 
 
 def by_axis(job: Job, cluster: Cluster, choices: Choices, axis: str) -> list[Point]:

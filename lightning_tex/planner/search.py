@@ -7,10 +7,13 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import inf
 
+from lightning_tex.errors import UserValueError
+from lightning_tex.models.decoder import DecoderConfig
 from lightning_tex.planner.cluster import Cluster
+from lightning_tex.planner.describe import describe_decoder
 from lightning_tex.planner.layouts import Candidate, Choices, Job, candidates
 from lightning_tex.planner.memory import Memory, memory
-from lightning_tex.planner.sizes import ModelSizes
+from lightning_tex.planner.states import FlatBuffers
 from lightning_tex.planner.step_time import StepTime, step_time
 
 # Formats of states that give the same numbers.
@@ -29,8 +32,9 @@ class Planned:
 
 def plan(job: Job, candidate: Candidate, cluster: Cluster) -> Planned:
     """Foresee memory and time of one candidate."""
-    needed = memory(job, candidate, cluster.device)
-    return Planned(candidate, needed, step_time(job, candidate, cluster), needed.peak <= cluster.usable_bytes)
+    flat = FlatBuffers.of(job, candidate)
+    needed = memory(job, candidate, cluster.device, flat=flat)
+    return Planned(candidate, needed, step_time(job, candidate, cluster, flat), needed.peak <= cluster.usable_bytes)
 
 
 @dataclass(frozen=True)
@@ -82,9 +86,10 @@ def plan_all(job: Job, cluster: Cluster, choices: Choices | None = None) -> Plan
     for candidate in candidates(job, choices):
         considered += 1
         group = replace(candidate, micro_batch=0, accumulation=0)
-        needed = memory(job, candidate, cluster.device)
+        flat = FlatBuffers.of(job, candidate)
+        needed = memory(job, candidate, cluster.device, flat=flat)
         if needed.peak <= cluster.usable_bytes:
-            time = step_time(job, candidate, cluster)
+            time = step_time(job, candidate, cluster, flat)
             if group not in best or time.total < best[group].time.total:
                 best[group] = Planned(candidate, needed, time, True)
         elif group not in least or needed.peak < least[group][1].peak:
@@ -100,6 +105,21 @@ def plan_all(job: Job, cluster: Cluster, choices: Choices | None = None) -> Plan
 
 # --- the largest base model
 
+
+def decoder_config(job: Job) -> DecoderConfig:
+    """The sizes that a search varies.
+
+    Raises:
+        ValueError: the model is no decoder.
+    """
+    if job.model.config is None:
+        raise UserValueError(
+            "a search over sizes needs a model that is a decoder with a DecoderConfig; legal: a "
+            "lightning_tex.LanguageModel, or the sizes as options, without --config"
+        )
+    return job.model.config
+
+
 # Brown et al. 2020, table 2.1: layers and width of the GPT-3 family.
 GPT3 = (
     (12, 768), (24, 1024), (24, 1536), (24, 2048), (32, 2560), (32, 4096), (40, 5120), (96, 12288),
@@ -107,7 +127,7 @@ GPT3 = (
 _HEAD = 128
 
 
-def family(like: ModelSizes, largest: int = 49152) -> list[ModelSizes]:
+def family(like: DecoderConfig, largest: int = 49152) -> list[DecoderConfig]:
     """Models of growing size, otherwise like one: width and depth follow the GPT-3 family.
 
     Widths are multiples of 1024 with heads of 128, so that 8 tensor ranks divide heads and matrices (below: 256, 512,
@@ -139,9 +159,9 @@ def _layers(width: int) -> int:
     return round(l1 + (l1 - l0) * (width - w1) / (w1 - w0))
 
 
-def base_parameters(sizes: ModelSizes) -> int:
+def base_parameters(config: DecoderConfig) -> int:
     """Parameters of the base model: the same without experts, every block dense."""
-    return sum(replace(sizes, num_experts=1, top_k=1).counts().values())
+    return sum(describe_decoder(replace(config, num_experts=1, top_k=1)).counts().values())
 
 
 @dataclass(frozen=True)
@@ -149,33 +169,33 @@ class LargestBase:
     """The largest base model that fits, and how.
 
     Args:
-        sizes: the model with its experts.
+        config: the model with its experts.
         base: parameters of the base model.
         planned: how it is run.
     """
 
-    sizes: ModelSizes
+    config: DecoderConfig
     base: int
     planned: Planned
 
 
 def largest_base(
-    job: Job, cluster: Cluster, choices: Choices | None = None, models: Sequence[ModelSizes] = ()
+    job: Job, cluster: Cluster, choices: Choices | None = None, models: Sequence[DecoderConfig] = ()
 ) -> LargestBase | None:
     """The largest base model of a family that some legal layout holds; ``None`` if the smallest does not fit.
 
     Need grows with the model, so the search halves. A size that no layout can be sharded for is passed over.
 
     Args:
-        job: what is trained; its sizes give experts, vocabulary and activation.
+        job: what is trained; its decoder's sizes give experts, vocabulary and activation.
         cluster, choices: as of :func:`plan_all`.
         models: growing sizes to search; empty: :func:`family`.
     """
-    growing = list(models or family(job.sizes))
+    growing = list(models or family(decoder_config(job)))
     low, high, best = 0, len(growing) - 1, None
     while low <= high:
         middle = (low + high) // 2
-        found = _smallest_need(replace(job, sizes=growing[middle]), cluster, choices)
+        found = _smallest_need(replace(job, model=describe_decoder(growing[middle])), cluster, choices)
         if found is None:
             growing.pop(middle)
             high -= 1
@@ -185,10 +205,10 @@ def largest_base(
             high = middle - 1
     if best is None:
         return None
-    sizes, candidate = best
-    job = replace(job, sizes=sizes)
+    config, candidate = best
+    job = replace(job, model=describe_decoder(config))
     fastest = plan_all(job, cluster, choices).recommended
-    return LargestBase(sizes, base_parameters(sizes), fastest or plan(job, candidate, cluster))
+    return LargestBase(config, base_parameters(config), fastest or plan(job, candidate, cluster))
 
 
 def _smallest_need(job: Job, cluster: Cluster, choices: Choices | None) -> tuple[Candidate, float] | None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from math import prod
+from typing import NamedTuple
 
 from lightning_tex.optim.flat_sizes import ALIGNMENT, bucketed, most_elements, part_length
+from lightning_tex.parallel.precision import PRECISIONS
 from lightning_tex.parallel.topology import Layout
 from lightning_tex.planner.layouts import Candidate, Job
-from lightning_tex.planner.sizes import ELEMENT_BYTES, ModelSizes
+from lightning_tex.planner.model import ModelDescription
 
 # Temporaries of a step in bytes per element, by what is kept, as a trial of fused AdamW shows them (optim/probe.py).
 TEMPORARY_BYTES = {"plain": 0, "fp32": 4, "split": 8, "int8": 24 + 4 / 64, "stochastic": 20}
@@ -23,7 +26,7 @@ class Buffer:
 
     Args:
         expert: its parameters are experts', replicated over expert_data; else over data.
-        repeated: tensor ranks hold equal copies: norms and routers.
+        partial: tensor ranks hold equal copies, whose gradients are partial sums under sequence parallelism.
         replicas: ranks that hold copies.
         owners: ranks that own a part each: replicas, or 1 under ZeRO 0.
         part: elements of one owner's part.
@@ -32,7 +35,7 @@ class Buffer:
     """
 
     expert: bool
-    repeated: bool
+    partial: bool
     replicas: int
     owners: int
     part: int
@@ -48,56 +51,86 @@ class Buffer:
         return self.elements * self.element_bytes
 
 
-def buffers(job: Job, candidate: Candidate) -> tuple[Buffer, ...]:
-    """The flat buffers of one rank, in the optimizer's order; those of all ranks are of equal sizes.
+@dataclass(frozen=True, eq=False)
+class FlatBuffers:
+    """The flat buffers of one rank, laid out once; those of all ranks are of equal sizes. Compared by identity.
 
-    With two groups, matrices come first, then vectors.
+    Args:
+        buffers: in the optimizer's order: with two groups matrices first, then vectors.
+        first_members: of each buffer, the place of its first parameter among the model's: a backward reaches that one
+            last.
+        last_members: likewise of its last, which a backward reaches first.
+        precision: the Trainer's.
+        frozen_dense, frozen_expert: bytes of parameters that are not trained and in no buffer.
     """
-    return _laid_out(job.sizes, candidate.layout, job.precision, candidate.zero_stage > 0, job.two_groups)[0]
+
+    buffers: tuple[Buffer, ...]
+    first_members: tuple[int, ...]
+    last_members: tuple[int, ...]
+    precision: str
+    frozen_dense: int
+    frozen_expert: int
+
+    @classmethod
+    def of(cls, job: Job, candidate: Candidate) -> FlatBuffers:
+        """Those of a rank of a candidate; one object for all candidates that differ in other things."""
+        key = candidate.layout, job.precision, candidate.zero_stage > 0, job.two_groups
+        if key not in job.model.laid_out:
+            job.model.laid_out[key] = cls._lay_out(job.model, *key)
+        laid_out = job.model.laid_out[key]
+        assert isinstance(laid_out, FlatBuffers)
+        return laid_out
+
+    @classmethod
+    def _lay_out(
+        cls, model: ModelDescription, layout: Layout, precision: str, sharded: bool, two_groups: bool
+    ) -> FlatBuffers:
+        dtypes = PRECISIONS[precision]
+        frozen = {False: 0, True: 0}
+        kinds: dict[tuple[object, ...], list[_Member]] = {}
+        for place, (parameter, sharding) in enumerate(zip(model.parameters, model.shardings(layout), strict=True)):
+            dtype = dtypes.full if parameter.full_precision else dtypes.usual
+            elements, expert = prod(sharding.box.stored), parameter.kind == "expert"
+            if not parameter.requires_grad:
+                frozen[expert] += elements * dtype.itemsize
+                continue
+            vector = two_groups and len(parameter.shape) == 1
+            key = vector, sharding.replicas.name, sharding.repeated, dtype
+            partial = not parameter.shard_dims and layout.tensor > 1
+            kinds.setdefault(key, []).append(
+                _Member(elements, place, expert, partial, sharding.replicas.size, dtype.itemsize)
+            )
+        buffers, first, last = [], [], []
+        same: dict[Buffer, Buffer] = {}  # blocks repeat their buffers: one object for all
+        for _, members in sorted(
+            kinds.items(), key=lambda kind: bool(kind[0][0])
+        ):  # the group of vectors is the second
+            lengths = [member.elements for member in members]
+            _, _, expert, partial, replicas, element_bytes = members[0]
+            owners = replicas if sharded else 1
+            for span in bucketed(lengths, replicas):
+                part = part_length(lengths[span], owners)
+                buffer = Buffer(expert, partial, replicas, owners, part, sum(lengths[span]), element_bytes)
+                buffers.append(same.setdefault(buffer, buffer))
+                first.append(members[span][0].place)
+                last.append(members[span][-1].place)
+        return cls(tuple(buffers), tuple(first), tuple(last), precision, frozen[False], frozen[True])
+
+    @cached_property
+    def distinct(self) -> Mapping[Buffer, int]:
+        """How many buffers there are of each kind and size."""
+        return Counter(self.buffers)
 
 
-def last_members(job: Job, candidate: Candidate) -> tuple[int, ...]:
-    """Of each buffer, the place of its last parameter among the model's: a backward reaches that one first."""
-    return _laid_out(job.sizes, candidate.layout, job.precision, candidate.zero_stage > 0, job.two_groups)[1]
+class _Member(NamedTuple):
+    """A parameter on its way into a buffer; ``elements`` are those that a rank stores."""
 
-
-def first_members(job: Job, candidate: Candidate) -> tuple[int, ...]:
-    """Of each buffer, the place of its first parameter among the model's: a backward reaches that one last."""
-    return _laid_out(job.sizes, candidate.layout, job.precision, candidate.zero_stage > 0, job.two_groups)[2]
-
-
-@lru_cache(maxsize=512)
-def _laid_out(
-    sizes: ModelSizes, layout: Layout, precision: str, sharded: bool, two_groups: bool
-) -> tuple[tuple[Buffer, ...], tuple[int, ...], tuple[int, ...]]:
-    usual, full = ELEMENT_BYTES[precision]
-    kinds: dict[tuple[bool, bool, bool, int], list[tuple[int, int]]] = {}
-    for vectors in (False, True) if two_groups else (None,):
-        for place, (parameter, elements) in enumerate(zip(sizes.parameters(), sizes.stored(layout), strict=True)):
-            if vectors is None or vectors == (len(parameter.shape) == 1):
-                repeated = parameter.kind == "uncut" and layout.tensor > 1
-                element_bytes = full if parameter.full_precision else usual
-                key = bool(vectors), parameter.kind == "expert", repeated, element_bytes
-                kinds.setdefault(key, []).append((elements, place))
-    found, last, first = [], [], []
-    same: dict[Buffer, Buffer] = {}  # blocks repeat their buffers: one object for all
-    for (_, expert, repeated, element_bytes), members in kinds.items():
-        lengths = [elements for elements, _ in members]
-        replicas = layout.expert_data if expert else layout.data
-        owners = replicas if sharded else 1
-        for span in bucketed(lengths, replicas):
-            part = part_length(lengths[span], owners)
-            buffer = Buffer(expert, repeated, replicas, owners, part, sum(lengths[span]), element_bytes)
-            found.append(same.setdefault(buffer, buffer))
-            last.append(members[span][-1][1])
-            first.append(members[span][0][1])
-    return tuple(found), tuple(last), tuple(first)
-
-
-@lru_cache(maxsize=512)
-def distinct(of: tuple[Buffer, ...]) -> Mapping[Buffer, int]:
-    """How many buffers there are of each kind and size."""
-    return Counter(of)
+    elements: int
+    place: int
+    expert: bool
+    partial: bool
+    replicas: int
+    element_bytes: int
 
 
 @dataclass(frozen=True)
@@ -105,7 +138,7 @@ class StateBytes:
     """Bytes that one rank keeps from step to step.
 
     Args:
-        dense_parameters, expert_parameters: in the flat buffers, their padding included.
+        dense_parameters, expert_parameters: in the flat buffers, their padding included, and frozen ones.
         gradients: likewise; under ZeRO 2 the own parts in fp32.
         master: fp32 copies, or the 16 bits that ``split`` keeps beside the parameters.
         moments: the two states of Adam per element, with the scales of ``int8``.
@@ -124,32 +157,27 @@ class StateBytes:
         return sum(vars(self).values())
 
 
-def state_bytes(job: Job, candidate: Candidate, tile_size: int | None = None, device: str = "cuda") -> StateBytes:
+@lru_cache(maxsize=512)
+def state_bytes(
+    flat: FlatBuffers,
+    zero_stage: int,
+    optimizer_state_format: str,
+    tile_size: int | None = None,
+    device: str = "cuda",
+) -> StateBytes:
     """What the tiled optimizer allocates for AdamW, exactly.
 
     Args:
-        job, candidate: what is trained, and how.
+        flat: the flat buffers.
+        zero_stage, optimizer_state_format: as the strategy's.
         tile_size: elements, as the strategy's; ``None``: the device's budget over the temporaries.
         device: ``cuda`` or ``cpu``.
     """
-    return _state_bytes(buffers(job, candidate), job.precision, candidate.zero_stage, candidate.optimizer_state_format,
-                        tile_size, device)  # fmt: skip
-
-
-@lru_cache(maxsize=512)
-def _state_bytes(
-    of: tuple[Buffer, ...],
-    precision: str,
-    zero_stage: int,
-    optimizer_state_format: str,
-    tile_size: int | None,
-    device: str,
-) -> StateBytes:
     gradients = master = moments = scalars = 0
-    for buffer, times in distinct(of).items():
+    for buffer, times in flat.distinct.items():
         own = buffer.part * times
         gradients += own * max(4, buffer.element_bytes) if zero_stage == 2 else buffer.bytes * times
-        kept = kept_format(precision, optimizer_state_format, buffer.element_bytes)
+        kept = kept_format(flat.precision, optimizer_state_format, buffer.element_bytes)
         per_master, per_moment = {
             "plain": (0, buffer.element_bytes),
             "fp32": (4, 4),
@@ -162,8 +190,8 @@ def _state_bytes(
         if kept == "int8":
             moments += 2 * 4 * (own // ALIGNMENT)
         scalars += _SCALAR_BYTES * times * -(-buffer.part // tile_elements(kept, tile_size, device))
-    dense = sum(buffer.bytes for buffer in of if not buffer.expert)
-    expert = sum(buffer.bytes for buffer in of if buffer.expert)
+    dense = flat.frozen_dense + sum(buffer.bytes for buffer in flat.buffers if not buffer.expert)
+    expert = flat.frozen_expert + sum(buffer.bytes for buffer in flat.buffers if buffer.expert)
     return StateBytes(dense, expert, gradients, master, moments, scalars)
 
 
@@ -180,16 +208,18 @@ def tile_elements(kept: str, tile_size: int | None, device: str) -> int:
     return -(-tile // ALIGNMENT) * ALIGNMENT
 
 
-def tile_bytes(job: Job, candidate: Candidate, tile_size: int | None = None, device: str = "cuda") -> int:
+def tile_bytes(
+    flat: FlatBuffers, optimizer_state_format: str, tile_size: int | None = None, device: str = "cuda"
+) -> int:
     """The most temporary memory of an optimizer step."""
     most = 0
-    for buffer in distinct(buffers(job, candidate)):
-        kept = kept_format(job.precision, candidate.optimizer_state_format, buffer.element_bytes)
+    for buffer in flat.distinct:
+        kept = kept_format(flat.precision, optimizer_state_format, buffer.element_bytes)
         tile = min(buffer.part, tile_elements(kept, tile_size, device))
         most = max(most, int(tile * TEMPORARY_BYTES[kept]))
     return most
 
 
-def untiled_bytes(job: Job, candidate: Candidate, per_element: float = 4) -> float:
+def untiled_bytes(flat: FlatBuffers, per_element: float = 4) -> float:
     """Temporary memory of a step that upcasts the gradients of a rank's 16-bit shards all at once."""
-    return per_element * sum(b.part for b in buffers(job, candidate) if b.element_bytes < 4)
+    return per_element * sum(buffer.part for buffer in flat.buffers if buffer.element_bytes < 4)

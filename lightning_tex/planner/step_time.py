@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 from lightning_tex.planner.cluster import Cluster
 from lightning_tex.planner.layouts import Candidate, Job
 from lightning_tex.planner.links import seconds
-from lightning_tex.planner.states import Buffer, buffers, distinct, first_members, kept_format
+from lightning_tex.planner.model import ModelDescription
+from lightning_tex.planner.states import Buffer, FlatBuffers, kept_format
 from lightning_tex.planner.traffic import Collective, collection, combination, micro_step, reduction
 from lightning_tex.planner.work import Computation, computation, model_flops
 
@@ -74,13 +76,18 @@ class StepTime:
         return found
 
 
-def step_time(job: Job, candidate: Candidate, cluster: Cluster) -> StepTime:
+def step_time(job: Job, candidate: Candidate, cluster: Cluster, flat: FlatBuffers | None = None) -> StepTime:
     """Foresee the time of an optimizer step.
 
     Computation waits for the collectives of layers. Gradients are reduced beside the last backward (ZeRO 2: every one),
     buffer by buffer as they are complete; parameters are collected beside the update of the buffers that follow.
+
+    Args:
+        job, candidate: what is trained, and how.
+        cluster: on what.
+        flat: the candidate's flat buffers, if they have been laid out already.
     """
-    layout, each = candidate.layout, computation(job, candidate, cluster)
+    layout, computed = candidate.layout, computation(job, candidate, cluster)
     steps = candidate.accumulation
     communication: dict[tuple[str, str], float] = {}
     for collective in micro_step(job, candidate):
@@ -91,25 +98,26 @@ def step_time(job: Job, candidate: Candidate, cluster: Cluster) -> StepTime:
     if job.world > 1:
         norm = Collective("all_reduce", "world", job.world, "optimizer", 16)
         communication["all_reduce", "world"] = seconds(norm, layout, cluster)
-    of = buffers(job, candidate)
+    flat = flat or FlatBuffers.of(job, candidate)
     once = replace(candidate, micro_batch=1, accumulation=1)
-    flat = _buffer_times(of, job.precision, once, cluster)
-    if flat.combination:
-        communication["all_reduce", "tensor"] = communication.get(("all_reduce", "tensor"), 0.0) + flat.combination
+    flat_times = _buffer_times(flat, once, cluster)
+    if flat_times.combination:
+        before = communication.get(("all_reduce", "tensor"), 0.0)
+        communication["all_reduce", "tensor"] = before + flat_times.combination
     windows = steps if candidate.zero_stage == 2 else 1
     hidden = 0.0
     if candidate.communication.overlap:
-        hidden += windows * _beside_backward(job, candidate, each, flat.reductions)
-    hidden += min(flat.collection - flat.last_collection, flat.update - flat.first_update)
+        hidden += windows * _beside_backward(job.model, flat, computed, flat_times.reductions)
+    hidden += min(flat_times.collection - flat_times.last_collection, flat_times.update - flat_times.first_update)
     hidden *= cluster.overlap
     return StepTime(
-        each.forward * steps,
-        each.recompute * steps,
-        each.backward * steps,
+        computed.forward * steps,
+        computed.recompute * steps,
+        computed.backward * steps,
         communication,
-        flat.update,
-        windows * sum(flat.reductions),
-        flat.collection,
+        flat_times.update,
+        windows * sum(flat_times.reductions),
+        flat_times.collection,
         hidden,
         job.tokens,
         model_flops(job),
@@ -117,18 +125,17 @@ def step_time(job: Job, candidate: Candidate, cluster: Cluster) -> StepTime:
     )
 
 
-def _beside_backward(job: Job, candidate: Candidate, each: Computation, reductions: tuple[float, ...]) -> float:
+def _beside_backward(
+    model: ModelDescription, flat: FlatBuffers, computed: Computation, reductions: tuple[float, ...]
+) -> float:
     """Seconds of all buffers' reductions, one after another as they are complete, while a backward still runs."""
-    head, attention, mlp, moe = each.parts
-    over = [0.0, head]
-    for layer in reversed(range(job.sizes.num_layers)):
-        over.append(over[-1] + (moe if job.sizes.has_experts(layer) else mlp))
-        over.append(over[-1] + attention)
-    complete = [over[job.sizes.passed[place]] for place in first_members(job, candidate)]
+    # When the backward has passed each part, from the last to the first.
+    passed = list(accumulate(reversed(computed.backward_of_parts)))[::-1]
+    complete = [passed[model.part_of_layer[model.parameters[place].layer]] for place in flat.first_members]
     now = 0.0
     for ready, taken in sorted(zip(complete, reductions, strict=True)):
         now = max(now, ready) + taken
-    return sum(reductions) - max(0.0, now - over[-1])
+    return sum(reductions) - max(0.0, now - passed[0])
 
 
 class _BufferTimes(NamedTuple):
@@ -143,12 +150,12 @@ class _BufferTimes(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def _buffer_times(of: tuple[Buffer, ...], precision: str, candidate: Candidate, cluster: Cluster) -> _BufferTimes:
+def _buffer_times(flat: FlatBuffers, candidate: Candidate, cluster: Cluster) -> _BufferTimes:
     def time(collectives: list[Collective]) -> float:
         return sum(c.times * seconds(c, candidate.layout, cluster) for c in collectives)
 
     def all_of(one: Callable[[Buffer], float]) -> float:
-        return sum(times * one(buffer) for buffer, times in distinct(of).items())
+        return sum(times * one(buffer) for buffer, times in flat.distinct.items())
 
     def reducing(buffer: Buffer) -> float:
         return time(reduction(buffer, candidate))
@@ -157,14 +164,18 @@ def _buffer_times(of: tuple[Buffer, ...], precision: str, candidate: Candidate, 
         return time(collection(buffer))
 
     def updating(buffer: Buffer) -> float:
-        return update_seconds(buffer, precision, candidate, cluster)
+        return update_seconds(buffer, flat.precision, candidate, cluster)
 
-    reduced = {buffer: reducing(buffer) for buffer in distinct(of)}
+    reduced = {buffer: reducing(buffer) for buffer in flat.distinct}
     combining = all_of(lambda buffer: time(combination(buffer, candidate)))
     return _BufferTimes(
-        tuple(reduced[buffer] for buffer in of), combining, all_of(updating), updating(of[0]), all_of(collecting),
-        collecting(of[-1]),
-    )  # fmt: skip
+        tuple(reduced[buffer] for buffer in flat.buffers),
+        combining,
+        all_of(updating),
+        updating(flat.buffers[0]),
+        all_of(collecting),
+        collecting(flat.buffers[-1]),
+    )
 
 
 def update_seconds(buffer: Buffer, precision: str, candidate: Candidate, cluster: Cluster) -> float:

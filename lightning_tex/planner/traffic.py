@@ -1,6 +1,7 @@
 """Every collective of an optimizer step: what the byte meter counts, as formulas over sizes.
 
-One list serves bytes and time. Bytes are exact where routing is known: capacity without sequence parallelism always,
+One list serves bytes and time. It has what the package's own layers send; what a module sends besides is not known.
+Bytes are exact where routing is known: capacity without sequence parallelism always,
 dropless (and capacity under sequence parallelism) when the choices fall evenly.
 """
 
@@ -11,19 +12,30 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
-from lightning_tex.moe.capacity import buffer_rows, capacity
-from lightning_tex.moe.expert_axes import DispatchCase
 from lightning_tex.parallel.byte_meter import Sent
-from lightning_tex.parallel.topology import Communication, Layout
+from lightning_tex.planner.layers import (
+    Attention,
+    ColumnLinear,
+    CrossEntropy,
+    Embedding,
+    Head,
+    Linear,
+    Mlp,
+    Moe,
+    Norm,
+    Other,
+    RowLinear,
+)
 from lightning_tex.planner.layouts import Candidate, Job
-from lightning_tex.planner.sizes import ModelSizes
-from lightning_tex.planner.states import Buffer, buffers
+from lightning_tex.planner.micro_step import MicroStep
+from lightning_tex.planner.model import PlacedLayer
+from lightning_tex.planner.states import Buffer, FlatBuffers
 
 _INT64 = 8
 # Passes of a micro-step; the optimizer's own is the step's.
 FORWARD, RECOMPUTED, BACKWARD, OPTIMIZER = "forward", "recompute", "backward", "optimizer"
 
-# B sequences, S positions, T = B S tokens of a data rank's micro-batch, D model width, E experts, k choices per token
+# T tokens of a data rank's micro-batch
 
 
 class Collective(NamedTuple):
@@ -72,194 +84,164 @@ def sent_bytes(collectives: Iterable[Collective]) -> dict[Sent, Fraction]:
 
 @dataclass(frozen=True)
 class MicroStepTraffic:
-    """Collectives of one micro-step of one data rank, part by part.
+    """Collectives of one micro-step of one data rank, layer by layer.
 
     Args:
-        sizes: the model.
-        layout: sizes of the axes.
-        communication: how it communicates.
-        activation_checkpointing: as the strategy's.
-        sequences, length: B and S.
-        element_bytes: of an activation.
-        score_bytes: of a router's score: 4, or 8 in fp64.
+        step: its numbers.
     """
 
-    sizes: ModelSizes
-    layout: Layout
-    communication: Communication
-    activation_checkpointing: str | None
-    sequences: int
-    length: int
-    element_bytes: int
-    score_bytes: int = 4
+    step: MicroStep
 
-    @classmethod
-    def of(cls, job: Job, candidate: Candidate) -> MicroStepTraffic:
-        score = 8 if job.precision == "64-true" else 4
-        return cls(job.sizes, candidate.layout, candidate.communication, candidate.activation_checkpointing,
-                   candidate.micro_batch, job.sequence_length, job.element_bytes, score)  # fmt: skip
+    def layer(self, placed: PlacedLayer) -> Iterator[Collective]:
+        """Collectives of a layer in all passes.
 
-    @property
-    def tokens(self) -> int:
-        return self.sequences * self.length
+        A recomputation stops at a block's last saved tensor, which is what the last product multiplies: what its last
+        layer does after that is not repeated.
+        """
+        layer = placed.layer
+        again = placed.in_block and self.step.candidate.activation_checkpointing == "full"
+        forward = (FORWARD, RECOMPUTED) if again else (FORWARD,)
+        last = (FORWARD,) if placed.ends_block else forward
+        backward = (BACKWARD,) if placed.input_gradient else ()
+        match layer:
+            case Embedding():
+                yield from self._leave(layer.dim, forward)
+            case Attention():
+                yield from self._enter(layer.dim, forward, backward)
+                yield from self._leave(layer.dim, last)
+            case Mlp():
+                yield from self._enter(layer.dim, forward, backward)
+                yield from self._leave(layer.dim, last)
+            case ColumnLinear():
+                yield from self._enter(layer.in_features, forward, backward)
+                if layer.gather_output:
+                    yield from self._gather_columns(layer.out_features, last)
+            case RowLinear():
+                yield from self._leave(layer.out_features, last)
+            case Moe():
+                yield from self._moe(layer, forward, last)
+            case Head():
+                yield from self._enter(layer.dim, forward, backward)
+                if layer.gather_output:
+                    columns = self.step.columns(layer) * self.step.layout.tensor
+                    yield from self._over("tensor", "all_gather", self._stream_bytes(columns), last)
+            case CrossEntropy():
+                for of in (1, 3):  # the largest logit; sum, target and whether it was found: in fp32
+                    whole = of * self.step.score_bytes * self.step.tokens
+                    yield from self._over("tensor", "all_reduce", whole, forward)
+            case Norm() | Linear() | Other():
+                pass
 
-    @property
-    def stream_bytes(self) -> int:
-        """The activations between layers, whole: [T, D]."""
-        return self.element_bytes * self.tokens * self.sizes.dim
+    def _stream_bytes(self, dim: int) -> int:
+        """Activations between layers, whole: [T, dim]."""
+        return self.step.element_bytes * self.step.tokens * dim
 
     def _over(
         self, axis: str, operation: str, whole_bytes: int, passes: Iterable[str], counted_as: str = ""
     ) -> Iterator[Collective]:
-        size = getattr(self.layout, axis)
+        size = self.step.layout.axis_size(axis)
         if size > 1:
             for during in passes:
                 yield Collective(operation, axis, size, during, whole_bytes, 1, counted_as)
 
-    @property
-    def forward(self) -> tuple[str, ...]:
-        """The passes in which a block's forward communicates."""
-        return (FORWARD, RECOMPUTED) if self.activation_checkpointing == "full" else (FORWARD,)
-
-    def _enter(self, forward: Iterable[str]) -> Iterator[Collective]:
+    def _enter(self, dim: int, forward: Iterable[str], backward: Iterable[str]) -> Iterator[Collective]:
         """Into a region sharded over tensor."""
-        if self.communication.sequence_parallel:
-            yield from self._over("tensor", "all_gather", self.stream_bytes, forward)
-            yield from self._over("tensor", "reduce_scatter", self.stream_bytes, [BACKWARD])
+        whole = self._stream_bytes(dim)
+        if self.step.communication.sequence_parallel:
+            yield from self._over("tensor", "all_gather", whole, forward)
+            yield from self._over("tensor", "reduce_scatter", whole, backward)
         else:
-            yield from self._over("tensor", "all_reduce", self.stream_bytes, [BACKWARD])
+            yield from self._over("tensor", "all_reduce", whole, backward)
 
-    def _leave(self, forward: Iterable[str]) -> Iterator[Collective]:
+    def _leave(self, dim: int, forward: Iterable[str]) -> Iterator[Collective]:
         """Out of a region sharded over tensor."""
-        if self.communication.sequence_parallel:
-            yield from self._over("tensor", "reduce_scatter", self.stream_bytes, forward)
-            yield from self._over("tensor", "all_gather", self.stream_bytes, [BACKWARD])
+        whole = self._stream_bytes(dim)
+        if self.step.communication.sequence_parallel:
+            yield from self._over("tensor", "reduce_scatter", whole, forward)
+            yield from self._over("tensor", "all_gather", whole, [BACKWARD])
         else:
-            yield from self._over("tensor", "all_reduce", self.stream_bytes, forward)
+            yield from self._over("tensor", "all_reduce", whole, forward)
 
-    def ends(self) -> Iterator[Collective]:
-        """Embedding, head and cross-entropy, which are not recomputed."""
-        yield from self._leave([FORWARD])
-        yield from self._enter([FORWARD])
-        for of in (1, 3):  # the largest logit; sum, target and whether it was found: in fp32
-            yield from self._over("tensor", "all_reduce", of * self.score_bytes * self.tokens, [FORWARD])
+    def _gather_columns(self, dim: int, forward: Iterable[str]) -> Iterator[Collective]:
+        whole = self._stream_bytes(dim)
+        yield from self._over("tensor", "all_gather", whole, forward)
+        if self.step.communication.sequence_parallel:
+            yield from self._over("tensor", "all_gather", whole, [BACKWARD])
 
-    def attention(self) -> Iterator[Collective]:
-        yield from self._enter(self.forward)
-        yield from self._leave(self.forward)
-
-    def mlp(self) -> Iterator[Collective]:
-        yield from self._enter(self.forward)
-        # A recomputation stops at the block's last saved tensor, which is what the last product multiplies.
-        yield from self._leave([FORWARD])
-
-    def moe(self) -> Iterator[Collective]:
+    def _moe(self, layer: Moe, forward: tuple[str, ...], last: tuple[str, ...]) -> Iterator[Collective]:
         """Router, dispatch, combine and routing losses."""
-        sizes, forward = self.sizes, self.forward
-        sequence = self.communication.sequence_parallel
+        step = self.step
+        sequence = step.communication.sequence_parallel
         if not sequence:
-            yield from self._over("tensor", "broadcast", _INT64 * self.tokens * sizes.top_k, forward)
-        if sizes.capacity_factor is None or sequence:
-            yield from self._dropless(forward)
+            yield from self._over("tensor", "broadcast", _INT64 * step.tokens * layer.top_k, forward)
+        if step.static(layer):
+            yield from self._capacity(layer, forward)
         else:
-            yield from self._capacity(forward)
-        if sizes.routing_losses:
-            totals = self.score_bytes * (2 * sizes.num_experts + 2)
+            yield from self._dropless(layer, forward, last)
+        if layer.routing_losses:
+            totals = step.score_bytes * (2 * layer.num_experts + 2)
             for axis in ("tensor", "data") if sequence else ("data",):
                 yield from self._over(axis, "all_reduce", totals, [FORWARD])
 
-    def _capacity(self, forward: tuple[str, ...]) -> Iterator[Collective]:
+    def _capacity(self, layer: Moe, forward: tuple[str, ...]) -> Iterator[Collective]:
         yield from self._over("expert", "all_reduce", _INT64, forward, "exchange_counts")
-        buffer = self.element_bytes * self.sizes.num_experts * self.capacity_rows * self.sizes.dim
-        yield from self._ways(buffer, forward)
+        buffer = self.step.element_bytes * layer.num_experts * self.step.capacity_rows(layer) * layer.dim
+        yield from self._exchange(buffer, forward)
 
-    def _dropless(self, forward: tuple[str, ...]) -> Iterator[Collective]:
-        sizes, layout, sequence = self.sizes, self.layout, self.communication.sequence_parallel
-        counts = _INT64 * sizes.num_experts
-        if sequence and sizes.capacity_factor is not None:
-            queues = layout.tensor * sizes.top_k * self.sequences * (sizes.num_experts + 1)
+    def _dropless(self, layer: Moe, forward: tuple[str, ...], last: tuple[str, ...]) -> Iterator[Collective]:
+        step, sequence = self.step, self.step.communication.sequence_parallel
+        counts, size = _INT64 * layer.num_experts, step.element_bytes
+        if sequence and layer.capacity_factor is not None:
+            queues = step.layout.tensor * layer.top_k * step.sequences * (layer.num_experts + 1)
             yield from self._over("tensor", "all_gather", _INT64 * queues, forward, "exchange_counts")
         yield from self._over("expert", "all_to_all", counts, forward, "exchange_counts")
-        if self.gather > 1:
-            whole = self.gather * counts
+        if step.gather > 1:
+            whole = step.gather * counts
             yield from self._over("expert_tensor", "all_gather", whole, forward, "exchange_counts")
-        if self.split > 1:  # gathers are padded to the longest part
-            longest = self.split * -(-self.tokens // self.split)
-            yield from self._over("tensor", "all_gather", self.element_bytes * longest * sizes.dim, [BACKWARD])
-            yield from self._over("tensor", "all_gather", self.score_bytes * longest * sizes.top_k, [BACKWARD])
-            # Nothing that is saved comes after it: a recomputation has stopped by then.
-            yield from self._over("tensor", "all_gather", self.element_bytes * longest * sizes.dim, [FORWARD])
-        yield from self._ways(self.element_bytes * self.chosen_rows * self.split * sizes.dim, forward, home=False)
+        if step.split > 1:  # gathers are padded to the longest part
+            longest = step.split * -(-step.tokens // step.split)
+            yield from self._over("tensor", "all_gather", size * longest * layer.dim, [BACKWARD])
+            yield from self._over("tensor", "all_gather", step.score_bytes * longest * layer.top_k, [BACKWARD])
+            yield from self._over("tensor", "all_gather", size * longest * layer.dim, last)
+        yield from self._exchange(size * step.chosen_rows(layer) * step.split * layer.dim, forward, home=False)
 
-    def _ways(self, buffer: int, forward: tuple[str, ...], home: bool = True) -> Iterator[Collective]:
-        """Out and home in every pass; in the backward each is the other. ``buffer``: bytes before the split."""
-        share = buffer // self.split
+    def _exchange(self, buffer: int, forward: tuple[str, ...], home: bool = True) -> Iterator[Collective]:
+        """To the experts and back in every pass; in the backward each is the other.
+
+        Args:
+            buffer: bytes before the split.
+            forward: the passes of the forward.
+            home: what comes back is gathered over the split axis.
+        """
+        step = self.step
+        share = buffer // step.split
         for during in ([each] for each in (*forward, BACKWARD)):
             for _ in range(2):
                 yield from self._over("expert", "all_to_all", share, during)
-            if self.gather > 1:
-                yield from self._over("expert_tensor", "all_gather", share * self.gather, during)
-            if self.gather > 1 and self.communication.fused:
-                yield from self._over("expert_tensor", "reduce_scatter", share * self.gather, during)
+            if step.gather > 1:
+                yield from self._over("expert_tensor", "all_gather", share * step.gather, during)
+            if step.gather > 1 and step.communication.fused:
+                yield from self._over("expert_tensor", "reduce_scatter", share * step.gather, during)
             else:
-                yield from self._over("expert_tensor", "all_reduce", share * self.gather, during)
-            if home and self.split > 1:
+                yield from self._over("expert_tensor", "all_reduce", share * step.gather, during)
+            if home and step.split > 1:
                 yield from self._over("tensor", "all_gather", buffer, during)
-
-    # --- rows
-
-    @property
-    def split(self) -> int:
-        """Ranks that equal tokens are split over before they travel."""
-        return DispatchCase.of(self.communication).sizes(self.layout)[0]
-
-    @property
-    def gather(self) -> int:
-        """Ranks that what arrived is put together over."""
-        return DispatchCase.of(self.communication).sizes(self.layout)[1]
-
-    @property
-    def capacity_rows(self) -> int:
-        """Rows of the buffer per expert, C: of one data rank's tokens, a multiple of the ranks that split it."""
-        sizes = self.sizes
-        assert sizes.capacity_factor is not None
-        allowed = capacity(sizes.capacity_factor, sizes.top_k, self.tokens, sizes.num_experts)
-        return buffer_rows(allowed, self.split)
-
-    @property
-    def chosen_rows(self) -> int:
-        """Rows that a rank sends without buffers: its own choices; the longest share where they do not divide."""
-        ranks = self.layout.tensor if self.communication.sequence_parallel else self.split
-        rows = -(-self.tokens // ranks) * self.sizes.top_k
-        if self.communication.sequence_parallel and self.sizes.capacity_factor is not None:
-            rows = min(rows, int(self.sizes.capacity_factor * rows))  # what overflows does not travel
-        return rows
-
-    def arrived_rows(self) -> int:
-        """Rows at the experts of a rank, N, when choices fall evenly."""
-        sizes = self.sizes
-        if sizes.capacity_factor is not None and not self.communication.sequence_parallel:
-            return sizes.num_experts * self.capacity_rows // self.split * self.gather
-        return self.chosen_rows * self.gather
 
 
 def micro_step(job: Job, candidate: Candidate) -> list[Collective]:
     """Collectives of one micro-step: forward, recomputation and backward."""
-    traffic, sizes = MicroStepTraffic.of(job, candidate), job.sizes
-    found = list(traffic.ends())
-    for times, part in (
-        (sizes.num_layers, traffic.attention()),
-        (sizes.dense_layers, traffic.mlp()),
-        (sizes.moe_layers, traffic.moe()),
-    ):
-        found += [each._replace(times=times * each.times) for each in part if times]
-    return found
+    traffic = MicroStepTraffic(MicroStep(job, candidate))
+    return [
+        collective._replace(times=times * collective.times)
+        for placed, times in job.model.layer_counts.items()
+        for collective in traffic.layer(placed)
+    ]
 
 
 def optimizer_step(job: Job, candidate: Candidate) -> list[Collective]:
     """Collectives of one optimizer step: gradients, their norm, parameters."""
     found: list[Collective] = []
-    for buffer in buffers(job, candidate):
+    for buffer in FlatBuffers.of(job, candidate).buffers:
         found += reduction(buffer, candidate)
         found += combination(buffer, candidate)
         found += collection(buffer)
@@ -280,7 +262,7 @@ def reduction(buffer: Buffer, candidate: Candidate) -> list[Collective]:
 def combination(buffer: Buffer, candidate: Candidate) -> list[Collective]:
     """Partial sums of replicated parameters over tensor, of the own part, under sequence parallelism."""
     tensor = candidate.layout.tensor
-    if not (buffer.repeated and candidate.sequence_parallel):
+    if not (buffer.partial and candidate.sequence_parallel):
         return []
     element_bytes = max(4, buffer.element_bytes) if candidate.zero_stage == 2 else buffer.element_bytes
     return [Collective("all_reduce", "tensor", tensor, OPTIMIZER, element_bytes * buffer.part)]

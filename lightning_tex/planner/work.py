@@ -11,10 +11,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lightning_tex.planner.activations import Activations
 from lightning_tex.planner.cluster import Cluster
+from lightning_tex.planner.layers import (
+    Attention,
+    ColumnLinear,
+    CrossEntropy,
+    Head,
+    Layer,
+    Linear,
+    Mlp,
+    Moe,
+    Norm,
+    RowLinear,
+)
 from lightning_tex.planner.layouts import Candidate, Job
-from lightning_tex.planner.sizes import ModelSizes
+from lightning_tex.planner.micro_step import MicroStep
 
 
 class Product(NamedTuple):
@@ -51,93 +62,112 @@ class Product(NamedTuple):
 
 @dataclass(frozen=True)
 class Work:
-    """What one rank computes in the forward of one micro-step, part by part.
+    """What one rank computes in the forward of one micro-step, layer by layer.
 
     Args:
-        at: its activations, of a job and a candidate.
+        step: its numbers.
     """
 
-    at: Activations
+    step: MicroStep
 
-    @property
-    def _sizes(self) -> ModelSizes:
-        return self.at.job.sizes
+    def products(self, layer: Layer) -> Iterator[Product]:
+        """The products of a layer."""
+        tokens, tensor = self.step.tokens, self.step.layout.tensor
+        match layer:
+            case Attention():
+                yield from self._attention(layer)
+            case Mlp():
+                yield Product(tokens, _ups(layer) * layer.hidden / tensor, layer.dim)
+                yield Product(tokens, layer.dim, layer.hidden / tensor, recorded=tensor > 1)
+            case Moe():
+                yield from self._moe(layer)
+            case Head():
+                yield Product(tokens, self.step.columns(layer), layer.dim)
+            case ColumnLinear():
+                yield Product(tokens, layer.out_features / tensor, layer.in_features)
+            case RowLinear():
+                yield Product(tokens, layer.out_features, layer.in_features / tensor, recorded=tensor > 1)
+            case Linear():
+                yield Product(self.step.held, layer.out_features, layer.in_features)
 
-    def attention(self) -> Iterator[Product]:
+    def _attention(self, layer: Attention) -> Iterator[Product]:
         """Projections, then scores and mix of each head over the half of the square that is seen."""
-        sizes, tokens, tensor = self._sizes, self.at.tokens, self.at.candidate.layout.tensor
-        d, kv = sizes.dim, sizes.kv_heads * sizes.head_dim
+        tokens, tensor = self.step.tokens, self.step.layout.tensor
+        d, kv = layer.dim, layer.num_kv_heads * layer.head_dim
         yield Product(tokens, d / tensor, d)
         yield Product(tokens, 2 * kv / tensor, d)
-        length, heads = self.at.job.sequence_length, self.at.candidate.micro_batch * sizes.num_heads / tensor
-        yield Product(length, length / 2, sizes.head_dim, heads, backward=2.5, attention=True)
-        yield Product(length, sizes.head_dim, length / 2, heads, backward=2.5, attention=True)
+        length, heads = self.step.job.sequence_length, self.step.sequences * layer.num_heads / tensor
+        yield Product(length, length / 2, layer.head_dim, heads, backward=2.5, attention=True)
+        yield Product(length, layer.head_dim, length / 2, heads, backward=2.5, attention=True)
         yield Product(tokens, d, d / tensor, recorded=tensor > 1)
 
-    @property
-    def _ups(self) -> int:
-        return 2 if self._sizes.activation == "swiglu" else 1
-
-    def mlp(self) -> Iterator[Product]:
-        sizes, tokens, tensor = self._sizes, self.at.tokens, self.at.candidate.layout.tensor
-        yield Product(tokens, self._ups * sizes.hidden / tensor, sizes.dim)
-        yield Product(tokens, sizes.dim, sizes.hidden / tensor, recorded=tensor > 1)
-
-    def moe(self) -> Iterator[Product]:
-        sizes, layout, at = self._sizes, self.at.candidate.layout, self.at
-        here = sizes.num_experts / layout.expert
-        hidden = sizes.hidden / layout.expert_tensor
-        yield Product(at.held, sizes.num_experts, sizes.dim, full_precision=True)
-        yield Product(at.rows / here, self._ups * hidden, sizes.dim, here)
-        yield Product(at.rows / here, sizes.dim, hidden, here, recorded=True)
-
-    def head(self) -> Iterator[Product]:
-        at = self.at
-        yield Product(at.tokens, at.columns, self._sizes.dim)
+    def _moe(self, layer: Moe) -> Iterator[Product]:
+        here = layer.num_experts / self.step.layout.expert
+        hidden = layer.hidden / self.step.layout.expert_tensor
+        rows = self.step.rows(layer) / here
+        yield Product(self.step.held, layer.num_experts, layer.dim, full_precision=True)
+        yield Product(rows, _ups(layer) * hidden, layer.dim, here)
+        yield Product(rows, layer.dim, hidden, here, recorded=True)
 
     # --- bytes that everything but products reads and writes, as the layers' code does it
 
-    def norm_bytes(self) -> float:
+    def moved_bytes(self, layer: Layer) -> float:
+        """Of a layer's forward; of its backward twice as many."""
+        match layer:
+            case Norm():
+                return self._norm_bytes(layer)
+            case Attention():
+                return self._attention_bytes(layer)
+            case Mlp():
+                hidden = self.step.tokens * layer.hidden / self.step.layout.tensor
+                return self._between_bytes(layer, hidden) + 3 * self._stream(layer.dim)
+            case Moe():
+                return self._moe_bytes(layer)
+        return 0
+
+    def _stream(self, dim: int) -> int:
+        return self.step.held * dim * self.step.element_bytes
+
+    def _norm_bytes(self, layer: Norm) -> float:
         """Upcast, norm, downcast where the weight has another dtype."""
-        at = self.at
-        size, full = self.at.job.element_bytes, at._norm_bytes
+        size, full = self.step.element_bytes, self.step.norm_bytes
         casts = 2 * (size + full) if size != full else 0
-        return at.held * self._sizes.dim * (2 * full + casts)
+        return self.step.held * layer.dim * (2 * full + casts)
 
-    def attention_bytes(self) -> float:
+    def _attention_bytes(self, layer: Attention) -> float:
         """Rotation of queries and keys (four passes), the kernel, and the residual."""
-        sizes, at, size = self._sizes, self.at, self.at.job.element_bytes
-        per_head = at.tokens * sizes.head_dim / self.at.candidate.layout.tensor * size
-        rotation = 9 * per_head * (sizes.num_heads + sizes.kv_heads)
-        kernel = per_head * 2 * (sizes.num_heads + sizes.kv_heads)
-        return rotation + kernel + 3 * at.stream
+        per_head = self.step.tokens * layer.head_dim / self.step.layout.tensor * self.step.element_bytes
+        heads = layer.num_heads + layer.num_kv_heads
+        return 9 * per_head * heads + per_head * 2 * heads + 3 * self._stream(layer.dim)
 
-    def mlp_bytes(self) -> float:
-        at = self.at
-        hidden = at.tokens * self._sizes.hidden / self.at.candidate.layout.tensor
-        return self._between_bytes(hidden) + 3 * at.stream
+    def _between_bytes(self, layer: Mlp | Moe, hidden: float) -> float:
+        return hidden * self.step.element_bytes * (5 if layer.gated else 2)
 
-    def _between_bytes(self, hidden: float) -> float:
-        return hidden * self.at.job.element_bytes * (2 if self._sizes.activation == "gelu" else 5)
-
-    def moe_bytes(self) -> float:
+    def _moe_bytes(self, layer: Moe) -> float:
         """Router, rows picked and reordered on both ways, what stands between the products, the weighted sum."""
-        sizes, at, size = self._sizes, self.at, self.at.job.element_bytes
-        score, dim = at.score_bytes, sizes.dim
-        router = at.held * (dim * (size + score) + 8 * sizes.num_experts * score)
-        hidden = at.rows * sizes.hidden / self.at.candidate.layout.expert_tensor
-        rows = at.rows * dim * size * 2 * 2
-        home = at._own_tokens * sizes.top_k * dim
-        picked = 2 * at.stream + 2 * home * size * 2
-        weighted = home * (size + 2 * score) + at.held * dim * (score + size)
-        return router + rows + picked + weighted + self._between_bytes(hidden) + 3 * at.stream
+        step, size, score, dim = self.step, self.step.element_bytes, self.step.score_bytes, layer.dim
+        router = step.held * (dim * (size + score) + 8 * layer.num_experts * score)
+        rows = step.rows(layer)
+        home = step.own_tokens(layer) * layer.top_k * dim
+        picked = 2 * self._stream(dim) + 2 * home * size * 2
+        weighted = home * (size + 2 * score) + step.held * dim * (score + size)
+        between = self._between_bytes(layer, rows * layer.hidden / step.layout.expert_tensor)
+        return router + rows * dim * size * 2 * 2 + picked + weighted + between + 3 * self._stream(dim)
 
-    def loss_bytes(self) -> float:
-        """Cross-entropy of the logits in full precision, forward and backward together."""
-        at = self.at
-        size, score = self.at.job.element_bytes, at.score_bytes
+    def loss_bytes(self, layer: Head) -> float:
+        """Cross-entropy of a head's logits in full precision, forward and backward together."""
+        size, score = self.step.element_bytes, self.step.score_bytes
         casts = 2 * (size + score) if size != score else 0
-        return at.tokens * at.columns * (casts + (1 + 2 + 2 + 1 + 2 + 2) * score)
+        return self.step.tokens * self.step.columns(layer) * (casts + (1 + 2 + 2 + 1 + 2 + 2) * score)
+
+
+class LayerTime(NamedTuple):
+    """Seconds of one layer in one micro-step, and the FLOPs of all its passes."""
+
+    forward: float
+    recompute: float
+    backward: float
+    flops: float
 
 
 @dataclass(frozen=True)
@@ -147,14 +177,14 @@ class Computation:
     Args:
         forward, recompute, backward: by pass.
         flops: that a rank computes, all passes.
-        parts: backward and recomputation of the head, of one attention, of one dense MLP, of one MoE layer.
+        backward_of_parts: backward and recomputation of each of the model's ``backward_parts``.
     """
 
     forward: float
     recompute: float
     backward: float
     flops: float
-    parts: tuple[float, float, float, float]
+    backward_of_parts: tuple[float, ...]
 
     @property
     def total(self) -> float:
@@ -163,49 +193,70 @@ class Computation:
 
 def computation(job: Job, candidate: Candidate, cluster: Cluster) -> Computation:
     """Roofline time of all that one rank computes in a micro-step; a backward is two forwards, attention's 2.5."""
-    work, sizes = Work(Activations(job, candidate)), job.sizes
-    forward = again = backward = flops = 0.0
-    parts = (
-        (sizes.num_layers, list(work.attention()), work.attention_bytes() + work.norm_bytes()),
-        (sizes.dense_layers, list(work.mlp()), work.mlp_bytes() + work.norm_bytes()),
-        (sizes.moe_layers, list(work.moe()) if sizes.moe_layers else [],
-         work.moe_bytes() + work.norm_bytes() if sizes.moe_layers else 0),
-    )  # fmt: skip
-    replays = candidate.activation_checkpointing == "communication_aware"
-    blocks: list[float] = []
-    for times, products, moved in parts:
-        time = [p.seconds(cluster, job.precision, job.element_bytes) for p in products]
-        repeated = [not (replays and p.recorded) for p in products]
-        rest = cluster.passes(moved)
-        forward += times * (sum(time) + rest)
-        back = sum(p.backward * t for p, t in zip(products, time, strict=True)) + 2 * rest
-        backward += times * back
-        flops += times * sum((1 + p.backward) * p.flops for p in products)
-        if candidate.activation_checkpointing is not None:
-            once_more = sum(t for t, r in zip(time, repeated, strict=True) if r) + rest
-            again += times * once_more
-            back += once_more
-            flops += times * sum(p.flops for p, r in zip(products, repeated, strict=True) if r)
-        blocks.append(back)
-    head = list(work.head())
-    last = sum(p.seconds(cluster, job.precision, job.element_bytes) for p in head)
-    last += cluster.passes(work.norm_bytes())
-    flops += 3 * sum(p.flops for p in head)
-    loss = cluster.passes(work.loss_bytes())
-    end, (attention, mlp, moe) = 2 * last + loss / 2, blocks
-    return Computation(forward + last + loss / 2, again, backward + end, flops, (end, attention, mlp, moe))
+    model, work = job.model, Work(MicroStep(job, candidate))
+    with_loss = any(isinstance(placed.layer, CrossEntropy) for placed in model.layers)
+    times = {
+        (placed.layer, placed.in_block): _layer_time(work, placed.layer, cluster, placed.in_block, with_loss)
+        for placed in model.layer_counts
+    }
+    forward = recompute = backward = flops = 0.0
+    for placed, count in model.layer_counts.items():
+        time = times[placed.layer, placed.in_block]
+        forward += count * time.forward
+        recompute += count * time.recompute
+        backward += count * time.backward
+        flops += count * time.flops
+    of_kind = [
+        sum((time := times[layer, in_block]).recompute + time.backward for layer, in_block in part)
+        for part in model.backward_parts.kinds
+    ]
+    return Computation(forward, recompute, backward, flops, tuple(of_kind[kind] for kind in model.backward_parts.order))
+
+
+def _layer_time(work: Work, layer: Layer, cluster: Cluster, in_block: bool, with_loss: bool) -> LayerTime:
+    job, mode = work.step.job, work.step.candidate.activation_checkpointing
+    products = list(work.products(layer))
+    seconds = [product.seconds(cluster, job.precision, work.step.element_bytes) for product in products]
+    rest = cluster.passes(work.moved_bytes(layer))
+    loss = cluster.passes(work.loss_bytes(layer)) if with_loss and isinstance(layer, Head) else 0.0
+    forward = sum(seconds) + rest + loss / 2
+    backward = sum(product.backward * time for product, time in zip(products, seconds, strict=True)) + 2 * rest
+    flops = sum((1 + product.backward) * product.flops for product in products)
+    if not in_block or mode is None:
+        return LayerTime(forward, 0.0, backward + loss / 2, flops)
+    again = [not (mode == "communication_aware" and product.recorded) for product in products]
+    recompute = sum(time for time, repeated in zip(seconds, again, strict=True) if repeated) + rest
+    flops += sum(product.flops for product, repeated in zip(products, again, strict=True) if repeated)
+    return LayerTime(forward, recompute, backward + loss / 2, flops)
+
+
+def _ups(layer: Mlp | Moe) -> int:
+    return 2 if layer.gated else 1
 
 
 def model_flops(job: Job) -> float:
     """FLOPs of one optimizer step over all ranks: three forwards of every product, attention over whole squares."""
-    sizes, tokens = job.sizes, job.tokens
-    ups = 2 if sizes.activation == "swiglu" else 1
-    d, kv, h = sizes.dim, sizes.kv_heads * sizes.head_dim, sizes.hidden
-    attention = 2 * tokens * (2 * d * d + 2 * d * kv) + 2 * 2 * tokens * job.sequence_length * d
-    mlp = 2 * tokens * (ups + 1) * d * h
-    moe = mlp * sizes.top_k + 2 * tokens * d * sizes.num_experts
-    head = 2 * tokens * d * sizes.vocab_size
-    return 3.0 * (sizes.num_layers * attention + sizes.dense_layers * mlp + sizes.moe_layers * moe + head)
+    of_a_token = sum(
+        count * _multiplications(placed.layer, job.sequence_length) for placed, count in job.model.layer_counts.items()
+    )
+    return 3.0 * 2 * job.tokens * of_a_token
+
+
+def _multiplications(layer: Layer, length: int) -> int:
+    """Multiplications and additions of a layer's forward for one token, on whole matrices."""
+    match layer:
+        case Attention():
+            kv = layer.num_kv_heads * layer.head_dim
+            return 2 * layer.dim * layer.dim + 2 * layer.dim * kv + 2 * length * layer.dim
+        case Mlp():
+            return (_ups(layer) + 1) * layer.dim * layer.hidden
+        case Moe():
+            return (_ups(layer) + 1) * layer.dim * layer.hidden * layer.top_k + layer.dim * layer.num_experts
+        case Head():
+            return layer.dim * layer.vocab_size
+        case ColumnLinear() | RowLinear() | Linear():
+            return layer.in_features * layer.out_features
+    return 0
 
 
 def paper_flops(batch: float, length: float, layers: float, width: float, vocabulary: float) -> float:

@@ -6,15 +6,18 @@ from dataclasses import replace
 from typing import Any
 
 from lightning import LightningModule
+from torch import nn
 
 from lightning_tex.errors import UserValueError
+from lightning_tex.models import LanguageModel
 from lightning_tex.optim import OptimizerStateConfig
+from lightning_tex.parallel.precision import PRECISIONS
 from lightning_tex.parallel.topology import Communication, Layout
 from lightning_tex.planner.cluster import CLUSTERS
+from lightning_tex.planner.describe import describe
 from lightning_tex.planner.layouts import ActivationCheckpointing, Candidate, Choices, Job
 from lightning_tex.planner.memory import Memory, memory, size
 from lightning_tex.planner.search import Planned, plan_all
-from lightning_tex.planner.sizes import ELEMENT_BYTES, ModelSizes
 
 # Plans and steps agree within this share (docs/planner.md): less than that over the memory may fit.
 MARGIN = 0.05
@@ -29,18 +32,25 @@ def require_memory(
     recompute: ActivationCheckpointing,
     precision: str,
     device_bytes: int,
+    policy: set[type[nn.Module]] | None = None,
 ) -> None:
     """Refuse a training whose plan needs more memory than a rank's device has.
 
-    Nothing is foreseen for a module that has no ``config`` with a decoder's sizes, and only the states where the data
-    module does not say how long and how many its sequences are.
+    States are those of any module. Activations are foreseen of a decoder, where the data module says how long and how
+    many its sequences are; else states alone are compared. Nothing is foreseen for a precision
+    plugin of the user's own.
+
+    Args:
+        module: the model, built (on the meta device or not).
+        layout, communication, state_config, recompute, precision, policy: of the training.
+        device_bytes: memory of a rank's device.
 
     Raises:
         ValueError: with what the memory would be taken by, and the nearest layouts that fit.
     """
-    job = _job(module, layout, precision)
-    if job is None:
+    if precision not in PRECISIONS:
         return
+    job = _job(module, layout, precision, policy)
     share = job.global_batch_size // layout.data
     candidate = Candidate(
         layout, share, 1, state_config.zero_stage, recompute, state_config.optimizer_state_format, communication
@@ -49,26 +59,25 @@ def require_memory(
     if needed.peak * (1 - MARGIN) <= device_bytes:
         return
     parts = ", ".join(f"{name} {size(taken)}" for name, taken in needed.parts().items() if taken)
+    counted = (
+        f"micro-batches of {share} x {job.sequence_length} tokens"
+        if job.model.activations == "formulas"
+        else "without activations, which are not foreseen for this module and its data"
+    )
     raise UserValueError(
         f"this layout ({layout}) needs about {size(needed.peak)} on each of {layout.world} ranks, and a GPU has "
-        f"{size(device_bytes)}: {parts} (micro-batches of {share} x {job.sequence_length} tokens). "
-        f"{_nearest(job, candidate, device_bytes)}; "
+        f"{size(device_bytes)}: {parts} ({counted}). {_nearest(job, candidate, device_bytes)}; "
         "`lightning-tex plan` shows all; TexMoEStrategy(check_memory=False) tries nevertheless"
     )
 
 
-def _job(module: LightningModule, layout: Layout, precision: str) -> Job | None:
-    try:
-        sizes = ModelSizes.of(getattr(module, "config", None))
-    except AttributeError:
-        return None
-    if precision not in ELEMENT_BYTES:
-        return None
+def _job(module: LightningModule, layout: Layout, precision: str, policy: set[type[nn.Module]] | None) -> Job:
+    model = describe(module, policy)
     data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
     length, batch = getattr(data, "sequence_length", None), getattr(data, "global_batch_size", None)
     if not isinstance(length, int) or not isinstance(batch, int) or batch % layout.data:
-        length, batch = layout.tensor, layout.data  # states, and as few activations as there can be
-    return Job(sizes, layout.world, length, batch, precision)
+        model, length, batch = model.without_activations(), layout.tensor, layout.data
+    return Job(model, layout.world, length, batch, precision, two_groups=isinstance(module, LanguageModel))
 
 
 def _nearest(job: Job, candidate: Candidate, device_bytes: int) -> str:

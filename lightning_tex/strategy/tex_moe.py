@@ -143,7 +143,7 @@ class TexMoEStrategy(CheckpointingStrategy):
         self._recompute = partial(
             recompute_blocks, mode=activation_checkpointing, policy=activation_checkpointing_policy
         )
-        self._check_memory, self._recompute_mode = check_memory, activation_checkpointing
+        self._check_memory = check_memory
         self._topology: Topology | None = None
         self._seed = 0
         self._compared: Counter[Any] = Counter()
@@ -236,8 +236,16 @@ class TexMoEStrategy(CheckpointingStrategy):
         if self._check_memory and device_bytes is not None:
             assert self.lightning_module is not None
             plugin = self.precision_plugin
-            state_config, how, mode = plugin.state_config(self._state_config), self.communication, self._recompute_mode
-            require_memory(self.lightning_module, layout, how, state_config, mode, str(plugin.precision), device_bytes)
+            require_memory(
+                self.lightning_module,
+                layout,
+                self.communication,
+                plugin.state_config(self._state_config),
+                self._recompute.keywords["mode"],
+                str(plugin.precision),
+                device_bytes,
+                self._recompute.keywords["policy"],
+            )
 
     def _device_bytes(self) -> int | None:
         """Memory of this rank's GPU; ``None`` on CPU, where ranks share what there is."""

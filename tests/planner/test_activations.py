@@ -20,8 +20,10 @@ from lightning_tex.parallel.activation_layout import Replicated
 from lightning_tex.parallel.sharding import shard_module
 from lightning_tex.parallel.topology import Axis, Layout
 from lightning_tex.planner.activations import Activations
+from lightning_tex.planner.describe import describe_decoder
+from lightning_tex.planner.layers import Layer, Moe
 from lightning_tex.planner.layouts import Candidate, Job
-from lightning_tex.planner.sizes import ModelSizes
+from lightning_tex.planner.micro_step import MicroStep
 from lightning_tex.strategy.precision import TexMixedPrecision
 from lightning_tex.testing.ranks import run_ranks
 
@@ -32,6 +34,11 @@ CONFIGS = (
     DecoderConfig(96, 64, 2, 8, 4, 80, S, 4, 4, None, norm_topk_prob=True, z_loss_coefficient=0.1),
     DecoderConfig(96, 64, 2, 8, 4, 80, S, 4, 4, 1.0, load_balance_coefficient=0),
 )
+
+
+def layers_of(config: DecoderConfig, experts: bool) -> tuple[Layer, ...]:
+    """The layers of a block with or without experts, as they are described."""
+    return next(kind for kind in describe_decoder(config).blocks.kinds if isinstance(kind[-1], Moe) == experts)
 
 
 def saved_bytes(block: nn.Module, x: torch.Tensor, precision: str) -> int:
@@ -57,9 +64,9 @@ def compare(layouts: tuple[tuple[int, int, int, bool], ...]) -> int:
         if sequence and (layout[0] == 1 or config.capacity_factor == 1.25):
             continue
         topology = join(*layout, sequence_parallel=sequence)
-        job = Job(ModelSizes.of(config), topology.layout.world, S, B * topology.layout.data, precision)
+        job = Job(describe_decoder(config), topology.layout.world, S, B * topology.layout.data, precision)
         candidate = Candidate(topology.layout, B, communication=topology.communication)
-        planned = Activations(job, candidate)
+        planned = Activations(MicroStep(job, candidate))
         dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float32
         for experts in (False, True):
             torch.manual_seed(0)
@@ -71,9 +78,11 @@ def compare(layouts: tuple[tuple[int, int, int, bool], ...]) -> int:
             x = torch.randn(B, held, config.dim, dtype=dtype).requires_grad_()
             real = saved_bytes(block, x, precision)
             # The way keeps its indices itself, and routing losses what they need, past these hooks.
-            elsewhere = planned.indices() + planned.routing_losses() if experts else 0
+            layers = layers_of(config, experts)
+            moe = layers[-1]
+            elsewhere = planned.indices(moe) + planned.routing_losses(moe) if isinstance(moe, Moe) else 0
             case = layout, sequence, config, precision, experts
-            assert real == planned.block(experts) - elsewhere, case
+            assert real == planned.block(layers) - elsewhere, case
             auxiliary_loss(block)
             seen += 1
     return seen
@@ -92,10 +101,12 @@ def test_what_routing_losses_keep() -> None:
         routing_losses(
             Route(indices, logits, logits.softmax(-1), logits), None, Axis("data"), Replicated(Axis("tensor"))
         )
-    planned = Activations(Job(ModelSizes.of(config), 1, S, B, "32-true"), Candidate(Layout(1), B))
+    planned = Activations(MicroStep(Job(describe_decoder(config), 1, S, B, "32-true"), Candidate(Layout(1), B)))
     of_each_token = [t for t in saved.values() if t.dim() and t.shape[0] == tokens and t is not None]
     softmax = tokens * experts * 4  # the router's own
-    assert sum(t.untyped_storage().nbytes() for t in of_each_token) - softmax == planned.routing_losses()
+    assert sum(t.untyped_storage().nbytes() for t in of_each_token) - softmax == planned.routing_losses(
+        layers_of(config, True)[-1]
+    )
 
 
 def test_saved_bytes_of_a_block_in_one_process() -> None:
@@ -113,7 +124,7 @@ def compare_stashes(layouts: tuple[tuple[int, int, int, bool], ...]) -> int:
         if sequence and (layout[0] == 1 or config.capacity_factor == 1.25):
             continue
         topology = join(*layout, sequence_parallel=sequence)
-        job = Job(ModelSizes.of(config), topology.layout.world, S, B * topology.layout.data, "32-true")
+        job = Job(describe_decoder(config), topology.layout.world, S, B * topology.layout.data, "32-true")
         candidate = Candidate(
             topology.layout, B, activation_checkpointing="communication_aware", communication=topology.communication
         )
@@ -124,7 +135,9 @@ def compare_stashes(layouts: tuple[tuple[int, int, int, bool], ...]) -> int:
         x = torch.randn(B, S // layout[0] if sequence else S, config.dim).requires_grad_()
         y = model.blocks[1](model.blocks[0](x))
         (y.sum() + auxiliary_loss(model)).backward()
-        planned = [Activations(job, candidate).stash(experts) for experts in (False, True)]
+        planned = [
+            Activations(MicroStep(job, candidate)).stash(layers_of(config, experts)) for experts in (False, True)
+        ]
         assert list(stash_bytes(model).values()) == planned, (layout, sequence, config)
         seen += 1
     return seen

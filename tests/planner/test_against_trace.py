@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from lightning_tex.cli.plan_recipe import own_candidate, recipe_sizes
+from lightning_tex.cli.plan_recipe import own_candidate, read_recipe
 from lightning_tex.parallel.byte_meter import Sent
 from lightning_tex.planner.cluster import CLUSTERS
 from lightning_tex.planner.layouts import Job
 from lightning_tex.planner.memory import memory
-from lightning_tex.planner.sizes import ModelSizes
 from lightning_tex.planner.traffic import sent_bytes, step_collectives
 from lightning_tex.planner.work import computation
 from lightning_tex.planner_trace import trace
@@ -34,13 +33,15 @@ def both(path: str, strategy: dict[str, object]) -> dict[str, object]:
     warnings.simplefilter("ignore")
     recipe = Recipe(path, FEWER)
     traced = trace(recipe, recipe.world_size(), 5, strategy)
-    config, numbers, own = recipe_sizes(path, FEWER)
+    planned_recipe = read_recipe(path, FEWER)
+    numbers, config = planned_recipe.numbers, planned_recipe.model.config
+    assert config is not None
     job = Job(
-        ModelSizes.of(config), recipe.world_size(), numbers["sequence_length"], numbers["global_batch_size"],
+        planned_recipe.model, recipe.world_size(), numbers["sequence_length"], numbers["global_batch_size"],
         numbers["precision"],
         two_groups=numbers["two_groups"],
     )  # fmt: skip
-    candidate = own_candidate(job, {**own, **strategy})
+    candidate = own_candidate(job, {**planned_recipe.strategy, **strategy})
     assert candidate is not None and candidate.layout == traced.layout
     planned = memory(job, candidate)
     states = {**vars(planned.states)}
@@ -54,7 +55,7 @@ def both(path: str, strategy: dict[str, object]) -> dict[str, object]:
     found = {kind: Fraction(count) for kind, count in traced.sent_bytes.items() if kind != agreed}
     # The trace counts what a causal kernel skips.
     shares = candidate.layout.data * candidate.layout.tensor
-    half = 2 * job.tokens * job.sequence_length * job.sizes.dim * job.sizes.num_layers / shares
+    half = 2 * job.tokens * job.sequence_length * config.dim * config.num_layers / shares
     skipped = half * (1 + 2.5 + (candidate.activation_checkpointing is not None))
     flops = candidate.accumulation * computation(job, candidate, CLUSTERS["h100"]).flops + skipped
     return {

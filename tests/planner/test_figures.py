@@ -10,20 +10,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_tex.models import DecoderConfig
 from lightning_tex.parallel.topology import AXES, Layout
 from lightning_tex.planner import paper
 from lightning_tex.planner.cluster import CLUSTERS, Cluster
+from lightning_tex.planner.describe import describe_decoder
 from lightning_tex.planner.layouts import Candidate, Choices, Job, candidates
 from lightning_tex.planner.links import seconds, span
 from lightning_tex.planner.memory import memory
+from lightning_tex.planner.model import ModelDescription
 from lightning_tex.planner.search import base_parameters, family, largest_base, plan, plan_all
-from lightning_tex.planner.sizes import ModelSizes
 from lightning_tex.planner.step_time import step_time
 from lightning_tex.planner.traffic import Collective
 from lightning_tex.planner.work import computation, model_flops, paper_flops
 
-SMALL = ModelSizes(1000, 256, 4, 4, num_experts=8, capacity_factor=1.0)
+SMALL = DecoderConfig(1000, 256, 4, 4, num_experts=8, capacity_factor=1.0, activation="gelu")
 H100 = CLUSTERS["h100"]
+
+
+def small(**changed: object) -> ModelDescription:
+    """SMALL with some sizes changed."""
+    return describe_decoder(replace(SMALL, **changed))
 
 
 @pytest.mark.parametrize("layout", [Layout(48, 4, 2, 4), Layout(48, 4, 6, 1), Layout(32, 2, 4, 2), Layout(24, 1, 8, 1)])
@@ -65,7 +72,7 @@ def test_a_collective_takes_the_slower_of_link_and_shared_network() -> None:
 
 
 def test_flops_are_twice_the_multiplications() -> None:
-    job = Job(SMALL, 1, 64, 3, "32-true")
+    job = Job(small(), 1, 64, 3, "32-true")
     tokens, d = 3 * 64, 256
     each = 4 * (4 * d * d + 2 * 64 * d) + 2 * 8 * d * d + 2 * (8 * d * d + 8 * d) + 1000 * d
     assert model_flops(job) == 3 * 2 * tokens * each
@@ -79,7 +86,7 @@ def test_flops_are_twice_the_multiplications() -> None:
 
 
 def test_work_is_shared_by_the_tensor_axis() -> None:
-    whole = Job(replace(SMALL, num_experts=1), 1, 64, 8, "32-true")
+    whole = Job(small(num_experts=1), 1, 64, 8, "32-true")
     parts = replace(whole, world=8)
     for layout, sequences in ((Layout(8, 4, 1, 4), 4), (Layout(8, 1, 1, 1), 1)):
         flops = computation(parts, Candidate(layout, sequences), H100).flops
@@ -103,27 +110,33 @@ def test_a_measured_profile_slows_what_it_was_measured_of() -> None:
 
 
 def test_what_overlaps_is_hidden_by_the_measured_share() -> None:
-    job, candidate = Job(SMALL, 8, 64, 16), Candidate(Layout(8, 2, 2, 2), 4)
+    job, candidate = Job(small(), 8, 64, 16), Candidate(Layout(8, 2, 2, 2), 4)
     whole, half = (step_time(job, candidate, replace(H100, overlap=share)) for share in (1.0, 0.5))
     assert 0 < half.hidden == pytest.approx(whole.hidden / 2)
     assert half.total == pytest.approx(whole.total + whole.hidden / 2)
 
 
 def test_gradients_leave_beside_what_is_left_of_the_backward() -> None:
-    job, candidate = Job(replace(SMALL, num_layers=12), 8, 64, 16), Candidate(Layout(8, 1, 1), 2)
+    job, candidate = Job(small(num_layers=12), 8, 64, 16), Candidate(Layout(8, 1, 1), 2)
     compute = computation(job, candidate, H100)
     fast, slow = (replace(H100, link_bandwidth=H100.link_bandwidth * by, link_latency=0) for by in (1e3, 1e-6))
     quick, late = (step_time(job, candidate, cluster) for cluster in (fast, slow))
     # A quick network hides all but what is complete last; a slow one sends for as long as the backward lasts.
     hideable = quick.reduction + min(quick.collection, quick.optimizer)
     assert quick.reduction + quick.collection > quick.hidden > 0.6 * hideable
-    assert compute.backward - compute.parts[0] <= late.hidden + 1e-9 <= compute.backward + quick.optimizer + 2e-9
-    assert sum(n * t for n, t in zip((1, 12, 6, 6), compute.parts, strict=True)) == pytest.approx(compute.backward)
+    assert (
+        compute.backward - compute.backward_of_parts[-1]
+        <= late.hidden + 1e-9
+        <= compute.backward + quick.optimizer + 2e-9
+    )
+    parts = compute.backward_of_parts
+    assert sum(parts) == pytest.approx(compute.backward) and len(parts) == 2 + 2 * 12 and parts[0] == 0  # the embedding
+    assert min(parts[1:]) > 0
 
 
 @given(st.data())
 def test_what_a_layout_needs_and_takes_adds_up(data: st.DataObject) -> None:
-    job = Job(SMALL, 8, 64, 16)
+    job = Job(small(), 8, 64, 16)
     found = plan(job, data.draw(st.sampled_from(list(candidates(job)))), H100)
     assert sum(found.memory.parts().values()) == found.memory.peak
     assert sum(found.time.parts().values()) == pytest.approx(found.time.total)
@@ -132,7 +145,7 @@ def test_what_a_layout_needs_and_takes_adds_up(data: st.DataObject) -> None:
 
 
 def test_the_recommended_one_fits_and_is_as_fast_as_any_exact_one_that_fits() -> None:
-    job = Job(replace(SMALL, dim=2048, num_heads=16, num_layers=8), 16, 1024, 32)
+    job = Job(small(dim=2048, num_heads=16, num_layers=8), 16, 1024, 32)
     tight = replace(H100, memory_bytes=2e9, reserved_bytes=0)
     plans = plan_all(job, tight)
     best = plans.recommended
@@ -148,16 +161,19 @@ def test_the_recommended_one_fits_and_is_as_fast_as_any_exact_one_that_fits() ->
 
 
 def test_the_largest_base_model_fits_and_the_next_does_not() -> None:
-    job = Job(replace(SMALL, vocab_size=51200), 16, 512, 16)
+    job = Job(small(vocab_size=51200), 16, 512, 16)
     tight = replace(H100, memory_bytes=4e9, reserved_bytes=0)
     choices = Choices(tensor=4, optimizer_state_format=("fp32",))
     largest = largest_base(job, tight, choices)
     assert largest is not None and largest.planned.memory.peak <= 4e9
-    models = family(job.sizes)
+    models = family(job.model.config)
     sizes = [base_parameters(model) for model in models]
     assert sizes == sorted(sizes)
-    following = models[models.index(largest.sizes) + 1]
-    needs = [memory(replace(job, sizes=following), c).peak for c in candidates(replace(job, sizes=following), choices)]
+    following = models[models.index(largest.config) + 1]
+    needs = [
+        memory(replace(job, model=describe_decoder(following)), c).peak
+        for c in candidates(replace(job, model=describe_decoder(following)), choices)
+    ]
     assert min(needs) > 4e9
 
 
@@ -192,7 +208,7 @@ def test_simulated_savings_on_summit_are_the_models_own() -> None:
 
 
 def test_planning_for_16384_ranks_is_a_matter_of_seconds() -> None:
-    job = Job(ModelSizes(51200, 4096, 32, 32, num_experts=16, capacity_factor=1.0), 16384, 2048, 16384)
+    job = Job(small(vocab_size=51200, dim=4096, num_layers=32, num_heads=32, num_experts=16), 16384, 2048, 16384)
     plans = plan_all(job, H100, Choices(zero_stage=(0, 1), optimizer_state_format=("fp32",)))
     assert plans.considered > 1000 and plans.recommended is not None
 

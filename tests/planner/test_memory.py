@@ -22,9 +22,9 @@ from lightning_tex.optim import OptimizerStateConfig, TiledOptimizer
 from lightning_tex.optim.probe import Allocations
 from lightning_tex.parallel.activation_checkpointing import recompute_blocks
 from lightning_tex.parallel.sharding import parameter_shardings, shard_module
+from lightning_tex.planner.describe import describe_decoder
 from lightning_tex.planner.layouts import Candidate, Job
 from lightning_tex.planner.memory import memory
-from lightning_tex.planner.sizes import ModelSizes
 from lightning_tex.strategy.precision import TexMixedPrecision
 from lightning_tex.testing.ranks import run_ranks
 
@@ -67,7 +67,7 @@ def measured_and_planned(
         optimizer.step()
 
     step()
-    job = Job(ModelSizes.of(config), topology.layout.world, S, B * topology.layout.data, precision)
+    job = Job(describe_decoder(config), topology.layout.world, S, B * topology.layout.data, precision)
     candidate = Candidate(topology.layout, B, 1, stage, mode, "fp32", topology.communication)
     planned = memory(job, candidate, "cpu")
     if topology.layout.world == 1:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
+from collections.abc import Callable
+from functools import partial
+from math import prod
+from typing import Any
 
 import pytest
 import torch
+from helpers.own_modules import TwoKinds, regression
 from helpers.topologies import join
 from torch import nn
 
@@ -13,9 +19,10 @@ from lightning_tex.models import Decoder, DecoderConfig
 from lightning_tex.optim import OptimizerStateConfig, TiledOptimizer, flat_sizes
 from lightning_tex.parallel.sharding import check_shardable, parameter_shardings, shard_module
 from lightning_tex.parallel.topology import Axis, Layout, Topology
+from lightning_tex.planner.describe import describe, describe_decoder
 from lightning_tex.planner.layouts import Candidate, Job, layouts
-from lightning_tex.planner.sizes import ModelSizes
-from lightning_tex.planner.states import StateBytes, kept_format, state_bytes, tile_elements
+from lightning_tex.planner.memory import memory
+from lightning_tex.planner.states import FlatBuffers, StateBytes, kept_format, state_bytes, tile_elements
 from lightning_tex.strategy.precision import TexHalfPrecision, TexMixedPrecision, TexPrecision
 from lightning_tex.testing.ranks import run_ranks
 
@@ -36,36 +43,39 @@ def test_parameters_are_the_layers_own(name: str) -> None:
     config = CONFIGS[name]
     with torch.device("meta"):
         model = Decoder(config)
-    sizes = ModelSizes.of(config)
-    assert {p.name: p.shape for p in sizes.parameters()} == {n: tuple(p.shape) for n, p in model.named_parameters()}
-    assert [p.name for p in sizes.parameters()] == [n for n, _ in model.named_parameters()]
+    described = describe_decoder(config)
+    assert {p.name: p.shape for p in described.parameters} == {n: tuple(p.shape) for n, p in model.named_parameters()}
+    assert [p.name for p in described.parameters] == [n for n, _ in model.named_parameters()]
     experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
-    assert sizes.counts()["expert"] == experts
-    assert sum(sizes.counts().values()) == sum(p.numel() for p in model.parameters())
+    assert described.counts()["expert"] == experts
+    assert sum(described.counts().values()) == sum(p.numel() for p in model.parameters())
+    built = describe(model)  # all blocks, where the other has one of each kind repeated
+    assert built.parameters == described.parameters and built.layers == described.layers[:-1]
+    assert (
+        (built.tied, built.activations)
+        == (described.tied, described.activations)
+        == (config.tie_embeddings, "formulas")
+    )
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_a_rank_stores_is_what_placement_cuts(name: str) -> None:
-    sizes, seen = ModelSizes.of(CONFIGS[name]), 0
+    described, seen = describe_decoder(CONFIGS[name]), 0
     for world in range(1, 9):
-        for layout in layouts(sizes, world):
+        for layout in layouts(described, world):
             with torch.device("meta"):
                 model = Decoder(CONFIGS[name])
             check_shardable(model, layout)
-            axes = {axis: Axis(axis, getattr(layout, axis)) for axis in AXES}
-            topology = Topology(layout, **axes, world=Axis("world", world))
-            shard_module(model, topology)
-            assert list(sizes.stored(layout)) == [p.numel() for p in model.parameters()], layout
+            shard_module(model, Topology.without_groups(layout))
+            stored = [prod(sharding.box.stored) for sharding in described.shardings(layout)]
+            assert stored == [p.numel() for p in model.parameters()], layout
             seen += 1
     assert seen > 12
 
 
-AXES = ("tensor", "data", "expert_tensor", "expert", "expert_data")
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_layouts_are_those_that_the_layers_accept(name: str) -> None:
-    sizes = ModelSizes.of(CONFIGS[name])
+    described = describe_decoder(CONFIGS[name])
     for world in range(1, 9):
         legal = set()
         for tensor in range(1, world + 1):
@@ -74,13 +84,13 @@ def test_layouts_are_those_that_the_layers_accept(name: str) -> None:
                     with torch.device("meta"):
                         model = Decoder(CONFIGS[name])
                     try:
-                        layout = Layout.resolve(world, tensor, expert, expert_tensor, sizes.experts)
-                        layout.require_experts(sizes.experts)
+                        layout = Layout.resolve(world, tensor, expert, expert_tensor, described.experts)
+                        layout.require_experts(described.experts)
                         check_shardable(model, layout)
                     except ValueError:
                         continue
                     legal.add(layout)
-        assert set(layouts(sizes, world)) == legal
+        assert set(layouts(described, world)) == legal
 
 
 class Groups(nn.Module):
@@ -107,23 +117,34 @@ def distinct_bytes(tensors: list[torch.Tensor]) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
+def one_group(model: nn.Module) -> list[dict[str, object]]:
+    return [{"params": list(model.parameters())}]
+
+
 def allocated(
-    config: DecoderConfig, layout: Layout, precision: str, stage: int, optimizer_state_format: str, tile: int | None
+    build: Callable[[], nn.Module],
+    groups: Callable[[Any], list[dict[str, object]]],
+    layout: Layout,
+    precision: str,
+    stage: int,
+    optimizer_state_format: str,
+    tile: int | None,
 ):
-    """Bytes that a real optimizer holds after a step."""
+    """Bytes that a real optimizer holds after a step, and those of frozen parameters."""
     topology = join(layout.tensor, layout.expert, layout.expert_tensor)
     torch.manual_seed(0)
-    model = Groups(config)
+    model = build()
     shard_module(model, topology)
     plugin = PLUGINS[precision]
     plugin.convert_module(model)
     parameters = dict(model.named_parameters())
     placed = {parameters[name]: p for name, p in parameter_shardings(model, topology).items()}
     state_config = plugin.state_config(OptimizerStateConfig(stage, optimizer_state_format, tile_size=tile))
-    optimizer = TiledOptimizer(torch.optim.AdamW(model.groups()), placed, topology.world, state_config)
+    optimizer = TiledOptimizer(torch.optim.AdamW(groups(model)), placed, topology.world, state_config)
     optimizer.zero_grad()
     optimizer.step()
     found = StateBytes(0, 0, 0, 0, 0, 0).__dict__.copy()
+    found["dense_parameters"] += distinct_bytes([p for p in model.parameters() if not p.requires_grad])
     for shard in optimizer.shards:
         expert = shard.buffer.replicas.name == "expert_data"
         kind = "expert_parameters" if expert else "dense_parameters"
@@ -161,13 +182,15 @@ def compare_states(world: int, every: int) -> int:
     flat_sizes.SMALLEST_BUCKET = 4096  # several buffers of a kind
     seen = 0
     for config in CONFIGS.values():
-        sizes = ModelSizes.of(config)
-        cases = [(layout, kind) for layout in layouts(sizes, world) for kind in KINDS]
+        described = describe_decoder(config)
+        cases = [(layout, kind) for layout in layouts(described, world) for kind in KINDS]
         for layout, (precision, stage, optimizer_state_format, tile) in cases[::every]:
-            job = Job(sizes, world, 16, world, precision)
+            job = Job(described, world, 16, world, precision)
             candidate = Candidate(layout, zero_stage=stage, optimizer_state_format=optimizer_state_format)
-            planned = state_bytes(job, candidate, tile, "cpu")
-            real = allocated(config, layout, precision, stage, optimizer_state_format, tile)
+            flat = FlatBuffers.of(job, candidate)
+            planned = state_bytes(flat, stage, optimizer_state_format, tile, "cpu")
+            build = partial(Groups, config)
+            real = allocated(build, Groups.groups, layout, precision, stage, optimizer_state_format, tile)
             assert vars(planned) == real, (layout, precision, stage, optimizer_state_format, tile)
             seen += 1
     return seen
@@ -182,6 +205,58 @@ def test_state_bytes_are_those_allocated(world: int, every: int) -> None:
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 8])
 def test_state_bytes_of_every_layout_are_those_allocated(world: int) -> None:
     run_ranks(world, compare_states, world, 1, timeout=600, detail=False)
+
+
+def compare_own_modules(world: int) -> int:
+    warnings.simplefilter("ignore")
+    flat_sizes.SMALLEST_BUCKET = 1024  # several buffers of a kind
+    seen = 0
+    for build in (regression, TwoKinds):
+        with torch.device("meta"):
+            described = describe(build())
+        for layout, kind in zip(layouts(described, world), itertools.cycle(KINDS)):
+            precision, stage, optimizer_state_format, tile = kind
+            job = Job(described, world, 1, world, precision, two_groups=False)
+            candidate = Candidate(layout, zero_stage=stage, optimizer_state_format=optimizer_state_format)
+            planned = state_bytes(FlatBuffers.of(job, candidate), stage, optimizer_state_format, tile, "cpu")
+            real = allocated(build, one_group, layout, precision, stage, optimizer_state_format, tile)
+            assert vars(planned) == real, (build, layout, kind)
+            needed = memory(job, candidate, "cpu", tile)
+            assert needed.states.total <= needed.peak and not needed.fullest.activations
+            seen += 1
+    return seen
+
+
+@pytest.mark.parametrize("world", [1, 4])
+def test_state_bytes_of_own_modules_are_those_allocated(world: int) -> None:
+    assert run_ranks(world, compare_own_modules, world, detail=False)[0] >= (2 if world == 1 else 12)
+
+
+def test_an_own_module_is_described_as_it_is() -> None:
+    described = describe(TwoKinds())
+    assert described.activations == "states only" and described.experts == (4, 8)
+    assert [parameter.name for parameter in described.parameters] == [n for n, _ in TwoKinds().named_parameters()]
+    full = {parameter.name for parameter in described.parameters if parameter.full_precision}
+    assert full == {f"{block}.{name}.weight" for block in ("first", "second") for name in ("norm", "layer.router")}
+    assert {p.name for p in described.parameters if not p.requires_grad} == {"frozen.weight", "frozen.bias"}
+    assert described.counts()["expert"] == 2 * 4 * 32 * 24 + 3 * 8 * 32 * 40
+    kinds = [type(placed.layer).__name__ for placed in described.layers]
+    assert kinds == ["Other", "Linear", "ColumnLinear", "RowLinear", *["Norm", "Moe"] * 2, "ColumnLinear", "Linear"]
+    assert [placed.input_gradient for placed in described.layers[:4]] == [False, False, False, True]
+    shard_module(sharded := TwoKinds(), Topology.without_groups(Layout(4, 2, 2, 2)))
+    assert describe(sharded).parameters == described.parameters, "full sizes, sharded or not"
+
+
+def test_formulas_are_claimed_for_decoders_alone() -> None:
+    decoder = Decoder(DecoderConfig(96, 48, 2, 4))
+    assert describe(decoder).activations == "formulas"
+    beside, other = Decoder(DecoderConfig(96, 48, 2, 4)), Decoder(DecoderConfig(96, 48, 2, 4))
+    beside.extra, other.blocks[0].mlp_norm = nn.Linear(2, 2), nn.Identity()
+    assert describe(beside).activations == describe(other).activations == "states only"
+    assert describe(nn.Sequential(Decoder(DecoderConfig(96, 48, 2, 4)), nn.Linear(96, 2))).activations == "states only"
+    frozen = Decoder(DecoderConfig(96, 48, 2, 4))
+    frozen.norm.requires_grad_(False)
+    assert describe(frozen).activations == "states only"
 
 
 @pytest.mark.parametrize("optimizer_state_format", ["fp32", "split", "int8", "stochastic"])

@@ -1,0 +1,182 @@
+"""A module read into the planner's description of it, and decoders by their configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import astuple, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_tex.models.decoder import Block, Decoder, DecoderConfig
+from lightning_tex.parallel.activation_checkpointing import checkpointed_blocks
+from lightning_tex.parallel.precision import keeps_full_precision
+from lightning_tex.parallel.sharding import TexModule, check_sizes
+from lightning_tex.planner.layers import (
+    Attention,
+    CrossEntropy,
+    Embedding,
+    Head,
+    Layer,
+    Mlp,
+    Moe,
+    Norm,
+    Other,
+    known_layer,
+)
+from lightning_tex.planner.model import ModelDescription, Parameter, PlacedLayer
+
+
+def describe(
+    root: nn.Module, policy: set[type[nn.Module]] | None = None, input_gradient: bool = False
+) -> ModelDescription:
+    """Describe a module by its full sizes, whether it is sharded or not.
+
+    Args:
+        root: the module; on any device, meta included.
+        policy: classes of the blocks that are recomputed, as the strategy's ``activation_checkpointing_policy``.
+        input_gradient: whether the module's input has a gradient, as that of a part of a model.
+    """
+    blocks = dict(checkpointed_blocks(root, policy))
+    walk = _Walk(blocks)
+    walk.visit(root, "", None, None)
+    layers = tuple(walk.placed(input_gradient))
+    return ModelDescription(
+        tuple(walk.parameters),
+        layers,
+        "formulas" if _formulas_hold(root, list(blocks.values()), layers) else "states only",
+        walk.tied,
+        lambda layout: check_sizes(root, layout),
+    )
+
+
+def describe_decoder(config: DecoderConfig) -> ModelDescription:
+    """Describe a :class:`Decoder` and its cross-entropy, by a decoder of one block of each kind on the meta device.
+
+    Raises:
+        ValueError: sizes that no decoder has.
+    """
+    return _describe_decoder(astuple(config))
+
+
+@lru_cache(maxsize=512)
+def _describe_decoder(values: tuple[Any, ...]) -> ModelDescription:
+    config = DecoderConfig(*values)
+    with torch.device("meta"):
+        shallow = describe(Decoder(replace(config, num_layers=min(config.num_layers, config.moe_every))))
+    deep = _repeated(shallow, config.num_layers)
+    return replace(deep, layers=(*deep.layers, PlacedLayer(CrossEntropy())), config=config)
+
+
+def _repeated(shallow: ModelDescription, blocks: int) -> ModelDescription:
+    """A decoder's description with its blocks in turn, until there are so many."""
+    layers: list[PlacedLayer] = []
+    parameters: list[Parameter] = []
+
+    def copy(places: Iterable[int], block: int | None = None) -> None:
+        for place in places:
+            placed = shallow.layers[place]
+            name = f"blocks.{placed.block}.", f"blocks.{block}."
+            parameters.extend(
+                parameter._replace(name=parameter.name.replace(*name), layer=len(layers))
+                for parameter in shallow.parameters
+                if parameter.layer == place
+            )
+            layers.append(placed._replace(block=block))
+
+    of_block: dict[int | None, list[int]] = {}
+    for place, placed in enumerate(shallow.layers):
+        of_block.setdefault(placed.block, []).append(place)
+    first, last = min(of_block[0]), max(of_block[len(of_block) - 2])
+    copy(range(first))
+    for block in range(blocks):
+        copy(of_block[block % (len(of_block) - 1)], block)
+    copy(range(last + 1, len(shallow.layers)))
+    return replace(shallow, parameters=tuple(parameters), layers=tuple(layers), laid_out={})
+
+
+def _formulas_hold(root: nn.Module, blocks: list[nn.Module], layers: tuple[PlacedLayer, ...]) -> bool:
+    """Whether a module trains one decoder as it stands, and nothing else."""
+    decoders = [module for module in root.modules() if isinstance(module, Decoder)]
+    if len(decoders) != 1 or not all(parameter.requires_grad for parameter in root.parameters()):
+        return False
+    outside = [type(placed.layer) for placed in layers if not placed.in_block]
+    inside = [type(placed.layer) for placed in layers if placed.in_block]
+    patterns = [inside[start : start + len(_BLOCK)] for start in range(0, len(inside), len(_BLOCK))]
+    return (
+        type(decoders[0]).forward is Decoder.forward
+        and all(type(block) is Block for block in blocks)
+        and blocks == list(decoders[0].blocks)
+        and [kind for kind in outside if kind is not CrossEntropy] == [Embedding, Norm, Head]
+        and all(pattern[:-1] == _BLOCK[:-1] and pattern[-1] in (Mlp, Moe) for pattern in patterns)
+    )
+
+
+# The layers of a Block; the last may have experts.
+_BLOCK = [Norm, Attention, Norm, Mlp]
+
+
+class _Walk:
+    """Collects parameters and layers in the order of ``named_modules``."""
+
+    def __init__(self, blocks: Mapping[str, nn.Module]) -> None:
+        self.parameters: list[Parameter] = []
+        self.tied = False
+        self._layers: list[tuple[Layer, int | None]] = []
+        self._losses: list[Layer] = []
+        self._blocks = {name: number for number, name in enumerate(blocks)}
+        self._modules: set[int] = set()
+        self._tensors: dict[int, int] = {}  # the layer that a parameter was seen in first
+
+    def visit(self, module: nn.Module, name: str, layer: int | None, block: int | None) -> None:
+        """Go through a module; ``layer`` and ``block`` are those around it, if there are any."""
+        if id(module) in self._modules:
+            return
+        self._modules.add(id(module))
+        block = self._blocks.get(name) if block is None else block
+        around = layer
+        if layer is None and (known := known_layer(module)) is not None:
+            if isinstance(known, CrossEntropy):
+                self._losses.append(known)
+            else:
+                layer = len(self._layers)
+                self._layers.append((known, block))
+                # What is only known to have parameters may hold layers that are known better.
+                around = None if isinstance(known, Other) else layer
+        prefix = f"{name}." if name else ""
+        for own, parameter in module.named_parameters(recurse=False):
+            assert layer is not None
+            self._add(module, prefix + own, own, parameter, layer)
+        for own, child in module.named_children():
+            self.visit(child, prefix + own, around, block)
+
+    def _add(self, module: nn.Module, name: str, own: str, parameter: nn.Parameter, layer: int) -> None:
+        if id(parameter) in self._tensors:
+            ends = self._layers[self._tensors[id(parameter)]][0], self._layers[layer][0]
+            self.tied |= isinstance(ends[0], Embedding) and isinstance(ends[1], Head)
+            return
+        self._tensors[id(parameter)] = layer
+        shard_dims = module.shard_dims.get(own, {}) if isinstance(module, TexModule) else {}
+        shapes = module.full_shapes if isinstance(module, TexModule) else {}
+        self.parameters.append(
+            Parameter(
+                name,
+                tuple(shapes.get(own, parameter.shape)),
+                tuple(shard_dims.items()),
+                keeps_full_precision(module),
+                parameter.requires_grad,
+                layer,
+            )
+        )
+
+    def placed(self, input_gradient: bool) -> Iterator[PlacedLayer]:
+        """The layers in their order."""
+        trained = {parameter.layer for parameter in self.parameters if parameter.requires_grad}
+        following = [block for _, block in self._layers[1:]] + [None]
+        for place, ((layer, block), after) in enumerate(zip(self._layers, following, strict=True)):
+            yield PlacedLayer(layer, block, block is not None and after != block, input_gradient)
+            # Where a module uses parameters of its own beside the layers in it, nobody knows.
+            input_gradient |= place in trained and not isinstance(layer, Other)
+        yield from map(PlacedLayer, self._losses)
