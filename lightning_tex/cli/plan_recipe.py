@@ -75,7 +75,8 @@ def read_recipe(path: str, more: Sequence[str] = (), sizes: Mapping[str, Any] | 
     numbers: dict[str, Any] = {
         "sequence_length": data.get("sequence_length") or length,
         "precision": str(trainer.get("precision") or "32-true"),
-        "two_groups": isinstance(module, LanguageModel | None) and not config.get("optimizer"),
+        # A language model's own optimizer has matrices and vectors apart; of others one group is assumed.
+        "two_groups": (module is None or isinstance(module, LanguageModel)) and not config.get("optimizer"),
     }
     if data.get("global_batch_size"):  # of a micro-step over all ranks
         numbers["global_batch_size"] = data["global_batch_size"] * accumulation

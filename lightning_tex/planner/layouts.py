@@ -157,13 +157,19 @@ def candidates(job: Job, choices: Choices | None = None) -> Iterator[Candidate]:
     """Every legal way to run a job.
 
     Micro-batches are the powers of two, and all of a rank's sequences, that divide those. Sequence parallelism needs a
-    length that the tensor axis divides, formats other than fp32 need bf16 parameters, ZeRO needs replicas, fewer bytes
-    of communication at a recomputation need a recomputation: what would be another candidate's equal is left out.
+    model that has both its ends, and a length that the tensor axis divides; recomputation needs blocks; formats other
+    than fp32 need bf16 parameters; ZeRO needs replicas; fewer bytes of communication at a recomputation need a
+    recomputation: what would be another candidate's equal is left out.
 
     Raises:
         ValueError: nothing is legal, with the reason.
     """
     choices = choices or Choices()
+    if not job.model.blocks.order and None not in choices.activation_checkpointing:
+        raise UserValueError(
+            f"activation_checkpointing={choices.activation_checkpointing[0]!r}: the model has no blocks to recompute, "
+            "which are elements of nn.ModuleLists that hold TEX layers; legal: None"
+        )
     none = True
     for layout in layouts(job.model, job.world, choices):
         for micro, accumulation in _micro_batches(job, layout, choices):
@@ -193,12 +199,14 @@ def _options(
 ) -> Iterator[tuple[int, ActivationCheckpointing, str, Communication]]:
     formats = [f for f in choices.optimizer_state_format if f == "fp32" or job.precision.startswith("bf16")]
     replicated = layout.data > 1
+    recomputations = choices.activation_checkpointing if job.model.blocks.order else (None,)
     for sequence in choices.sequence_parallel:
-        if sequence and (layout.tensor == 1 or job.sequence_length % layout.tensor):
+        indivisible = layout.tensor == 1 or job.sequence_length % layout.tensor
+        if sequence and (indivisible or not job.model.sequence_can_be_split):
             continue
         communication = Communication(choices.duplicate_token_dropping, sequence_parallel=sequence)
         for stage in choices.zero_stage if replicated else list(choices.zero_stage)[:1]:
-            for checkpointing in choices.activation_checkpointing:
+            for checkpointing in recomputations:
                 if (
                     checkpointing == "communication_aware"
                     and job.world == 1

@@ -16,7 +16,7 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 from lightning_tex.models.decoder import DecoderConfig
 from lightning_tex.parallel.sharding import Box, ParameterSharding
 from lightning_tex.parallel.topology import Layout, Topology
-from lightning_tex.planner.layers import CrossEntropy, Layer, Moe, Norm
+from lightning_tex.planner.layers import CrossEntropy, Embedding, Head, Layer, Moe, Norm
 
 # How much is foreseen of what forwards keep for backwards: everything, by the formulas of ``activations``; or nothing.
 ActivationSource = Literal["formulas", "states only"]
@@ -126,6 +126,11 @@ class ModelDescription:
     def experts(self) -> tuple[int, ...]:
         """Number of experts of each MoE layer, as ``Layout.resolve`` takes it."""
         return tuple(placed.layer.num_experts for placed in self.layers if isinstance(placed.layer, Moe))
+
+    @cached_property
+    def sequence_can_be_split(self) -> bool:
+        """Whether there are both ends of what sequence parallelism splits."""
+        return {Embedding, Head} <= {type(placed.layer) for placed in self.layers}
 
     @cached_property
     def layer_counts(self) -> Mapping[PlacedLayer, int]:

@@ -55,6 +55,59 @@ def test_a_recipe_on_a_cluster(capsys) -> None:
     assert (own["tensor_parallel_size"], own["expert_parallel_size"], own["zero_stage"]) == (2, 2, 1)
 
 
+OWN = """
+trainer: {accelerator: cpu, devices: 4, precision: bf16-mixed}
+trainer.strategy:
+  class_path: lightning_tex.TexMoEStrategy
+  init_args: {tensor_parallel_size: 2, expert_parallel_size: 2, zero_stage: 2}
+model:
+  class_path: own_module.Regression
+  init_args: {width: 128}
+"""
+
+
+def test_a_recipe_with_a_module_of_ones_own(capsys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(RECIPES))
+    path = tmp_path / "own.yaml"
+    path.write_text(OWN)
+    job = ["--cluster", "h100", "--global-batch-size", "64", "--sequence-length", "4"]
+    main(["plan", "--config", str(path), *job, "--json"])
+    *table, last = capsys.readouterr().out.strip().splitlines()
+    report = json.loads(last)
+    assert report["activations"] == "states only" and "Activations: states only" in "".join(table)
+    width, features, experts = 128, 16, 4
+    dense = (features + 1) * width + (width + 1) * width + experts * width + width + 1
+    assert report["parameters"]["expert"] == 2 * experts * width * 2 * width
+    assert sum(report["parameters"].values()) == dense + report["parameters"]["expert"] and report["sizes"] is None
+    own = report["recipe"]
+    assert own["layout"].endswith("expert 2 x expert_tensor 2 x expert_data 1") and own["zero_stage"] == 2
+    held = report["parameters"]["expert"] // 4
+    assert own["memory_bytes"]["expert parameters"] == 2 * held and own["memory_bytes"]["activations"] == 0
+    # It has no blocks to recompute, and no ends of what sequence parallelism would split.
+    assert {(row["activation_checkpointing"], row["sequence_parallel"]) for row in report["layouts"]} == {(None, False)}
+    assert report["recommended"]["sent_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--largest-base", ("decoder", "legal")),
+        ("--dim 8", ("dim", "LanguageModel", "--model.init_args")),
+        ("--activation-checkpointing full", ("activation_checkpointing='full'", "no blocks")),
+    ],
+)
+def test_what_needs_a_decoder_is_refused_of_other_modules(
+    capsys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, said: tuple[str, ...]
+) -> None:
+    monkeypatch.syspath_prepend(str(RECIPES))
+    path = tmp_path / "own.yaml"
+    path.write_text(OWN)
+    with pytest.raises(SystemExit):
+        main(["plan", "--config", str(path), "--cluster", "h100", "--global-batch-size", "64", *words.split()])
+    printed = capsys.readouterr().err
+    assert all(word in printed for word in said), printed
+
+
 def test_the_largest_base_model(capsys) -> None:
     main(["plan", *SIZES, *JOB, "--largest-base", "--micro-batch", "1", "--activation-checkpointing", "full", "--json"])
     printed = capsys.readouterr().out.strip().splitlines()

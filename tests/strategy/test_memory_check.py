@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
 from helpers.behaviour_modules import on_ranks
+from helpers.own_modules import TwoKinds, regression
 from torch.utils.data import DataLoader
 
 from lightning_tex import LanguageModel, TexMoEStrategy
 from lightning_tex.models import DecoderConfig
+from lightning_tex.parallel.topology import Layout
+from lightning_tex.planner.describe import describe
+from lightning_tex.planner.layouts import Candidate, Job
+from lightning_tex.planner.memory import memory
+from lightning_tex.strategy.memory_check import MARGIN
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance\\(treespec, LeafSpec\\).*")
 
@@ -31,11 +38,10 @@ class Random(L.LightningDataModule):
         return DataLoader(batches, batch_size=share)  # type: ignore[arg-type]
 
 
-def fit(device_bytes: int | None, options: dict[str, Any]) -> str:
-    """What the fit raises before its first step, or ``trained``."""
+def fit(device_bytes: int | None, options: dict[str, Any], build: Callable[[], L.LightningModule] | None = None) -> str:
+    """What the fit of a language model, or of what is built, raises before its first step, or ``trained``."""
     strategy = TexMoEStrategy(**options)
     strategy._device_bytes = lambda: device_bytes  # type: ignore[method-assign]
-    data = Random()
     quiet = {
         "logger": False,
         "enable_checkpointing": False,
@@ -44,7 +50,10 @@ def fit(device_bytes: int | None, options: dict[str, Any]) -> str:
     }
     trainer = L.Trainer(devices=2, accelerator="cpu", strategy=strategy, max_steps=1, limit_val_batches=0, **quiet)
     try:
-        trainer.fit(LanguageModel(SIZES), data)
+        if build is None:
+            trainer.fit(LanguageModel(SIZES), Random())
+        else:
+            trainer.fit(build())
     except ValueError as error:
         return str(error)
     return "trained"
@@ -67,4 +76,32 @@ def test_what_fits_trains_and_the_check_can_be_left_out() -> None:
 
 def test_nothing_fits() -> None:
     for said in on_ranks(2, fit, 1000, {}):
+        assert "No layout of so many ranks fits" in said
+
+
+class Trained(TwoKinds):
+    """TwoKinds on random samples."""
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return self(batch).square().mean()
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(torch.randn(32, 16), batch_size=8)  # type: ignore[arg-type]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters())
+
+
+@pytest.mark.parametrize("build", [regression, Trained])
+def test_a_module_of_ones_own_is_refused_when_its_states_do_not_fit(build: Callable[[], L.LightningModule]) -> None:
+    options = {"tensor_parallel_size": 1, "expert_parallel_size": 1, "zero_stage": 0}
+    job = Job(describe(build()), 2, 1, 2, "32-true", two_groups=False)
+    needed = memory(job, Candidate(Layout(2), zero_stage=0)).peak
+    fits = int(needed * (1 - MARGIN)) + 1
+    assert on_ranks(2, fit, fits, options, build) == ["trained"] * 2
+    for said in on_ranks(2, fit, fits - 2, options, build):
+        assert "needs about" in said and "without activations, which are not foreseen" in said
+        assert "expert parameters" in said
+        assert re.search(r"What fits, nearest first: (zero_stage|expert_parallel_size)=", said), said
+    for said in on_ranks(2, fit, 100, options, build):
         assert "No layout of so many ranks fits" in said
