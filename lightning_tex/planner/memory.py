@@ -196,8 +196,7 @@ def _moe_flow(at: Activations, layer: Moe) -> int:
 
     The weighted sum: gradients of rows and weights in the weights' precision. The way to the experts: gradients at
     home, picked, the own part of them, and at the experts. The last product: gradients of its result, its input and its
-    matrix, when what came home is given back (unless it is on a tape). The end of a recomputed forward: what the
-    experts gave, reordered and picked.
+    matrix, when what came home is given back (unless it is on a tape). The end of a recomputed forward.
     """
     step, arrived, home, given_back = at.step, at.arrived(layer), at.home(layer), _given_back(at, layer)
     instants = [
@@ -206,8 +205,20 @@ def _moe_flow(at: Activations, layer: Moe) -> int:
         arrived + _expert_matrix(at, layer) + at.hidden(layer) - given_back,
     ]
     if step.candidate.activation_checkpointing == "full":
-        instants.append(3 * arrived)
+        instants += [3 * arrived, _brought_back(at, layer)]
     return max(instants)
+
+
+def _brought_back(at: Activations, layer: Moe) -> int:
+    """What the way back from the experts makes, beside its result.
+
+    What the experts gave; that by sender; the own part of it; and with the row of zeros that overflowed choices pick
+    the own part, or the whole buffer, which takes as much once more while it is gathered.
+    """
+    step, arrived = at.step, at.arrived(layer)
+    own = arrived // step.gather
+    moved = arrived + own if step.gather * step.layout.expert > 1 else 0
+    return arrived + moved + (2 * own * step.split if step.static(layer) and step.split > 1 else own)
 
 
 def _expert_matrix(at: Activations, layer: Moe) -> int:
