@@ -1,4 +1,4 @@
-"""Whose ways are taken where CPUs and GPUs differ."""
+"""Which kind of device a tensor counts as, where CPUs and GPUs are treated differently."""
 
 from __future__ import annotations
 
