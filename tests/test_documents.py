@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from lightning_tex.cli import main
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").rglob("*.md"))
 PACKAGE = ROOT / "lightning_tex"
-COMMANDS = set(importlib.import_module("lightning_tex.cli.main")._COMMANDS) | {"fit", "validate", "test", "predict"}
+COMMANDS = {"fit", "validate", "test", "predict", "plan", "bench", "checkpoint", "verify"}
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -58,6 +60,13 @@ def test_commands_are_known(page):
         assert names <= COMMANDS, " ".join(words)
         for path in re.findall(r"recipes/[\w.-]+", " ".join(words)):
             assert (ROOT / path).is_file(), " ".join(words)
+
+
+def test_every_command_of_the_program_is_documented():
+    program = set(re.search(r"lightning-tex ([\w|]+)", main.__doc__)[1].split("|"))
+    shown = {name for page in PAGES for words in commands(page) for name in words[1].split("|")}
+    assert program <= COMMANDS
+    assert program - {"validate", "test", "predict"} <= shown
 
 
 def anchors(page: Path) -> set[str]:
