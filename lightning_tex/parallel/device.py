@@ -1,4 +1,4 @@
-"""Which kind of device a tensor counts as, where CPUs and GPUs are treated differently."""
+"""Whose ways are taken where CPUs and GPUs differ."""
 
 from __future__ import annotations
 
