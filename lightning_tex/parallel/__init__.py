@@ -1,7 +1,7 @@
 """The paper's sections 2, 3 and 5.2 as primitives: meshes, collectives, sharding, replay.
 
-Public is what an author of layers needs: :class:`TexModule` and what it declares and is given. Collectives that autograd
-knows are in ``lightning_tex.parallel.collectives``.
+Public is what an author of layers needs: :class:`TexModule` and what it declares and is given. Collectives are in
+``lightning_tex.parallel.collectives``.
 """
 
 from lightning_tex.parallel.activation_layout import ActivationLayout, Replicated, SequenceSharded
