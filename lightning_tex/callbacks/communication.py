@@ -1,4 +1,4 @@
-"""Sight of communication."""
+"""Logs the bytes that each collective sends."""
 
 from __future__ import annotations
 
