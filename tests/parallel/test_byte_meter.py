@@ -212,13 +212,13 @@ def steps_against_formulas(layouts, every):
 
 
 def test_bytes_and_calls_of_a_step_equal_the_planners():
-    run_ranks(4, steps_against_formulas, LAYOUTS[:4], 7, detail=False)
+    run_ranks(4, steps_against_formulas, LAYOUTS[:4], 7)
 
 
 @pytest.mark.full
 def test_bytes_and_calls_of_every_step_equal_the_planners():
     more = (1, 1, 1, True), (2, 1, 2, True), (1, 2, 1, False)
-    run_ranks(4, steps_against_formulas, (*LAYOUTS, *more), 1, timeout=600, detail=False)
+    run_ranks(4, steps_against_formulas, (*LAYOUTS, *more), 1, timeout=600)
 
 
 class Dropless(Block):
