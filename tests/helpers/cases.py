@@ -20,22 +20,26 @@ def case(*values: Any, **named: Any) -> Iterator[None]:
 
 
 def pairwise(*factors: Any, legal: Callable[..., bool] = lambda *values: True) -> list[tuple[Any, ...]]:
-    """A few of all combinations, that together cover every pair of two factors' values.
-
-    Greedy and deterministic: always the first combination that covers most pairs not covered yet. Pairs that no
-    ``legal`` combination has are left out.
-    """
+    """A few of all legal combinations of one value of every factor, that together cover every pair of values."""
     values = [list(factor) for factor in factors]
-    combinations = [
-        places
-        for places in itertools.product(*(range(len(factor)) for factor in values))
-        if legal(*(factor[place] for factor, place in zip(values, places, strict=True)))
-    ]
-    pairs = {places: set(itertools.combinations(enumerate(places), 2)) for places in combinations}
-    uncovered = set().union(*pairs.values())
+
+    def combination(places: tuple[int, ...]) -> tuple[Any, ...]:
+        return tuple(factor[place] for factor, place in zip(values, places, strict=True))
+
+    every = itertools.product(*(range(len(factor)) for factor in values))
+    return [combination(places) for places in cover_pairs([p for p in every if legal(*combination(p))], tuple)]
+
+
+def cover_pairs(cases: list[Any], values: Callable[[Any], tuple[Any, ...]]) -> list[Any]:
+    """A few of some cases that together cover every pair of values that two of these ``values`` have in any of them.
+
+    Greedy and deterministic: always the first case that covers most pairs not covered yet.
+    """
+    pairs = [set(itertools.combinations(enumerate(values(case)), 2)) for case in cases]
+    uncovered = set().union(*pairs)
     chosen = []
     while uncovered:
-        best = max(combinations, key=lambda places: len(pairs[places] & uncovered))
+        best = max(range(len(cases)), key=lambda place: len(pairs[place] & uncovered))
         uncovered -= pairs[best]
-        chosen.append(tuple(factor[place] for factor, place in zip(values, best, strict=True)))
+        chosen.append(cases[best])
     return chosen
