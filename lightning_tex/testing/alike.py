@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -161,7 +162,8 @@ class _Comparison:
 
     def __init__(self, job: Job, tolerance: float, timeout: float) -> None:
         self.job, self.tolerance, self.timeout = job, tolerance, timeout
-        self.module, data = job.build()
+        module, data = job.build()
+        self.module = deepcopy(module)  # to look at: each process configures its own
         self.module.configure_model()
         self._own_loader = data is None or hasattr(data, "train_dataloader")
         self.batches = run_ranks(1, global_batches, job, timeout=timeout)[0][: job.steps]
