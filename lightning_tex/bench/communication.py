@@ -7,7 +7,6 @@ import json
 import os
 import statistics
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -98,9 +97,8 @@ class CommunicationBench:
             )
         strategy = fit.trainer.strategy
         assert isinstance(strategy, TexMoEStrategy)
-        combination.tell(strategy)
+        strategy.adopt(combination.communication(strategy.communication), self._topologies.values())
         fit.trainer.callbacks.append(watch)  # type: ignore[attr-defined]
-        self._share_groups(strategy)
         with on_the_same_processes(strategy), quiet():
             fit.trainer.fit(fit.model, fit.datamodule)
         self.is_first_rank = strategy.is_global_zero
@@ -113,15 +111,6 @@ class CommunicationBench:
                 "legal: smaller --warmup and --steps"
             )
         return watch.measured
-
-    def _share_groups(self, strategy: TexMoEStrategy) -> None:
-        """Process groups of a layout are made once."""
-        layout = strategy.resolve_layout()
-        for topology in self._topologies.values():
-            if topology.layout.tensor == layout.tensor:
-                strategy._mesh = topology.mesh
-            if topology.layout == layout:
-                strategy._topology = replace(topology, communication=strategy.communication)
 
     def report(self) -> dict[str, Any]:
         """Medians over the turns, and ratios to the baseline of the same run."""

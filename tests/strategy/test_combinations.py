@@ -55,7 +55,7 @@ class LastGradients(L.Callback):
 def run(name: str, capacity_factor: float | None, precision: str) -> dict[str, Tensor]:
     combination = COMBINATIONS[name]
     strategy = tex.TexMoEStrategy(tensor_parallel_size=2, **{"expert_parallel_size": 2, **combination.options(2, 2)})
-    combination.tell(strategy)
+    strategy.adopt(combination.communication(strategy.communication))
     module = Trained(capacity_factor)
     trainer = L.Trainer(
         **{**FLAGS, "devices": 4, "strategy": strategy, "max_epochs": 1, "precision": precision},
