@@ -19,7 +19,7 @@ from lightning_tex.moe import MoE, auxiliary_loss
 from lightning_tex.optim import OptimizerStateConfig, TiledOptimizer, flat_sizes
 from lightning_tex.parallel import collectives
 from lightning_tex.parallel.activation_checkpointing import recompute_blocks
-from lightning_tex.parallel.byte_meter import Sent
+from lightning_tex.parallel.byte_meter import ByteMeter, Sent
 from lightning_tex.parallel.sharding import parameter_shardings, shard_module
 from lightning_tex.parallel.topology import AXES
 from lightning_tex.planner.layouts import Candidate, Job
@@ -278,3 +278,16 @@ def test_off_by_default_and_by_pass():
             ("all_reduce", "tensor", "forward"): (1, 12.0),
             ("all_gather", "data", "optimizer"): (1, 8.0),
         }
+
+
+def test_start_forgets_what_was_counted_and_stop_keeps_it() -> None:
+    meter, kind = ByteMeter(), Sent("all_reduce", "tensor", "forward")
+    meter.add(kind, 24, 2)
+    assert not meter.counting and meter.calls() == {}
+    for _ in range(2):
+        meter.start()
+        assert meter.counting
+        meter.add(kind, 24, 2)
+        meter.stop()
+        meter.add(kind, 24, 2)
+        assert (meter.calls(), meter.sent_bytes()) == ({kind: 1}, {kind: 12.0})

@@ -54,7 +54,7 @@ class LastGradients(L.Callback):
 def run(name: str, capacity_factor: float | None, precision: str) -> dict[str, Tensor]:
     combination = COMBINATIONS[name]
     strategy = tex.TexMoEStrategy(tensor_parallel_size=2, **{"expert_parallel_size": 2, **combination.options(2, 2)})
-    combination.tell(strategy)
+    strategy.adopt(combination.communication(strategy.communication))
     module = Trained(capacity_factor)
     flags: dict[str, Any] = {"devices": 4, "max_epochs": 1, "use_distributed_sampler": False}
     trainer = quiet(strategy=strategy, precision=precision, callbacks=[LastGradients()], **flags)
