@@ -16,8 +16,8 @@ from lightning_tex.optim.gradients import Gradients
 from lightning_tex.parallel.collectives import all_reduce
 from lightning_tex.parallel.topology import Axis
 
-# Buffers under way at once when each is freed as soon as it has arrived.
-_UNDER_WAY = 2
+# Buffers on their way to their owners at once, where a buffer is freed as soon as it has arrived (ZeRO 2).
+BUFFERS_UNDER_WAY = 2
 
 
 class BucketOverlap:
@@ -103,8 +103,8 @@ class BucketOverlap:
                     return
                 each.start()
                 each.started = True
-                if each.frees and i >= _UNDER_WAY:
-                    self.gradients[i - _UNDER_WAY].finish()
+                if each.frees and i >= BUFFERS_UNDER_WAY:
+                    self.gradients[i - BUFFERS_UNDER_WAY].finish()
 
     def _agree(self, completed: list[Gradients]) -> None:
         places = [completed.index(each) if each in completed else len(self.gradients) for each in self.gradients]
