@@ -55,6 +55,9 @@ class ReductionStage(Enum):
         self.said, self.legal = said, legal
 
 
+_NOT_COMBINED = (ReductionStage.COLLECTING, ReductionStage.SENT, ReductionStage.COMPLETE)
+
+
 @dataclass(frozen=True)
 class ReductionState:
     """What has been done to the gradients since the last step; never changed, but replaced by the next one.
@@ -183,8 +186,7 @@ class GradientReducer:
         """
         if self.state.stage in (ReductionStage.COMBINED, ReductionStage.UNSCALED):
             return
-        collected = (ReductionStage.COLLECTING, ReductionStage.SENT, ReductionStage.COMPLETE)
-        self._require("combining the gradients", *collected)
+        self._require("combining the gradients", *_NOT_COMBINED)
         with optimizer_pass(self.world):
             if not self.at_once or self.state.stage is ReductionStage.COLLECTING:
                 self._overlap.send_all()
@@ -199,8 +201,8 @@ class GradientReducer:
 
     def unscale(self, factor: float) -> None:
         """Take the loss scale out of the combined gradients, once per step; collective."""
+        self._require("unscale", *_NOT_COMBINED, ReductionStage.COMBINED)
         self.combine()
-        self._require("unscale", ReductionStage.COMBINED)
         self._scale(factor)
         self._move_to(ReductionStage.UNSCALED)
 

@@ -202,7 +202,9 @@ def descended(by_hand: bool) -> dict[str, Tensor]:
 
 def test_clipping_by_hand_takes_the_loss_scale_out_once() -> None:
     (by_hand, *_), (by_trainer, *_) = (on_ranks(4, descended, by_hand) for by_hand in (True, False))
-    assert all(torch.equal(by_hand[name], value) for name, value in by_trainer.items())
+    # To rounding: manual_backward runs under autocast. ``norm.bias`` begins at 0 and shows the step's own length.
+    errors = {name: distance(by_hand[name], value) for name, value in by_trainer.items()}
+    assert max(errors.values()) <= 1e-3 and by_trainer["norm.bias"].any(), errors
 
 
 class Scaled(Learns):
