@@ -9,6 +9,7 @@ from fractions import Fraction
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.backwards import announced_backward
 from helpers.cases import case, pairwise
 from helpers.topologies import join
 from torch import nn
@@ -174,18 +175,17 @@ def training_step(model, topology, mode, stage, micro_steps):
     parameters = dict(model.named_parameters())
     placed = {parameters[name]: p for name, p in parameter_shardings(model, topology).items()}
     groups = [{"params": [p for p in model.parameters() if (p.dim() > 1) == matrix]} for matrix in (True, False)]
-    optimizer = TiledOptimizer(torch.optim.AdamW(groups), placed, topology.world, OptimizerStateConfig(stage))
+    optimizer = TiledOptimizer(
+        torch.optim.AdamW(groups), placed, topology.world, OptimizerStateConfig(zero_stage=stage)
+    )
     cross_entropy = VocabParallelCrossEntropy()
     cross_entropy.bind(topology)
-    optimizer.reducer._overlap._agreed = True  # which buffer leaves first is agreed upon once in a training
     with topology.world.meter.measure() as meter:
         meter.clear()
         for _ in range(micro_steps):
             ids = torch.randint(98, (B, EVEN), generator=torch.Generator().manual_seed(topology.data.rank))
             loss = cross_entropy(model(ids), ids) + auxiliary_loss(model)
-            optimizer.reducer.before_backward(loss, undisturbed=False)
-            loss.backward()
-            optimizer.reducer.after_backward()
+            announced_backward(optimizer, loss)
         optimizer.clip_by_norm(1.0)
         optimizer.step()
     return meter

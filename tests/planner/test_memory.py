@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.backwards import announced_backward
 from helpers.cases import case, pairwise
 from helpers.topologies import join
 
@@ -53,7 +54,7 @@ def measured_and_planned(
     parameters = dict(model.named_parameters())
     placed = {parameters[name]: p for name, p in parameter_shardings(model, topology).items()}
     groups = [{"params": [p for p in model.parameters() if (p.dim() > 1) == matrix]} for matrix in (True, False)]
-    state_config = OptimizerStateConfig(stage)
+    state_config = OptimizerStateConfig(zero_stage=stage)
     optimizer = TiledOptimizer(torch.optim.AdamW(groups), placed, topology.world, state_config, topology.communication)
     cross_entropy = VocabParallelCrossEntropy(reduction="sum")
     cross_entropy.bind(topology)
@@ -63,9 +64,7 @@ def measured_and_planned(
         with torch.autocast("cpu", torch.bfloat16) if precision == "bf16-mixed" else nullcontext():
             loss = cross_entropy(model(ids), ids) / ids.numel() + auxiliary_loss(model)
         optimizer.zero_grad()
-        optimizer.reducer.before_backward(loss, undisturbed=True)
-        loss.backward()
-        optimizer.reducer.after_backward()
+        announced_backward(optimizer, loss, undisturbed=True)
         optimizer.step()
 
     step()

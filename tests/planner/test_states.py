@@ -121,7 +121,9 @@ def allocated(
     plugin.convert_module(model)
     parameters = dict(model.named_parameters())
     placed = {parameters[name]: p for name, p in parameter_shardings(model, topology).items()}
-    state_config = plugin.state_config(OptimizerStateConfig(stage, optimizer_state_format, tile_size=tile))
+    state_config = plugin.state_config(
+        OptimizerStateConfig(zero_stage=stage, optimizer_state_format=optimizer_state_format, tile_size=tile)
+    )
     optimizer = TiledOptimizer(torch.optim.AdamW(model.groups()), placed, topology.world, state_config)
     optimizer.zero_grad()
     optimizer.step()
@@ -193,7 +195,10 @@ def test_tiles_are_as_large_as_the_strategys(optimizer_state_format: str, dtype:
     layer = nn.Linear(64, 64, bias=False, dtype=dtype)
     placed = {layer.weight: parameter_shardings(layer, Topology.single())["weight"]}
     optimizer = TiledOptimizer(
-        torch.optim.AdamW(layer.parameters()), placed, Axis("world"), OptimizerStateConfig(1, optimizer_state_format)
+        torch.optim.AdamW(layer.parameters()),
+        placed,
+        Axis("world"),
+        OptimizerStateConfig(optimizer_state_format=optimizer_state_format),
     )
     kept = kept_format("bf16-mixed", optimizer_state_format, layer.weight.element_size())
     assert optimizer.shards[0].states.tile_size == tile_elements(kept, None, "cpu")
