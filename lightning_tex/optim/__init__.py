@@ -1,6 +1,22 @@
-"""The sharded, tiled optimizer."""
+"""The sharded, tiled optimizer (paper, section 4): ``tiled.py`` says which module does what in a step.
 
-from lightning_tex.optim.state_config import OptimizerStateConfig
+Public: the optimizer, which is also the one door to the gradients of a step, and what it is configured by.
+"""
+
+from lightning_tex.optim.gradient_reducer import ReductionStage
+from lightning_tex.optim.state_config import (
+    OPTIMIZER_STATE_FORMATS,
+    OptimizerStateConfig,
+    OptimizerStateFormat,
+    ZeroStage,
+)
 from lightning_tex.optim.tiled import TiledOptimizer
 
-__all__ = ["OptimizerStateConfig", "TiledOptimizer"]
+__all__ = [
+    "OPTIMIZER_STATE_FORMATS",
+    "OptimizerStateConfig",
+    "OptimizerStateFormat",
+    "ReductionStage",
+    "TiledOptimizer",
+    "ZeroStage",
+]

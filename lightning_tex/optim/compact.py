@@ -15,7 +15,7 @@ from lightning_tex.optim.formats import MASTER, Kept, StateFormat, Window, per_e
 from lightning_tex.optim.moments import Moments
 from lightning_tex.optim.rounding import Rounding, round_stochastically
 
-# n elements of a window; those of 16-bit state_config are seen as int16, those of fp32 as int32
+# n elements of a window; those of 16-bit storage are seen as int16, those of fp32 as int32
 
 
 class Master(ABC):

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 ALIGNMENT = 64
 # Elements of a buffer. Gradients are reduced buffer by buffer: several, to begin early; not too small, to be fast.
 BUCKETS, SMALLEST_BUCKET, LARGEST_BUCKET = 8, 1 << 18, 1 << 24
-# Buffers under way at once when each is freed as soon as it has arrived (ZeRO 2).
-UNDER_WAY = 2
+# Buffers on their way to their owners at once, where a buffer is freed as soon as it has arrived (ZeRO 2).
+BUFFERS_UNDER_WAY = 2
 # What a step may allocate besides what it keeps, in bytes, by device. That of the CPU is measured (docs/optimizer.md),
 # that of GPUs is not.
 BUDGET_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}

@@ -1,42 +1,78 @@
-"""From backwards to the gradients of a step: when they leave, what is combined, what scales and bounds them."""
+"""From backwards to the gradients of a step: when they leave, what is combined, what scales and bounds them.
+
+This is inside the optimizer: who runs a step talks to :class:`~lightning_tex.optim.TiledOptimizer`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
 
 import torch
 from torch import Tensor, nn
 
 from lightning_tex.errors import UserRuntimeError
 from lightning_tex.optim.gradients import Gradients
-from lightning_tex.optim.overlap import BucketOverlap
+from lightning_tex.optim.overlap import BucketOverlap, optimizer_pass
 from lightning_tex.parallel import collectives
 from lightning_tex.parallel.activation_layout import reached, reached_directly
 from lightning_tex.parallel.sharding import ParameterSharding
 from lightning_tex.parallel.topology import Axis, Communication
 
 
-@dataclass
-class ReductionState:
-    """What has been done to the gradients since the last step.
+class ReductionStage(Enum):
+    """Where the gradients of a step are.
 
-    An object of its own, because Lightning's wrapper forwards reads to the optimizer but keeps what is assigned.
+        COLLECTING -> IN_BACKWARD -> COLLECTING (ZeRO 2: SENT) -> .. -> IN_LAST_BACKWARD -> COMPLETE
+        COLLECTING, SENT or COMPLETE -> COMBINED (-> UNSCALED, where there is a loss scale) -> step -> COLLECTING
 
-    left: they left in each backward (ZeRO 2). reduced: combined over replicas. scale: to be scaled by this. norm: their
-    norm before that, if it is known. finite: whether it was. unscaled: that takes a loss scale out.
+    A backward that is not announced leaves the stage as it is; ``zero_grad`` leads from every stage to the first one.
+    A stage says what is so, and what is legal then.
     """
 
-    left: bool = False
-    reduced: bool = False
+    COLLECTING = "no backward is under way", "backward_begins(loss), step() or zero_grad()"
+    IN_BACKWARD = (
+        "a backward has begun and not ended, or has failed",
+        "backward_ended() after it, or zero_grad() to give the step up",
+    )
+    IN_LAST_BACKWARD = (
+        "the last backward of the step has begun and not ended, or has failed",
+        "backward_ended() after it, or zero_grad() to give the step up",
+    )
+    SENT = "gradients of the step's backwards are with their owners", "backward_begins(loss), step() or zero_grad()"
+    COMPLETE = "the last backward of the step is over", "clip_by_norm(..), clip_by_value(..), step() or zero_grad()"
+    COMBINED = (
+        "the gradients of this step have been combined (a norm, clipping and the step do that)",
+        "step() or zero_grad() before the next backward",
+    )
+    UNSCALED = (
+        "the gradients of this step have been combined, and the loss scale has been taken out of them",
+        "step() or zero_grad() before the next backward",
+    )
+
+    def __init__(self, said: str, legal: str) -> None:
+        self.said, self.legal = said, legal
+
+
+_NOT_COMBINED = (ReductionStage.COLLECTING, ReductionStage.SENT, ReductionStage.COMPLETE)
+
+
+@dataclass(frozen=True)
+class ReductionState:
+    """What has been done to the gradients since the last step; never changed, but replaced by the next one.
+
+    Args:
+        stage: where they are.
+        scale: what they are still to be multiplied by.
+        norm: their norm before that, if it is known.
+        finite: whether it was, if that is known; clamping loses the norm and not this.
+    """
+
+    stage: ReductionStage = ReductionStage.COLLECTING
     scale: float = 1.0
     norm: Tensor | None = None
     finite: bool | None = None
-    unscaled: bool = False
-
-    def clear(self) -> None:
-        self.__init__()  # type: ignore[misc]
 
 
 class GradientReducer:
@@ -47,6 +83,9 @@ class GradientReducer:
         world: all ranks, over which norms are summed.
         communication: what is done to communicate less.
         at_once: they are reduced in every backward (ZeRO 2), not only in the last of a step.
+
+    Attributes:
+        state: what has been done to them since the last step.
     """
 
     def __init__(
@@ -57,57 +96,64 @@ class GradientReducer:
         at_once: bool,
     ) -> None:
         self.shardings, self.world, self.communication, self.at_once = shardings, world, communication, at_once
-        self.gradients: list[Gradients] = []
-        self.pending = ReductionState()
-        self.direct: set[nn.Parameter] = set()
-        self._overlap = self._new_overlap()
+        self.buffers: list[Gradients] = []
+        self.state = ReductionState()
+        self._reached_directly: set[nn.Parameter] = set()
+        self._overlap = BucketOverlap(world)
 
-    def add(self, gradients: list[Gradients]) -> None:
+    def add(self, buffers: list[Gradients]) -> None:
         """More buffers."""
-        self.gradients += gradients
-        self.release()
-        self._overlap = self._new_overlap()
-
-    def _new_overlap(self) -> BucketOverlap:
-        return BucketOverlap(self.gradients, self.world, self.counted, lambda parameter: self.shardings[parameter].name)
+        self.buffers += buffers
+        self._overlap.add(buffers)
 
     def release(self) -> None:
         """Take the hooks from the parameters."""
         self._overlap.release()
 
-    def counted(self) -> AbstractContextManager[None]:
-        """What is sent inside counts as the optimizer's."""
-        return nullcontext() if self.world.meter is None else self.world.meter.optimizer_pass()
-
     def zero(self) -> None:
-        """Begin a step."""
-        for each in self.gradients:
-            each.zero()
-        self.pending.clear()
+        """Begin a step, whatever became of the one before."""
+        self._overlap.give_up()
+        for gradients in self.buffers:
+            gradients.zero()
+        self.state = ReductionState()
+
+    def step_is_over(self) -> None:
+        """The gradients have been used, or the step was skipped."""
+        self.state = ReductionState()
+
+    def _require(self, call: str, *legal: ReductionStage) -> None:
+        """Refuse a call out of order.
+
+        Raises:
+            RuntimeError: naming the call, what is so, and what is legal.
+        """
+        if self.state.stage not in legal:
+            raise UserRuntimeError(f"{call}: {self.state.stage.said}; legal now: {self.state.stage.legal}")
+
+    def _move_to(self, stage: ReductionStage) -> None:
+        self.state = replace(self.state, stage=stage)
 
     # --- backwards
 
-    def overlapping(self) -> AbstractContextManager[None]:
-        """Inside runs the step's only or last backward: gradients leave for their owners as they are completed."""
-        return self._overlap.during() if self.communication.overlap and not self.at_once else nullcontext()
-
-    def before_backward(self, loss: Tensor, undisturbed: bool) -> None:
-        """See a loss before its backward.
-
-        Args:
-            loss: what the backward begins with.
-            undisturbed: the backward is one, and nothing looks at gradients before they are reduced.
-        """
+    def backward_begins(self, loss: Tensor, last: bool, undisturbed: bool) -> None:
+        """See a loss before its backward; see :meth:`TiledOptimizer.backward_begins`."""
+        self._require("backward_begins", ReductionStage.COLLECTING, ReductionStage.SENT)
         self._look_at(loss)
-        if self.at_once and self.communication.overlap and undisturbed:
-            self._overlap.begin()
+        if self.communication.overlap and undisturbed and (last or self.at_once):
+            self._overlap.backward_begins()
+        self._move_to(ReductionStage.IN_LAST_BACKWARD if last else ReductionStage.IN_BACKWARD)
 
-    def after_backward(self) -> None:
+    def backward_ended(self) -> None:
         """Send what the backward left, if it is to leave at once; collective."""
+        self._require("backward_ended", ReductionStage.IN_BACKWARD, ReductionStage.IN_LAST_BACKWARD)
+        self._overlap.backward_ended()
         if self.at_once:
-            with self.counted():
-                self._send()
-            self.pending.left = True
+            with optimizer_pass(self.world):
+                self._overlap.send_all()
+        if self.state.stage is ReductionStage.IN_LAST_BACKWARD:
+            self._move_to(ReductionStage.COMPLETE)
+        else:
+            self._move_to(ReductionStage.SENT if self.at_once else ReductionStage.COLLECTING)
 
     def _look_at(self, loss: Tensor) -> None:
         """See which parameters a loss reaches without passing through the stream that sequence parallelism splits.
@@ -119,7 +165,7 @@ class GradientReducer:
             return
         split = {parameter for parameter, sharding in self.shardings.items() if sharding.partial_axis.size > 1}
         new = split & reached_directly(loss)
-        if not new <= self.direct:
+        if not new <= self._reached_directly:
             _, behind = reached(loss)
             if both := new & behind:
                 raise UserRuntimeError(
@@ -128,87 +174,92 @@ class GradientReducer:
                     "head are a rank's own part, and nothing but VocabParallelHead and MoE layers may lead from them "
                     "to the loss; legal: compute that term behind the head, or sequence_parallel=False"
                 )
-        self.direct |= new
+        self._reached_directly |= new
 
     # --- combined
 
-    def reduce(self, whole: bool = False) -> None:
+    def combine(self, whole: bool = False) -> None:
         """Combine gradients over replicas, once per step; collective.
 
         Args:
             whole: make every ``.grad`` the combined gradient, not only this rank's shard of it.
         """
-        if self.pending.reduced:
+        if self.state.stage in (ReductionStage.COMBINED, ReductionStage.UNSCALED):
             return
-        with self.counted():
-            if not self.pending.left:
-                self._send()
-            elif any(each.waiting for each in self.gradients):
+        self._require("combining the gradients", *_NOT_COMBINED)
+        with optimizer_pass(self.world):
+            if not self.at_once or self.state.stage is ReductionStage.COLLECTING:
+                self._overlap.send_all()
+            elif any(gradients.waiting for gradients in self.buffers):
                 raise UserRuntimeError(
                     "a backward added gradients after zero_stage=2 had reduced those of this step: legal in manual "
                     "optimization: self.manual_backward(loss) for every backward of a step, or for none"
                 )
-            for each in self.gradients:
-                each.combine(whole, self.direct)
-        self.pending.reduced = True
+            for gradients in self.buffers:
+                gradients.combine(whole, self._reached_directly)
+        self._move_to(ReductionStage.COMBINED)
 
-    def _send(self) -> None:
-        self._overlap.start_all()
-        self._overlap.finish_all()
+    def unscale(self, factor: float) -> None:
+        """Take the loss scale out of the combined gradients, once per step; collective."""
+        self._require("unscale", *_NOT_COMBINED, ReductionStage.COMBINED)
+        self.combine()
+        self._scale(factor)
+        self._move_to(ReductionStage.UNSCALED)
+
+    def _scale(self, factor: float) -> None:
+        """Multiply all gradients: done on the way through the step."""
+        self.state = replace(self.state, scale=self.state.scale * factor)
 
     def norm(self) -> Tensor:
-        """The 2-norm of all gradients, each parameter counted once, whatever the layout: an fp64 scalar; collective."""
-        self._measure()
-        assert self.pending.norm is not None
-        return self.pending.norm * self.pending.scale
+        """The 2-norm of all gradients: an fp64 scalar; collective."""
+        return self._measured_norm() * self.state.scale
 
     def finite(self) -> bool:
         """Whether no gradient anywhere is infinite or NaN, copies that the norm does not count included; collective."""
-        if self.pending.finite is None:
-            self._measure()
-        return bool(self.pending.finite)
+        if self.state.finite is None:
+            self._measured_norm()
+        return bool(self.state.finite)
 
-    def _measure(self) -> None:
-        self.reduce()
-        if self.pending.norm is not None:
-            return
+    def _measured_norm(self) -> Tensor:
+        """The norm before :attr:`ReductionState.scale`; takes ``finite`` with it."""
+        self.combine()
+        if self.state.norm is not None:
+            return self.state.norm
         device = next(iter(self.shardings)).device
         total = torch.zeros(2, dtype=torch.float64, device=device)  # of what is counted, and of everything
-        for each in self.gradients:
-            square = each.squared_norm()
-            total += square if each.buffer.counted else torch.stack([torch.zeros_like(square), square])
-        with self.counted():
+        for gradients in self.buffers:
+            square = gradients.squared_norm()
+            total += square if gradients.buffer.counted else torch.stack([torch.zeros_like(square), square])
+        with optimizer_pass(self.world):
             counted, everything = collectives.all_reduce(total, self.world)
-        self.pending.norm = counted.sqrt()
-        if self.pending.finite is None:
-            self.pending.finite = bool(torch.isfinite(everything))
-
-    def scale(self, factor: float) -> None:
-        """Multiply all gradients; done on the way through the step."""
-        self.pending.scale *= factor
+        norm, finite = counted.sqrt(), self.state.finite
+        self.state = replace(
+            self.state, norm=norm, finite=bool(torch.isfinite(everything)) if finite is None else finite
+        )
+        return norm
 
     def clip_by_norm(self, max_norm: float) -> Tensor:
         """Scale all gradients so that their norm is at most ``max_norm``. Returns the norm before; collective."""
         norm = self.norm()
         factor = max_norm / (float(norm) + 1e-6)
         if not factor >= 1:  # NaN as well, which torch spreads, too
-            self.scale(factor)
+            self._scale(factor)
         return norm
 
     def clip_by_value(self, max_value: float) -> None:
         """Clamp every gradient element to [-max_value, max_value]; collective."""
         self.finite()  # known from before: clamped, an infinity would look like a gradient
-        if self.pending.scale:  # 0 where an infinite norm was clipped: everything is 0 or NaN then
-            for each in self.gradients:
-                each.clamp(max_value / self.pending.scale)
-        self.pending.norm = None
+        if self.state.scale:  # 0 where an infinite norm was clipped: everything is 0 or NaN then
+            for gradients in self.buffers:
+                gradients.clamp(max_value / self.state.scale)
+        self.state = replace(self.state, norm=None)
 
     def culprit(self) -> str:
         """A parameter with a gradient that is not finite, and the rank that owns it; collective."""
         names = sorted({sharding.name for sharding in self.shardings.values()})
-        bad = (entry for each in self.gradients if (entry := each.bad_entry()) is not None)
+        bad = (entry for gradients in self.buffers if (entry := gradients.bad_entry()) is not None)
         own = next((names.index(entry.sharding.name) for entry in bad), -1)
         device = next(iter(self.shardings)).device
-        found = collectives.all_gather(torch.tensor([own], device=device), 0, self.world).tolist()
-        rank = next((rank for rank, index in enumerate(found) if index >= 0), None)
-        return "some parameter" if rank is None else f"{names[found[rank]]} (rank {rank})"
+        by_rank = collectives.all_gather(torch.tensor([own], device=device), 0, self.world).tolist()
+        rank = next((rank for rank, index in enumerate(by_rank) if index >= 0), None)
+        return "some parameter" if rank is None else f"{names[by_rank[rank]]} (rank {rank})"

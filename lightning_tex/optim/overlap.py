@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -12,107 +12,129 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_tex.errors import UserRuntimeError
 from lightning_tex.optim.flat import Entry
-from lightning_tex.optim.flat_sizes import UNDER_WAY
+from lightning_tex.optim.flat_sizes import BUFFERS_UNDER_WAY
 from lightning_tex.optim.gradients import Gradients
 from lightning_tex.parallel.collectives import all_reduce
 from lightning_tex.parallel.topology import Axis
+
+
+def optimizer_pass(world: Axis) -> AbstractContextManager[None]:
+    """What is sent inside counts as the optimizer's."""
+    return nullcontext() if world.meter is None else world.meter.optimizer_pass()
+
+
+class WatchedBackward:
+    """A backward whose gradients leave while it runs: which buffers it has completed, in that order.
+
+    Args:
+        buffers: the gradients of all buffers.
+    """
+
+    def __init__(self, buffers: Sequence[Gradients]) -> None:
+        self.completed: list[Gradients] = []
+        self._missing = {gradients: {entry.parameter for entry in gradients.buffer.entries} for gradients in buffers}
+
+    def completes(self, gradients: Gradients, parameter: nn.Parameter) -> bool:
+        """Note that a parameter's gradient is there. Whether it is the last one of its buffer."""
+        missing = self._missing[gradients]
+        missing.discard(parameter)
+        if missing:
+            return False
+        self.completed.append(gradients)
+        return True
 
 
 class BucketOverlap:
     """Starts the reduction of each buffer's gradients as soon as a backward has put the last of them in.
 
     Buffers start in one fixed order on all ranks. At first it is that of the model, backwards; after the first backward
-    it is the order in which they became complete, on the rank where that was last; one that stayed incomplete on some
-    rank (a parameter without gradient) comes after all others and holds up none of them.
+    that was watched it is the order in which they became complete, on the rank where that was last; one that stayed
+    incomplete on some rank (a parameter without gradient) comes after all others and holds up none of them.
 
     Args:
-        gradients: what is reduced.
         world: the ranks that must agree.
-        counted: what is sent inside counts as the optimizer's.
-        name: a parameter's name, for messages.
+
+    Attributes:
+        order: the gradients of all buffers, in the order in which they are started.
     """
 
-    def __init__(
-        self,
-        gradients: list[Gradients],
-        world: Axis,
-        counted: Callable[[], AbstractContextManager[None]],
-        name: Callable[[nn.Parameter], str],
-    ) -> None:
-        self.gradients, self.world, self._counted, self._name = gradients[::-1], world, counted, name
-        self._missing: dict[Gradients, set[Tensor]] | None = None
+    def __init__(self, world: Axis) -> None:
+        self.world = world
+        self.order: list[Gradients] = []
+        self._order_is_agreed = False
+        self._backward: WatchedBackward | None = None
         self._completed: list[Gradients] | None = None
-        self._agreed = False
-        self._hooks: list[RemovableHandle] = [
-            entry.parameter.register_post_accumulate_grad_hook(partial(self._arrived, each, entry))
-            for each in gradients
-            for entry in each.buffer.entries
+        self._hooks: list[RemovableHandle] = []
+
+    def add(self, buffers: Sequence[Gradients]) -> None:
+        """More buffers, which come first until ranks have agreed upon an order again."""
+        self.order = [*reversed(buffers), *self.order]
+        self._order_is_agreed = False
+        self._hooks += [
+            entry.parameter.register_post_accumulate_grad_hook(partial(self._arrived, gradients, entry))
+            for gradients in buffers
+            for entry in gradients.buffer.entries
         ]
-
-    @contextmanager
-    def during(self) -> Iterator[None]:
-        """Inside runs the last backward before the gradients are needed, and only one."""
-        self.begin()
-        try:
-            yield
-        finally:
-            self._missing = None
-
-    def begin(self) -> None:
-        """The next backward is the last one before :meth:`start_all`."""
-        self._missing = {each: {entry.parameter for entry in each.buffer.entries} for each in self.gradients}
-        self._completed = []
-
-    def _arrived(self, gradients: Gradients, entry: Entry, parameter: nn.Parameter) -> None:
-        if self._missing is not None and gradients.started:
-            raise UserRuntimeError(
-                f"a gradient of {self._name(parameter)} arrived after it was reduced: it is computed in several parts, "
-                "as reentrant checkpoints do; legal: torch.utils.checkpoint(..., use_reentrant=False), or "
-                "TexMoEStrategy(activation_checkpointing=...)"
-            )
-        gradients.arrived(entry)
-        if self._missing is None or self._completed is None:
-            return
-        missing = self._missing[gradients]
-        missing.discard(parameter)
-        if missing:
-            return
-        self._completed.append(gradients)
-        with self._counted():
-            self._start_while(lambda waiting: waiting in self._completed)  # type: ignore[operator]
-
-    def start_all(self) -> None:
-        """Start what has not started; collective."""
-        self._start_while(lambda _: True)
-        self._missing = None
-
-    def finish_all(self) -> None:
-        """Wait for everything; collective, once per :meth:`start_all`."""
-        for each in self.gradients:
-            each.finish()
-            each.started = False
-        if not self._agreed and self._completed is not None:
-            self._agree(self._completed)
-
-    def _start_while(self, ready: Callable[[Gradients], bool]) -> None:
-        for i, each in enumerate(self.gradients):
-            if not each.started:
-                if not ready(each):
-                    return
-                each.start()
-                each.started = True
-                if each.frees and i >= UNDER_WAY:
-                    self.gradients[i - UNDER_WAY].finish()
-
-    def _agree(self, completed: list[Gradients]) -> None:
-        places = [completed.index(each) if each in completed else len(self.gradients) for each in self.gradients]
-        device = self.gradients[0].own.device if self.gradients else None
-        places = all_reduce(torch.tensor(places, device=device), self.world, "max", "exchange_counts").tolist()
-        by_place = sorted(zip(places, self.gradients, strict=True), key=lambda pair: pair[0])
-        self.gradients = [each for _, each in by_place]
-        self._agreed = True
 
     def release(self) -> None:
         """Take the hooks from the parameters."""
         for hook in self._hooks:
             hook.remove()
+        self._hooks = []
+
+    def backward_begins(self) -> None:
+        """The next backward is the last one before :meth:`send_all`: buffers leave while it runs."""
+        self._backward, self._completed = WatchedBackward(self.order), None
+
+    def backward_ended(self) -> None:
+        """No more buffers leave by themselves."""
+        if self._backward is not None:
+            self._completed = self._backward.completed
+            self._backward = None
+
+    def give_up(self) -> None:
+        """Nothing is known of the backward that was under way."""
+        self._backward = self._completed = None
+
+    def send_all(self) -> None:
+        """Start what has not started, and wait for everything; collective."""
+        self.backward_ended()
+        self._start_while(lambda _: True)
+        for gradients in self.order:
+            gradients.finish()
+            gradients.started = False
+        if self._completed is not None and not self._order_is_agreed:
+            self._agree_on_order(self._completed)
+        self._completed = None
+
+    def _arrived(self, gradients: Gradients, entry: Entry, parameter: nn.Parameter) -> None:
+        if gradients.started:
+            raise UserRuntimeError(
+                f"a gradient of {entry.sharding.name} arrived after it was reduced: it is computed in several parts, "
+                "as reentrant checkpoints do, or by a backward after the last one of a step; legal: "
+                "torch.utils.checkpoint(..., use_reentrant=False), or TexMoEStrategy(activation_checkpointing=...)"
+            )
+        gradients.arrived(entry)
+        backward = self._backward
+        if backward is not None and backward.completes(gradients, parameter):
+            with optimizer_pass(self.world):
+                self._start_while(lambda waiting: waiting in backward.completed)
+
+    def _start_while(self, ready: Callable[[Gradients], bool]) -> None:
+        for i, gradients in enumerate(self.order):
+            if not gradients.started:
+                if not ready(gradients):
+                    return
+                gradients.start()
+                gradients.started = True
+                if gradients.frees and i >= BUFFERS_UNDER_WAY:
+                    self.order[i - BUFFERS_UNDER_WAY].finish()
+
+    def _agree_on_order(self, completed: Sequence[Gradients]) -> None:
+        last = len(self.order)
+        ranks_order = [completed.index(g) if g in completed else last for g in self.order]
+        device = self.order[0].own.device if self.order else None
+        slowest: Tensor = all_reduce(torch.tensor(ranks_order, device=device), self.world, "max", "exchange_counts")
+        by_place = sorted(zip(slowest.tolist(), self.order, strict=True), key=lambda pair: pair[0])
+        self.order = [gradients for _, gradients in by_place]
+        self._order_is_agreed = True

@@ -183,12 +183,12 @@ class Allocations(TorchDispatchMode):
                 self._hold(at, tensor.untyped_storage())
         return result
 
-    def _hold(self, at: int, state_config: torch.UntypedStorage) -> None:
+    def _hold(self, at: int, storage: torch.UntypedStorage) -> None:
         self._live.add(at)
-        self.bytes += state_config.nbytes()
+        self.bytes += storage.nbytes()
         self.peak_bytes = max(self.peak_bytes, self.bytes)
-        # torch keeps a storage's Python object as long as any tensor has the state_config.
-        weakref.finalize(state_config, self._release, at, state_config.nbytes())
+        # torch keeps a storage's Python object as long as any tensor has the storage.
+        weakref.finalize(storage, self._release, at, storage.nbytes())
 
     def _release(self, at: int, size: int) -> None:
         self._live.discard(at)

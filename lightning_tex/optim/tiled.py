@@ -1,10 +1,29 @@
-"""The sharded, tiled optimizer that the strategy puts in the place of the user's."""
+"""The tiled optimizer (paper, section 4), which the strategy puts in the place of the user's.
+
+How one step is tiled, from the whole to the tile:
+
+- :class:`TiledOptimizer` (here) has one :class:`~lightning_tex.optim.shard.Shard` for every flat buffer of parameters
+  (``flat.py``): the part of it that this rank owns. A step walks the shards.
+- ``Shard.step`` (``shard.py``) walks the tiles of its shard: upcast the gradient, scale, step.
+- The tiles are ``StateFormat.spans`` (``formats.py``), windows of ``tile_size`` consecutive elements that cut through
+  parameters; ``StateFormat.window`` puts one together and takes it apart: in place (``PlainStates``), or from what
+  less is kept (``compact.py``, ``moments.py``).
+- ``Engine.step_window`` (``engine.py``) runs the user's own ``step`` on one of them; ``probe.py`` has tried first
+  whether it may, and how many temporary bytes an element costs.
+- ``OptimizerStateConfig.for_group`` (``state_config.py``) decides: format and size of the tiles, from the user's
+  ``tile_size`` or the budget of ``flat_sizes.py``. An option of the tile begins there, is handed to a ``StateFormat``
+  and is an argument of :class:`~lightning_tex.TexMoEStrategy`.
+
+What becomes of gradients before that is in ``gradient_reducer.py`` (order and state of a step), ``gradients.py`` (what
+ZeRO keeps of them) and ``overlap.py`` (when they leave).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +32,8 @@ from torch.optim import Optimizer
 from lightning_tex.errors import UserRuntimeError, UserValueError
 from lightning_tex.optim.engine import Engine
 from lightning_tex.optim.flat import FlatBuffer, Member, buckets, kind
-from lightning_tex.optim.gradient_reducer import GradientReducer
+from lightning_tex.optim.gradient_reducer import GradientReducer, ReductionStage
+from lightning_tex.optim.overlap import optimizer_pass
 from lightning_tex.optim.rounding import RoundingSeed
 from lightning_tex.optim.shard import Piece, Shard
 from lightning_tex.optim.state_config import OptimizerStateConfig
@@ -36,6 +56,22 @@ class TiledOptimizer(Optimizer):
     are those of the user's optimizer, so schedulers and whoever reads learning rates act on what is used. A parameter
     without gradient counts as one with gradient zero.
 
+    This is the one door to the gradients of a step, for the strategy's precision plugins as for a loop of one's own:
+
+        optimizer.zero_grad()
+        for i, batch in enumerate(batches):             # the micro-batches of a step
+            loss = model(batch) / len(batches)
+            optimizer.backward_begins(loss)
+            loss.backward()
+            optimizer.backward_ended()
+        optimizer.clip_by_norm(1.0)
+        optimizer.step()
+
+    A call out of this order is an error that says what is legal.
+
+    Its class is a subclass that goes by the name of the user's, because monitors and messages name an optimizer by its
+    class: ``TiledOptimizer(AdamW(..), ..)`` logs ``lr-AdamW``.
+
     Args:
         optimizer: the user's optimizer over the sharded model's parameters.
         shardings: parameter -> sharding.
@@ -47,6 +83,10 @@ class TiledOptimizer(Optimizer):
         ValueError: the optimizer is not elementwise, or holds a parameter that is not the model's.
     """
 
+    def __new__(cls, optimizer: Optimizer, *arguments: Any, **options: Any) -> Self:
+        named = _named_after(type(optimizer).__name__) if cls is TiledOptimizer else cls
+        return object.__new__(named)  # type: ignore[return-value]
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -55,8 +95,6 @@ class TiledOptimizer(Optimizer):
         state_config: OptimizerStateConfig | None = None,
         communication: Communication | None = None,
     ) -> None:
-        # Monitors and messages name an optimizer by its class: let it go by the user's.
-        self.__class__ = type(type(optimizer).__name__, (TiledOptimizer,), {})
         self.inner, self.world, self.shardings = optimizer, world, shardings
         self.state_config = state_config or OptimizerStateConfig()
         self.rounding_seed = RoundingSeed(self.state_config.seed)
@@ -64,8 +102,8 @@ class TiledOptimizer(Optimizer):
         self.shards: list[Shard] = []
         self.frozen: list[nn.Parameter] = []
         self.skipped = Skipped()
-        self.reducer = GradientReducer(
-            shardings, world, communication or Communication(), self.state_config.zero_stage == 2
+        self._reducer = GradientReducer(
+            shardings, world, communication or Communication(), at_once=self.state_config.zero_stage == 2
         )
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.param_groups = optimizer.param_groups
@@ -99,38 +137,80 @@ class TiledOptimizer(Optimizer):
                 buffer = FlatBuffer(bucket, sharded=self.state_config.zero_stage > 0)
                 new.append(Shard(buffer, self.state_config.gradients(buffer), states(buffer), param_group))
         self.shards += new
-        self.reducer.add([shard.gradients for shard in new])
+        self._reducer.add([shard.gradients for shard in new])
 
-    # --- gradients
+    # --- the gradients of a step
+
+    @property
+    def reduction_stage(self) -> ReductionStage:
+        """Where the gradients of this step are."""
+        return self._reducer.state.stage
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Zero the gradients. ``.grad`` stays a view of flat buffers (or ``None``, ZeRO 2), whatever is asked for."""
-        self.reducer.zero()
+        """Begin a step, or give one up: zero the gradients.
+
+        ``.grad`` stays a view of flat buffers (or ``None``, ZeRO 2), whatever is asked for.
+        """
+        self._reducer.zero()
+
+    def backward_begins(self, loss: Tensor, last: bool = False, undisturbed: bool = False) -> None:
+        """See a loss before its backward.
+
+        Args:
+            loss: what the backward begins with.
+            last: no other backward of this step follows.
+            undisturbed: the backward is one pass, and nothing looks at gradients before they are combined: they may
+                leave for their owners as soon as they are complete, under ZeRO 0 and 1 only in the last one.
+
+        Raises:
+            RuntimeError: another backward has not ended, or those of this step are over; a parameter that the loss
+                reaches both through a sequence-parallel region and past it.
+        """
+        self._reducer.backward_begins(loss, last, undisturbed)
+
+    def backward_ended(self) -> None:
+        """The backward that was begun is over: under ZeRO 2 its gradients leave; collective.
+
+        Raises:
+            RuntimeError: none was begun.
+        """
+        self._reducer.backward_ended()
 
     def reduce_gradients(self, whole: bool = False) -> None:
-        """Combine gradients over replicas, once per step; collective.
+        """Combine gradients over replicas, once per step; what needs that (norm, clip, step) calls it. Collective.
 
         Args:
             whole: make every ``.grad`` the combined gradient, not only this rank's shard of it.
+
+        Raises:
+            RuntimeError: a backward has not ended; gradients that would be lost; a parameter frozen no longer.
         """
         self._require_frozen()
-        self.reducer.reduce(whole)
+        self._reducer.combine(whole)
+
+    def unscale(self, factor: float) -> None:
+        """Multiply the gradients by ``factor``, which takes the loss scale out of them; once per step, collective."""
+        self._reducer.unscale(factor)
 
     def gradient_norm(self) -> Tensor:
         """The 2-norm of all gradients, each parameter counted once, whatever the layout: an fp64 scalar; collective."""
-        return self.reducer.norm()
+        return self._reducer.norm()
+
+    def gradients_are_finite(self) -> bool:
+        """Whether no gradient anywhere is infinite or NaN, copies that the norm does not count included; collective."""
+        return self._reducer.finite()
 
     def clip_by_norm(self, max_norm: float) -> Tensor:
         """Scale all gradients so that their norm is at most ``max_norm``. Returns the norm before; collective."""
-        return self.reducer.clip_by_norm(max_norm)
+        return self._reducer.clip_by_norm(max_norm)
 
     def clip_by_value(self, max_value: float) -> None:
         """Clamp every gradient element to [-max_value, max_value]; collective."""
-        self.reducer.clip_by_value(max_value)
+        self._reducer.clip_by_value(max_value)
 
     def release(self) -> None:
         """Let go of the parameters: nothing of this optimizer acts on them any more."""
-        self.reducer.release()
+        self._reducer.release()
 
     def _require_frozen(self) -> None:
         for parameter in self.frozen:
@@ -151,14 +231,14 @@ class TiledOptimizer(Optimizer):
             with torch.enable_grad():
                 result = closure()
         self.reduce_gradients()
-        if self.state_config.max_skipped_steps is not None and not self.reducer.finite():
+        if self.state_config.max_skipped_steps is not None and not self.gradients_are_finite():
             self.skip()
             return result
         self.skipped.in_a_row = 0
         under_way = []
         for shard in self.shards:
-            shard.step(self.engine, self.reducer.pending.scale)
-            with self.reducer.counted():
+            shard.step(self.engine, self._reducer.state.scale)
+            with optimizer_pass(self.world):
                 under_way.append(shard.buffer.gather())
         for gathering in under_way:
             gathering.wait()
@@ -167,7 +247,7 @@ class TiledOptimizer(Optimizer):
         return result
 
     def _step_is_over(self) -> None:
-        self.reducer.pending.clear()
+        self._reducer.step_is_over()
         # Schedulers look here, to warn about being stepped before the optimizer.
         self.inner._opt_called = self._opt_called = True  # type: ignore[attr-defined]
 
@@ -183,7 +263,7 @@ class TiledOptimizer(Optimizer):
         self._step_is_over()
         if most is not None and self.skipped.in_a_row >= most:
             raise UserRuntimeError(
-                f"the gradient of {self.reducer.culprit()} is infinite or NaN, and some gradient was in each of "
+                f"the gradient of {self._reducer.culprit()} is infinite or NaN, and some gradient was in each of "
                 f"the last {most} steps, none of which was taken; look at the data and the learning rate of the steps "
                 "before. Legal: TexMoEStrategy(max_skipped_steps=..), None to take such steps"
             )
@@ -220,10 +300,27 @@ class TiledOptimizer(Optimizer):
         """
         raise UserRuntimeError("the states of this optimizer are sharded over ranks; give the Trainer a ckpt_path")
 
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refused: a copy would have neither the states nor the buffers that parameters are views of.
+
+        Raises:
+            RuntimeError: always, saying what to do.
+        """
+        raise UserRuntimeError(
+            "the tiled optimizer holds this rank's part of the states and can be neither copied nor pickled; "
+            "trainer.save_checkpoint(..) saves all of them"
+        )
+
     def pieces(self) -> Iterator[Piece]:
         """Every piece of every parameter that this rank's windows hold."""
         for shard in self.shards:
             yield from shard.pieces()
+
+
+@cache
+def _named_after(name: str) -> type[TiledOptimizer]:
+    """The class of tiled optimizers that go by a name."""
+    return type(name, (TiledOptimizer,), {"__module__": TiledOptimizer.__module__, "__doc__": TiledOptimizer.__doc__})
 
 
 # Schedulers are told of our step as they are of one they wrapped themselves.

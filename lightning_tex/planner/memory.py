@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
-from lightning_tex.optim.flat_sizes import UNDER_WAY
+from lightning_tex.optim.flat_sizes import BUFFERS_UNDER_WAY
 from lightning_tex.planner.activations import Activations, width
 from lightning_tex.planner.layers import Embedding, Head, Layer, Mlp, Moe
 from lightning_tex.planner.layouts import Candidate, Job
 from lightning_tex.planner.micro_step import MicroStep
 from lightning_tex.planner.states import FlatBuffers, StateBytes, state_bytes, tile_bytes
 
-_EXISTING = UNDER_WAY + 1  # buffers of ZeRO 2 that exist at once: those that are sent, and one that fills
+_EXISTING = BUFFERS_UNDER_WAY + 1  # buffers of ZeRO 2 that exist at once: those that are sent, and one that fills
 
 
 @dataclass(frozen=True)

@@ -43,9 +43,9 @@ class CheckpointingStrategy(MeshStrategy):
         background: bool,
         process_group_backend: str | None,
         timeout: timedelta | None,
-        *arguments: Any,
+        **lightning_options: Any,
     ) -> None:
-        super().__init__(process_group_backend, timeout, *arguments)
+        super().__init__(process_group_backend, timeout, **lightning_options)
         self._save_distributed_checkpoint = distributed
         self._save_in_background = background
         self._background = Background()

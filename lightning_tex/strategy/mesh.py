@@ -37,8 +37,8 @@ class MeshStrategy(ParallelStrategy):
         arguments: Lightning's own.
     """
 
-    def __init__(self, process_group_backend: str | None, timeout: timedelta | None, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, process_group_backend: str | None, timeout: timedelta | None, **lightning_options: Any) -> None:
+        super().__init__(**lightning_options)
         self._process_group_backend = process_group_backend
         self._timeout = timeout
         self._mesh: DeviceMesh | None = None

@@ -6,12 +6,13 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_tex.optim import OptimizerStateConfig, TiledOptimizer
+from lightning_tex.optim import OptimizerStateConfig, ReductionStage, TiledOptimizer
 from lightning_tex.parallel.precision import PRECISIONS, keeps_full_precision
 from lightning_tex.strategy.train_step import TrainStep
 
@@ -66,9 +67,8 @@ class TexMixedPrecision(TrainStep, MixedPrecision):  # type: ignore[misc]
         return replace(super().state_config(wanted), max_skipped_steps=None)  # the loss scale looks for infinities
 
     def _unscale(self, optimizer: TiledOptimizer) -> None:
-        if self.scaler is not None and not optimizer.reducer.pending.unscaled:
+        if self.scaler is not None and optimizer.reduction_stage is not ReductionStage.UNSCALED:
             self.scaler.unscale_(optimizer)
-            optimizer.reducer.pending.unscaled = True
 
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         self._before_clip(optimizer)
@@ -79,8 +79,11 @@ class TexMixedPrecision(TrainStep, MixedPrecision):  # type: ignore[misc]
         super().clip_grad_by_value(optimizer, clip_val)
 
     def _before_clip(self, optimizer: Optimizer) -> None:
-        if isinstance(optimizer, TiledOptimizer):
-            self._unscale(optimizer)  # manual optimization clips before it steps
+        # Manual optimization clips before it steps, and may hand in Lightning's wrapper; the scaler knows optimizers by
+        # identity and would take its scale out of the wrapped one once more.
+        unwrapped = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        if isinstance(unwrapped, TiledOptimizer):
+            self._unscale(unwrapped)
 
     def _step(self, optimizer: TiledOptimizer, **kwargs: Any) -> None:
         if self.scaler is None:
@@ -104,11 +107,11 @@ class ShardedGradScaler(torch.amp.GradScaler):
     def _unscale_grads_(  # type: ignore[override]
         self, optimizer: TiledOptimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> dict[torch.device, Tensor]:
-        optimizer.reducer.scale(float(inv_scale))
-        return {found_inf.device: torch.full_like(found_inf, not optimizer.reducer.finite())}
+        optimizer.unscale(float(inv_scale))
+        return {found_inf.device: torch.full_like(found_inf, not optimizer.gradients_are_finite())}
 
     def _maybe_opt_step(self, optimizer: TiledOptimizer, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        if not optimizer.reducer.finite():
+        if not optimizer.gradients_are_finite():
             return optimizer.skip()
         return super()._maybe_opt_step(optimizer, *args, **kwargs)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -27,8 +27,7 @@ from torchmetrics import Metric
 from lightning_tex.errors import UserRuntimeError, UserValueError
 from lightning_tex.layers.vocab import require_both_ends
 from lightning_tex.moe import MoE, auxiliary_loss
-from lightning_tex.optim import OptimizerStateConfig, TiledOptimizer
-from lightning_tex.optim.state_config import OptimizerStateFormat, ZeroStage
+from lightning_tex.optim import OptimizerStateConfig, OptimizerStateFormat, TiledOptimizer, ZeroStage
 from lightning_tex.parallel import initialization
 from lightning_tex.parallel.activation_checkpointing import (
     ACTIVATION_CHECKPOINTING,
@@ -118,8 +117,17 @@ class TexMoEStrategy(CheckpointingStrategy):
         background_saving: bool = True,
         check_memory: bool = True,
     ) -> None:
-        lightnings = (accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
-        super().__init__(save_distributed_checkpoint, background_saving, process_group_backend, timeout, *lightnings)
+        super().__init__(
+            distributed=save_distributed_checkpoint,
+            background=background_saving,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+        )
         self._sizes = partial(
             Layout.resolve,
             tensor_parallel_size=tensor_parallel_size,
@@ -128,9 +136,14 @@ class TexMoEStrategy(CheckpointingStrategy):
             duplicate_token_dropping=duplicate_token_dropping,
         )
         self._expert_size_given = expert_parallel_size != "auto"
-        self.communication = Communication(duplicate_token_dropping, sequence_parallel=sequence_parallel)
+        self.communication = Communication(
+            duplicate_token_dropping=duplicate_token_dropping, sequence_parallel=sequence_parallel
+        )
         self._state_config = OptimizerStateConfig(
-            zero_stage, optimizer_state_format, tile_size=tile_size, max_skipped_steps=max_skipped_steps
+            zero_stage=zero_stage,
+            optimizer_state_format=optimizer_state_format,
+            tile_size=tile_size,
+            max_skipped_steps=max_skipped_steps,
         )
         if activation_checkpointing not in ACTIVATION_CHECKPOINTING:
             legal = ", ".join(map(repr, ACTIVATION_CHECKPOINTING))
@@ -176,6 +189,24 @@ class TexMoEStrategy(CheckpointingStrategy):
         self._precision_plugin = None if plugin is None else tex_precision(plugin)
 
     # --- setting up
+
+    def adopt(self, communication: Communication, topologies: Iterable[Topology] = ()) -> None:
+        """Before set-up: communicate so, over process groups that exist already where they fit.
+
+        Not for training but for what runs several Trainers on the same processes, such as ``lightning_tex.bench``:
+        process groups of one layout are made once, and ``fused`` and ``overlap`` are no arguments.
+
+        Args:
+            communication: in place of what the arguments say.
+            topologies: of this world's earlier runs.
+        """
+        self.communication = communication
+        for topology in topologies:
+            layout = self.resolve_layout()
+            if topology.layout.tensor == layout.tensor:
+                self._mesh = topology.mesh
+            if topology.layout == layout:
+                self._topology = replace(topology, communication=communication)
 
     def setup_environment(self) -> None:
         assert self.lightning_module is not None
@@ -281,8 +312,9 @@ class TexMoEStrategy(CheckpointingStrategy):
         placed = {parameters[name]: p for name, p in parameter_shardings(self.model, self.topology).items()}
         if not isinstance(self.optimizers[0], _MockOptimizer):  # configure_optimizers returned None
             state_config = self.precision_plugin.state_config(replace(self._state_config, seed=self._seed))
-            world, how = self.topology.world, self.communication
-            self.optimizers = [TiledOptimizer(self.optimizers[0], placed, world, state_config, how)]
+            world = self.topology.world
+            tiled = TiledOptimizer(self.optimizers[0], placed, world, state_config, communication=self.communication)
+            self.optimizers = [tiled]
             for config in self.lr_scheduler_configs:  # or a learning-rate monitor would find two optimizers
                 config.scheduler.optimizer = self.optimizers[0]
 

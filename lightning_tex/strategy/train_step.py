@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning import Callback, LightningModule
@@ -21,7 +21,11 @@ class TrainStep(Precision):
     """The order of a train step: closure (forward, zero_grad, backward); reduce gradients; hooks; clip; step.
 
     Gradients of the last layers are reduced while the closure's backward still runs, if nothing comes in between.
+    Of gradients it speaks to the optimizer only: ``backward_begins``, ``backward_ended``, ``reduce_gradients``,
+    ``unscale``, clipping, ``step`` (:class:`~lightning_tex.optim.TiledOptimizer`).
     """
+
+    _step_follows = False  # the next backward is the last of its step
 
     def state_config(self, wanted: OptimizerStateConfig) -> OptimizerStateConfig:
         """How the optimizer keeps its states under this precision.
@@ -42,14 +46,14 @@ class TrainStep(Precision):
             tensor = tensor + auxiliary_loss(module) / module.trainer.accumulate_grad_batches
         for optimizer in module.trainer.strategy.optimizers:
             if isinstance(optimizer, TiledOptimizer):
-                optimizer.reducer.before_backward(tensor, undisturbed=self._may_overlap(module))
+                optimizer.backward_begins(tensor, self._step_follows, undisturbed=self._may_overlap(module))
         return super().pre_backward(tensor, module)
 
     def post_backward(self, tensor: Tensor, module: LightningModule) -> Tensor:  # type: ignore[override]
         """Send the gradients at once, where they are not kept."""
         for optimizer in module.trainer.strategy.optimizers:
             if isinstance(optimizer, TiledOptimizer):
-                optimizer.reducer.after_backward()
+                optimizer.backward_ended()
         return super().post_backward(tensor, module)
 
     def optimizer_step(  # type: ignore[override]
@@ -57,13 +61,22 @@ class TrainStep(Precision):
     ) -> Any:
         if not isinstance(optimizer, TiledOptimizer):  # configure_optimizers returned None
             return super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
-        with optimizer.reducer.overlapping() if self._may_overlap(model) else nullcontext():
+        with self._last_backward_of_a_step(model):
             result = closure()
         optimizer.reduce_gradients(whole=self._looked_at(model))
         self._unscale(optimizer)
         self._after_closure(model, optimizer)
         self._step(optimizer, **kwargs)
         return result
+
+    @contextmanager
+    def _last_backward_of_a_step(self, model: LightningModule) -> Iterator[None]:
+        """Inside runs the closure of a step: its backward is the last one, if Lightning does it."""
+        self._step_follows = model.automatic_optimization
+        try:
+            yield
+        finally:
+            self._step_follows = False
 
     def _unscale(self, optimizer: TiledOptimizer) -> None:
         """Take the loss scale out of the gradients, if there is one."""

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.backwards import announced_backward
 from helpers.optimizer_on_ranks import KINDS, LAYOUTS, Case, made
 from torch import nn
 
@@ -18,9 +19,7 @@ def backward(case, step, micro):
     for name, p in case.parted.named_parameters():
         at = case.shardings[name]
         loss = loss + (p * at.box.shard(made(name, at.replicas.rank, 10 * step + micro, at.box.full)).to(p.dtype)).sum()
-    case.optimizer.reducer.before_backward(loss, undisturbed=True)
-    loss.backward()
-    case.optimizer.reducer.after_backward()
+    announced_backward(case.optimizer, loss, undisturbed=True)
 
 
 def plain_gradients(case, step, micros):
@@ -140,9 +139,7 @@ def dtypes_of_accumulation(stage):
     case.optimizer.zero_grad()
     for micro in range(101):
         loss = sum(p.sum() for p in case.parted.parameters()) * (1.0 if micro == 0 else 2**-9)
-        case.optimizer.reducer.before_backward(loss, undisturbed=True)
-        loss.backward()
-        case.optimizer.reducer.after_backward()
+        announced_backward(case.optimizer, loss, undisturbed=True)
     case.optimizer.reduce_gradients()
     own = [(s.gradients.own, s.gradients.divisor, s) for s in case.optimizer.shards]
     return [float(g.max()) / divisor for g, divisor, shard in own if shard.buffer.replicas.name == "data"]

@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.backwards import announced_backward
 from helpers.behaviour_modules import batches, gathered, new_trainer, on_data_axis, on_ranks
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -17,8 +18,6 @@ from lightning_tex import TexMoEStrategy
 from lightning_tex.layers import VocabParallelCrossEntropy
 from lightning_tex.models import Decoder, DecoderConfig
 from lightning_tex.optim import flat_sizes
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance\\(treespec, LeafSpec\\).*")
 
 LAYOUTS = {
     "data": {"tensor_parallel_size": 1, "expert_parallel_size": 2},
@@ -149,8 +148,7 @@ def third_gradient(layout: dict[str, Any], second_fails: bool) -> list[Tensor]:
     for step in range(3):
         optimizer.zero_grad()
         try:
-            with optimizer.reducer.overlapping():
-                module.training_step(batch, 0).backward()
+            announced_backward(optimizer, module.training_step(batch, 0), last=True, undisturbed=True)
             optimizer.reduce_gradients(whole=True)
         except InterruptedError:
             assert step == 1

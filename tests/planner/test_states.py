@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.cases import case, cover_pairs
 from helpers.own_modules import TwoKinds, regression
 from helpers.topologies import join
 from torch import nn
@@ -139,7 +140,9 @@ def allocated(
     plugin.convert_module(model)
     parameters = dict(model.named_parameters())
     placed = {parameters[name]: p for name, p in parameter_shardings(model, topology).items()}
-    state_config = plugin.state_config(OptimizerStateConfig(stage, optimizer_state_format, tile_size=tile))
+    state_config = plugin.state_config(
+        OptimizerStateConfig(zero_stage=stage, optimizer_state_format=optimizer_state_format, tile_size=tile)
+    )
     optimizer = TiledOptimizer(torch.optim.AdamW(groups(model)), placed, topology.world, state_config)
     optimizer.zero_grad()
     optimizer.step()
@@ -177,34 +180,35 @@ KINDS = [
 ]  # fmt: skip
 
 
-def compare_states(world: int, every: int) -> int:
+def state_cases(world: int) -> list[tuple[str, Any, Any]]:
+    """(Name of a model, layout that it allows, kind of state), every one."""
+    models = {name: describe_decoder(config) for name, config in CONFIGS.items()}
+    return [(name, layout, kind) for name in models for layout in layouts(models[name], world) for kind in KINDS]
+
+
+def compare_states(world: int, cases: list[tuple[str, Any, Any]]) -> None:
     warnings.simplefilter("ignore")
     flat_sizes.SMALLEST_BUCKET = 4096  # several buffers of a kind
-    seen = 0
-    for config in CONFIGS.values():
-        described = describe_decoder(config)
-        cases = [(layout, kind) for layout in layouts(described, world) for kind in KINDS]
-        for layout, (precision, stage, optimizer_state_format, tile) in cases[::every]:
-            job = Job(described, world, 16, world, precision)
+    for name, layout, (precision, stage, optimizer_state_format, tile) in cases:
+        with case(name, layout, precision, stage, optimizer_state_format, tile):
+            job = Job(describe_decoder(CONFIGS[name]), world, 16, world, precision)
             candidate = Candidate(layout, zero_stage=stage, optimizer_state_format=optimizer_state_format)
-            flat = FlatBuffers.of(job, candidate)
-            planned = state_bytes(flat, stage, optimizer_state_format, tile, "cpu")
-            build = partial(Groups, config)
+            planned = state_bytes(FlatBuffers.of(job, candidate), stage, optimizer_state_format, tile, "cpu")
+            build = partial(Groups, CONFIGS[name])
             real = allocated(build, Groups.groups, layout, precision, stage, optimizer_state_format, tile)
-            assert vars(planned) == real, (layout, precision, stage, optimizer_state_format, tile)
-            seen += 1
-    return seen
+            assert vars(planned) == real
 
 
-@pytest.mark.parametrize(("world", "every"), [(1, 7), (4, 41)])
-def test_state_bytes_are_those_allocated(world: int, every: int) -> None:
-    assert run_ranks(world, compare_states, world, every, detail=False)[0] > 5
+@pytest.mark.parametrize("world", [1, 4])
+def test_state_bytes_are_those_allocated(world: int) -> None:
+    cases = cover_pairs(state_cases(world), lambda c: (c[0], c[1].tensor, c[1].expert, c[1].expert_tensor, *c[2]))
+    run_ranks(world, compare_states, world, cases)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 8])
 def test_state_bytes_of_every_layout_are_those_allocated(world: int) -> None:
-    run_ranks(world, compare_states, world, 1, timeout=600, detail=False)
+    run_ranks(world, compare_states, world, state_cases(world), timeout=600)
 
 
 def compare_own_modules(world: int) -> int:
@@ -265,7 +269,10 @@ def test_tiles_are_as_large_as_the_strategys(optimizer_state_format: str, dtype:
     layer = nn.Linear(64, 64, bias=False, dtype=dtype)
     placed = {layer.weight: parameter_shardings(layer, Topology.single())["weight"]}
     optimizer = TiledOptimizer(
-        torch.optim.AdamW(layer.parameters()), placed, Axis("world"), OptimizerStateConfig(1, optimizer_state_format)
+        torch.optim.AdamW(layer.parameters()),
+        placed,
+        Axis("world"),
+        OptimizerStateConfig(optimizer_state_format=optimizer_state_format),
     )
     kept = kept_format("bf16-mixed", optimizer_state_format, layer.weight.element_size())
     assert optimizer.shards[0].states.tile_size == tile_elements(kept, None, "cpu")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers.behaviour_modules import on_ranks
 from helpers.own_modules import TwoKinds, regression
+from helpers.trainers import quiet
 from torch.utils.data import DataLoader
 
 from lightning_tex import LanguageModel, TexMoEStrategy
@@ -20,8 +21,6 @@ from lightning_tex.planner.describe import describe
 from lightning_tex.planner.layouts import Candidate, Job
 from lightning_tex.planner.memory import memory
 from lightning_tex.strategy.memory_check import MARGIN
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance\\(treespec, LeafSpec\\).*")
 
 SIZES = DecoderConfig(260, 64, 2, 4, hidden_dim=256, max_sequence_length=32, num_experts=4)
 
@@ -42,13 +41,7 @@ def fit(device_bytes: int | None, options: dict[str, Any], build: Callable[[], L
     """What the fit of a language model, or of what is built, raises before its first step, or ``trained``."""
     strategy = TexMoEStrategy(**options)
     strategy._device_bytes = lambda: device_bytes  # type: ignore[method-assign]
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    trainer = L.Trainer(devices=2, accelerator="cpu", strategy=strategy, max_steps=1, limit_val_batches=0, **quiet)
+    trainer = quiet(devices=2, strategy=strategy, max_steps=1, limit_val_batches=0)
     try:
         if build is None:
             trainer.fit(LanguageModel(SIZES), Random())

@@ -22,8 +22,6 @@ from lightning_tex.models import Decoder, DecoderConfig
 from lightning_tex.moe import Router
 from lightning_tex.parallel.sharding import parameter_shardings
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance\\(treespec, LeafSpec\\).*")
-
 SPLIT = {**TED, "sequence_parallel": True}
 LAYOUTS = {"ted": TED, "folded": FOLDED, "sequence": SPLIT}
 
@@ -174,6 +172,37 @@ def clipped_by_hand() -> tuple[list[float], Tensor]:
 def test_clipping_by_hand_bounds_the_gradient_and_not_its_scale() -> None:
     for norms, losses in on_ranks(4, clipped_by_hand):
         assert norms == pytest.approx([0.1] * 6, rel=1e-4) and losses[-1] < losses[0] - 0.1
+
+
+class DescendsClipped(Learns):
+    """Clipped by the Trainer, or ``by_hand``; by SGD, whose steps are as long as gradients are."""
+
+    def __init__(self, by_hand: bool) -> None:
+        super().__init__()
+        self.automatic_optimization = not by_hand
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.5)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor | None:
+        if self.automatic_optimization:
+            return super().training_step(batch, batch_idx)
+        ClipsByHand.training_step(self, batch, batch_idx)  # type: ignore[arg-type]
+        return None
+
+
+def descended(by_hand: bool) -> dict[str, Tensor]:
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))
+    module = DescendsClipped(by_hand)
+    clip = {} if by_hand else {"gradient_clip_val": 0.1}
+    return whole_parameters(module, fitted(module, TED, 6, precision=None, plugins=[plugin], **clip))
+
+
+def test_clipping_by_hand_takes_the_loss_scale_out_once() -> None:
+    (by_hand, *_), (by_trainer, *_) = (on_ranks(4, descended, by_hand) for by_hand in (True, False))
+    # To rounding: manual_backward runs under autocast. ``norm.bias`` begins at 0 and shows the step's own length.
+    errors = {name: distance(by_hand[name], value) for name, value in by_trainer.items()}
+    assert max(errors.values()) <= 1e-3 and by_trainer["norm.bias"].any(), errors
 
 
 class Scaled(Learns):
