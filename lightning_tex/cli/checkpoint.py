@@ -14,10 +14,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lightning_tex.saving import CorruptCheckpointError, places
+from lightning_tex.saving import CorruptCheckpointError, paths
 from lightning_tex.saving.consolidate import checkpoints_in, consolidate
+from lightning_tex.saving.model_state import MODEL, OPTIMIZER
 from lightning_tex.saving.reading import Directory
-from lightning_tex.saving.state import MODEL, OPTIMIZER
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -55,11 +55,11 @@ def _print(found: dict[str, Any], as_json: bool, tables: Sequence[Table | str]) 
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    path = places.find(options.path)
-    if path.is_dir() and not places.has_manifest(path) and (found := checkpoints_in(path)):
+    path = paths.find(options.path)
+    if path.is_dir() and not paths.has_manifest(path) and (found := checkpoints_in(path)):
         _inspect_folder(path, found, options.json)
         return
-    manifest = places.manifest_of(path)
+    manifest = paths.manifest_of(path)
     directory = Directory(path, manifest)
     kinds = {"weights": MODEL, "optimizer states": OPTIMIZER, "random states": "random"}
     amounts: dict[str, dict[str, int]] = {}
@@ -95,15 +95,15 @@ def _inspect_folder(folder: Path, found: list[tuple[Path, str | None]], as_json:
     table = Table("checkpoint", "step", "complete", title=str(folder))
     facts = []
     for path, problem in found:
-        step = None if problem else places.manifest_of(path).step
+        step = None if problem else paths.manifest_of(path).step
         table.add_row(path.name, "" if step is None else str(step), problem or "yes")
         facts.append({"path": str(path), "step": step, "problem": problem})
-    newest = places.latest(folder)
+    newest = paths.latest(folder)
     _print({"checkpoints": facts, "latest": newest and str(newest)}, as_json, [table])
 
 
 def _verify(options: argparse.Namespace) -> None:
-    path = places.find(options.path)
+    path = paths.find(options.path)
     if not path.is_dir():
         raise CorruptCheckpointError(f"{path} is a plain file, which has no digests; legal: a checkpoint directory")
     directory = Directory.verified(path)
