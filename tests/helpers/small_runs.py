@@ -91,7 +91,7 @@ def write_recipe(folder: Path, model: str = "EvenlyRouted", **sizes: Any) -> Pat
     recipe = {
         "seed_everything": 1,
         "trainer": {"accelerator": "cpu", "devices": 1, "gradient_clip_val": 1.0},
-        "model": {"class_path": f"small_runs.{model}", "init_args": {"config": config}},
+        "model": {"class_path": f"helpers.small_runs.{model}", "init_args": {"config": config}},
         "data": {
             "class_path": "lightning_tex.TextDataModule",
             "init_args": {"vocab_size": VOCABULARY, "sequence_length": LENGTH, "global_batch_size": BATCH},

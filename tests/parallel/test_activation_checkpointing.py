@@ -266,3 +266,22 @@ def test_a_product_whose_outcome_is_replayed_is_not_computed_again():
             (y.square().sum() + auxiliary_loss(model)).backward()
         flops[mode] = counter.get_total_flops()
     assert flops["full"] - flops["communication_aware"] == 2 * tokens * hidden * dim  # the experts' last
+
+
+def outputs_in_both_passes():
+    for layout in LAYOUTS:
+        for options in ({}, {"top_k": 1, "capacity_factor": 1.0}):
+            topology = join(*layout)
+            model = build(topology, "communication_aware", **options)
+            block = model.blocks[0]
+            outputs = {"experts": [], "attention.out": [], "moe": []}
+            for module, seen in zip((block.moe.experts, block.attention.out, block.moe), outputs.values(), strict=True):
+                module.register_forward_hook(lambda _, __, output, seen=seen: seen.append(output.detach().clone()))
+            (model(batch(topology)).square().sum() + auxiliary_loss(model)).backward()
+            for name, (first, *again) in outputs.items():
+                assert first.abs().sum() > 0, (layout, options, name)
+                assert len(again) == 1 and torch.equal(first, again[0]), (layout, options, name)
+
+
+def test_a_forward_hook_sees_the_same_values_in_the_recomputation():
+    run_ranks(4, outputs_in_both_passes)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lightning_tex import cli
+from lightning_tex.recipe import TexCLI
 from lightning_tex.testing.ranks import run_ranks
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -38,8 +39,8 @@ def test_own_module_trains_the_same_in_one_process_and_on_four(tmp_path):
 def _built(recipe: Path, folder: Path, *options: str) -> tuple[int, tuple[int, int]]:
     """Instantiate everything a recipe names, without running it."""
     os.chdir(folder)
-    seen: list[cli.TexCLI] = []
-    cli.TexCLI._run_subcommand = lambda self, subcommand: seen.append(self)
+    seen: list[TexCLI] = []
+    TexCLI._run_subcommand = lambda self, subcommand: seen.append(self)
     cli.main(["fit", "--config", str(recipe), *options])
     built = seen[0]
     if options:
