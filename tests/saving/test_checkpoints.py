@@ -238,6 +238,24 @@ def test_a_plain_file_of_a_later_version_is_refused(folder: Path, four: object, 
         run_ranks(1, fit, {}, 1, 2, str(tmp_path / "later.ckpt"))
 
 
+def _steps_differ(folder: str) -> None:
+    checkpoint = torch.load(f"{folder}/auto.ckpt", weights_only=True)
+    checkpoint["optimizer_states"][0]["state"][0]["step"] += 3
+    torch.save(checkpoint, f"{folder}/steps differ.pt")
+    with pytest.warns(UserWarning, match="step differs between parameters .* go on with the largest"):
+        fit({}, 1, 1, ckpt_path=f"{folder}/steps differ.pt", save=f"{folder}/steps joined.ckpt")
+
+
+def test_parameters_that_are_updated_together_go_on_with_the_largest_step(folder: Path, one: object) -> None:
+    run_ranks(1, _steps_differ, str(folder))
+    steps = {name: float(value) for name, value in tensors(folder / "steps joined.ckpt").items() if "step" in name}
+    decayed = [name for name, p in Model().named_parameters() if p.dim() > 1]
+    assert steps[f"{decayed[0]}.step"] == 9
+    for name in decayed:  # experts are in a buffer of their own
+        assert steps[f"{name}.step"] == (6 if "experts" in name else 9), name
+    assert steps["scale.step"] == 6
+
+
 def test_a_plain_file_of_16_bit_parameters_holds_the_masters(folder: Path, four: object) -> None:
     saved = tensors(folder / "bf16-mixed.ckpt")
     plain = torch.load(folder / "plain bf16.ckpt", weights_only=True)["state_dict"]
