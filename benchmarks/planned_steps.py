@@ -27,12 +27,12 @@ from slow_network import HERE, HOSTS, RANKS_PER_HOST, hosts, run
 from lightning_tex.bench.combinations import Combination
 from lightning_tex.bench.communication import CommunicationBench
 from lightning_tex.cli.plan_recipe import own_candidate, recipe_sizes
+from lightning_tex.parallel.topology import Communication
 from lightning_tex.planner.cluster import Cluster
 from lightning_tex.planner.layouts import Job
 from lightning_tex.planner.sizes import ModelSizes
 from lightning_tex.planner.step_time import step_time
 from lightning_tex.recipe import Recipe
-from lightning_tex.strategy import TexMoEStrategy
 
 WORLD = HOSTS * RANKS_PER_HOST
 ON_RANKS = ["--trainer.devices", str(RANKS_PER_HOST), "--trainer.num_nodes", str(HOSTS)]
@@ -64,8 +64,9 @@ class Way(Combination):
     def options(self, tensor: int, expert: int | str) -> dict[str, Any]:
         return {"expert_tensor_parallel_size": None, **LAYOUTS[self.name]}
 
-    def tell(self, strategy: TexMoEStrategy) -> None:
-        """Nothing else is told."""
+    def communication(self, by_options: Communication) -> Communication:
+        """As the arguments say."""
+        return by_options
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -121,6 +122,9 @@ DEFAULTS: dict[str, Any] = {
 
 
 class _Parsed(TexCLI):
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        return super().init_parser(**kwargs, exit_on_error=False)
+
     def _set_seed(self) -> None:
         pass
 
@@ -134,11 +138,17 @@ class Recipe:
     Args:
         path: the recipe's file.
         options: command-line words that take precedence over it, such as ``["--trainer.devices", "2"]``.
+
+    Raises:
+        ValueError: there is no such file, or an option or value that is not legal, in one line.
     """
 
     def __init__(self, path: str, options: Sequence[str] = ()) -> None:
         self.path = path
-        config = _without_run(_Parsed, ["--config", path, *options]).config
+        try:
+            config = _without_run(_Parsed, ["--config", path, *options]).config
+        except ArgumentError as error:
+            raise UserValueError(f"recipe {path}: {' '.join(str(error).split())}") from None
         config.pop("config", None)
         self._config = config
 

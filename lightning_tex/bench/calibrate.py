@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from lightning_tex.bench.kernels import Clock, Kernels
-from lightning_tex.bench.show import tell
 from lightning_tex.parallel import collectives
 from lightning_tex.parallel.topology import Axis
 from lightning_tex.planner.cluster import Cluster
@@ -38,11 +36,19 @@ class Task:
     like: Cluster | None = None
 
 
-def run(task: Task, ranks: int | None, output: Path, as_json: bool) -> None:
-    """Measure on the ranks of torchrun or on ranks of its own, and write the profile on the first."""
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        _rank(int(os.environ["RANK"]), task, output, as_json)
-        return
+def run(task: Task, ranks: int | None, output: Path) -> Cluster | None:
+    """Measure on the ranks of torchrun or on ranks of its own, and write the profile.
+
+    Args:
+        task: how to measure.
+        ranks: of its own; ``None``: as many as there are GPUs, else 4.
+        output: the YAML file.
+
+    Returns:
+        The profile; ``None`` on all ranks of torchrun but the first.
+    """
+    if launched():
+        return _rank(int(os.environ["RANK"]), task, output)
     count = ranks or (torch.cuda.device_count() if task.device == "cuda" else 4)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -50,32 +56,33 @@ def run(task: Task, ranks: int | None, output: Path, as_json: bool) -> None:
     world = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     start = "spawn" if task.device == "cuda" else "fork"
-    mp.start_processes(_own_rank, (task, output, as_json, {**world, **address}), count, start_method=start)
+    mp.start_processes(_own_rank, (task, output, {**world, **address}), count, start_method=start)
+    return Cluster.named(str(output))
 
 
-def _own_rank(rank: int, task: Task, output: Path, as_json: bool, environment: dict[str, str]) -> None:
+def launched() -> bool:
+    """Whether a launcher such as torchrun started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def _own_rank(rank: int, task: Task, output: Path, environment: dict[str, str]) -> None:
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     if task.device == "cpu":
         torch.set_num_threads(1)
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    _rank(rank, task, output, as_json)
+    _rank(rank, task, output)
 
 
-def _rank(rank: int, task: Task, output: Path, as_json: bool) -> None:
+def _rank(rank: int, task: Task, output: Path) -> Cluster | None:
     if task.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     dist.init_process_group("nccl" if task.device == "cuda" else "gloo")
     try:
         cluster = measure(task)
-        if rank == 0:
-            cluster.write(output)
-            for name, value in cluster.as_dict().items():
-                tell(f"{name:20} {value:.4g}" if isinstance(value, float) else f"{name:20} {value}")
-            if dist.get_world_size() == cluster.gpus_per_node:
-                tell("Only one node was measured: the network between nodes is written as fast as the links inside.")
-            tell(f"Written to {output}.")
-            if as_json:
-                print(json.dumps(cluster.as_dict()), flush=True)
+        if rank:
+            return None
+        cluster.write(output)
+        return cluster
     finally:
         dist.destroy_process_group()
 

@@ -1,6 +1,7 @@
 """Optimizer steps over the same elements: the tiled one and torch's own.
 
-Everything the benchmark knows of :class:`TiledOptimizer` is here.
+Everything the benchmark knows of :class:`TiledOptimizer` is here. A contestant of another project is one more
+:class:`Candidate`, as in ``benchmarks/optimizer_step``.
 """
 
 from __future__ import annotations

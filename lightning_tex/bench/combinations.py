@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lightning_tex.strategy import TexMoEStrategy
+from lightning_tex.parallel.activation_checkpointing import ActivationCheckpointing
+from lightning_tex.parallel.topology import Communication
 
 
 @dataclass(frozen=True)
@@ -14,45 +15,45 @@ class Combination:
 
     Args:
         duplicate_token_dropping: duplicate-token dropping (paper section 5.1).
-        communication_aware: communication-aware activation checkpointing (section 5.2); otherwise full recomputation.
+        activation_checkpointing: ``"communication_aware"`` (section 5.2) or ``"full"``.
         fused: reduce-scatter where the paper has an all-reduce and a split.
         overlap: reduce gradients while the backward runs.
-        sequence: sequence parallelism.
+        sequence_parallel: activations between layers are split along the sequence.
         folding: experts whole, their axis running through the tensor ranks.
     """
 
     duplicate_token_dropping: bool = False
-    communication_aware: bool = False
+    activation_checkpointing: ActivationCheckpointing = "full"
     fused: bool = False
     overlap: bool = False
-    sequence: bool = False
+    sequence_parallel: bool = False
     folding: bool = False
 
     def options(self, tensor: int, expert: int | str) -> dict[str, Any]:
         """The strategy's arguments, for a recipe of these sizes."""
         options: dict[str, Any] = {
             "duplicate_token_dropping": self.duplicate_token_dropping,
-            "activation_checkpointing": "communication_aware" if self.communication_aware else "full",
-            "sequence_parallel": self.sequence,
+            "activation_checkpointing": self.activation_checkpointing,
+            "sequence_parallel": self.sequence_parallel,
             "expert_tensor_parallel_size": 1 if self.folding else tensor,
         }
         if self.folding:  # as many experts to a rank as before would leave ranks without any: spread them further
             options["expert_parallel_size"] = expert if expert == "auto" else int(expert) * tensor
         return options
 
-    def tell(self, strategy: TexMoEStrategy) -> None:
-        """Set what is no argument of the strategy."""
-        strategy.communication = replace(strategy.communication, fused=self.fused, overlap=self.overlap)
+    def communication(self, by_options: Communication) -> Communication:
+        """How a strategy is to communicate: as its arguments say, and what is no argument as this says."""
+        return replace(by_options, fused=self.fused, overlap=self.overlap)
 
 
-PAPER = Combination(duplicate_token_dropping=True, communication_aware=True)
+PAPER = Combination(duplicate_token_dropping=True, activation_checkpointing="communication_aware")
 COMBINATIONS: dict[str, Combination] = {
     "baseline": Combination(),
     "+DTD": Combination(duplicate_token_dropping=True),
-    "+CAC": Combination(communication_aware=True),
+    "+CAC": Combination(activation_checkpointing="communication_aware"),
     "+DTD +CAC": PAPER,
     "  and reduce-scatter": replace(PAPER, fused=True),
     "  and overlap": replace(PAPER, fused=True, overlap=True),
-    "  and sequence parallel": replace(PAPER, fused=True, overlap=True, sequence=True),
-    "  and folding": replace(PAPER, fused=True, overlap=True, sequence=True, folding=True),
+    "  and sequence parallel": replace(PAPER, fused=True, overlap=True, sequence_parallel=True),
+    "  and folding": replace(PAPER, fused=True, overlap=True, sequence_parallel=True, folding=True),
 }

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 import statistics
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
 
 from lightning_tex.bench.combinations import Combination
 from lightning_tex.bench.stopwatch import Measured, Stopwatch
@@ -21,29 +16,6 @@ from lightning_tex.errors import UserValueError
 from lightning_tex.parallel.topology import Layout, Topology
 from lightning_tex.recipe import Recipe, quiet
 from lightning_tex.strategy import TexMoEStrategy
-
-
-def run(
-    recipe: Recipe, combinations: Mapping[str, Combination], warmup: int, steps: int, turns: int, as_json: bool
-) -> None:
-    """Measure, and print on the first rank. Collective over the recipe's ranks.
-
-    Args:
-        recipe: the recipe.
-        combinations: what to run, the baseline among them.
-        warmup: optimizer steps before the clock starts.
-        steps: optimizer steps timed together.
-        turns: turns of all combinations.
-        as_json: print one JSON object as the last line.
-    """
-    bench = CommunicationBench(recipe, warmup, steps)
-    for _ in range(turns):
-        bench.turn(combinations)
-    if bench.is_first_rank:
-        report = bench.report()
-        show(report)
-        if as_json:
-            print(json.dumps(report), flush=True)
 
 
 class CommunicationBench:
@@ -98,9 +70,8 @@ class CommunicationBench:
             )
         strategy = fit.trainer.strategy
         assert isinstance(strategy, TexMoEStrategy)
-        combination.tell(strategy)
+        strategy.adopt(combination.communication(strategy.communication), self._topologies.values())
         fit.trainer.callbacks.append(watch)  # type: ignore[attr-defined]
-        self._share_groups(strategy)
         with on_the_same_processes(strategy), quiet():
             fit.trainer.fit(fit.model, fit.datamodule)
         self.is_first_rank = strategy.is_global_zero
@@ -113,15 +84,6 @@ class CommunicationBench:
                 "legal: smaller --warmup and --steps"
             )
         return watch.measured
-
-    def _share_groups(self, strategy: TexMoEStrategy) -> None:
-        """Process groups of a layout are made once."""
-        layout = strategy.resolve_layout()
-        for topology in self._topologies.values():
-            if topology.layout.tensor == layout.tensor:
-                strategy._mesh = topology.mesh
-            if topology.layout == layout:
-                strategy._topology = replace(topology, communication=strategy.communication)
 
     def report(self) -> dict[str, Any]:
         """Medians over the turns, and ratios to the baseline of the same run."""
@@ -175,28 +137,3 @@ class on_the_same_processes:
                 MASTER_ADDR=environment.main_address,
                 MASTER_PORT=str(environment.main_port),
             )
-
-
-def show(report: dict[str, Any]) -> None:
-    """Print a report as a table."""
-    rows = report["combinations"]
-    axes = dict.fromkeys(a for row in rows.values() for a, sent in row["sent_bytes_by_axis"].items() if sent >= 5e3)
-    table = Table(box=SIMPLE, padding=(0, 1))
-    table.add_column("", no_wrap=True)
-    for heading in ("step ms", "speed", "CPU ms", *axes, "stash"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, row in rows.items():
-        sent = (f"{row['sent_bytes_by_axis'].get(axis, 0) / 1e6:.2f}" for axis in axes)
-        stash = max(row["stash_bytes_by_block"].values(), default=0) / 1e6
-        times = f"{row['step_ms']:.0f}", f"{row['speedup']:.2f}", f"{row['cpu_ms_per_step_all_ranks']:.0f}"
-        table.add_row(name if name[0] in "b+" else f"  {name}", *times, *sent, f"{stash:.2f}")
-    console = Console(width=max(110, Console().width), highlight=False)
-    console.print(f"{report['recipe']}: {report['layouts'][0]}")
-    console.print(table)
-    console.print(
-        f"Medians of {report['turns']} turns of {report['steps']} steps. Speed: against the baseline, which recomputes "
-        "everything and drops no duplicates; an indented row adds to the row above it. CPU: all ranks together. By "
-        "axis: MB that one rank sends in a step, by ring costs. Stash: MB that the largest block's tape keeps."
-    )
-    for name, reason in report["skipped"].items():
-        console.print(f"skipped: {name}: {reason}")

@@ -26,12 +26,12 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
 
 
 def live_bytes(device: torch.device) -> int:
-    """Bytes of all tensors alive on ``device``, each state_config once."""
+    """Bytes of all tensors alive on ``device``, each storage once."""
     gc.collect()
-    tensors = [found for found in gc.get_objects() if issubclass(type(found), Tensor)]
+    tensors = [held for held in gc.get_objects() if issubclass(type(held), Tensor)]
     tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
     storages = (tensor.untyped_storage() for tensor in tensors if tensor.device == device)
-    return sum({state_config.data_ptr(): state_config.nbytes() for state_config in storages}.values())
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def _peak_on_cuda(run: Callable[[], object], device: torch.device) -> int:

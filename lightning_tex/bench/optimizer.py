@@ -1,14 +1,13 @@
-"""The optimizer step alone: temporary memory, time and bytes of state, beside other implementations."""
+"""The optimizer step alone: temporary memory, time and bytes of state, beside torch's own and further contestants."""
 
 from __future__ import annotations
 
 import gc
-import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +17,6 @@ import torch.distributed as dist
 
 from lightning_tex.bench.candidates import REFERENCE, Build, Candidate, Tiled, Workload, ours, torchs
 from lightning_tex.bench.memory import live_bytes, peak_bytes
-from lightning_tex.bench.peers import peers
-from lightning_tex.bench.show import LEGEND, draw, tabulate, tell
 from lightning_tex.errors import UserValueError
 from lightning_tex.optim.state_config import OptimizerStateFormat
 from lightning_tex.parallel.topology import Layout, Topology
@@ -39,6 +36,8 @@ class Plan:
         turns: steps that are timed of each candidate, one in a turn; ``None``: the more, the smaller the workload.
         builds: how often candidates are made anew meanwhile: where tensors come to lie changes a step's time.
         limit_bytes: memory that may be taken at once.
+        contestants: further implementations by name; one that cannot be had raises when it is built, and is skipped
+            with the reason.
     """
 
     workloads: Sequence[Workload]
@@ -47,6 +46,7 @@ class Plan:
     turns: int | None
     builds: int
     limit_bytes: int
+    contestants: Mapping[str, Build] = field(default_factory=dict)
 
     def turns_of(self, elements: int) -> int:
         """Turns of a workload of so many elements."""
@@ -55,44 +55,32 @@ class Plan:
         return min(max(FEWEST_TURNS, STEPPED_ELEMENTS // elements), MOST_TURNS)
 
 
-def run(plan: Plan, as_json: bool, plot: Path | None) -> None:
-    """Measure, and print on the first rank. Collective over the workloads' ranks.
-
-    Args:
-        plan: what is measured.
-        as_json: print one JSON object as the last line.
-        plot: where to draw temporary memory against elements and experts.
-    """
+def conditions(plan: Plan) -> dict[str, Any]:
+    """What all cases of a report have in common."""
     first = plan.workloads[0]
-    speaks = first.topology.world.rank == 0
-    report: dict[str, Any] = {
+    return {
         "optimizer": first.optimizer,
         "device": torch.cuda.get_device_name(first.device) if first.device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "layout": str(first.topology.layout),
         "torch": torch.__version__,
         "builds": plan.builds,
-        "cases": [],
     }
-    if speaks:
-        tell("{optimizer} on {device}, {threads} threads, {layout}, {builds} builds".format(**report))
+
+
+def cases(plan: Plan) -> Iterator[dict[str, Any]]:
+    """Measure one workload after the other. Collective over the workloads' ranks.
+
+    Args:
+        plan: what is measured.
+    """
     gc.collect()
     gc.freeze()  # every count collects garbage, and need not go through all that was imported
     try:
         for workload in plan.workloads:
-            case = Case(workload, plan).report()
-            report["cases"].append(case)
-            if speaks:
-                tabulate(case)
+            yield Case(workload, plan).report()
     finally:
         gc.unfreeze()
-    if not speaks:
-        return
-    tell(LEGEND)
-    if plot is not None:
-        draw(report, plot)
-    if as_json:
-        print(json.dumps(report), flush=True)
 
 
 class Case:
@@ -109,7 +97,7 @@ class Case:
         self.turns = plan.turns_of(self.elements)
         formats = plan.state_formats if workload.low_precision else ("fp32",)  # the others are made for bf16
         self.ours = ours(plan.tile_size, formats)
-        self.builds = self.ours | torchs(workload.low_precision) | peers()
+        self.builds = self.ours | torchs(workload.low_precision) | dict(plan.contestants)
         self.rows: dict[str, dict[str, Any]] = {}
         self.skipped: dict[str, str] = {}
         self._needs: dict[str, float] = {}
@@ -158,7 +146,7 @@ class Case:
         if need > self.plan.limit_bytes:
             raise UserValueError(
                 f"needs about {need / 2**30:.1f} GiB of the {self.plan.limit_bytes / 2**30:.1f} GiB that may be taken; "
-                "legal: a larger --memory-gib, or fewer elements"
+                "legal: a larger --memory_gib, or fewer elements"
             )
 
     def _moved(self, candidate: Candidate, state_bytes: int) -> int | None:

@@ -53,9 +53,8 @@ class Stopwatch(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self.warmup - 1:
             meter = _strategy(trainer).topology.world.meter
-            if meter is not None and not meter.on:
-                meter.clear()
-                meter.on = True
+            if meter is not None and not meter.counting:
+                meter.start()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
         self._loss = loss.detach()
@@ -70,7 +69,7 @@ class Stopwatch(Callback):
             meter = _strategy(trainer).topology.world.meter
             if meter is not None:
                 self._sent = {"/".join(kind): count for kind, count in meter.sent_bytes().items()}
-                meter.on = False
+                meter.stop()
             self._stash = stash_bytes(pl_module)
             self._start = self._now(trainer)
         elif trainer.global_step == self.warmup + self.steps:

@@ -1,4 +1,4 @@
-"""Callbacks: sight of expert load, throughput, and a closing summary."""
+"""Callbacks that log the experts' load, throughput and communication, and print a closing summary."""
 
 from lightning_tex.callbacks.communication import CommunicationMonitor
 from lightning_tex.callbacks.experts import ExpertMonitor

@@ -1,4 +1,4 @@
-"""Sight of communication."""
+"""Logs the bytes that each collective sends."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ class CommunicationMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._steps = 0
         if (meter := _meter(trainer)) is not None:
-            meter.clear()
-            meter.on = True
+            meter.start()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -42,7 +41,7 @@ class CommunicationMonitor(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if (meter := _meter(trainer)) is not None:
-            meter.on = False
+            meter.stop()
 
 
 def _meter(trainer: Trainer) -> ByteMeter | None:

@@ -1,4 +1,4 @@
-"""Sight of expert load."""
+"""Logs how evenly tokens are spread over experts."""
 
 from __future__ import annotations
 

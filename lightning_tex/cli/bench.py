@@ -1,167 +1,206 @@
-"""The words of ``lightning-tex bench``."""
+"""``lightning-tex bench``: measure where it runs."""
 
 from __future__ import annotations
 
-import argparse
 import os
-from collections.abc import Sequence
-from importlib.util import find_spec
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from jsonargparse.typing import PositiveFloat
 
-from lightning_tex.bench import calibrate, communication, optimizer
-from lightning_tex.bench.candidates import OPTIMIZERS, Workload
+from lightning_tex.bench import calibrate, optimizer
+from lightning_tex.bench.candidates import Build, Workload
 from lightning_tex.bench.combinations import COMBINATIONS
-from lightning_tex.optim.state_config import OPTIMIZER_STATE_FORMATS
+from lightning_tex.bench.communication import CommunicationBench
+from lightning_tex.cli.bench_tables import LEGEND, draw_steps, show_communication, show_profile, show_steps
+from lightning_tex.cli.options import Command, Count, run_one_of
+from lightning_tex.cli.tables import require_matplotlib, tell
+from lightning_tex.errors import UserValueError
+from lightning_tex.optim.state_config import OptimizerStateFormat
 from lightning_tex.planner.cluster import Cluster
 from lightning_tex.recipe import Recipe
 
+Device = Literal["cpu", "cuda"]
 
-def main(arguments: Sequence[str]) -> None:
-    """Run ``lightning-tex bench``.
+
+@dataclass(frozen=True)
+class CommunicationOptions:
+    """What is timed.
 
     Args:
-        arguments: what follows ``bench`` on the command line.
+        config: the recipe.
+        steps: optimizer steps timed together.
+        warmup: steps before them.
+        turns: turns of all combinations.
+        only: combinations, by the names in the table; the baseline is added. Left out: all.
     """
-    parser = argparse.ArgumentParser("lightning-tex bench", description="Measure where it runs.")
-    kinds = parser.add_subparsers(dest="kind", required=True)
-    add_communication(kinds)
-    add_optimizer(kinds)
-    add_calibrate(kinds)
-    options, more = parser.parse_known_args(arguments)
-    options.run(options, more)
+
+    config: str
+    steps: Count = Count(5)
+    warmup: Count = Count(2)
+    turns: Count = Count(3)
+    only: list[str] | None = None
 
 
-def add_communication(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """``bench communication``: a recipe under every combination of communication options."""
+def bench_communication(options: CommunicationOptions, more: list[str]) -> dict[str, Any] | None:
+    """Train a recipe's model for a few steps under every combination of communication options, in turns, and show step
+    time, speed against the baseline (full recomputation, no duplicate-token dropping) and bytes sent by axis. Further
+    options are the recipe's own, such as --trainer.devices 8.
+    """
     names = [name.strip() for name in COMBINATIONS]
-    parser = kinds.add_parser(
-        "communication",
-        help="step time and bytes sent under every combination of communication options",
-        description="Train a recipe's model for a few steps under every combination of communication options, in "
-        "turns, and show step time, speed against the baseline (full recomputation, no duplicate-token dropping) and "
-        "bytes sent by axis. Further options are the recipe's own, such as --trainer.devices 8.",
+    only = {name.strip() for name in options.only or names}
+    if unknown := only - set(names):
+        raise UserValueError(f"--only {sorted(unknown)}; legal: {names}")
+    combinations = {n: c for n, c in COMBINATIONS.items() if n.strip() in only or n == "baseline"}
+    bench = CommunicationBench(Recipe(options.config, more), options.warmup, options.steps)
+    for _ in range(options.turns):
+        bench.turn(combinations)
+    if not bench.is_first_rank:
+        return None
+    report = bench.report()
+    show_communication(report)
+    return report
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """What is stepped, and how it is measured.
+
+    Args:
+        elements: parameters of a rank, in one tensor; without --experts: 1e6 1e7 1e8.
+        experts: experts of a transformer block, which are more sizes; without --elements: 4 8 16 32 64.
+        width: of that block: 4 w^2 dense, 8 w^2 an expert.
+        dtype: of parameters and gradients.
+        formats: of the tiled step's states.
+        optimizer: a torch optimizer.
+        tile_size: elements in a tile; left out: the strategy's.
+        tensor_parallel_size: of the layout.
+        expert_parallel_size: of the layout.
+        turns: steps timed of each, in turns; left out: 15 to 300, more of small sizes.
+        builds: how often all are made anew in between.
+        threads: of torch, on CPU.
+        device: where; left out: cuda if torch sees one.
+        memory_gib: memory that may be taken; left out: half of what is free.
+        plot: draw temporary memory to this file (needs matplotlib).
+    """
+
+    elements: list[Count] = field(default_factory=list)
+    experts: list[Count] = field(default_factory=list)
+    width: Count = Count(256)
+    dtype: list[Literal["float32", "bfloat16"]] = field(default_factory=lambda: ["float32", "bfloat16"])
+    formats: list[OptimizerStateFormat] = field(default_factory=lambda: ["fp32"])
+    optimizer: Literal["AdamW", "Adam", "SGD", "Adagrad"] = "AdamW"
+    tile_size: Count | None = None
+    tensor_parallel_size: Count = Count(1)
+    expert_parallel_size: Count = Count(1)
+    turns: Count | None = None
+    builds: Count = Count(5)
+    threads: Count = Count(1)
+    device: Device | None = None
+    memory_gib: PositiveFloat | None = None
+    plot: Path | None = None
+
+
+def bench_optimizer(options: OptimizerOptions, contestants: Mapping[str, Build] | None = None) -> dict[str, Any] | None:
+    """Step made-up parameters with the tiled optimizer, the same untiled, and torch's own, and show the most temporary
+    memory in a step, time, and bytes of state. Under torchrun the layout is that of its processes, and rank 0 reports.
+
+    Args:
+        options: what is stepped.
+        contestants: further implementations by name, measured beside ours and torch's.
+    """
+    require_matplotlib(options.plot)
+    torch.set_num_threads(options.threads)
+    device = torch.device(_device(options.device))
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    topology = optimizer.join(options.tensor_parallel_size, options.expert_parallel_size, device)
+    elements: Sequence[int] = options.elements
+    experts: Sequence[int] = options.experts
+    if not elements and not experts:
+        elements, experts = (10**6, 10**7, 10**8), (4, 8, 16, 32, 64)
+    workloads = [
+        Workload(n, e, options.width, getattr(torch, dtype), device, options.optimizer, topology)
+        for dtype in options.dtype
+        for n, e in [*((n, None) for n in elements), *((None, e) for e in experts)]
+    ]
+    free = optimizer.free_bytes(device, topology) // 2
+    limit = free if options.memory_gib is None else int(options.memory_gib * 2**30)
+    plan = optimizer.Plan(
+        workloads, options.tile_size, options.formats, options.turns, options.builds, limit, contestants or {}
     )
-    parser.add_argument("--config", required=True, help="the recipe")
-    parser.add_argument("--steps", type=int, default=5, help="optimizer steps timed together (default: 5)")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before them (default: 2)")
-    parser.add_argument("--turns", type=int, default=3, help="turns of all combinations (default: 3)")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"of {names}; baseline is added")
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-
-    def run(options: argparse.Namespace, recipe_options: list[str]) -> None:
-        if min(options.steps, options.turns, options.warmup) < 1:
-            parser.error("--steps, --turns and --warmup must be at least 1")
-        wanted = {name.strip() for name in options.only or names}
-        if unknown := wanted - set(names):
-            parser.error(f"--only {sorted(unknown)}; legal: {names}")
-        combinations = {n: c for n, c in COMBINATIONS.items() if n.strip() in wanted or n == "baseline"}
-        recipe = Recipe(options.config, recipe_options)
-        communication.run(recipe, combinations, options.warmup, options.steps, options.turns, options.json)
-
-    parser.set_defaults(run=run)
+    is_first_rank = topology.world.rank == 0
+    report: dict[str, Any] = {**optimizer.conditions(plan), "cases": []}
+    if is_first_rank:
+        tell("{optimizer} on {device}, {threads} threads, {layout}, {builds} builds".format(**report))
+    for case in optimizer.cases(plan):
+        report["cases"].append(case)
+        if is_first_rank:
+            show_steps(case)
+    if not is_first_rank:
+        return None
+    tell(LEGEND)
+    if options.plot is not None:
+        draw_steps(report, options.plot)
+    return report
 
 
-def add_optimizer(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """``bench optimizer``: the optimizer step alone, beside other implementations."""
-    parser = kinds.add_parser(
-        "optimizer",
-        help="temporary memory, time and bytes of state of the optimizer step, beside other implementations",
-        description="Step made-up parameters with the tiled optimizer, the same untiled, torch's own, and the sharded "
-        "ones of torch and DeepSpeed where they can be had, and show the most temporary memory in a step, time, and "
-        "bytes of state. Under torchrun the layout is that of its processes, and rank 0 reports.",
-    )
-    parser.add_argument("--elements", nargs="+", type=whole, metavar="N", help="parameters of a rank (1e6 1e7 1e8)")
-    parser.add_argument(
-        "--experts", nargs="+", type=whole, metavar="E", help="experts of a block: more sizes (4 8 16 32 64)"
-    )
-    parser.add_argument("--width", type=whole, default=256, help="of that block: 4 w^2 dense, 8 w^2 an expert (256)")
-    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
-    parser.add_argument(
-        "--formats", nargs="+", choices=OPTIMIZER_STATE_FORMATS, default=["fp32"], help="of the tiled step's states"
-    )
-    parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="AdamW")
-    parser.add_argument("--tile-size", type=whole, help="elements in a tile (default: the strategy's)")
-    parser.add_argument("--tensor-parallel-size", type=whole, default=1)
-    parser.add_argument("--expert-parallel-size", type=whole, default=1)
-    parser.add_argument(
-        "--turns", type=whole, help="steps timed of each, in turns (default: 15 to 300, more of small sizes)"
-    )
-    parser.add_argument("--builds", type=whole, default=5, help="times that all are made anew in between (default: 5)")
-    parser.add_argument("--threads", type=whole, default=1, help="of torch, on CPU (default: 1)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--memory-gib", type=float, help="memory that may be taken (default: half of what is free)")
-    parser.add_argument("--plot", type=Path, help="draw temporary memory to this file (needs matplotlib)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """How it is measured.
 
-    def run(options: argparse.Namespace, more: list[str]) -> None:
-        if more:
-            parser.error(f"unknown: {' '.join(more)}")
-        if options.plot and find_spec("matplotlib") is None:
-            parser.error("--plot needs matplotlib; legal: pip install matplotlib, or no --plot")
-        if options.device == "cuda" and not torch.cuda.is_available():
-            parser.error("--device cuda, but torch sees no CUDA device; legal: cpu")
-        torch.set_num_threads(options.threads)
-        device = torch.device(options.device)
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(device)
-        topology = optimizer.join(options.tensor_parallel_size, options.expert_parallel_size, device)
-        elements, experts = options.elements or [], options.experts or []
-        if not elements and not experts:
-            elements, experts = [10**6, 10**7, 10**8], [4, 8, 16, 32, 64]
-        workloads = [
-            Workload(n, e, options.width, getattr(torch, dtype), device, options.optimizer, topology)
-            for dtype in options.dtype
-            for n, e in [*((n, None) for n in elements), *((None, e) for e in experts)]
-        ]
-        free = optimizer.free_bytes(device, topology) // 2
-        limit = free if options.memory_gib is None else int(options.memory_gib * 2**30)
-        plan = optimizer.Plan(workloads, options.tile_size, options.formats, options.turns, options.builds, limit)
-        optimizer.run(plan, options.json, options.plot)
+    Args:
+        output: the YAML file that the profile is written to.
+        ranks: processes, without torchrun; left out: as many as there are GPUs, else 4.
+        like: a built-in cluster whose data-sheet peak and memory the GPUs have.
+        device: what is measured; left out: cuda if torch sees one.
+        megabytes: of the tensors sent; left out: 8 on CPU, 64 on GPUs.
+        turns: of which the median counts.
+    """
 
-    parser.set_defaults(run=run)
+    output: Path
+    ranks: Count | None = None
+    like: str | None = None
+    device: Device | None = None
+    megabytes: Count | None = None
+    turns: Count = Count(7)
 
 
-def add_calibrate(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """``bench calibrate``: the profile of this machine, for ``lightning-tex plan --cluster``."""
-    parser = kinds.add_parser(
-        "calibrate",
-        help="measure this machine's profile for lightning-tex plan",
-        description="Measure products, memory and collectives with all ranks at work, and write the YAML that "
-        "`lightning-tex plan --cluster FILE` reads. Ranks are those of torchrun, on every node, or as many as --ranks "
-        "says on this machine.",
-    )
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE.yaml", help="where the profile goes")
-    parser.add_argument("--ranks", type=whole, help="without torchrun: processes (default: the GPUs, else 4)")
-    parser.add_argument("--like", help="a built-in cluster whose data-sheet peak and memory the GPUs have")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--megabytes", type=whole, help="of the tensors sent (default: 8 on CPU, 64 on GPUs)")
-    parser.add_argument("--turns", type=whole, default=7, help="of which the median counts (default: 7)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-
-    def run(options: argparse.Namespace, more: list[str]) -> None:
-        if more:
-            parser.error(f"unknown: {' '.join(more)}")
-        if options.output.suffix not in (".yaml", ".yml"):
-            parser.error(f"--output {options.output}; legal: a .yaml file")
-        if options.device == "cuda" and not torch.cuda.is_available():
-            parser.error("--device cuda, but torch sees no CUDA device; legal: cpu")
-        like = None if options.like is None else Cluster.named(options.like)
-        megabytes = options.megabytes or (64 if options.device == "cuda" else 8)
-        task = calibrate.Task(options.device, megabytes << 20, options.turns, like)
-        calibrate.run(task, options.ranks, options.output, options.json)
-
-    parser.set_defaults(run=run)
+def bench_calibrate(options: CalibrateOptions) -> dict[str, Any] | None:
+    """Measure products, memory and collectives with all ranks at work, and write the YAML that `lightning-tex plan
+    --cluster FILE` reads. Ranks are those of torchrun, on every node, or as many as --ranks says on this machine.
+    """
+    if options.output.suffix not in (".yaml", ".yml"):
+        raise UserValueError(f"--output {options.output}; legal: a .yaml file")
+    device = _device(options.device)
+    like = None if options.like is None else Cluster.named(options.like)
+    megabytes = options.megabytes or (64 if device == "cuda" else 8)
+    cluster = calibrate.run(calibrate.Task(device, megabytes << 20, options.turns, like), options.ranks, options.output)
+    if cluster is None:
+        return None
+    world = int(os.environ["WORLD_SIZE"]) if calibrate.launched() else cluster.gpus_per_node
+    show_profile(cluster, options.output, one_node=world == cluster.gpus_per_node)
+    return cluster.as_dict()
 
 
-def whole(text: str) -> int:
-    """A positive whole number, also as 1e6."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0
-    if number < 1 or number != int(number):
-        raise argparse.ArgumentTypeError(f"{text}; legal: a whole number of at least 1, such as 4 or 1e6")
-    return int(number)
+def _device(wanted: Device | None) -> Device:
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserValueError("--device cuda, but torch sees no CUDA device; legal: cpu")
+    return wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+OPTIMIZER = Command("bench optimizer", bench_optimizer, (OptimizerOptions,))
+COMMANDS = (
+    Command("bench communication", bench_communication, (CommunicationOptions,), takes_recipe=True),
+    OPTIMIZER,
+    Command("bench calibrate", bench_calibrate, (CalibrateOptions,)),
+)
+
+
+def main(words: Sequence[str]) -> None:
+    """Run ``lightning-tex bench``."""
+    run_one_of("bench", COMMANDS, words)

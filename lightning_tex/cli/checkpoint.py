@@ -1,64 +1,62 @@
-"""The words of ``lightning-tex checkpoint``."""
+"""``lightning-tex checkpoint``: what checkpoints hold, whether they are whole, and one file of each."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from lightning_tex.cli.options import Command, run_one_of
+from lightning_tex.cli.tables import console, table, tell_line
 from lightning_tex.saving import CorruptCheckpointError, paths
 from lightning_tex.saving.consolidate import checkpoints_in, consolidate
 from lightning_tex.saving.model_state import MODEL, OPTIMIZER
 from lightning_tex.saving.reading import Directory
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run ``lightning-tex checkpoint``.
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """Which checkpoint.
 
     Args:
-        arguments: what follows ``checkpoint`` on the command line.
-
-    Raises:
-        ValueError: the checkpoint is damaged, or is none.
-        OSError: it cannot be read, or the output not be written.
+        path: a checkpoint directory, or a link to one.
     """
-    parser = argparse.ArgumentParser("lightning-tex checkpoint", description="Look at checkpoint directories.")
-    kinds = parser.add_subparsers(required=True)
-    inspect = kinds.add_parser("inspect", help="what a checkpoint holds, or which checkpoints a folder holds")
-    verify = kinds.add_parser("verify", help="compare every file with the digest in the manifest")
-    whole = kinds.add_parser("consolidate", help="one file that torch.load and strategy='auto' read")
-    for kind, run in ((inspect, _inspect), (verify, _verify), (whole, _consolidate)):
-        kind.add_argument("path", type=Path, metavar="PATH", help="a checkpoint directory, or a link to one")
-        kind.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-        kind.set_defaults(run=run)
-    inspect.add_argument("--tensors", action="store_true", help="list every tensor")
-    whole.add_argument("--output", type=Path, help="the file to write (default: PATH without its suffix, .whole.ckpt)")
-    whole.add_argument("--weights-only", action="store_true", help="leave optimizer states out")
-    options = parser.parse_args(arguments)
-    options.run(options)
+
+    path: Path
 
 
-def _print(found: dict[str, Any], as_json: bool, tables: Sequence[Table | str]) -> None:
-    console = Console()
-    for table in tables:
-        console.print(table, highlight=False, soft_wrap=isinstance(table, str))
-    if as_json:
-        print(json.dumps(found))
+@dataclass(frozen=True)
+class InspectOptions(CheckpointOptions):
+    """Which checkpoint.
+
+    Args:
+        tensors: list every tensor.
+    """
+
+    tensors: bool = False
 
 
-def _inspect(options: argparse.Namespace) -> None:
+@dataclass(frozen=True)
+class ConsolidateOptions(CheckpointOptions):
+    """Which checkpoint.
+
+    Args:
+        output: the file to write; left out: PATH without its suffix, .whole.ckpt.
+        weights_only: leave optimizer states out.
+    """
+
+    output: Path | None = None
+    weights_only: bool = False
+
+
+def inspect(options: InspectOptions) -> dict[str, Any]:
+    """Show what a checkpoint holds, or which checkpoints a folder holds."""
     path = paths.find(options.path)
-    if path.is_dir() and not paths.has_manifest(path) and (found := checkpoints_in(path)):
-        _inspect_folder(path, found, options.json)
-        return
+    if path.is_dir() and not paths.has_manifest(path) and (checkpoints := checkpoints_in(path)):
+        return _inspect_folder(path, checkpoints)
     manifest = paths.manifest_of(path)
     directory = Directory(path, manifest)
     kinds = {"weights": MODEL, "optimizer states": OPTIMIZER, "random states": "random"}
@@ -70,7 +68,8 @@ def _inspect(options: argparse.Namespace) -> None:
         amounts[title] = {"tensors": len(tensors), "elements": sum(elements), "bytes": size}
     facts = asdict(manifest) | {"path": str(path), "holds": amounts}
     facts["files"] = {name: record._asdict() for name, record in manifest.files.items()}
-    about = Table("", "", title=str(options.path), show_header=False)
+    about = table("", " ", title=str(options.path), left=["", " "])
+    about.show_header = False
     about.add_row("step, epoch", f"{manifest.step}, {manifest.epoch}")
     about.add_row("layout", ", ".join(f"{axis} {size}" for axis, size in manifest.layout.items()))
     about.add_row("written", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(manifest.written)))
@@ -78,49 +77,60 @@ def _inspect(options: argparse.Namespace) -> None:
     about.add_row("files", f"{len(manifest.files)}, {sum(f.bytes for f in manifest.files.values()):,} bytes")
     for title, amount in amounts.items():
         about.add_row(title, f"{amount['tensors']} tensors, {amount['elements']:,} elements, {amount['bytes']:,} bytes")
-    tables = [about]
+    console().print(about)
     if options.tensors:
-        listed = Table("tensor", "shape", "dtype")
+        listed = table("tensor", "shape", "dtype", left=["tensor", "shape", "dtype"])
         for name, saved in directory.saved.items():
             listed.add_row(".".join(name), str(list(saved.shape)), str(saved.dtype).removeprefix("torch."))
-        tables.append(listed)
+        console().print(listed)
         facts["tensors"] = {
             ".".join(name): {"shape": list(saved.shape), "dtype": str(saved.dtype).removeprefix("torch.")}
             for name, saved in directory.saved.items()
         }
-    _print(facts, options.json, tables)
+    return facts
 
 
-def _inspect_folder(folder: Path, found: list[tuple[Path, str | None]], as_json: bool) -> None:
-    table = Table("checkpoint", "step", "complete", title=str(folder))
+def _inspect_folder(folder: Path, checkpoints: Sequence[tuple[Path, str | None]]) -> dict[str, Any]:
+    listed = table("checkpoint", "step", "complete", title=str(folder), left=["checkpoint", "complete"])
     facts = []
-    for path, problem in found:
+    for path, problem in checkpoints:
         step = None if problem else paths.manifest_of(path).step
-        table.add_row(path.name, "" if step is None else str(step), problem or "yes")
+        listed.add_row(path.name, "" if step is None else str(step), problem or "yes")
         facts.append({"path": str(path), "step": step, "problem": problem})
+    console().print(listed)
     newest = paths.latest(folder)
-    _print({"checkpoints": facts, "latest": newest and str(newest)}, as_json, [table])
+    return {"checkpoints": facts, "latest": newest and str(newest)}
 
 
-def _verify(options: argparse.Namespace) -> None:
+def verify(options: CheckpointOptions) -> dict[str, Any]:
+    """Compare every file with the digest in the manifest."""
     path = paths.find(options.path)
     if not path.is_dir():
         raise CorruptCheckpointError(f"{path} is a plain file, which has no digests; legal: a checkpoint directory")
-    directory = Directory.verified(path)
-    files = directory.manifest.files
-    size = sum(record.bytes for record in files.values())
-    message = (
-        f"{options.path}: {len(files)} files, {size:,} bytes, as they were written at step {directory.manifest.step}"
+    manifest = Directory.verified(path).manifest
+    size = sum(record.bytes for record in manifest.files.values())
+    tell_line(
+        f"{options.path}: {len(manifest.files)} files, {size:,} bytes, as they were written at step {manifest.step}"
     )
-    _print(
-        {"path": str(path), "step": directory.manifest.step, "files": len(files), "bytes": size},
-        options.json,
-        [message],
-    )
+    return {"path": str(path), "step": manifest.step, "files": len(manifest.files), "bytes": size}
 
 
-def _consolidate(options: argparse.Namespace) -> None:
+def consolidate_to_file(options: ConsolidateOptions) -> dict[str, Any]:
+    """Write one file that torch.load and strategy='auto' read."""
     output = options.output or options.path.with_suffix(".whole.ckpt")
     consolidate(options.path, output, options.weights_only)
     size = output.stat().st_size
-    _print({"path": str(output), "bytes": size}, options.json, [f"{output}: {size:,} bytes"])
+    tell_line(f"{output}: {size:,} bytes")
+    return {"path": str(output), "bytes": size}
+
+
+COMMANDS = (
+    Command("checkpoint inspect", inspect, (InspectOptions,), takes_path=True),
+    Command("checkpoint verify", verify, (CheckpointOptions,), takes_path=True),
+    Command("checkpoint consolidate", consolidate_to_file, (ConsolidateOptions,), takes_path=True),
+)
+
+
+def main(words: Sequence[str]) -> None:
+    """Run ``lightning-tex checkpoint``."""
+    run_one_of("checkpoint", COMMANDS, words)

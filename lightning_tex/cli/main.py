@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import sys
 import warnings
+from importlib import import_module
 
 from lightning.pytorch.cli import ArgsType
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lightning_tex.cli import bench, checkpoint, plan
 from lightning_tex.errors import UserError
 from lightning_tex.recipe import DEFAULTS, TexCLI
 
-# Those that are not the Trainer's.
-_COMMANDS = {"plan": plan.main, "bench": bench.main, "checkpoint": checkpoint.main}
+# Those that are not the Trainer's: the module whose ``main`` takes the words after the command. Imported when it is
+# called, since some take seconds.
+COMMANDS = {
+    "plan": "lightning_tex.cli.plan",
+    "bench": "lightning_tex.cli.bench",
+    "checkpoint": "lightning_tex.cli.checkpoint",
+}
 
 
 def main(args: ArgsType = None) -> None:
@@ -30,8 +35,8 @@ def main(args: ArgsType = None) -> None:
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     try:
         words = sys.argv[1:] if args is None else args
-        if isinstance(words, list) and words and words[0] in _COMMANDS:
-            _COMMANDS[words[0]](words[1:])
+        if isinstance(words, list) and words and words[0] in COMMANDS:
+            import_module(COMMANDS[words[0]]).main(words[1:])
         else:
             TexCLI(**DEFAULTS, args=args)
     except (UserError, MisconfigurationException, OSError, RuntimeError) as error:

@@ -1,195 +1,218 @@
-"""Floor 7: ``lightning-tex plan``: what fits, how fast, on which layout, from a recipe or from sizes."""
+"""``lightning-tex plan``: what fits, how fast, on which layout, from a recipe or from sizes."""
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Sequence
-from dataclasses import fields, replace
-from importlib.util import find_spec
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, get_args, get_type_hints
 
-from lightning_tex.cli import plan_paper, plan_scaling, plan_tables
+from jsonargparse.typing import PositiveFloat
+
+from lightning_tex.cli import plan_scaling, plan_tables
+from lightning_tex.cli.options import Command, Count
 from lightning_tex.cli.plan_recipe import own_candidate, recipe_sizes
+from lightning_tex.cli.tables import require_matplotlib
 from lightning_tex.errors import UserValueError
-from lightning_tex.optim.state_config import OPTIMIZER_STATE_FORMATS
-from lightning_tex.planner import paper
+from lightning_tex.optim.state_config import OptimizerStateFormat, ZeroStage
 from lightning_tex.planner.cluster import CLUSTERS, Cluster
 from lightning_tex.planner.layouts import Choices, Job
 from lightning_tex.planner.search import largest_base, plan, plan_all
-from lightning_tex.planner.sizes import ELEMENT_BYTES, ModelSizes
+from lightning_tex.planner.sizes import ModelSizes
 
-_SIZES = [field.name for field in fields(ModelSizes)]
 _RECOMPUTE = {"none": None, "full": "full", "communication_aware": "communication_aware"}
 # Of what neither options nor recipe say.
 _SEQUENCE_LENGTH, _PRECISION = 2048, "bf16-mixed"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, as all errors of the command line are."""
-        raise UserValueError(message)
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Run ``lightning-tex plan``.
+@dataclass(frozen=True)
+class JobOptions:
+    """What is planned.
 
     Args:
-        arguments: what follows ``plan`` on the command line.
-
-    Raises:
-        ValueError: what the user can put right, in one line.
+        config: a recipe; sizes given as options take precedence.
+        cluster: a built-in cluster, or a .yaml file of its fields.
+        gpus: ranks; left out: the recipe's.
+        gpus_per_node: used of each node; left out: all.
+        sequence_length: tokens; left out: the recipe's, else 2048.
+        global_batch_size: sequences of an optimizer step over all ranks; left out: the recipe's.
+        precision: as the Trainer's; left out: the recipe's, else bf16-mixed.
+        imbalance: dropless: rows of the fullest rank over the mean.
     """
-    if "--trace" in arguments:
-        from lightning_tex.cli.trace import run  # takes seconds to import
 
-        run(arguments)
-        return
-    parser = _parser()
-    options, more = parser.parse_known_args(arguments)
-    if more and options.config is None:
-        parser.error(f"unknown: {' '.join(more)}")
-    if options.plot and find_spec("matplotlib") is None:
-        parser.error("--plot needs matplotlib; legal: pip install matplotlib, or no --plot")
-    if options.reproduce_paper:
-        report = paper.reproduce()
-        plan_paper.show(report)
-        if options.plot:
-            plan_paper.draw(report, options.plot)
-    else:
-        report = _plan(options, more, parser)
-    if options.json:
-        print(json.dumps(report), flush=True)
+    config: str | None = None
+    cluster: str | None = None
+    gpus: int | None = None
+    gpus_per_node: int | None = None
+    sequence_length: int | None = None
+    global_batch_size: int | None = None
+    precision: str | None = None
+    imbalance: PositiveFloat = 1.0
 
 
-def _plan(options: argparse.Namespace, more: list[str], parser: _Parser) -> dict[str, Any]:
-    if options.cluster is None:
-        parser.error(f"--cluster is needed; legal: {', '.join(CLUSTERS)}, or a .yaml file")
-    cluster = Cluster.named(options.cluster)
-    if options.gpus_per_node is not None:
-        cluster = cluster.with_gpus_per_node(options.gpus_per_node)
-    job, own = _job(options, more, parser)
-    choices = Choices(
-        options.tensor_parallel_size,
-        options.expert_parallel_size,
-        options.expert_tensor_parallel_size,
-        options.micro_batch,
-        options.zero_stage,
-        [bool(value) for value in options.sequence_parallel],
-        [_RECOMPUTE[name] for name in options.activation_checkpointing],  # type: ignore[misc]
-        options.optimizer_state_format or OPTIMIZER_STATE_FORMATS,
+_SIZE_HINTS = {size.name: get_type_hints(ModelSizes)[size.name] for size in fields(ModelSizes)}
+SizeOptions = make_dataclass(
+    "SizeOptions", [(name, hint | None, field(default=None)) for name, hint in _SIZE_HINTS.items()], frozen=True
+)
+SizeOptions.__doc__ = "Sizes of the model; as in lightning_tex.models.DecoderConfig."
+
+
+@dataclass(frozen=True)
+class ChoiceOptions:
+    """What is tried; left out: everything legal.
+
+    Args:
+        tensor_parallel_size: size of the axis.
+        expert_parallel_size: size of the axis.
+        expert_tensor_parallel_size: size of the axis.
+        micro_batch: sequences of a rank at once.
+        zero_stage: to try.
+        sequence_parallel: to try.
+        activation_checkpointing: to try.
+        optimizer_state_format: to try.
+    """
+
+    tensor_parallel_size: Count | None = None
+    expert_parallel_size: Count | None = None
+    expert_tensor_parallel_size: Count | None = None
+    micro_batch: Count | None = None
+    zero_stage: list[ZeroStage] = field(default_factory=lambda: [0, 1, 2])
+    sequence_parallel: list[bool] = field(default_factory=lambda: [False, True])
+    activation_checkpointing: list[Literal["none", "full", "communication_aware"]] = field(
+        default_factory=lambda: ["none", "full", "communication_aware"]
     )
-    if options.largest_base:
+    optimizer_state_format: list[OptimizerStateFormat] | None = None
+
+    def choices(self) -> Choices:
+        """As the planner takes them."""
+        return Choices(
+            self.tensor_parallel_size,
+            self.expert_parallel_size,
+            self.expert_tensor_parallel_size,
+            self.micro_batch,
+            self.zero_stage,
+            self.sequence_parallel,
+            [_RECOMPUTE[name] for name in self.activation_checkpointing],  # type: ignore[misc]
+            self.optimizer_state_format or get_args(OptimizerStateFormat),
+        )
+
+
+@dataclass(frozen=True)
+class ShowOptions:
+    """What is shown.
+
+    Args:
+        trace: run the recipe itself without its memory; see --trace --help.
+        largest_base: the largest base model that fits, tensor ranks within a node.
+        weak_scaling: growth with ranks, experts and base size, and what axes pay.
+        reproduce_paper: the figures of the TED paper, beside the planner's.
+        rows: layouts in the table.
+        plot: draw memory and time to this file (needs matplotlib).
+    """
+
+    trace: bool = False
+    largest_base: bool = False
+    weak_scaling: bool = False
+    reproduce_paper: bool = False
+    rows: Count = Count(12)
+    plot: Path | None = None
+
+
+def foresee(
+    wanted: JobOptions, sizes: Any, choices: ChoiceOptions, shown: ShowOptions, more: list[str]
+) -> dict[str, Any]:
+    """Foresee memory, step time and bytes sent of every legal layout of a mixture-of-experts model on a cluster, and
+    recommend one. Sizes come from a recipe (--config) or from options (--dim, --num_layers, ..); with a recipe,
+    further options are the recipe's own, such as --trainer.num_nodes 16.
+    """
+    if more and wanted.config is None:
+        raise UserValueError(f"unknown: {' '.join(more)}; `lightning-tex plan --help` lists the options")
+    require_matplotlib(shown.plot)
+    if shown.reproduce_paper:
+        return _paper(shown)
+    given = {name: value for name in _SIZE_HINTS if (value := getattr(sizes, name)) is not None}
+    return _plan(wanted, given, choices, shown, more)
+
+
+PLAN = Command("plan", foresee, (JobOptions, SizeOptions, ChoiceOptions, ShowOptions), takes_recipe=True)
+
+
+def main(words: Sequence[str]) -> None:
+    """Run ``lightning-tex plan``, or its dry run."""
+    if "--trace" not in words:
+        PLAN(words)
+        return
+    from lightning_tex.cli import trace  # takes seconds to import
+
+    trace.main(words)
+
+
+def _paper(shown: ShowOptions) -> dict[str, Any]:
+    from lightning_tex.cli import plan_paper
+
+    if shown.plot is not None:
+        raise UserValueError(
+            "--plot draws layouts, and --reproduce_paper has none; legal: no --plot, or "
+            "benchmarks/paper_figures.py --plot"
+        )
+    return plan_paper.reproduce()
+
+
+def _plan(
+    wanted: JobOptions, given: dict[str, Any], choose: ChoiceOptions, shown: ShowOptions, more: list[str]
+) -> dict[str, Any]:
+    if wanted.cluster is None:
+        raise UserValueError(f"--cluster is needed; legal: {', '.join(CLUSTERS)}, or a .yaml file")
+    cluster = Cluster.named(wanted.cluster)
+    if wanted.gpus_per_node is not None:
+        cluster = cluster.with_gpus_per_node(wanted.gpus_per_node)
+    job, own = _job(wanted, given, more)
+    choices = choose.choices()
+    if shown.largest_base:
         # Cutting every matrix over many nodes would fit anything, at no speed to speak of.
-        formats = options.optimizer_state_format or ["fp32"]
+        formats = choose.optimizer_state_format or ["fp32"]
         choices = replace(choices, most_tensor=cluster.gpus_per_node, optimizer_state_format=formats)
-        largest = largest_base(job, cluster, choices)
-        report = plan_tables.largest_report(job, cluster, largest)
+        report = plan_tables.largest_report(job, cluster, largest_base(job, cluster, choices))
         plan_tables.show_largest(report)
         return report
-    if options.weak_scaling:
+    if shown.weak_scaling:
         report = plan_scaling.report(job, cluster, choices)
         plan_scaling.show(report)
-        if options.plot:
-            plan_scaling.draw(report, options.plot)
+        if shown.plot:
+            plan_scaling.draw(report, shown.plot)
         return report
     plans = plan_all(job, cluster, choices)
     candidate = own_candidate(job, own)
     report = plan_tables.report(job, cluster, plans, None if candidate is None else plan(job, candidate, cluster))
-    plan_tables.show(report, options.rows)
-    if options.plot:
-        plan_tables.draw(report, options.plot, options.rows)
+    plan_tables.show(report, shown.rows)
+    if shown.plot:
+        plan_tables.draw(report, shown.plot, shown.rows)
     return report
 
 
-def _job(options: argparse.Namespace, more: list[str], parser: _Parser) -> tuple[Job, dict[str, Any]]:
+def _job(wanted: JobOptions, given: dict[str, Any], more: list[str]) -> tuple[Job, dict[str, Any]]:
     """The job of the options, over that of the recipe; and what the recipe gives the strategy."""
-    given = {name: value for name in _SIZES if (value := getattr(options, name)) is not None}
     own: dict[str, Any] = {}
     defaults: dict[str, Any] = {"sequence_length": _SEQUENCE_LENGTH, "precision": _PRECISION}
-    if options.config is None:
-        if missing := [name for name in ("dim", "num_layers", "num_heads", "vocab_size") if name not in given]:
-            parser.error(f"--config, or sizes are needed: {', '.join(map(_flag, missing))} are missing")
+    if wanted.config is None:
+        if missing := [f"--{name}" for name in ("dim", "num_layers", "num_heads", "vocab_size") if name not in given]:
+            raise UserValueError(f"--config, or sizes are needed: {', '.join(missing)} are missing")
         sizes = ModelSizes(**given)
     else:
-        config, defaults, own = recipe_sizes(options.config, more)
+        config, defaults, own = recipe_sizes(wanted.config, more)
         sizes = replace(ModelSizes.of(config), **given)
     if not sizes.moe_layers:
-        where = f"recipe {options.config}" if options.config else "the model"
-        parser.error(
+        where = f"recipe {wanted.config}" if wanted.config else "the model"
+        raise UserValueError(
             f"{where} has no MoE layer (num_experts={sizes.num_experts}, num_layers={sizes.num_layers}, "
             f"moe_every={sizes.moe_every}); legal: num_experts of at least 2 and moe_every of at most num_layers"
         )
-    gpus = options.gpus or defaults.get("gpus")
-    batch = options.global_batch_size or defaults.get("global_batch_size")
+    gpus = wanted.gpus or defaults.get("gpus")
+    batch = wanted.global_batch_size or defaults.get("global_batch_size")
     if gpus is None:
-        parser.error("--gpus is needed: how many ranks there are")
+        raise UserValueError("--gpus is needed: how many ranks there are")
     if batch is None:
-        parser.error("--global-batch-size is needed: sequences of one optimizer step over all ranks")
-    length = options.sequence_length or defaults["sequence_length"]
-    precision = options.precision or defaults["precision"]
-    two_groups = defaults.get("two_groups", True)
-    return Job(sizes, gpus, length, batch, precision, options.imbalance, two_groups), own
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
-        "lightning-tex plan",
-        usage="lightning-tex plan --cluster NAME (--config RECIPE | --dim D --num-layers L ...) [--OPTION VALUE ...]",
-        description="Foresee memory, step time and bytes sent of every legal layout of a mixture-of-experts model on a "
-        "cluster, and recommend one. Sizes come from a recipe or from options; with a recipe, further options are "
-        "the recipe's own, such as --trainer.num_nodes 16.",
-    )
-    parser.add_argument("--config", help="a recipe; sizes given as options take precedence")
-    parser.add_argument(
-        "--cluster", metavar="NAME|FILE", help=f"{', '.join(CLUSTERS)}, or a .yaml file of their fields"
-    )
-    parser.add_argument("--gpus", type=int, help="ranks (default: the recipe's)")
-    parser.add_argument("--gpus-per-node", type=int, help="used of each node (default: all)")
-    parser.add_argument("--sequence-length", type=int, help=f"tokens (default: the recipe's, else {_SEQUENCE_LENGTH})")
-    parser.add_argument("--global-batch-size", type=int, help="sequences of an optimizer step (default: the recipe's)")
-    parser.add_argument("--precision", help=f"{', '.join(ELEMENT_BYTES)} (default: the recipe's, else {_PRECISION})")
-    parser.add_argument("--imbalance", type=float, default=1.0, help="dropless: rows of the fullest rank over the mean")
-    sizes = parser.add_argument_group("sizes", "of the model; as in lightning_tex.models.DecoderConfig")
-    for field in fields(ModelSizes):
-        kind: Any = {"activation": str, "capacity_factor": float}.get(field.name, int)
-        if "coefficient" in field.name:
-            kind = float
-        sizes.add_argument(_flag(field.name), type=_yes_no if "bool" in str(field.type) else kind, metavar="N")
-    kept = parser.add_argument_group("choices", "what is tried; left out: everything legal")
-    for name in ("tensor_parallel_size", "expert_parallel_size", "expert_tensor_parallel_size", "micro_batch"):
-        kept.add_argument(_flag(name), type=_positive, metavar="N")
-    kept.add_argument("--zero-stage", nargs="+", type=int, choices=[0, 1, 2], default=[0, 1, 2])
-    kept.add_argument("--sequence-parallel", nargs="+", type=_yes_no, default=[False, True], metavar="true|false")
-    kept.add_argument("--activation-checkpointing", nargs="+", choices=list(_RECOMPUTE), default=list(_RECOMPUTE))
-    kept.add_argument("--optimizer-state-format", nargs="+", choices=OPTIMIZER_STATE_FORMATS)
-    shown = parser.add_argument_group("what is shown")
-    shown.add_argument("--trace", action="store_true", help="run the recipe itself without memory; --trace --help")
-    shown.add_argument(
-        "--largest-base",
-        action="store_true",
-        help="the largest base model that fits, tensor ranks within a node",
-    )
-    shown.add_argument("--weak-scaling", action="store_true", help="growth with ranks, experts, base; what axes pay")
-    shown.add_argument("--reproduce-paper", action="store_true", help="the figures of the TED paper, beside its own")
-    shown.add_argument("--rows", type=_positive, default=12, help="layouts in the table (default: 12)")
-    shown.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    shown.add_argument("--plot", type=Path, metavar="FILE", help="draw memory and time as stacked bars")
-    return parser
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}; legal: a whole number of at least 1")
-    return int(text)
-
-
-def _yes_no(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text}; legal: true, false")
-    return text.lower() == "true"
+        raise UserValueError("--global_batch_size is needed: sequences of one optimizer step over all ranks")
+    length = wanted.sequence_length or defaults["sequence_length"]
+    precision = wanted.precision or defaults["precision"]
+    return Job(sizes, gpus, length, batch, precision, wanted.imbalance, defaults.get("two_groups", True)), own

@@ -7,10 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE
-from rich.table import Table
-
-from lightning_tex.cli.plan_tables import console, row, seconds, stack
+from lightning_tex.cli.plan_tables import row
+from lightning_tex.cli.tables import console, figure, save, seconds, stack, table
 from lightning_tex.planner import scaling
 from lightning_tex.planner.cluster import GIB, Cluster
 from lightning_tex.planner.layouts import Choices, Job
@@ -55,29 +53,18 @@ def show(found: Mapping[str, Any]) -> None:
     out = console()
     for name, points in found["series"].items():
         out.print(f"\n{TITLES[name]}: {found['cluster']}" + ("" if name == "ranks" else f", {found['gpus']} ranks"))
-        table = Table(box=SIMPLE, padding=(0, 1))
-        for heading in (
-            name,
-            "t x e x et",
-            "ZeRO, micro",
-            "memory",
-            "sent",
-            "step",
-            "waiting",
-            "tokens/s of a rank",
-            "MFU",
-        ):
-            table.add_column(heading, justify="right", no_wrap=True)
+        headings = ("t x e x et", "ZeRO, micro", "memory", "sent", "step", "waiting", "tokens/s of a rank", "MFU")
+        listed = table(name, *headings)
         for p in points:
             waiting = sum(t for part, t in p["step_seconds_by_part"].items() if " over " in part or "hidden" in part)
             axes = " x ".join(str(p[f"{axis}_parallel_size"]) for axis in ("tensor", "expert", "expert_tensor"))
-            table.add_row(
+            listed.add_row(
                 str(p["at"]), axes, f"{p['zero_stage']}, {p['micro_batch']}",
                 size(p["peak_bytes"]) + ("" if p["fits"] else " !"), size(sum(p["sent_bytes_by_axis"].values())),
                 seconds(p["step_seconds"]), f"{100 * waiting / p['step_seconds']:.0f} %",
                 f"{p['tokens_per_second_of_a_rank']:,.0f}", f"{100 * p['mfu']:.1f} %",
             )  # fmt: skip
-        out.print(table)
+        out.print(listed)
     for axis, last in found["pays_up_to"].items():
         gained = f"{100 * scaling.WORTH:.0f} %"
         paying = "at no size: none fits" if last is None else f"up to {last}: no other size is {gained} faster"
@@ -86,13 +73,9 @@ def show(found: Mapping[str, Any]) -> None:
 
 def draw(found: Mapping[str, Any], path: Path) -> None:
     """Draw memory, bytes sent and time against ranks, experts and width; one row of panels each."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     names = ("ranks", "experts", "width")
-    figure = Figure(figsize=(16, 13), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(len(names), 3)
+    drawn = figure(16, 13)
+    grid = drawn.subplots(len(names), 3)
     columns = (
         ("memory_bytes", GIB, "GiB of a rank; dashed: what tensors can use"),
         ("sent_bytes_by_axis", GIB, "GiB sent by a rank in a step, by axis"),
@@ -112,4 +95,4 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
                 panel.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
         panels[0].axvline(found["usable_bytes"] / GIB, color="black", linestyle="--", linewidth=1)
         panels[1].set_title(TITLES[name], fontsize=10)
-    figure.savefig(path, dpi=90)
+    save(drawn, path, dpi=90)

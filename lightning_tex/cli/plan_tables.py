@@ -1,16 +1,13 @@
-"""What ``lightning-tex plan`` reports, as one object, as tables and as stacked bars."""
+"""What ``lightning-tex plan`` reports, as one object, as tables and as a figure."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
-
+from lightning_tex.cli.tables import console, figure, save, seconds, stack, table
 from lightning_tex.errors import UserValueError
 from lightning_tex.planner.cluster import GIB, Cluster
 from lightning_tex.planner.layouts import Job
@@ -91,14 +88,13 @@ def show(found: Mapping[str, Any], rows: int) -> None:
         f"{size(found['usable_bytes'])} for tensors; {found['global_batch_size']} x {found['sequence_length']} "
         f"tokens a step, {found['precision']}"
     )
-    table = Table(box=SIMPLE, padding=(0, 1))
-    for heading in ("tensor", "expert", "e.tensor", "ZeRO", "seq.", "recompute", "states", "micro", "memory",
-                    "step", "waiting", "tokens/s", "MFU"):  # fmt: skip
-        table.add_column(heading, justify="left" if heading in ("recompute", "states") else "right", no_wrap=True)
-    shown = found["layouts"][:rows]
-    for each in shown:
-        table.add_row(*_cells(each))
-    out.print(table)
+    ways = table(
+        "tensor", "expert", "e.tensor", "ZeRO", "seq.", "recompute", "states", "micro", "memory", "step", "waiting",
+        "tokens/s", "MFU", left=["recompute", "states"],
+    )  # fmt: skip
+    for each in found["layouts"][:rows]:
+        ways.add_row(*_cells(each))
+    out.print(ways)
     fitting = found["fitting"]
     out.print(f"{fitting} of {len(found['layouts'])} ways fit ({found['considered']} with their micro-batches).")
     if found["recipe"] is not None:
@@ -112,7 +108,7 @@ def show(found: Mapping[str, Any], rows: int) -> None:
         least = min(each["peak_bytes"] for each in found["layouts"])
         out.print(f"Nothing fits: the least that any layout needs is {size(least)}.")
     else:
-        _break_down(out, best)
+        _break_down(best)
     out.print(found["flops"])
 
 
@@ -136,7 +132,8 @@ def _cells(each: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _break_down(out: Console, best: Mapping[str, Any]) -> None:
+def _break_down(best: Mapping[str, Any]) -> None:
+    out = console()
     options = {key: best[key] for key in ("tensor_parallel_size", "expert_parallel_size",
                "expert_tensor_parallel_size", "zero_stage", "sequence_parallel", "activation_checkpointing",
                "optimizer_state_format")}  # fmt: skip
@@ -146,9 +143,8 @@ def _break_down(out: Console, best: Mapping[str, Any]) -> None:
         f"micro-batches of {best['micro_batch']}, accumulate_grad_batches={best['accumulate_grad_batches']}: "
         f"{best['layout']}"
     )
-    table = Table(box=SIMPLE, padding=(0, 1))
-    for heading in ("memory of a rank", "", "time of a step", "", "%"):
-        table.add_column(heading, justify="right" if len(heading) < 2 else "left", no_wrap=True)
+    named = ("memory of a rank", "time of a step")
+    parts = table(named[0], "", named[1], "", "%", left=named)
     memory = [(name, size(taken)) for name, taken in best["memory_bytes"].items() if taken]
     memory.append(("peak", size(best["peak_bytes"])))
     total = best["step_seconds"]
@@ -156,8 +152,8 @@ def _break_down(out: Console, best: Mapping[str, Any]) -> None:
     time.append(("step", seconds(total), "100"))
     for i in range(max(len(memory), len(time))):
         left = memory[i] if i < len(memory) else ("", "")
-        table.add_row(*left, *(time[i] if i < len(time) else ("", "", "")))
-    out.print(table)
+        parts.add_row(*left, *(time[i] if i < len(time) else ("", "", "")))
+    out.print(parts)
     out.print(f"Beside these, {seconds(best['hidden_seconds'])} of gradients and parameters are hidden behind others.")
 
 
@@ -185,19 +181,15 @@ def show_largest(found: Mapping[str, Any]) -> None:
         f"({sizes['num_layers']} layers, {sizes['dim']} wide, {sizes['num_heads']} heads); "
         f"{_many(sum(found['parameters'].values()))} with its experts"
     )
-    _break_down(out, found["recommended"])
+    _break_down(found["recommended"])
 
 
 def draw(found: Mapping[str, Any], path: Path, rows: int) -> None:
     """Draw memory and time of the first layouts as stacked bars."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     shown = found["layouts"][:rows]
-    figure = Figure(figsize=(13, 2.4 + 0.42 * len(shown)), layout="constrained")
-    FigureCanvasAgg(figure)
+    drawn = figure(13, 2.4 + 0.42 * len(shown))
     names = [_name(each) for each in shown]
-    memory, time = figure.subplots(1, 2, sharey=True)
+    memory, time = drawn.subplots(1, 2, sharey=True)
     for axes, key, unit, label in (
         (memory, "memory_bytes", GIB, "GiB of a rank; dashed: what tensors can use"),
         (time, "step_seconds_by_part", 1, "seconds of a step"),
@@ -208,21 +200,7 @@ def draw(found: Mapping[str, Any], path: Path, rows: int) -> None:
         axes.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
     memory.invert_yaxis()
     memory.axvline(found["usable_bytes"] / GIB, color="black", linestyle="--", linewidth=1)
-    figure.savefig(path, dpi=120)
-
-
-def stack(
-    axes: Any, names: Sequence[str], rows: Sequence[Mapping[str, float]], parts: Sequence[str], unit: float
-) -> None:
-    """Horizontal stacked bars: one for each name, one colour for each part."""
-    from matplotlib import colormaps
-
-    left = [0.0] * len(names)
-    for i, part in enumerate(parts):
-        widths = [each.get(part, 0) / unit for each in rows]
-        axes.barh(range(len(names)), widths, left=left, label=part, color=colormaps["tab20"](i % 20))
-        left = [a + b for a, b in zip(left, widths, strict=True)]
-    axes.set_yticks(range(len(names)), names, fontsize=7)
+    save(drawn, path)
 
 
 def _name(each: Mapping[str, Any]) -> str:
@@ -234,15 +212,5 @@ def _name(each: Mapping[str, Any]) -> str:
     )
 
 
-def seconds(time: float) -> str:
-    """A time with its unit."""
-    return f"{time:.3g} s" if time >= 1 else f"{1e3 * time:.3g} ms"
-
-
 def _many(parameters: float) -> str:
     return f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.2f}M"
-
-
-def console() -> Console:
-    """As wide as the tables."""
-    return Console(width=max(130, Console().width), highlight=False)

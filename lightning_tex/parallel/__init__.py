@@ -1,1 +1,22 @@
-"""The paper's sections 2, 3 and 5.2 as primitives: meshes, collectives, sharding, replay."""
+"""The paper's sections 2, 3 and 5.2 as primitives: meshes, collectives, sharding, replay.
+
+Public is what an author of layers needs: :class:`TexModule` and what it declares and is given. Collectives are in
+``lightning_tex.parallel.collectives``.
+"""
+
+from lightning_tex.parallel.activation_layout import ActivationLayout, Replicated, SequenceSharded
+from lightning_tex.parallel.sharding import Box, ParameterSharding, TexModule
+from lightning_tex.parallel.topology import Axis, Communication, Layout, Topology
+
+__all__ = [
+    "ActivationLayout",
+    "Axis",
+    "Box",
+    "Communication",
+    "Layout",
+    "ParameterSharding",
+    "Replicated",
+    "SequenceSharded",
+    "TexModule",
+    "Topology",
+]

@@ -132,8 +132,5 @@ def current_pass() -> Literal["forward", "recompute", "backward"]:
 
 def count_sent(operation: str, axis: Axis, scaled_bytes: int) -> None:
     """Tell the axis's meter of a collective that sent ``scaled_bytes / axis.size`` bytes."""
-    meter = axis.meter
-    if meter is None or not meter.on:
-        return
-    during = "optimizer" if meter.optimizing else current_pass()
-    meter.add(Sent(operation, axis.name, during), scaled_bytes, axis.size)
+    if axis.meter is not None:
+        axis.meter.add(Sent(operation, axis.name, current_pass()), scaled_bytes, axis.size)

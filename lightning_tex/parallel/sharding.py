@@ -24,7 +24,7 @@ class TexModule(nn.Module):
     """A layer that can be sharded over mesh axes. Built at its full, global size; alone, it is an ordinary module.
 
     Class attributes that a subclass declares:
-        axes: names of the mesh axes it uses; each becomes an attribute holding an :class:`Axis`, of size 1 until cut.
+        axes: names of the mesh axes it uses; each becomes an attribute, an :class:`Axis` of size 1 until sharded.
         shard_dims: parameter name -> {axis name: tensor dim sharded over that axis}.
     """
 
@@ -97,7 +97,7 @@ class Box:
 
 @dataclass(frozen=True)
 class ParameterSharding:
-    """Where one parameter lives and how its gradient is combined (DESIGN "Gradient rules").
+    """Where one parameter lives and how its gradient is combined (docs/design.md, "Gradient rules").
 
     Args:
         name: the parameter's name in the model.

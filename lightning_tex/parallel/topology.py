@@ -1,4 +1,4 @@
-"""Which ranks work together on what. Every error about a layout is raised here."""
+"""Which ranks work together on what: two meshes over the same ranks (paper, Eq. 1), and which layouts are legal."""
 
 from __future__ import annotations
 

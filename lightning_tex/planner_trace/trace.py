@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from math import prod
 from typing import Any, Literal
 
@@ -18,13 +16,13 @@ from lightning_tex.errors import UserValueError
 from lightning_tex.optim import TiledOptimizer
 from lightning_tex.parallel.activation_checkpointing import stash, stash_bytes
 from lightning_tex.parallel.byte_meter import Sent
-from lightning_tex.parallel.device import played_device
 from lightning_tex.parallel.sharding import parameter_shardings
 from lightning_tex.parallel.topology import Layout
 from lightning_tex.planner_trace.batches import MadeUpBlocks
+from lightning_tex.planner_trace.patches import patch_trainer, patched_for_a_trace
 from lightning_tex.planner_trace.states import state_bytes, states
 from lightning_tex.planner_trace.tracker import Tracker
-from lightning_tex.planner_trace.values import Routing, ShapesOnly, conversions_in_place
+from lightning_tex.planner_trace.values import Routing, ShapesOnly
 from lightning_tex.planner_trace.world import one_of_many
 from lightning_tex.recipe import Recipe, quiet
 from lightning_tex.strategy import TexMoEStrategy
@@ -102,8 +100,8 @@ def trace(
         trainer: arguments of the Trainer that replace the recipe's, such as ``precision``.
         imbalance: choices of experts that fall on the traced rank's, relative to the mean over ranks;
             at most all of them.
-        device: whose ways are taken where the package's own differ: how gradients are reduced, how large an optimizer
-            tile is. ``None``: those of GPUs, unless the recipe's accelerator is ``cpu``.
+        device: the one that is pretended, where the package tells devices apart: how gradients are reduced, how large
+            an optimizer tile is. ``None``: those of GPUs, unless the recipe's accelerator is ``cpu``.
         own_data: take a :class:`TextDataModule`'s own batches, too, which needs its data.
 
     Raises:
@@ -113,20 +111,23 @@ def trace(
     if imbalance <= 0:
         raise UserValueError(f"imbalance={imbalance}; legal: above 0, 1 being perfect balance")
     began = time.process_time()
-    kind = device or ("cpu" if recipe.accelerator() == "cpu" else "cuda")
+    kind: Literal["cpu", "cuda"] = device or ("cpu" if recipe.accelerator() == "cpu" else "cuda")
     routing, tracker = Routing(imbalance), Tracker()
-    with one_of_many(rank, world_size) as environment, ShapesOnly(routing), tracker, _undisturbed(kind):
+    with (
+        one_of_many(rank, world_size) as environment,
+        ShapesOnly(routing),
+        tracker,
+        patched_for_a_trace(kind),
+        quiet(),
+    ):
         given = {**(trainer or {}), **_DRY, "devices": world_size, "plugins": [environment.described()]}
         fit = recipe.instantiate(dict(strategy or {}), given)
-        played = fit.trainer.strategy
-        assert isinstance(played, TexMoEStrategy)
         reader = _Reader(tracker, routing)
         fit.trainer.callbacks.append(reader)  # type: ignore[attr-defined]
         data = fit.datamodule
         if isinstance(data, TextDataModule) and not own_data:
             data = MadeUpBlocks.like(data)
-        played.broadcast = lambda obj, src=0: obj  # type: ignore[method-assign]  # nobody else has sent anything
-        fit.trainer._data_connector.prepare_data = partial(_prepare, fit.trainer)  # type: ignore[method-assign]
+        patch_trainer(fit.trainer)
         fit.trainer.fit(fit.model, data)
     if reader.read is None:
         raise UserValueError("the recipe's data ended before 2 optimizer steps, which a trace takes; legal: more data")
@@ -155,23 +156,6 @@ _DRY: dict[str, Any] = {
     "enable_progress_bar": False,
     "enable_model_summary": False,
 }
-
-
-@contextmanager
-def _undisturbed(device: str) -> Iterator[None]:
-    token = played_device.set(device)
-    try:
-        with conversions_in_place(), quiet():
-            yield
-    finally:
-        played_device.reset(token)
-
-
-def _prepare(trainer: Trainer) -> None:
-    """What Lightning does, but without a gloo group in which to wait for the others."""
-    for each in (trainer.datamodule, trainer.lightning_module):  # type: ignore[attr-defined]
-        if each is not None:
-            each.prepare_data()
 
 
 class _Reader(Callback):
@@ -205,8 +189,7 @@ class _Reader(Callback):
                 self.tracker.tell([tensor], kind, anew=True)
             meter = _strategy(trainer).topology.world.meter
             assert meter is not None
-            meter.clear()
-            meter.on = True
+            meter.start()
             self.tracker.begin()
 
     def on_before_backward(self, trainer: Trainer, module: LightningModule, loss: Tensor) -> None:
@@ -221,7 +204,7 @@ class _Reader(Callback):
         strategy = _strategy(trainer)
         meter = strategy.topology.world.meter
         assert meter is not None
-        meter.on = False
+        meter.stop()
         moments = self.tracker.over_time()
         peak = max(moments, key=lambda live: sum(live.values()))
         kinds = {kind for live in moments for kind in live}

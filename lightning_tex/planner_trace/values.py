@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._C._distributed_c10d import ProcessGroup
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -100,33 +99,6 @@ class ShapesOnly(TorchDispatchMode):
         like = func(*args, **{**kwargs, "device": torch.device("meta")})
         options = {"dtype": like.dtype, "device": kwargs["device"]}
         return self._made(aten.empty_strided.default, (like.shape, like.stride()), options)
-
-
-@contextmanager
-def conversions_in_place() -> Iterator[None]:
-    """Inside, ``module.to(..)`` and the like set ``.data`` of parameters, as they do of those that have values.
-
-    Of those that have none torch makes new ones and swaps them, which fails where anything refers to the old ones.
-    """
-    before = nn.Module._apply
-    nn.Module._apply = _apply  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module._apply = before  # type: ignore[method-assign]
-
-
-def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    for child in self.children() if recurse else ():
-        child._apply(fn)
-    with torch.no_grad():
-        for parameter in self.parameters(recurse=False):
-            applied = fn(parameter)
-            if applied is not parameter:
-                parameter.data = applied
-        for name, buffer in self.named_buffers(recurse=False):
-            setattr(self, name, fn(buffer))
-    return self
 
 
 def tensors_in(*values: Iterable[Any]) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -176,6 +176,24 @@ class TexMoEStrategy(CheckpointingStrategy):
         self._precision_plugin = None if plugin is None else tex_precision(plugin)
 
     # --- setting up
+
+    def adopt(self, communication: Communication, topologies: Iterable[Topology] = ()) -> None:
+        """Before set-up: communicate so, over process groups that exist already where they fit.
+
+        Not for training but for what runs several Trainers on the same processes, such as ``lightning_tex.bench``:
+        process groups of one layout are made once, and ``fused`` and ``overlap`` are no arguments.
+
+        Args:
+            communication: in place of what the arguments say.
+            topologies: of this world's earlier runs.
+        """
+        self.communication = communication
+        for topology in topologies:
+            layout = self.resolve_layout()
+            if topology.layout.tensor == layout.tensor:
+                self._mesh = topology.mesh
+            if topology.layout == layout:
+                self._topology = replace(topology, communication=communication)
 
     def setup_environment(self) -> None:
         assert self.lightning_module is not None

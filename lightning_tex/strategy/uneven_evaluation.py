@@ -1,4 +1,4 @@
-"""Validation, test and predict with unequal numbers of batches: ranks that are done keep the others company.
+"""Validation, test and predict with unequal numbers of batches: ranks that are done keep taking part.
 
 A mixture-of-experts forward needs every rank of the expert axis, so a rank without batches repeats its last one, and
 nothing of the repetition remains: no output, no logged value, no metric update.

@@ -14,8 +14,6 @@ from lightning_tex.callbacks import CommunicationMonitor
 from lightning_tex.layers import VocabParallelCrossEntropy
 from lightning_tex.models import Block, Decoder, DecoderConfig
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance\\(treespec, LeafSpec\\).*")
-
 TED = {"tensor_parallel_size": 2, "expert_parallel_size": 2}
 FOLDED = {"tensor_parallel_size": 2, "expert_parallel_size": 4, "expert_tensor_parallel_size": 1}
 

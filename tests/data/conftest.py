@@ -6,8 +6,8 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from helpers.trainers import quiet
 from hypothesis import settings
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_tex.data import TextDataModule
 
@@ -95,13 +95,6 @@ def trainer(tmp_path):
     """Makes quiet single-process Trainers; options override."""
 
     def make_trainer(**options) -> pl.Trainer:
-        quiet = {
-            "logger": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in options.get("callbacks", [])),
-            "default_root_dir": tmp_path,
-        }
-        return pl.Trainer(**({"accelerator": "cpu", "devices": 1, "num_sanity_val_steps": 0} | quiet | options))
+        return quiet(**({"devices": 1, "num_sanity_val_steps": 0, "default_root_dir": tmp_path} | options))
 
     return make_trainer

@@ -11,6 +11,7 @@ import datasets  # noqa: F401  (once here, not in every forked rank)
 import lightning as L
 import pytest
 import torch
+from helpers.trainers import quiet
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
@@ -32,7 +33,6 @@ OTHERS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks"),
 ]
@@ -75,18 +75,8 @@ def fit(
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     L.seed_everything(seed, verbose=False)
     module = Reader()
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=devices,
-        strategy=TexMoEStrategy(**layout),
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-        logger=False,
-        enable_checkpointing="callbacks" in how,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **how,
-    )
+    strategy = TexMoEStrategy(**layout)
+    trainer = quiet(devices=devices, strategy=strategy, limit_val_batches=0, num_sanity_val_steps=0, **how)
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
     placed = parameter_shardings(module, trainer.strategy.topology)
     return {

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_tex as tex
+from helpers.cases import case
 from helpers.layout_errors import distance
-from helpers.layout_runs import FLAGS, quiet
+from helpers.trainers import quiet, silence
 from lightning_tex.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -126,10 +127,8 @@ def on_data_axis(trainer: L.Trainer, given: list[list[Tensor]]) -> DataLoader:
 def new_trainer(layout: dict[str, Any] | None, **flags: Any) -> L.Trainer:
     """On all ranks of this world with a layout, or ``strategy="auto"`` in one process for ``None``; fp64."""
     strategy: Any = "auto" if layout is None else tex.TexMoEStrategy(**layout)
-    devices = int(os.environ["WORLD_SIZE"])
-    return L.Trainer(
-        **{**FLAGS, "devices": devices, "strategy": strategy, "max_epochs": 1, "precision": "64-true", **flags}
-    )
+    fixed = {"devices": int(os.environ["WORLD_SIZE"]), "strategy": strategy, "use_distributed_sampler": False}
+    return quiet(**{**fixed, "max_epochs": 1, "precision": "64-true", **flags})
 
 
 def gathered(module: L.LightningModule, trainer: L.Trainer) -> dict[str, Tensor]:
@@ -156,12 +155,13 @@ def _one_by_one(runs: list[tuple[Any, ...]]) -> list[Any]:
     launched, results = dict(os.environ), []
     for function, *args in runs:
         os.environ.update(launched)  # a Trainer ends with what told it that its processes exist
-        results.append(function(*args))
+        with case(function.__name__, *args):
+            results.append(function(*args))
     return results
 
 
 def _quietly(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    quiet()
+    silence()
     return function(*args)
 
 

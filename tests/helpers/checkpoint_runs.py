@@ -13,11 +13,11 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import lightning_tex as tex
+from helpers.trainers import quiet
 from lightning_tex.layers import VocabParallelCrossEntropy
 from lightning_tex.models import Decoder, DecoderConfig
 from lightning_tex.parallel.sharding import parameter_shardings
@@ -122,19 +122,14 @@ class Data(L.LightningDataModule):
 
 def trainer(strategy: Any, devices: int, epochs: int = 1, precision: str = "32-true", **options: Any) -> L.Trainer:
     """A quiet trainer on the CPU."""
-    return L.Trainer(
-        accelerator="cpu",
+    return quiet(
         devices=devices,
         strategy=strategy,
         max_epochs=epochs,
         precision=precision,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         limit_val_batches=options.pop("limit_val_batches", 0),
-        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in options.get("callbacks", [])),
         **options,
     )
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,8 +13,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_tex as tex
+from helpers.cases import case
 from helpers.layout_errors import Record, errors
 from helpers.layout_grid import Case, Options, Sizes
+from helpers.trainers import quiet, silence
 from lightning_tex.layers import VocabParallelCrossEntropy
 from lightning_tex.models import Decoder, DecoderConfig
 from lightning_tex.moe import MoE, Router, auxiliary_loss
@@ -32,21 +32,6 @@ from lightning_tex.parallel.topology import Axis
 STEPS = 20
 SAMPLES = 8  # of one micro-step over the whole data axis, whatever its size
 LENGTH = 6  # tokens of a sample that are predicted from
-FLAGS: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "use_distributed_sampler": False,
-}
-
-
-def quiet() -> None:
-    """Keep Lightning's advice out of the ranks' output."""
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
 
 
 def small(sizes: Sizes) -> dict[str, int]:
@@ -207,20 +192,16 @@ class SlicedData(L.LightningDataModule):
 
 def trainer(options: Options, precision: str, devices: int, strategy: Any, **changes: Any) -> L.Trainer:
     accumulate = 2 if options.accumulate else 1
-    return L.Trainer(
-        **{
-            **FLAGS,
-            **{
-                "devices": devices,
-                "strategy": strategy,
-                "max_epochs": 1,
-                "accumulate_grad_batches": accumulate,
-                "gradient_clip_val": 0.5 if options.clip else None,
-                "precision": precision,
-            },
-            **changes,
-        }
-    )
+    flags = {
+        "devices": devices,
+        "strategy": strategy,
+        "max_epochs": 1,
+        "accumulate_grad_batches": accumulate,
+        "gradient_clip_val": 0.5 if options.clip else None,
+        "precision": precision,
+        "use_distributed_sampler": False,
+    }
+    return quiet(**{**flags, **changes})
 
 
 def train_case(case: Case, precision: str) -> Record:
@@ -250,16 +231,17 @@ def train_reference(options: Options, slices: int, precision: str, changes: tupl
 
 def errors_of_cases(runs: list[tuple[Case, str]], references: list[Record]) -> list[dict[str, float]]:
     """Several cases of one world, one after the other on the same processes: this rank's errors of each."""
-    quiet()
-    return [
-        errors(train_case(case, precision), reference, kinds(case))
-        for (case, precision), reference in zip(runs, references, strict=True)
-    ]
+    silence()
+    found = []
+    for (run, precision), reference in zip(runs, references, strict=True):
+        with case(run, precision):
+            found.append(errors(train_case(run, precision), reference, kinds(run)))
+    return found
 
 
 def train_references(wanted: list[tuple[Any, ...]]) -> list[Record]:
     """This worker's share of some references."""
-    quiet()
+    silence()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE"):
         os.environ.pop(name)

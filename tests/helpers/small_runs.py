@@ -116,8 +116,7 @@ class Second(Callback):
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == 1 and self._step is None:
             meter = trainer.strategy.topology.world.meter
-            meter.clear()
-            meter.on = True
+            meter.start()
             self._step = record_function("second step")
             self._step.__enter__()
 
@@ -125,7 +124,7 @@ class Second(Callback):
         if trainer.global_step == 2:
             self._step.__exit__(None, None, None)
             meter = trainer.strategy.topology.world.meter
-            meter.on = False
+            meter.stop()
             self.sent = meter.sent_bytes()
             self.states = state_bytes(module, trainer.strategy.topology, trainer.strategy.optimizers[0])
             self.live = live_bytes(torch.device("cpu")) - self._inherited

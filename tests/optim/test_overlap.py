@@ -18,8 +18,6 @@ from lightning_tex.layers import VocabParallelCrossEntropy
 from lightning_tex.models import Decoder, DecoderConfig
 from lightning_tex.optim import flat_sizes
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance\\(treespec, LeafSpec\\).*")
-
 LAYOUTS = {
     "data": {"tensor_parallel_size": 1, "expert_parallel_size": 2},
     "ted": {"tensor_parallel_size": 2, "expert_parallel_size": 1},

@@ -9,9 +9,11 @@ from __future__ import annotations
 import itertools
 import warnings
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
+from helpers.cases import case, pairwise
 from helpers.topologies import join
 
 from lightning_tex.bench.memory import peak_bytes
@@ -79,36 +81,38 @@ def measured_and_planned(
     return seen + planned.states.total, planned.peak  # states are compared byte for byte elsewhere
 
 
-def compare(layouts: tuple[tuple[int, ...], ...], every: int) -> tuple[int, list[str]]:
+def overflow_is_known(layout: tuple[int, ...], sequence: bool, config: DecoderConfig, *others: Any) -> bool:
+    """Not where tokens are split."""
+    return not (sequence and (layout[0] == 1 or config.capacity_factor is not None))
+
+
+def compare(cases: list[tuple[Any, ...]]) -> list[str]:
     warnings.simplefilter("ignore")
-    modes, precisions = (None, "full", "communication_aware"), ("32-true", "bf16-mixed")
-    cases = [
-        case
-        for case in itertools.product(layouts, (False, True), CONFIGS, precisions, modes, (1, 2))
-        # What overflows is not known from sizes where tokens are split.
-        if not (case[1] and (case[0][0] == 1 or case[2].capacity_factor is not None))
-    ]
     wrong = []
-    for case in cases[::every]:
-        measured, planned = measured_and_planned(*case)
+    for values in cases:
+        with case(*values):
+            measured, planned = measured_and_planned(*values)
         if abs(planned / measured - 1) > 0.05:
-            wrong.append(f"{planned / measured:.4f} {case}")
-    return len(cases[::every]), wrong
+            wrong.append(f"{planned / measured:.4f} {values}")
+    return wrong
 
 
-def test_peak_memory_in_one_process() -> None:
-    assert run_ranks(1, compare, ((1, 1, 1),), 11, detail=False) == [(4, [])]
+FACTORS = (False, True), CONFIGS, ("32-true", "bf16-mixed"), (None, "full", "communication_aware"), (1, 2)
 
 
-def test_peak_memory_on_two_ranks() -> None:
-    layouts = (2, 1, 2), (1, 2, 1), (2, 2, 1)
-    for seen, wrong in run_ranks(2, compare, layouts, 37, detail=False):
-        assert seen == 4 and not wrong, "\n".join(wrong)
+LAYOUTS = {1: ((1, 1, 1),), 2: ((2, 1, 2), (1, 2, 1), (2, 2, 1)), 4: ((2, 2, 2), (2, 4, 1), (4, 1, 4))}
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_peak_memory(world: int) -> None:
+    cases = pairwise(LAYOUTS[world], *FACTORS, legal=overflow_is_known)
+    for wrong in run_ranks(world, compare, cases):
+        assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_peak_memory_of_more_layouts(world: int) -> None:
-    layouts = {1: ((1, 1, 1),), 2: ((2, 1, 2), (1, 2, 1), (2, 2, 1)), 4: ((2, 2, 2), (2, 4, 1), (4, 1, 4))}[world]
-    for _, wrong in run_ranks(world, compare, layouts, 3 if world == 4 else 1, detail=False, timeout=900):
+@pytest.mark.parametrize("world", LAYOUTS)
+def test_peak_memory_of_every_combination(world: int) -> None:
+    cases = [values for values in itertools.product(LAYOUTS[world], *FACTORS) if overflow_is_known(*values)]
+    for wrong in run_ranks(world, compare, cases, timeout=2700):
         assert not wrong, "\n".join(wrong)

@@ -60,7 +60,7 @@ def small(recipe: Path) -> list[str]:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_is_cut_and_takes_steps(recipe, corpus):
-    world, found = run_ranks(1, on_a_local_stream, recipe, corpus, small(recipe), detail=False)[0]
+    world, found = run_ranks(1, on_a_local_stream, recipe, corpus, small(recipe))[0]
     assert world == found.layout.world == WORLDS[recipe.stem]
     assert found.rank == 1 and found.flops["backward"] > found.flops["forward"] > 0
     assert any(kind.during == "optimizer" for kind in found.sent_bytes)
@@ -75,7 +75,7 @@ LARGE = {"ted-40b-128xa100": (40, 38.87e9, 10.3), "mixtral-8x7b-64xh100": (80, 4
 def test_a_large_recipe_fits_the_machine_it_is_named_for(name):
     recipe = next(path for path in RECIPES if path.stem == name)
     gigabytes, parameters, kept = LARGE[name]
-    found = run_ranks(1, whole, recipe, detail=False, timeout=900)[0]
+    found = run_ranks(1, whole, recipe, timeout=900)[0]
     assert found.parameters == pytest.approx(parameters, rel=1e-3)
     assert sum(found.state_bytes.values()) / 1e9 == pytest.approx(kept, rel=0.02)
     assert found.peak_bytes < 0.9 * gigabytes * 1e9

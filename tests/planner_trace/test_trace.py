@@ -35,7 +35,7 @@ def test_a_trace_of_16384_ranks(tmp_path):
     path = write_recipe(tmp_path, num_layers=2, num_experts=16, capacity_factor=1.0)
     text = path.read_text().replace("global_batch_size: 8", "global_batch_size: 4096")
     path.write_text(text)
-    few, many = run_ranks(1, of_many_ranks, path, detail=False)[0]
+    few, many = run_ranks(1, of_many_ranks, path)[0]
     assert (many.layout.world, many.layout.data, many.layout.expert_data) == (16384, 4096, 256)
     # Parameters and gradients are those of fewer ranks, but for padding; what is sharded becomes less.
     assert many.state_bytes["expert_parameters"] < 1.2 * few.state_bytes["expert_parameters"] + 64 * 4 * 256
@@ -59,7 +59,7 @@ def even_and_not(path):
 
 def test_imbalance_costs_the_busiest_rank(tmp_path):
     path = write_recipe(tmp_path, num_experts=8, moe_every=1)
-    even, busy = run_ranks(1, even_and_not, path, detail=False)[0]
+    even, busy = run_ranks(1, even_and_not, path)[0]
     assert busy.state_bytes == even.state_bytes
     assert busy.peak_bytes_by_kind["activations"] > even.peak_bytes_by_kind["activations"]
     experts = 3 * 2 * 64 * 96 * 2 * 4 * 2 * 32  # products, FLOP, D x H, k, layers, tokens of 2 sequences
@@ -82,7 +82,7 @@ def attention_flops(path):
 
 def test_flops_are_those_of_the_products(tmp_path):
     path = write_recipe(tmp_path, num_layers=2, num_kv_heads=2, capacity_factor=None)
-    flops = run_ranks(1, attention_flops, path, detail=False)[0].flops
+    flops = run_ranks(1, attention_flops, path)[0].flops
     tokens, width, hidden, vocabulary = 8 * 32, 64, 96, 300
     attention = 2 * tokens * width * (2 * width + 2 * (width // 2)) + 2 * 2 * tokens * 32 * width
     experts = 3 * 2 * (2 * tokens) * width * hidden + 2 * tokens * width * 4  # two of them, and the router
@@ -109,7 +109,7 @@ def refusals(path):
 
 
 def test_refused(tmp_path):
-    run_ranks(1, refusals, write_recipe(tmp_path), detail=False)
+    run_ranks(1, refusals, write_recipe(tmp_path))
 
 
 def command(path):
@@ -123,7 +123,7 @@ def command(path):
 
 
 def test_command_line(tmp_path):
-    text = run_ranks(1, command, write_recipe(tmp_path, num_layers=2), detail=False)[0]
+    text = run_ranks(1, command, write_recipe(tmp_path, num_layers=2))[0]
     shown = json.loads(text.strip().splitlines()[-1])
     assert shown["layout"]["world"] == 8 and shown["layout"]["expert"] == 4
     assert shown["sent_bytes"]["all_to_all/expert/forward"] > 0

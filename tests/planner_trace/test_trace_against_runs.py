@@ -63,9 +63,9 @@ def test_a_trace_is_what_a_run_does(name, tmp_path):
     case = {**QUICK, **MORE}[name]
     path = write_recipe(tmp_path, capacity_factor=case.capacity, num_layers=2, **case.sizes)
     trainer = {"precision": case.precision, "accumulate_grad_batches": case.accumulate}
-    runs = run_ranks(case.world, really, path, case.world, case.strategy, trainer, detail=False)
+    runs = run_ranks(case.world, really, path, case.world, case.strategy, trainer)
     ranks = sorted({0, case.world - 1} if name in MORE else {case.world - 1})
-    traces = run_ranks(1, every_trace, path, case.world, ranks, case.strategy, trainer, detail=False)[0]
+    traces = run_ranks(1, every_trace, path, case.world, ranks, case.strategy, trainer)[0]
     for rank, trace in zip(ranks, traces, strict=True):
         run = runs[rank]
         assert trace.state_bytes == run["states"]

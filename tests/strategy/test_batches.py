@@ -14,8 +14,6 @@ from torch.utils.data import DataLoader
 from lightning_tex.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from lightning_tex.moe import MoE
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance\\(treespec, LeafSpec\\).*")
-
 TENSOR = {"tensor_parallel_size": 2}
 
 

@@ -7,15 +7,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers.behaviour_modules import LAYOUTS, batches, new_trainer, on_data_axis, together
+from helpers.behaviour_modules import LAYOUTS, batches, new_trainer, on_data_axis, on_ranks, together
 from helpers.layout_errors import distance
 from torch import Tensor, nn
 
 from lightning_tex.layers import VocabParallelCrossEntropy
 from lightning_tex.models import Decoder, DecoderConfig
 from lightning_tex.moe import Router, auxiliary_loss
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance\\(treespec, LeafSpec\\).*")
 
 
 class Falls(L.LightningModule):
@@ -48,11 +46,20 @@ def fit_in(layout: Any, precision: str) -> dict[str, Any]:
     return {"full": full, "low": low, "masters": masters, "losses": losses}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_bf16_mixed(layout: dict[str, int]) -> None:
-    by_precision = together(4, {precision: (fit_in, layout, precision) for precision in ("32-true", "bf16-mixed")})
-    exact = by_precision["32-true"][0]["losses"]
-    for found in by_precision["bf16-mixed"]:
+@pytest.fixture(scope="module")
+def exact() -> Tensor:
+    """Losses in fp32, which no layout changes."""
+    return on_ranks(1, fit_in, {}, "32-true")[0]["losses"]
+
+
+@pytest.fixture(scope="module")
+def learnt() -> dict[str, list[dict[str, Any]]]:
+    return together(4, {name: (fit_in, layout, "bf16-mixed") for name, layout in LAYOUTS.items()})
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_bf16_mixed(learnt: dict[str, list[dict[str, Any]]], exact: Tensor, name: str) -> None:
+    for found in learnt[name]:
         assert (found["full"], found["low"]) == ({torch.float32}, {torch.bfloat16})
         assert found["masters"] == {torch.float32}
         assert found["losses"][-1] < 0.6 * found["losses"][0]

@@ -5,15 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
-import pytest
 import torch
 from helpers.behaviour_modules import TED, batches, loader, new_trainer, on_ranks
 from helpers.layout_errors import distance
 from torch import Tensor
 
 from lightning_tex.models import Decoder, DecoderConfig
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance\\(treespec, LeafSpec\\).*")
 
 
 class Dropout(L.LightningModule):

@@ -24,8 +24,6 @@ from helpers.behaviour_modules import (
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance\\(treespec, LeafSpec\\).*")
-
 
 def train_unequal(layout: Any, iterable: bool) -> dict[str, Any]:
     module = PublicNames()

@@ -25,8 +25,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_tex.models import Decoder, DecoderConfig
 from lightning_tex.parallel import initialization
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance\\(treespec, LeafSpec\\).*")
-
 
 class Largest(TorchDispatchMode):
     """Remembers the largest tensor that an operation made off the meta device."""

@@ -1,7 +1,8 @@
 """Every layout trains as one process does: losses, gradient norms, gradients and parameters over 20 optimizer steps.
 
-By default each of the 40 layouts runs twice (each of the 22 on eight ranks once) with options that together cover all
-pairs. ``-m full`` runs the rest of the cases that cover all pairs of layout and option, in fp32 and fp64, and the grid:
+By default each layout of one or two ranks runs twice, each of four ranks once, and of the 22 on eight ranks those of
+``ON_EIGHT`` once, with options that together cover all pairs. ``-m full`` runs the other layouts of eight ranks and the
+other cases of four, the rest of the cases that cover all pairs of layout and option, in fp32 and fp64, and the grid:
 every layout with every combination of routing by capacity, duplicates not split, AdamW, accumulation and clipping, 960
 cases in fp64, over which the other six options rotate. It takes about an hour and a half on two cores; with ``-s`` it
 ends with the worst errors.
@@ -34,16 +35,14 @@ from helpers.layout_runs import (
     decoder_config,
     errors_of_cases,
     kinds,
-    quiet,
     reference_of,
     train_case,
     train_references,
     trainer,
 )
+from helpers.trainers import silence
 
 from lightning_tex.testing.ranks import run_ranks
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance\\(treespec, LeafSpec\\).*")
 
 Run = tuple[Case, str]
 
@@ -55,7 +54,11 @@ worst: dict[tuple[str, str], float] = {}
 _references: dict[tuple[object, ...], Record] = {}
 
 
-def default_selection() -> list[Run]:
+# All axes larger than one at once, which takes eight ranks: unfolded and folded; and one axis over all ranks.
+ON_EIGHT = (Sizes(8, 2, 2, 2), Sizes(8, 4, 4, 1), Sizes(8, 8, 1, 8), Sizes(8, 1, 8, 1))
+
+
+def selection() -> list[Run]:
     """Of each layout's two cases one in fp64, one in fp32; on eight ranks, which are slow here, one of the two."""
     chosen = []
     for index, sizes in enumerate(layouts()):
@@ -67,8 +70,18 @@ def default_selection() -> list[Run]:
     return chosen
 
 
-DEFAULT = default_selection()
-PAIRS = [run for case in PAIRWISE for precision in TOLERANCE if (run := (case, precision)) not in DEFAULT]
+def by_default(run: Run) -> bool:
+    """On four ranks, layouts take turns between their case in fp64 and that in fp32."""
+    sizes = run[0].sizes
+    if sizes.world == 4:
+        return run[1] == ("32-true" if layouts().index(sizes) % 2 else "64-true")
+    return sizes.world < 4 or sizes in ON_EIGHT
+
+
+SELECTED = selection()
+DEFAULT = [run for run in SELECTED if by_default(run)]
+MORE = [run for run in SELECTED if run not in DEFAULT]
+PAIRS = [run for case in PAIRWISE for precision in TOLERANCE if (run := (case, precision)) not in SELECTED]
 
 
 def name(run: Run) -> str:
@@ -78,7 +91,7 @@ def name(run: Run) -> str:
 def find_references(runs: list[Run]) -> None:
     wanted = [r for r in dict.fromkeys(reference_of(*run) for run in runs) if r not in _references]
     if wanted:
-        first, second = run_ranks(2, train_references, wanted, timeout=120 + 30 * len(wanted), detail=False)
+        first, second = run_ranks(2, train_references, wanted, timeout=120 + 30 * len(wanted))
         _references.update(zip(wanted[0::2], first, strict=True))
         _references.update(zip(wanted[1::2], second, strict=True))
 
@@ -88,7 +101,7 @@ def errors_on_layout(sizes: Sizes, runs: tuple[Run, ...]) -> dict[Run, list[dict
     """All runs of one layout in one forked world, which is tried once: by run, then by rank."""
     references = [_references[reference_of(*run)] for run in runs]
     try:
-        by_rank = run_ranks(sizes.world, errors_of_cases, runs, references, timeout=120 + 60 * len(runs), detail=False)
+        by_rank = run_ranks(sizes.world, errors_of_cases, runs, references, timeout=120 + 60 * len(runs))
     except AssertionError as failure:
         return failure
     return {run: [found[i] for found in by_rank] for i, run in enumerate(runs)}
@@ -126,6 +139,12 @@ def test_layout_equals_one_process(run: Run) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("run", MORE, ids=name)
+def test_more_of_four_and_eight_ranks_equal_one_process(run: Run) -> None:
+    check(run, MORE)
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("run", PAIRS, ids=name)
 def test_pairwise_layout_equals_one_process(run: Run) -> None:
     check(run, PAIRS)
@@ -139,7 +158,10 @@ def test_every_layout_with_every_combination_equals_one_process(run: Run) -> Non
 
 def test_selection_covers_every_layout_and_every_pair_of_options() -> None:
     assert len(layouts()) == 40
-    assert {case.sizes for case, _ in DEFAULT} == set(layouts())
+    assert {case.sizes for case, _ in DEFAULT + MORE} == set(layouts())
+    assert {case.sizes for case, _ in DEFAULT} == {s for s in layouts() if s.world < 8} | set(ON_EIGHT)
+    on_eight = [case.options for case, _ in DEFAULT if case.sizes in ON_EIGHT]
+    assert {o.capacity for o in on_eight} == {o.accumulate for o in on_eight} == {False, True}
     every_pair = set().union(*map(option_pairs, all_options()))
     assert set().union(*(option_pairs(case.options) for case, _ in DEFAULT)) == every_pair
     assert set().union(*(pairs_of_layouts(c) for c in PAIRWISE)) == set().union(
@@ -192,7 +214,7 @@ LITERAL = Case(
 
 def train_literal(case: Case, precision: str, parts: int) -> Record:
     """One process on micro-batches of what one data rank sees, accumulating over the ranks; ``parts=0``: the case."""
-    quiet()
+    silence()
     options = case.options
     from helpers import layout_runs
 

@@ -10,8 +10,6 @@ from helpers.behaviour_modules import TED, PublicNames, batches, new_trainer, on
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance\\(treespec, LeafSpec\\).*")
-
 
 class Logs(PublicNames):
     def __init__(self) -> None:

@@ -6,15 +6,13 @@ import re
 from typing import Any
 
 import lightning as L
-import pytest
 import torch
 from helpers.behaviour_modules import on_ranks
+from helpers.trainers import quiet
 from torch.utils.data import DataLoader
 
 from lightning_tex import LanguageModel, TexMoEStrategy
 from lightning_tex.models import DecoderConfig
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance\\(treespec, LeafSpec\\).*")
 
 SIZES = DecoderConfig(260, 64, 2, 4, hidden_dim=256, max_sequence_length=32, num_experts=4)
 
@@ -36,13 +34,7 @@ def fit(device_bytes: int | None, options: dict[str, Any]) -> str:
     strategy = TexMoEStrategy(**options)
     strategy._device_bytes = lambda: device_bytes  # type: ignore[method-assign]
     data = Random()
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    trainer = L.Trainer(devices=2, accelerator="cpu", strategy=strategy, max_steps=1, limit_val_batches=0, **quiet)
+    trainer = quiet(devices=2, strategy=strategy, max_steps=1, limit_val_batches=0)
     try:
         trainer.fit(LanguageModel(SIZES), data)
     except ValueError as error:

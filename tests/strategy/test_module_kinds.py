@@ -22,8 +22,6 @@ from helpers.behaviour_modules import (
 )
 from torch import Tensor, nn
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance\\(treespec, LeafSpec\\).*")
-
 
 class PlainModules(L.LightningModule):
     """No TEX layer at all: ordinary modules, a buffer, and a frozen part."""

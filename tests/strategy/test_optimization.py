@@ -22,8 +22,6 @@ from helpers.layout_errors import distance
 from lightning.pytorch.callbacks import LearningRateMonitor
 from torch import Tensor
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance\\(treespec, LeafSpec\\).*")
-
 
 def fit_public_names(layout: Any, **flags: Any) -> dict[str, Tensor]:
     module = PublicNames()

@@ -22,8 +22,6 @@ from lightning_tex.models import Decoder, DecoderConfig
 from lightning_tex.moe import Router
 from lightning_tex.parallel.sharding import parameter_shardings
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance\\(treespec, LeafSpec\\).*")
-
 SPLIT = {**TED, "sequence_parallel": True}
 LAYOUTS = {"ted": TED, "folded": FOLDED, "sequence": SPLIT}
 

@@ -23,8 +23,6 @@ from lightning_tex.layers import (
 )
 from lightning_tex.moe import MoE, auxiliary_loss
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance\\(treespec, LeafSpec\\).*")
-
 # Sequences of 8 tokens; batches of 8 samples.
 DIM, VOCABULARY, LENGTH = 16, 61, 8
 LAYOUTS = {

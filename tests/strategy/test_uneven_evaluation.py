@@ -24,8 +24,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance\\(treespec, LeafSpec\\).*")
-
 
 class Evaluates(PublicNames):
     """Remembers what it saw, and logs means over samples."""

@@ -1,4 +1,11 @@
-"""Sharded optimizers of others over the same elements, where they can be had."""
+"""The tiled optimizer step beside the sharded ones of other projects, where they can be had.
+
+``lightning-tex bench optimizer`` with two more contestants, torch's ZeroRedundancyOptimizer and DeepSpeed's ZeRO-1; its
+options are that command's:
+
+    python benchmarks/optimizer_step.py --elements 1e6 1e7 --formats fp32 split --json
+    torchrun --nproc-per-node 4 benchmarks/optimizer_step.py --experts 16
+"""
 
 from __future__ import annotations
 
@@ -7,19 +14,31 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_tex.bench.candidates import OPTIMIZERS, Candidate, Workload, average
+from lightning_tex.bench.candidates import OPTIMIZERS, Build, Candidate, Workload, average
+from lightning_tex.cli.bench import OPTIMIZER, bench_optimizer
+from lightning_tex.errors import UserError
 
 PIECES_PER_RANK = 4
 
 
-def peers() -> dict[str, Callable[[Workload], Candidate]]:
+def main(words: Sequence[str]) -> None:
+    """Measure; a wrong option is one line."""
+    try:
+        replace(OPTIMIZER, action=partial(bench_optimizer, contestants=peers()))(words)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+def peers() -> dict[str, Build]:
     """Every peer by name. Building one that cannot be had raises."""
     return {"ZeroRedundancyOptimizer": ZeroRedundancy, "DeepSpeed ZeRO-1": DeepSpeed}
 
@@ -126,3 +145,7 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
