@@ -28,8 +28,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from lightning_tex.parallel.topology import Axis, Layout
 from lightning_tex.saving import Background, SideGroup
+from lightning_tex.saving.global_tensor import GlobalTensor, Part
 from lightning_tex.saving.reading import Directory
-from lightning_tex.saving.sharded import GlobalTensor, Part
 from lightning_tex.saving.writing import begin
 
 
@@ -64,11 +64,11 @@ def measured(rank: int, ranks: int, port: int, megabytes: int, turns: int, folde
     for turn in range(turns):
         place = Path(folder, str(turn))
         timed("copy of the states", lambda: [t.clone() for t in parts.values()])
-        rest: dict[str, Any] = {"global_step": turn}
+        trainer_state: dict[str, Any] = {"global_step": turn}
         layout = Layout(ranks)
 
         def start(path: Path) -> Any:
-            return begin(path, False, {"model": ours}, rest, layout, world, broadcast)  # noqa: B023
+            return begin(path, False, {"model": ours}, trainer_state, layout, world, broadcast)  # noqa: B023
 
         def blocked(path: Path) -> None:
             save = start(path)

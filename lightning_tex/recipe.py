@@ -59,6 +59,7 @@ class TexCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Data first: the model's vocabulary, where it has one in its ``config``, is the data's."""
         config = self.config if self.subcommand is None else self.config[self.subcommand]
+        _name_publicly(config)
         sizes = config.get("model.init_args.config")
         if config.get("data") and isinstance(sizes, Namespace) and "vocab_size" in sizes:
             parser = LightningArgumentParser()
@@ -82,6 +83,14 @@ class TexCLI(LightningCLI):
         configure = partial(_configure_optimizers, optimizer=optimizer, scheduler=scheduler)
         update_wrapper(configure, _configure_optimizers)  # Lightning tells by the name whether a hook is overridden
         self.model.configure_optimizers = MethodType(configure, self.model)
+
+
+def _name_publicly(config: Namespace) -> None:
+    """Let the configuration, which is saved, name our model and data by their public paths, however they were given."""
+    for part in ("model", "data"):
+        module, _, name = str(config.get(f"{part}.class_path")).rpartition(".")
+        if module.partition(".")[0] == __package__:
+            config[part].class_path = public_path(getattr(sys.modules[module], name))
 
 
 def _configure_optimizers(module: LightningModule, optimizer: Any, scheduler: Any) -> Any:

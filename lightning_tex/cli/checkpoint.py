@@ -11,10 +11,10 @@ from typing import Any
 
 from lightning_tex.cli.options import Command, run_one_of
 from lightning_tex.cli.tables import console, table, tell_line
-from lightning_tex.saving import CorruptCheckpointError, places
+from lightning_tex.saving import CorruptCheckpointError, paths
 from lightning_tex.saving.consolidate import checkpoints_in, consolidate
+from lightning_tex.saving.model_state import MODEL, OPTIMIZER
 from lightning_tex.saving.reading import Directory
-from lightning_tex.saving.state import MODEL, OPTIMIZER
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ class ConsolidateOptions(CheckpointOptions):
 
 def inspect(options: InspectOptions) -> dict[str, Any]:
     """Show what a checkpoint holds, or which checkpoints a folder holds."""
-    path = places.find(options.path)
-    if path.is_dir() and not places.has_manifest(path) and (checkpoints := checkpoints_in(path)):
+    path = paths.find(options.path)
+    if path.is_dir() and not paths.has_manifest(path) and (checkpoints := checkpoints_in(path)):
         return _inspect_folder(path, checkpoints)
-    manifest = places.manifest_of(path)
+    manifest = paths.manifest_of(path)
     directory = Directory(path, manifest)
     kinds = {"weights": MODEL, "optimizer states": OPTIMIZER, "random states": "random"}
     amounts: dict[str, dict[str, int]] = {}
@@ -94,17 +94,17 @@ def _inspect_folder(folder: Path, checkpoints: Sequence[tuple[Path, str | None]]
     listed = table("checkpoint", "step", "complete", title=str(folder), left=["checkpoint", "complete"])
     facts = []
     for path, problem in checkpoints:
-        step = None if problem else places.manifest_of(path).step
+        step = None if problem else paths.manifest_of(path).step
         listed.add_row(path.name, "" if step is None else str(step), problem or "yes")
         facts.append({"path": str(path), "step": step, "problem": problem})
     console().print(listed)
-    newest = places.latest(folder)
+    newest = paths.latest(folder)
     return {"checkpoints": facts, "latest": newest and str(newest)}
 
 
 def verify(options: CheckpointOptions) -> dict[str, Any]:
     """Compare every file with the digest in the manifest."""
-    path = places.find(options.path)
+    path = paths.find(options.path)
     if not path.is_dir():
         raise CorruptCheckpointError(f"{path} is a plain file, which has no digests; legal: a checkpoint directory")
     manifest = Directory.verified(path).manifest

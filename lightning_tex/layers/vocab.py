@@ -59,7 +59,7 @@ class VocabParallelEmbedding(_Vocabulary):
             return F.embedding(ids, self.weight)
         if ids.device.type == "cpu" and bool(((ids < 0) | (ids >= self.size)).any()):
             raise IndexError(f"token ids must be between 0 and {self.size - 1}; found {ids.min()} to {ids.max()}")
-        local = ids - self.boxes()["weight"].offsets[0]
+        local = ids - self.boxes()["weight"].extent.offsets[0]
         absent = (local < 0) | (local >= self.weight.shape[0])
         rows = F.embedding(local.masked_fill(absent, 0), self.weight)
         return self.activation_layout.leave(rows.masked_fill(absent[..., None], 0))
@@ -84,7 +84,7 @@ class VocabParallelHead(_Vocabulary):
 
     def forward(self, x: Tensor) -> Tensor:  # [.., D] -> [.., v]
         logits = F.linear(self.activation_layout.enter(x), self.weight)
-        rows = self.boxes()["weight"].sizes[0]
+        rows = self.boxes()["weight"].extent.sizes[0]
         if rows < self.weight.shape[0]:
             padding = torch.arange(self.weight.shape[0], device=x.device) >= rows
             logits = logits.masked_fill(padding, float("-inf"))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_tex.optim.flat_sizes import aligned, bucketed, part_length
 from lightning_tex.parallel.collectives import Started, gather_in_place, own_part
+from lightning_tex.parallel.extent import Extent
 from lightning_tex.parallel.sharding import ParameterSharding
 from lightning_tex.parallel.topology import Axis
 
@@ -18,12 +19,21 @@ Member = tuple[nn.Parameter, ParameterSharding]
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """One parameter's place in a buffer: elements ``start`` to ``stop`` of it."""
+    """One parameter's elements in a flat buffer."""
 
     parameter: nn.Parameter
     sharding: ParameterSharding
-    start: int
-    stop: int
+    extent: Extent
+
+    @property
+    def start(self) -> int:
+        """Where it begins in the buffer."""
+        return self.extent.offsets[0]
+
+    @property
+    def stop(self) -> int:
+        """Where it ends in the buffer."""
+        return self.extent.stops[0]
 
 
 class FlatBuffer:
@@ -48,7 +58,7 @@ class FlatBuffer:
         self.entries: list[Entry] = []
         start = 0
         for parameter, sharding in parameters:
-            entry = Entry(parameter, sharding, start, start + parameter.numel())
+            entry = Entry(parameter, sharding, Extent.run(start, start + parameter.numel()))
             view = self.view(self.parameters, entry)
             view.copy_(parameter.detach())
             parameter.data = view
@@ -58,7 +68,7 @@ class FlatBuffer:
     @staticmethod
     def view(flat: Tensor, entry: Entry) -> Tensor:
         """The place of a parameter in a tensor laid out as the buffer, in the parameter's shape."""
-        return flat[entry.start : entry.stop].view_as(entry.parameter)
+        return flat[entry.extent.slices].view_as(entry.parameter)
 
     @property
     def own(self) -> Tensor:

@@ -71,7 +71,7 @@ def global_index(box: Box, start: int, stop: int, device: torch.device) -> Tenso
     index = torch.arange(start, stop, dtype=dtype, device=device)
     result = torch.zeros_like(index)
     stride = 1
-    for stored, whole, offset in reversed(list(zip(box.stored, box.full, box.offsets, strict=True))):
+    for stored, whole, offset in reversed(list(zip(box.stored, box.full, box.extent.offsets, strict=True))):
         result += (index % stored + offset) * stride
         index = index // stored
         stride *= whole
@@ -83,7 +83,7 @@ def _is_small(box: Box) -> bool:
 
 
 def _run_start(box: Box) -> int:
-    return box.offsets[0] * prod(box.full[1:]) if box.offsets else 0
+    return box.extent.offsets[0] * prod(box.full[1:]) if box.full else 0
 
 
 def _hash(box: Box, start: int, salt: int, out: Tensor) -> None:

@@ -5,25 +5,34 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from torch import nn
-
 from lightning_tex.optim.engine import Engine, fastest
-from lightning_tex.optim.flat import FlatBuffer
+from lightning_tex.optim.flat import Entry, FlatBuffer
 from lightning_tex.optim.formats import StateFormat
 from lightning_tex.optim.gradients import Gradients
+from lightning_tex.parallel.extent import Extent
 from lightning_tex.parallel.sharding import ParameterSharding
 
 
 class Piece(NamedTuple):
-    """Elements ``start`` to ``stop`` of a parameter's stored, flattened part: those at ``own`` of a shard's window."""
+    """The elements of a parameter that one window of a shard holds.
 
-    sharding: ParameterSharding
-    parameter: nn.Parameter
-    start: int
-    stop: int
+    Args:
+        entry: the parameter.
+        stored: the elements in the parameter's stored, flattened part.
+        shard, window: what holds them.
+        held: the same elements in the window.
+    """
+
+    entry: Entry
+    stored: Extent
     shard: Shard
     window: int
-    own: slice
+    held: Extent
+
+    @property
+    def sharding(self) -> ParameterSharding:
+        """Of the parameter."""
+        return self.entry.sharding
 
     @property
     def writes(self) -> bool:
@@ -72,10 +81,8 @@ class Shard:
     def pieces(self) -> Iterator[Piece]:
         """Every piece of every parameter that the windows hold."""
         for i, span in enumerate(self.states.spans):
-            first, last = self.buffer.own_start + span.start, self.buffer.own_start + span.stop
+            window = Extent.run(span.start, span.stop).shift([self.buffer.own_start])
             for entry in self.buffer.entries:
-                start, stop = max(entry.start, first), min(entry.stop, last)
-                if start < stop:
-                    within = start - entry.start, stop - entry.start
-                    own = slice(start - first, stop - first)
-                    yield Piece(entry.sharding, entry.parameter, *within, self, i, own)
+                common = entry.extent.intersect(window)
+                if common.numel:
+                    yield Piece(entry, common.within(entry.extent), self, i, common.within(window))

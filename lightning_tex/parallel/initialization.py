@@ -116,7 +116,7 @@ def _fill(parameter: Tensor, box: Box, value: Callable[[Tensor, int], Tensor]) -
         strides[dim] = strides[dim + 1] * box.full[dim + 1]
     steps = [
         torch.arange(start, start + size, device=parameter.device) * stride
-        for start, size, stride in zip(box.offsets, box.sizes, strides, strict=True)
+        for start, size, stride in zip(box.extent.offsets, box.extent.sizes, strides, strict=True)
     ]
     # Slabs along the first dim bound the temporaries, which are 64 bits wide.
     inner = sum(

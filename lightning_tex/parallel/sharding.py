@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_tex.errors import UserValueError
 from lightning_tex.parallel import collectives
 from lightning_tex.parallel.activation_layout import ActivationLayout, Replicated
+from lightning_tex.parallel.extent import Extent
 from lightning_tex.parallel.topology import Axis, Layout, Topology
 
 
@@ -65,19 +66,17 @@ class TexModule(nn.Module):
 
 @dataclass(frozen=True)
 class Box:
-    """A rank's rectangular part of a tensor. The stored part may be longer than the box: the rest is padding.
+    """A rank's rectangular part of a tensor. The stored part may be longer than the extent: the rest is padding.
 
     Args:
         full: the global shape.
         stored: shape of the rank's tensor, equal on all ranks.
-        offsets: global index of the part's first element, per dim.
-        sizes: extent of the part that is not padding, per dim.
+        extent: the elements that are not padding, in the whole tensor.
     """
 
     full: tuple[int, ...]
     stored: tuple[int, ...]
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
+    extent: Extent
 
     @classmethod
     def of(cls, full: torch.Size | tuple[int, ...], shard_dims: list[tuple[Axis, int]]) -> Box:
@@ -86,19 +85,16 @@ class Box:
             part = -(-full[dim] // axis.size)
             start = min(axis.rank * part, full[dim])
             stored[dim], offsets[dim], sizes[dim] = part, start, min(part, full[dim] - start)
-        return cls(tuple(full), tuple(stored), tuple(offsets), tuple(sizes))
+        return cls(tuple(full), tuple(stored), Extent(tuple(offsets), tuple(sizes)))
 
     def shard(self, full: Tensor) -> Tensor:
         """This rank's part of a whole tensor, padded with zeros to the stored shape."""
-        part = full
-        for dim, (start, length) in enumerate(zip(self.offsets, self.sizes, strict=True)):
-            part = part.narrow(dim, start, length)
-        padding = [pad for n, size in zip(self.stored, self.sizes, strict=True) for pad in (n - size, 0)][::-1]
-        return F.pad(part, padding).clone(memory_format=torch.contiguous_format)
+        padding = [pad for n, size in zip(self.stored, self.extent.sizes, strict=True) for pad in (n - size, 0)][::-1]
+        return F.pad(full[self.extent.slices], padding).clone(memory_format=torch.contiguous_format)
 
     def unpadded(self, stored: Tensor) -> Tensor:
         """The part of a stored tensor that is not padding, as a view."""
-        return stored[tuple(slice(size) for size in self.sizes)]
+        return stored[tuple(slice(size) for size in self.extent.sizes)]
 
 
 @dataclass(frozen=True)

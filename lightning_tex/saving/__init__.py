@@ -1,19 +1,32 @@
-"""Checkpoints: a directory that every rank writes its part of, or one plain file; either loads on any layout."""
+"""Checkpoints: a directory that every rank writes its part of, or one plain file; either loads on any layout.
+
+Public is what this module offers: for users :func:`load_from_checkpoint`, :func:`latest`, :func:`consolidate`,
+:func:`consolidated` and :class:`CorruptCheckpointError`; for a strategy the seam :class:`CheckpointFormat` with its two
+forms, and what saves beside training. All other modules are this room's own.
+"""
 
 from lightning_tex.saving.background import Background
-from lightning_tex.saving.checkpoint import Checkpoints
-from lightning_tex.saving.consolidate import consolidate, consolidated, load_from_checkpoint
+from lightning_tex.saving.checkpoint_format import CheckpointFormat, ShardedRun
+from lightning_tex.saving.consolidate import consolidate, consolidated
+from lightning_tex.saving.directory import DirectoryCheckpoint
+from lightning_tex.saving.loading import load_from_checkpoint, located, reading_format
 from lightning_tex.saving.manifest import CorruptCheckpointError
-from lightning_tex.saving.places import latest
+from lightning_tex.saving.paths import latest
+from lightning_tex.saving.plain import PlainCheckpoint
 from lightning_tex.saving.side_group import SideGroup
 
 __all__ = [
     "Background",
-    "Checkpoints",
+    "CheckpointFormat",
     "CorruptCheckpointError",
+    "DirectoryCheckpoint",
+    "PlainCheckpoint",
+    "ShardedRun",
     "SideGroup",
     "consolidate",
     "consolidated",
     "latest",
     "load_from_checkpoint",
+    "located",
+    "reading_format",
 ]

@@ -9,33 +9,26 @@ import io
 import os
 import struct
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import torch
 import xxhash
 from torch import Tensor
 
+from lightning_tex.saving.global_tensor import GlobalTensor, Part
 from lightning_tex.saving.manifest import (
     CHUNK_BYTES,
-    BoxRecord,
     CorruptCheckpointError,
     FileRecord,
+    StoredExtent,
     TensorRecord,
     difference,
     digest,
     file_record,
 )
-
-
-class Item(NamedTuple):
-    """One box to write: of which tensor, where in it, and the elements, contiguous in host memory."""
-
-    path: tuple[str, ...]
-    shape: tuple[int, ...]
-    offsets: tuple[int, ...]
-    tensor: Tensor
+from lightning_tex.saving.model_state import TensorPath
 
 
 class NewFile(io.RawIOBase):
@@ -87,38 +80,37 @@ def write_file(path: Path, content: bytes) -> FileRecord:
         file.close()
 
 
-def write_tensors(path: Path, items: Iterable[Item]) -> tuple[FileRecord, list[TensorRecord]]:
+def write_tensors(path: Path, tensors: Mapping[TensorPath, GlobalTensor]) -> tuple[FileRecord, list[TensorRecord]]:
     """Write a file of tensors.
 
+    Args:
+        tensors: whose parts give contiguous elements in host memory.
+
     Returns:
-        the file's record, and for each tensor the boxes that lie in it.
+        the file's record, and for each tensor the extents that lie in it.
     """
-    records: dict[tuple[str, ...], TensorRecord] = {}
     file = NewFile(path)
     try:
         with path.open("rb") as again:
-            for item in items:
-                record = records.setdefault(item.path, TensorRecord(item.path, item.shape, item.tensor.dtype))
-                record.boxes.append(_write_box(file, again, item))
-        return file.finish(), list(records.values())
+            records = []
+            for name, tensor in tensors.items():
+                extents = [_write_part(file, again, part) for part in tensor.parts]
+                records.append(TensorRecord(name, tensor.shape, tensor.dtype, extents))
+        return file.finish(), records
     finally:
         file.close()
 
 
-def _write_box(file: NewFile, again: IO[bytes], item: Item) -> BoxRecord:
+def _write_part(file: NewFile, again: IO[bytes], part: Part) -> StoredExtent:
+    tensor = part.read()
     begin = file.position
-    torch.save(item.tensor, file)  # type: ignore[arg-type]
+    torch.save(tensor, file)  # type: ignore[arg-type]
     file.flush()
     end = file.position
-    data = elements(item.tensor)
+    data = elements(tensor)
     chunks = tuple(digest(data[at : at + CHUNK_BYTES]) for at in range(0, len(data), CHUNK_BYTES))
     start = begin + _elements_position(_Window(again, begin, end))
-    return BoxRecord(item.offsets, tuple(item.tensor.shape), path_name(file), start, (begin, end - begin), chunks)
-
-
-def path_name(file: NewFile) -> str:
-    """The name by which a manifest knows a file."""
-    return file.path.name
+    return StoredExtent(part.extent, file.path.name, start, (begin, end - begin), chunks)
 
 
 def elements(tensor: Tensor) -> memoryview:
@@ -159,8 +151,8 @@ class _Window(io.RawIOBase):
         return data
 
 
-def read_elements(path: Path, box: BoxRecord, dtype: torch.dtype, first: int, last: int) -> Tensor:
-    """Elements ``[first, last)`` of a box, flattened, each chunk that holds some of them checked. [last - first]
+def read_elements(path: Path, stored: StoredExtent, dtype: torch.dtype, first: int, last: int) -> Tensor:
+    """Elements ``[first, last)`` of a stored extent, flattened; each chunk with some of them is checked. [last - first]
 
     Raises:
         CorruptCheckpointError: a chunk is not what was written.
@@ -168,22 +160,19 @@ def read_elements(path: Path, box: BoxRecord, dtype: torch.dtype, first: int, la
     size = dtype.itemsize
     chunks = range(first * size // CHUNK_BYTES, -(-last * size // CHUNK_BYTES))
     begin = chunks.start * CHUNK_BYTES
-    total = size
-    for extent in box.sizes:
-        total *= extent
-    data = torch.empty(min(chunks.stop * CHUNK_BYTES, total) - begin, dtype=torch.uint8)
+    data = torch.empty(min(chunks.stop * CHUNK_BYTES, stored.extent.numel * size) - begin, dtype=torch.uint8)
     view = elements(data)
     with path.open("rb", buffering=0) as file:
-        file.seek(box.start + begin)
+        file.seek(stored.start + begin)
         filled = 0
         while filled < len(view) and (count := file.readinto(view[filled:])):
             filled += count
     for position, chunk in enumerate(chunks):
         actual = digest(view[position * CHUNK_BYTES : (position + 1) * CHUNK_BYTES])
-        if filled < len(view) or actual != box.chunks[chunk]:
-            at = box.start + chunk * CHUNK_BYTES
+        if filled < len(view) or actual != stored.chunks[chunk]:
+            at = stored.start + chunk * CHUNK_BYTES
             raise CorruptCheckpointError(
-                f"{path} has changed while it was read: at byte {at} expected xxh3_128 {box.chunks[chunk]}, "
+                f"{path} has changed while it was read: at byte {at} expected xxh3_128 {stored.chunks[chunk]}, "
                 f"found {actual}"
             )
     return data[first * size - begin : last * size - begin].view(dtype)

@@ -15,9 +15,11 @@ import torch
 import xxhash
 
 from lightning_tex.errors import UserValueError
+from lightning_tex.parallel.extent import Extent
 
 MANIFEST = "manifest.json"
 INDEX = "tensors.json"
+# The version of a directory: of the manifest, the table of tensors, the rank files and our entry of meta.pt.
 FORMAT = 1
 
 # Elements are digested by the chunk, so that a rank which needs some of them reads and checks only these.
@@ -36,19 +38,18 @@ class FileRecord(NamedTuple):
     xxh3_128: str
 
 
-class BoxRecord(NamedTuple):
-    """Where the elements of one box of a tensor lie.
+class StoredExtent(NamedTuple):
+    """Where some elements of a tensor lie.
 
     Args:
-        offsets, sizes: of the box, in elements of the global tensor.
+        extent: which of the global tensor.
         file: name in the directory.
         start: byte of the first element; the others follow in row-major order.
         archive: first byte and length of the ``torch.save`` archive around them, as torch.distributed.checkpoint reads.
         chunks: digests of the elements, by :data:`CHUNK_BYTES`.
     """
 
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
+    extent: Extent
     file: str
     start: int
     archive: tuple[int, int]
@@ -57,12 +58,12 @@ class BoxRecord(NamedTuple):
 
 @dataclass
 class TensorRecord:
-    """A saved tensor: its path of names, global shape, dtype, and the boxes that make it up."""
+    """A saved tensor: its path of names, global shape, dtype, and the extents that make it up."""
 
     path: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: torch.dtype
-    boxes: list[BoxRecord] = field(default_factory=list)
+    extents: list[StoredExtent] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,9 @@ class Manifest:
             actual = digest(_text(body))
             if own != actual or text != _text({**body, "xxh3_128": own}):
                 raise CorruptCheckpointError(f"{path}: expected xxh3_128 {own}, found {actual} or another spelling")
-            if body.pop("format") != FORMAT:
-                raise CorruptCheckpointError(f"{path}: expected format {FORMAT}, found another")
+            version = body.pop("format")
+            if version != FORMAT:
+                raise CorruptCheckpointError(f"{path}: expected format {FORMAT}, found {version}")
             files = {_plain_name(name): FileRecord(**record) for name, record in body.pop("files").items()}
             return cls(**body, files=files)
         except CorruptCheckpointError:
@@ -145,7 +147,17 @@ def difference(path: Path, expected: FileRecord, actual: FileRecord) -> str | No
 def index_to_bytes(tensors: list[TensorRecord]) -> bytes:
     """The table of all tensors, as :data:`INDEX` holds it."""
     dtypes = {dtype: name for name, dtype in DTYPES.items()}
-    return _text([{**asdict(tensor), "dtype": dtypes[tensor.dtype]} for tensor in tensors])
+    return _text(
+        [
+            {
+                "path": tensor.path,
+                "shape": tensor.shape,
+                "dtype": dtypes[tensor.dtype],
+                "boxes": [[s.extent.offsets, s.extent.sizes, *s[1:]] for s in tensor.extents],
+            }
+            for tensor in tensors
+        ]
+    )
 
 
 def index_from_bytes(text: bytes, files: dict[str, FileRecord]) -> list[TensorRecord]:
@@ -162,27 +174,20 @@ def index_from_bytes(text: bytes, files: dict[str, FileRecord]) -> list[TensorRe
 
 def _tensor(entry: dict[str, Any], files: dict[str, FileRecord]) -> TensorRecord:
     dtype = DTYPES[entry["dtype"]]
-    boxes = []
+    extents = []
     for offsets, sizes, file, start, archive, chunks in entry["boxes"]:
-        place = BoxRecord(_numbers(offsets), _numbers(sizes), file, start, (archive[0], archive[1]), tuple(chunks))
-        length = dtype.itemsize * _product(place.sizes)
+        extent = Extent(_numbers(offsets), _numbers(sizes))
+        length = dtype.itemsize * extent.numel
         if not 0 <= start <= start + length <= files[file].bytes or len(chunks) != -(-length // CHUNK_BYTES):
             raise UserValueError(f"{entry['path']} lies outside {file}")
-        boxes.append(place)
-    return TensorRecord(tuple(map(str, entry["path"])), _numbers(entry["shape"]), dtype, boxes)
+        extents.append(StoredExtent(extent, file, start, (archive[0], archive[1]), tuple(chunks)))
+    return TensorRecord(tuple(map(str, entry["path"])), _numbers(entry["shape"]), dtype, extents)
 
 
 def _numbers(values: list[Any]) -> tuple[int, ...]:
     if any(type(value) is not int or value < 0 for value in values):
         raise UserValueError(f"{values} are not sizes")
     return tuple(values)
-
-
-def _product(sizes: tuple[int, ...]) -> int:
-    product = 1
-    for size in sizes:
-        product *= size
-    return product
 
 
 def _plain_name(name: str) -> str:

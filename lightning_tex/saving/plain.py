@@ -1,213 +1,77 @@
-"""A checkpoint as one plain file, as Lightning's own strategies write it: whole tensors, gathered on rank 0."""
+"""A checkpoint as one plain file, as Lightning's own strategies write it; its version: :mod:`.plain_form`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 
-from lightning_tex.errors import UserValueError
-from lightning_tex.optim import TiledOptimizer
-from lightning_tex.optim.formats import MASTER, Kept
-from lightning_tex.optim.shard import Piece
-from lightning_tex.optim.tiled import parameter_names
-from lightning_tex.parallel import collectives
-from lightning_tex.parallel.sharding import ParameterSharding
-from lightning_tex.parallel.topology import Topology
-from lightning_tex.saving.optimizer_state import (
-    group_options,
-    holds_first_element,
-    window_states,
-)
-from lightning_tex.saving.sharded import GlobalTensor
-from lightning_tex.saving.state import MODEL, OPTIMIZER, Path, Saved, placed_parameters, state_dict_tensors
-
-# --- writing
+from lightning_tex.saving import gathering, paths, plain_form
+from lightning_tex.saving.checkpoint_format import CheckpointFormat, Loaded, ShardedRun
+from lightning_tex.saving.model_state import load_model
+from lightning_tex.saving.optimizer_loading import load_masters, load_optimizer
+from lightning_tex.saving.trainer_state import plain_data, restricted_load
+from lightning_tex.saving.whole_tensors import WholeTensors
+from lightning_tex.saving.writing import on_first_rank
 
 
-@torch.no_grad()
-def whole_model_state(module: nn.Module, topology: Topology, optimizer: TiledOptimizer | None) -> dict[str, Tensor]:
-    """``state_dict`` of whole tensors in host memory on rank 0, empty elsewhere; gathered one by one, collective.
+class PlainCheckpoint(CheckpointFormat):
+    """Whole tensors, gathered and written on rank 0, by the user's plugin if there is one."""
 
-    16-bit parameters come as their fp32 masters where there is an optimizer, so that nothing is lost.
-    """
-    known = placed_parameters(module, topology)
-    pieces, mastered = _pieces(optimizer), _mastered(optimizer)
-    first = topology.world.rank == 0
-    gathered: dict[int, Tensor] = {}  # ties stay ties
-    whole: dict[str, Tensor] = {}
-    for name, value in state_dict_tensors(module).items():
-        if id(value) not in gathered:
-            tensor, sharding = value.detach(), known.get(id(value))
-            if sharding is not None and sharding.name in mastered:
-                tensor = _gather_windows(sharding, MASTER, pieces, torch.float32, _device(optimizer))
-            elif sharding is not None:
-                # After a fit Lightning has moved the module to the host, where the group may have no backend.
-                tensor = sharding.gather(tensor.to(_device(optimizer) or tensor.device))
-            gathered[id(value)] = _host(tensor) if first else tensor.new_empty(0)
-        if first:
-            whole[name] = gathered[id(value)]
-    return whole
+    def check_io(self, checkpoint_io: CheckpointIO) -> None:
+        """Nothing: any plugin writes plain files."""
 
+    def model_state(self, run: ShardedRun) -> dict[str, Any]:
+        """Whole tensors on rank 0, empty elsewhere."""
+        return dict(gathering.whole_model_state(run.module, run.topology, run.optimizer))
 
-def _mastered(optimizer: TiledOptimizer | None) -> set[str]:
-    """Names of the parameters that have a master, on whatever rank."""
-    if optimizer is None:
-        return set()
-    optimizer.refresh()
-    shards = [shard for shard in optimizer.shards if shard.states.has_master]
-    return {entry.sharding.name for shard in shards for entry in shard.buffer.entries}
+    def optimizer_state(self, run: ShardedRun) -> dict[str, Any]:
+        """Whole tensors in torch's own form on rank 0, empty elsewhere."""
+        assert run.optimizer is not None
+        return gathering.whole_optimizer_state(run.optimizer, run.topology)
 
+    def begin(self, run: ShardedRun, checkpoint: Mapping[str, Any], filepath: Any, linked: bool) -> None:
+        has_states = run.optimizer is not None and "optimizer_states" in checkpoint
+        rounding_seed = asdict(run.optimizer.rounding_seed) if run.optimizer is not None and has_states else None
+        content = plain_form.versioned(checkpoint, rounding_seed)
+        on_first_rank(lambda: _write(run.checkpoint_io, content, filepath), run.topology.world, run.broadcast)
 
-@torch.no_grad()
-def whole_optimizer_state(optimizer: TiledOptimizer, topology: Topology) -> dict[str, Any]:
-    """Optimizer state in torch's own form, whole, in host memory on rank 0, empty elsewhere; collective.
+    def load(self, run: ShardedRun, filepath: str, weights_only: bool | None, strict: bool) -> Loaded:
+        """Read the optimizer states; the weights follow in :meth:`load_model`."""
+        if type(run.checkpoint_io) is TorchCheckpointIO and Path(filepath).is_file():
+            # Mapped, not read: each rank touches only its parts.
+            checkpoint = restricted_load(Path(filepath), filepath, weights_only, mmap=True)
+        else:
+            checkpoint = run.checkpoint_io.load_checkpoint(filepath, weights_only=weights_only)
+        plain_form.version_of(checkpoint)
+        if run.optimizer is not None and checkpoint.get("optimizer_states"):
+            load_optimizer(run.optimizer, plain_form.optimizer_states(checkpoint, run.optimizer))
+        return Loaded(checkpoint)
 
-    Returns:
-        ``{"state": {parameter number: {key: tensor}}, "param_groups": [.. "params": [parameter number]]}``.
-    """
-    pieces = _pieces(optimizer)
-    placed = {sharding.name: sharding for sharding in optimizer.shardings.values()}
-    keys = _agreed_keys(optimizer, topology)
-    groups = group_options(optimizer)
-    numbers = {name: index for index, name in enumerate(name for group in groups for name in group["params"])}
-    state: dict[int, dict[str, Any]] = {}
-    for name, kinds in keys.items():
-        values = {}
-        for key, kind in kinds.items():
-            if isinstance(kind, torch.dtype):
-                values[key] = _host(_gather_windows(placed[name], key, pieces, kind, _device(optimizer)))
-            else:
-                values[key] = kind
-        state[numbers[name]] = values
-    if topology.world.rank != 0:
-        return {}
-    plain_groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in groups]
-    return {"state": dict(sorted(state.items())), "param_groups": plain_groups, "dice": asdict(optimizer.rounding_seed)}
+    def load_model(self, run: ShardedRun, checkpoint: Mapping[str, Any], strict: bool) -> None:
+        """Shard the whole weights."""
+        weights = WholeTensors.of_model(checkpoint["state_dict"])
+        load_model(run.module, run.topology, weights, strict)
+        if run.optimizer is not None:
+            load_masters(run.optimizer, weights)
+
+    def for_one_process(self, path: Path) -> Path | IO[bytes]:
+        return path
 
 
-def _agreed_keys(optimizer: TiledOptimizer, topology: Topology) -> dict[str, dict[str, Any]]:
-    """Per parameter and key: the dtype of a state with one value per element, or the value of a scalar."""
-    own: dict[str, dict[str, Any]] = {}
-    for piece in optimizer.pieces():
-        for key, value in window_states(piece).items():
-            if key == MASTER:
-                continue
-            kinds = own.setdefault(piece.sharding.name, {})
-            if isinstance(value, Kept):
-                kinds[key] = value.dtype
-            elif holds_first_element(piece):
-                kinds[key] = value.cpu().clone() if isinstance(value, Tensor) else value
-    every: list[Any] = [own]
-    if topology.world.size > 1:
-        every = [None] * topology.world.size
-        dist.all_gather_object(every, own)
-    agreed: dict[str, dict[str, Any]] = {}
-    for kept in every:
-        for name, kinds in kept.items():
-            agreed.setdefault(name, {}).update(kinds)
-    return {name: dict(sorted(kinds.items())) for name, kinds in sorted(agreed.items())}
-
-
-def _pieces(optimizer: TiledOptimizer | None) -> dict[str, list[Piece]]:
-    by_name: dict[str, list[Piece]] = {}
-    for piece in optimizer.pieces() if optimizer is not None else ():
-        by_name.setdefault(piece.sharding.name, []).append(piece)
-    return by_name
-
-
-def _gather_windows(
-    sharding: ParameterSharding,
-    key: str,
-    pieces: dict[str, list[Piece]],
-    dtype: torch.dtype,
-    device: torch.device | None,
-) -> Tensor:
-    """A whole state from the windows the ranks hold of it; collective over replicas and sharded axes."""
-    stored = torch.zeros(sharding.box.stored, dtype=dtype, device=device)
-    for piece in pieces.get(sharding.name, []):
-        if piece.writes:
-            stored.view(-1)[piece.start : piece.stop] = window_states(piece)[key].read()[piece.own]
-    # Each element is in one rank's window, so a sum of bytes brings them together bit for bit.
-    joined = collectives.all_reduce(stored.view(-1).view(torch.uint8), sharding.replicas)
-    return sharding.gather(joined.view(dtype).view(stored.shape))
-
-
-def _device(optimizer: TiledOptimizer | None) -> torch.device | None:
-    return optimizer.shards[0].buffer.parameters.device if optimizer is not None and optimizer.shards else None
-
-
-def _host(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().contiguous()
-    return tensor.cpu() if tensor.device.type != "cpu" else tensor.clone()
-
-
-# --- reading
-
-
-class PlainFile:
-    """The tensors of a plain checkpoint; a :class:`lightning_tex.saving.state.Source`."""
-
-    def __init__(self, tensors: Mapping[Path, Tensor]) -> None:
-        self.tensors = tensors
-        self.saved = {path: Saved(tuple(tensor.shape), tensor.dtype) for path, tensor in tensors.items()}
-
-    @classmethod
-    def of_model(cls, state_dict: Mapping[str, Any]) -> PlainFile:
-        """The weights of a ``state_dict``."""
-        return cls({(MODEL, name): value for name, value in state_dict.items() if isinstance(value, Tensor)})
-
-    @classmethod
-    def of_optimizer(cls, state: Mapping[str, Mapping[str, Any]]) -> PlainFile:
-        """Optimizer states by parameter name and key."""
-        return cls(
-            {
-                (OPTIMIZER, "state", name, key): torch.as_tensor(value)
-                for name, values in state.items()
-                for key, value in values.items()
-                if value is not None
-            }
-        )
-
-    def fill(self, request: Mapping[Path, GlobalTensor]) -> None:
-        for path, wanted in request.items():
-            whole = self.tensors[path]
-            if whole.shape != wanted.shape:
-                raise UserValueError(
-                    f"{'.'.join(path)} has shape {list(whole.shape)} in the checkpoint, not {list(wanted.shape)}"
-                )
-            for part in wanted.parts:
-                box = tuple(slice(a, a + n) for a, n in zip(part.offsets, part.sizes, strict=True))
-                part.read().copy_(whole[box])
-
-
-def states_by_name(
-    saved: Mapping[str, Any], optimizer: TiledOptimizer
-) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]], list[str]]:
-    """torch's form of optimizer state, with parameters by name instead of by number.
-
-    Returns:
-        states by name; groups with names; keys whose values are Python numbers.
-
-    Raises:
-        ValueError: groups of other sizes than the optimizer's.
-    """
-    names = parameter_names(optimizer.param_groups, optimizer.shardings)
-    sizes = [len(group["params"]) for group in saved["param_groups"]]
-    if sizes != [len(own) for own in names]:
-        raise UserValueError(
-            f"the checkpoint's optimizer has groups of {sizes} parameters, this one of {[len(own) for own in names]}"
-        )
-    groups = [{**group, "params": own} for group, own in zip(saved["param_groups"], names, strict=True)]
-    by_number = {
-        number: name
-        for group, own in zip(saved["param_groups"], names, strict=True)
-        for number, name in zip(group["params"], own, strict=True)
-    }
-    state = {by_number[number]: dict(values) for number, values in saved["state"].items()}
-    numbers = {key for values in state.values() for key, v in values.items() if isinstance(v, (int, float))}
-    return state, groups, sorted(numbers)
+def _write(checkpoint_io: CheckpointIO, checkpoint: dict[str, Any], filepath: Any) -> None:
+    if type(checkpoint_io) is not TorchCheckpointIO or not _is_local_file_protocol(str(filepath)):
+        checkpoint_io.save_checkpoint(plain_data(checkpoint), filepath)
+        return
+    path = Path(filepath)
+    paths.require_replaceable(path)
+    partial = paths.partial_name(path)
+    try:
+        checkpoint_io.save_checkpoint(plain_data(checkpoint), partial)
+        paths.replace_by_file(partial, path)
+    finally:
+        paths.remove(partial)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_tex.parallel.topology import Axis
-from lightning_tex.saving.sharded import GlobalTensor, Part
+from lightning_tex.saving.global_tensor import GlobalTensor, Part
 
 # Where a checkpoint has them, beside weights and optimizer states.
 RANDOM = "random"

@@ -4,38 +4,36 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator, Mapping
-from math import prod
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_tex.errors import UserValueError
+from lightning_tex.parallel.extent import Extent
 from lightning_tex.parallel.topology import Axis
-from lightning_tex.saving import places
+from lightning_tex.saving import paths
 from lightning_tex.saving.archive import read_elements
-from lightning_tex.saving.boxes import Extent
+from lightning_tex.saving.global_tensor import GlobalTensor, Part
 from lightning_tex.saving.manifest import (
     INDEX,
-    BoxRecord,
     CorruptCheckpointError,
     FileRecord,
     Manifest,
+    StoredExtent,
     TensorRecord,
     difference,
     digest,
     file_record,
     index_from_bytes,
 )
-from lightning_tex.saving.rest import REST, restricted_load
-from lightning_tex.saving.sharded import GlobalTensor, Part
-from lightning_tex.saving.state import Path, Saved
+from lightning_tex.saving.model_state import TensorPath, require_same_shape
+from lightning_tex.saving.trainer_state import TRAINER_STATE, restricted_load
 
 
 class Directory:
-    """A complete checkpoint directory; a :class:`lightning_tex.saving.state.Source`.
+    """A complete checkpoint directory; a :class:`lightning_tex.saving.model_state.Source`.
 
     Args:
         path: the directory.
@@ -45,14 +43,13 @@ class Directory:
         CorruptCheckpointError: the table of tensors is not what was written.
     """
 
-    def __init__(self, path: FilePath, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
         tensors = index_from_bytes(self._checked_bytes(INDEX), manifest.files)
-        self._tensors = {tensor.path: tensor for tensor in tensors}
-        self.saved: dict[Path, Saved] = {path: Saved(t.shape, t.dtype) for path, t in self._tensors.items()}
+        self.saved: Mapping[TensorPath, TensorRecord] = {tensor.path: tensor for tensor in tensors}
 
     @classmethod
-    def verified(cls, path: FilePath, world: Axis | None = None) -> Directory:
+    def verified(cls, path: Path, world: Axis | None = None) -> Directory:
         """Open a checkpoint after every file's digest was compared. Files are spread over ranks; collective.
 
         Raises:
@@ -62,7 +59,7 @@ class Directory:
         problems: list[str] = []
         directory = None
         try:
-            manifest = places.manifest_of(path)
+            manifest = paths.manifest_of(path)
             problems += damages(path, manifest, world)
             directory = cls(path, manifest)
         except (CorruptCheckpointError, OSError) as error:
@@ -73,9 +70,9 @@ class Directory:
         assert directory is not None
         return directory
 
-    def rest(self, weights_only: bool | None = None) -> dict[str, Any]:
+    def trainer_state(self, weights_only: bool | None = None) -> dict[str, Any]:
         """Everything but tensors of the model and the optimizer; nothing is run, unless ``weights_only=False``."""
-        return restricted_load(io.BytesIO(self._checked_bytes(REST)), self.path / REST, weights_only)
+        return restricted_load(io.BytesIO(self._checked_bytes(TRAINER_STATE)), self.path / TRAINER_STATE, weights_only)
 
     def _checked_bytes(self, name: str) -> bytes:
         if name not in self.manifest.files:
@@ -88,62 +85,50 @@ class Directory:
 
     # --- tensors
 
-    def fill(self, request: Mapping[Path, GlobalTensor]) -> None:
-        """Read the boxes of each requested tensor into their place, on this rank alone.
+    def fill(self, request: Mapping[TensorPath, GlobalTensor]) -> None:
+        """Read the parts of each requested tensor into their place, on this rank alone.
 
         Raises:
-            CorruptCheckpointError: elements have changed since they were checked, or are in no box.
+            CorruptCheckpointError: elements have changed since they were checked, or lie nowhere.
             ValueError: a tensor has another shape.
         """
         for path, wanted in request.items():
-            saved = self._tensors[path]
-            if saved.shape != tuple(wanted.shape):
-                raise UserValueError(
-                    f"{'.'.join(path)} has shape {list(saved.shape)} in the checkpoint, not {list(wanted.shape)}"
-                )
+            saved = self.saved[path]
+            require_same_shape(path, saved, wanted)
             for part in wanted.parts:
                 self._fill_part(saved, part)
 
     def _fill_part(self, saved: TensorRecord, part: Part) -> None:
         target, count = part.read(), 0
-        for box in saved.boxes:
-            common = _common(part, box)
-            if common is None:
-                continue
-            offsets, sizes = common
-            within = tuple(slice(at - o, at - o + n) for at, o, n in zip(offsets, part.offsets, sizes, strict=True))
-            target[within].copy_(self._read(saved, box, offsets, sizes))
-            count += prod(sizes)
-        if count != prod(part.sizes):
+        for stored in saved.extents:
+            common = part.extent.intersect(stored.extent)
+            if common.numel:
+                target[common.within(part.extent).slices].copy_(self._read(stored, common, saved.dtype))
+                count += common.numel
+        if count != part.extent.numel:
             raise CorruptCheckpointError(
-                f"{self.path}: {'.'.join(saved.path)} has {count} of {prod(part.sizes)} elements at {part.offsets}"
+                f"{self.path}: {'.'.join(saved.path)} has {count} of {part.extent.numel} elements at "
+                f"{part.extent.offsets}"
             )
 
-    def _read(self, saved: TensorRecord, box: BoxRecord, offsets: Extent, sizes: Extent) -> Tensor:
-        strides = [prod(box.sizes[dim + 1 :]) for dim in range(len(box.sizes))]
-        first = sum((at - o) * s for at, o, s in zip(offsets, box.offsets, strides, strict=True))
-        last = first + sum((n - 1) * s for n, s in zip(sizes, strides, strict=True)) + 1
-        elements = read_elements(self.path / box.file, box, saved.dtype, first, last)
-        return elements.as_strided(sizes, strides)
+    def _read(self, stored: StoredExtent, wanted: Extent, dtype: torch.dtype) -> Tensor:
+        """Elements within a stored extent, in the shape of ``wanted``."""
+        inside, strides = wanted.within(stored.extent), stored.extent.strides
+        first = sum(offset * stride for offset, stride in zip(inside.offsets, strides, strict=True))
+        last = first + sum((size - 1) * stride for size, stride in zip(inside.sizes, strides, strict=True)) + 1
+        elements = read_elements(self.path / stored.file, stored, dtype, first, last)
+        return elements.as_strided(inside.sizes, strides)
 
-    def whole(self, paths: Callable[[Path], bool] = lambda path: True) -> Iterator[tuple[Path, Tensor]]:
+    def whole(self, paths: Callable[[TensorPath], bool] = lambda path: True) -> Iterator[tuple[TensorPath, Tensor]]:
         """Whole tensors, one after another, as one process holds them."""
-        for path, record in self._tensors.items():
+        for path, record in self.saved.items():
             if paths(path):
                 tensor = torch.empty(record.shape, dtype=record.dtype)
-                whole = Part.of((0,) * len(record.shape), tensor)
-                self.fill({path: GlobalTensor(record.shape, record.dtype, [whole])})
+                self.fill({path: GlobalTensor.whole(tensor)})
                 yield path, tensor
 
 
-def _common(part: Part, box: BoxRecord) -> tuple[Extent, Extent] | None:
-    starts = tuple(map(max, part.offsets, box.offsets))
-    ends = (min(a + n, b + m) for a, n, b, m in zip(part.offsets, part.sizes, box.offsets, box.sizes, strict=True))
-    sizes = tuple(end - start for start, end in zip(starts, ends, strict=True))
-    return (starts, sizes) if all(size > 0 for size in sizes) else None
-
-
-def damages(path: FilePath, manifest: Manifest, world: Axis) -> list[str]:
+def damages(path: Path, manifest: Manifest, world: Axis) -> list[str]:
     """Which of this rank's share of the files are not what was written, expected and found."""
     found = []
     # The largest first, each to the next rank: about the same bytes for all.
@@ -167,9 +152,9 @@ def _agreed(problems: list[str], world: Axis) -> list[str]:
     return list(dict.fromkeys(problem for own in every for problem in own))
 
 
-def _refusal(path: FilePath, problems: list[str], most: int = 8) -> str:
+def _refusal(path: Path, problems: list[str], most: int = 8) -> str:
     more = f"\n  and {len(problems) - most} more" if len(problems) > most else ""
-    other = places.latest(path) or places.latest(path.parent)
+    other = paths.latest(path) or paths.latest(path.parent)
     hint = f"\nThe newest complete checkpoint there is {other}" if other and other.resolve() != path.resolve() else ""
     listed = "".join(f"\n  {problem}" for problem in problems[:most])
     return f"the checkpoint {path} is refused, and nothing of it was loaded:{listed}{more}{hint}"

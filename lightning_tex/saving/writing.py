@@ -26,12 +26,13 @@ from torch.distributed.checkpoint.metadata import (
 
 from lightning_tex.errors import UserRuntimeError
 from lightning_tex.parallel.topology import Axis, Layout
-from lightning_tex.saving import places
-from lightning_tex.saving.archive import Item, write_file, write_tensors
+from lightning_tex.saving import paths
+from lightning_tex.saving.archive import write_file, write_tensors
+from lightning_tex.saving.global_tensor import GlobalTensor, Part
 from lightning_tex.saving.manifest import INDEX, MANIFEST, FileRecord, Manifest, TensorRecord, index_to_bytes
-from lightning_tex.saving.rest import REST, serialised
-from lightning_tex.saving.sharded import GlobalTensor
+from lightning_tex.saving.model_state import TensorPath
 from lightning_tex.saving.side_group import SideGroup
+from lightning_tex.saving.trainer_state import TRAINER_STATE, serialised
 
 Broadcast = Callable[[Any], Any]
 
@@ -44,7 +45,7 @@ def begin(
     path: Path,
     linked: bool,
     tensors: Mapping[str, Any],
-    rest: Mapping[str, Any],
+    trainer_state: Mapping[str, Any],
     layout: Layout,
     world: Axis,
     broadcast: Broadcast,
@@ -53,9 +54,9 @@ def begin(
 
     Args:
         path: the same on all ranks.
-        linked: as for :func:`lightning_tex.saving.places.install`.
+        linked: as for :func:`lightning_tex.saving.paths.install`.
         tensors: nested dicts of :class:`GlobalTensor`.
-        rest: everything else; rank 0's is written.
+        trainer_state: everything else; rank 0's is written.
         layout: of the run.
         world: all ranks.
         broadcast: sends rank 0's object to all ranks.
@@ -63,17 +64,17 @@ def begin(
     Raises:
         RuntimeError: on all ranks, when rank 0 cannot make the directory.
     """
-    partial = Path(broadcast(str(places.partial_name(path))))
+    partial = Path(broadcast(str(paths.partial_name(path))))
 
     def prepare() -> bytes:
-        places.require_replaceable(path)
-        places.remove_leftovers(path)
+        paths.require_replaceable(path)
+        paths.remove_leftovers(path)
         partial.mkdir(parents=True)
-        return serialised(rest)
+        return serialised(trainer_state)
 
     content = on_first_rank(prepare, world, broadcast)
-    step, epoch = int(rest.get("global_step", 0)), int(rest.get("epoch", 0))
-    return Save(path, partial, linked, world.rank, list(_copies(tensors)), content, step, epoch, asdict(layout))
+    step, epoch = int(trainer_state.get("global_step", 0)), int(trainer_state.get("epoch", 0))
+    return Save(path, partial, linked, world.rank, dict(_copies(tensors)), content, step, epoch, asdict(layout))
 
 
 def on_first_rank(act: Callable[[], Any], world: Axis, broadcast: Broadcast) -> Any:
@@ -92,16 +93,19 @@ def on_first_rank(act: Callable[[], Any], world: Axis, broadcast: Broadcast) -> 
     return result
 
 
-def _copies(tensors: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[Item]:
+def _copies(tensors: Mapping[str, Any], path: TensorPath = ()) -> Iterator[tuple[TensorPath, GlobalTensor]]:
     for name, value in tensors.items():
-        here = (*path, str(name))
+        inner = (*path, str(name))
         if not isinstance(value, GlobalTensor):
-            yield from _copies(value, here)
-        elif value.writes:
-            for part in value.parts:
-                elements = part.read().detach()
-                copy = torch.empty(part.sizes, dtype=elements.dtype)
-                yield Item(here, tuple(value.shape), part.offsets, copy.copy_(elements))
+            yield from _copies(value, inner)
+        elif value.writes and value.parts:
+            yield inner, GlobalTensor(value.shape, value.dtype, map(_copy, value.parts))
+
+
+def _copy(part: Part) -> Part:
+    elements = part.read().detach()
+    copy = torch.empty(part.extent.sizes, dtype=elements.dtype)
+    return Part.of(part.extent.offsets, copy.copy_(elements))
 
 
 @dataclass
@@ -112,8 +116,8 @@ class Save:
     partial: Path
     linked: bool
     rank: int
-    items: list[Item]
-    rest: bytes | None
+    tensors: dict[TensorPath, GlobalTensor]
+    trainer_state: bytes | None
     step: int
     epoch: int
     layout: dict[str, int]
@@ -133,7 +137,7 @@ class Save:
         failure = group.broadcast(failure)
         if failure:
             if self.rank == 0:
-                places.remove(self.partial)
+                paths.remove(self.partial)
             raise UserRuntimeError(f"saving the checkpoint {self.path} (step {self.step}) failed: {failure}")
 
     def _attempt(self, act: Callable[..., Any], *args: Any) -> tuple[Any, str | None]:
@@ -143,20 +147,20 @@ class Save:
             return None, f"{type(error).__name__}: {error}"
 
     def _write_own(self) -> tuple[str, FileRecord, list[TensorRecord]] | None:
-        if not self.items:
+        if not self.tensors:
             return None
         file = self.partial / f"__{self.rank}_0.distcp"
-        record, tensors = write_tensors(file, self.items)
-        self.items = []
+        record, tensors = write_tensors(file, self.tensors)
+        self.tensors = {}
         return file.name, record, tensors
 
     def _complete(self, written: list[tuple[str, FileRecord, list[TensorRecord]] | None]) -> None:
-        own = [part for part in written if part is not None]
-        files = {name: record for name, record, _ in own}
-        tensors = _joined([tensors for _, _, tensors in own])
-        assert self.rest is not None
+        parts = [part for part in written if part is not None]
+        files = {name: record for name, record, _ in parts}
+        tensors = _joined([tensors for _, _, tensors in parts])
+        assert self.trainer_state is not None
         for name, content in (
-            (REST, self.rest),
+            (TRAINER_STATE, self.trainer_state),
             (_DCP_METADATA, pickle.dumps(_dcp_metadata(tensors))),
             (INDEX, index_to_bytes(tensors)),
         ):
@@ -164,8 +168,8 @@ class Save:
         versions = {name: _version(name) for name in _PACKAGES}
         manifest = Manifest(self.step, self.epoch, self.layout, versions, time.time(), files)
         write_file(self.partial / MANIFEST, manifest.to_bytes())
-        places.sync(self.partial)
-        places.install(self.partial, self.path, self.linked)
+        paths.sync(self.partial)
+        paths.install(self.partial, self.path, self.linked)
 
 
 def _version(package: str) -> str:
@@ -180,7 +184,7 @@ def _joined(parts: list[list[TensorRecord]]) -> list[TensorRecord]:
     for records in parts:
         for record in records:
             whole = tensors.setdefault(record.path, TensorRecord(record.path, record.shape, record.dtype))
-            whole.boxes += record.boxes
+            whole.extents += record.extents
     return list(tensors.values())
 
 
@@ -191,14 +195,17 @@ def _dcp_metadata(tensors: list[TensorRecord]) -> Metadata:
             name: TensorStorageMetadata(
                 TensorProperties(dtype=tensor.dtype),
                 torch.Size(tensor.shape),
-                [ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box in tensor.boxes],
+                [
+                    ChunkStorageMetadata(torch.Size(stored.extent.offsets), torch.Size(stored.extent.sizes))
+                    for stored in tensor.extents
+                ],
             )
             for name, tensor in names.items()
         },
         planner_data={name: tensor.path for name, tensor in names.items()},
         storage_data={
-            MetadataIndex(name, box.offsets): _StorageInfo(box.file, *box.archive)
+            MetadataIndex(name, stored.extent.offsets): _StorageInfo(stored.file, *stored.archive)
             for name, tensor in names.items()
-            for box in tensor.boxes
+            for stored in tensor.extents
         },
     )

@@ -18,7 +18,17 @@ from torch.optim import Optimizer
 from lightning_tex.errors import UserTypeError
 from lightning_tex.optim import TiledOptimizer
 from lightning_tex.parallel.topology import Topology
-from lightning_tex.saving import Background, Checkpoints, SideGroup, places
+from lightning_tex.saving import (
+    Background,
+    CheckpointFormat,
+    DirectoryCheckpoint,
+    PlainCheckpoint,
+    ShardedRun,
+    SideGroup,
+    located,
+    paths,
+    reading_format,
+)
 from lightning_tex.saving.random_streams import restore_random_streams
 from lightning_tex.strategy.mesh import MeshStrategy
 
@@ -46,7 +56,8 @@ class CheckpointingStrategy(MeshStrategy):
         **lightning_options: Any,
     ) -> None:
         super().__init__(process_group_backend, timeout, **lightning_options)
-        self._save_distributed_checkpoint = distributed
+        self._writing_format: CheckpointFormat = DirectoryCheckpoint() if distributed else PlainCheckpoint()
+        self._reading_format: CheckpointFormat = PlainCheckpoint()
         self._save_in_background = background
         self._background = Background()
         self._training = False
@@ -58,11 +69,14 @@ class CheckpointingStrategy(MeshStrategy):
     def topology(self) -> Topology:
         """All axes of the run."""
 
-    def _checkpoints(self) -> Checkpoints:
+    def _run(self) -> ShardedRun:
         assert self.model is not None
         optimizer = next((o for o in self.optimizers if isinstance(o, TiledOptimizer)), None)
-        distributed = self._save_distributed_checkpoint
-        return Checkpoints(self.model, self.topology, optimizer, distributed, self.broadcast, self.checkpoint_io)
+        return ShardedRun(self.model, self.topology, optimizer, self.broadcast, self.checkpoint_io)
+
+    def check_checkpoint_io(self) -> None:
+        """Raise ``MisconfigurationException`` if the Trainer's ``CheckpointIO`` would not be used."""
+        self._writing_format.check_io(self.checkpoint_io)
 
     # --- what Lightning restores where
 
@@ -80,11 +94,11 @@ class CheckpointingStrategy(MeshStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Weights for a checkpoint: described globally, or whole on rank 0 and empty elsewhere; collective."""
-        return self._checkpoints().model_state()
+        return self._writing_format.model_state(self._run())
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Optimizer states for a checkpoint, in the same two forms; collective."""
-        return self._checkpoints().optimizer_state() if isinstance(optimizer, TiledOptimizer) else {}
+        return self._writing_format.optimizer_state(self._run()) if isinstance(optimizer, TiledOptimizer) else {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write a checkpoint; collective. In a fit, a directory is complete at the latest when the fit ends.
@@ -98,10 +112,9 @@ class CheckpointingStrategy(MeshStrategy):
                 "TexMoEStrategy.save_checkpoint(storage_options=...) is not supported; use a CheckpointIO"
             )
         self._background.wait()  # one copy of the states at a time
-        if not self._save_distributed_checkpoint:
-            self._checkpoints().save_plain(checkpoint, filepath)
+        save = self._writing_format.begin(self._run(), checkpoint, filepath, linked=self._is_written_again(filepath))
+        if save is None:
             return
-        save = self._checkpoints().begin(checkpoint, filepath, linked=self._is_written_again(filepath))
         if self._side_group is None:
             self._side_group = SideGroup(self.topology.world)
         group = self._side_group
@@ -130,7 +143,7 @@ class CheckpointingStrategy(MeshStrategy):
         """Remove a checkpoint, but not before those that were saved after it are on disk and read back."""
         if self.is_global_zero:
             local = _is_local_file_protocol(str(filepath))
-            remove = places.remove if local else self.checkpoint_io.remove_checkpoint
+            remove = paths.remove if local else self.checkpoint_io.remove_checkpoint
             self._after_saves(lambda: remove(Path(filepath) if local else filepath))
 
     def link_last_checkpoints(self) -> None:
@@ -141,7 +154,7 @@ class CheckpointingStrategy(MeshStrategy):
 
     def _link_checkpoint(self, trainer: Trainer, filepath: str, linkpath: str) -> None:
         if self.is_global_zero and Path(filepath).absolute() != Path(linkpath).absolute():
-            self._after_saves(lambda: places.link(Path(filepath), Path(linkpath)))
+            self._after_saves(lambda: paths.link(Path(filepath), Path(linkpath)))
 
     # --- the end of a save in the background
 
@@ -173,14 +186,16 @@ class CheckpointingStrategy(MeshStrategy):
         """Read a checkpoint of either form, from any layout, into the sharded model and the sharded optimizer."""
         assert self.lightning_module is not None
         self._background.wait()
-        checkpoints = self._checkpoints()
-        found = checkpoints.load(checkpoint_path, weights_only, self.lightning_module.strict_loading)
-        self._random_at_first_step = checkpoints.random_at_first_step
-        return found
+        run = self._run()
+        path = located(self.broadcast(str(checkpoint_path)), run.checkpoint_io)
+        self._reading_format = reading_format(path)
+        loaded = self._reading_format.load(run, path, weights_only, self.lightning_module.strict_loading)
+        self._random_at_first_step = loaded.random_streams
+        return loaded.trainer_state
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Cut the weights of a plain file; those of a directory are in place already."""
-        self._checkpoints().load_whole_model(checkpoint, strict)
+        """Shard the weights of a plain file; those of a directory are in place already."""
+        self._reading_format.load_model(self._run(), checkpoint, strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Nothing: ``load_checkpoint`` has done it."""

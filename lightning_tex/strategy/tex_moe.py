@@ -18,7 +18,7 @@ from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.core.optimizer import _MockOptimizer
-from lightning.pytorch.plugins import Precision, TorchCheckpointIO
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -218,11 +218,7 @@ class TexMoEStrategy(CheckpointingStrategy):
         self.precision_plugin.state_config(self._state_config)
         if self._layer_sync is not None:
             raise MisconfigurationException("Trainer(sync_batchnorm=True) is not supported by TexMoEStrategy")
-        if type(self.checkpoint_io) is not TorchCheckpointIO and self._save_distributed_checkpoint:
-            raise MisconfigurationException(
-                f"{type(self.checkpoint_io).__name__} would not be used: distributed checkpoints are written by all "
-                "ranks; legal: no checkpoint_io, or TexMoEStrategy(save_distributed_checkpoint=False)"
-            )
+        self.check_checkpoint_io()
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
                 raise MisconfigurationException(

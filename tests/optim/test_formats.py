@@ -19,6 +19,7 @@ from lightning_tex.optim.formats import PlainStates
 from lightning_tex.optim.moments import BLOCK, Int8Moments
 from lightning_tex.optim.probe import Allocations, temporary_bytes
 from lightning_tex.optim.rounding import Rounding, RoundingSeed, global_index, round_stochastically
+from lightning_tex.parallel.extent import Extent
 from lightning_tex.parallel.sharding import Box, ParameterSharding
 from lightning_tex.parallel.topology import Axis, Topology
 
@@ -127,7 +128,7 @@ def test_updates_too_small_to_see_add_up():
 def bits_of(box, name="weight", seed=1, step=0, key="master"):
     stored = nn.Parameter(torch.zeros(box.stored, dtype=torch.bfloat16))
     placed = ParameterSharding.of(name, box, {}, Topology.single())
-    entry = Entry(stored, placed, 0, stored.numel())
+    entry = Entry(stored, placed, Extent.run(0, stored.numel()))
     rounding = Rounding(RoundingSeed(seed, step), [entry], 0, stored.device)
     return rounding.bits(slice(0, stored.numel()), key).view(box.stored)
 
@@ -149,8 +150,7 @@ def test_global_indices_are_those_of_the_whole_tensor(case):
     count = torch.Size(box.stored).numel()
     index = global_index(box, 0, count, torch.device("cpu")).view(box.stored)
     expected = torch.arange(torch.Size(whole).numel()).view(whole)
-    inside = tuple(slice(o, o + n) for o, n in zip(box.offsets, box.sizes, strict=True))
-    assert torch.equal(box.unpadded(index), expected[inside])
+    assert torch.equal(box.unpadded(index), expected[box.extent.slices])
     assert torch.equal(global_index(box, count // 2, count, torch.device("cpu")), index.flatten()[count // 2 :])
 
 
@@ -219,7 +219,8 @@ def test_a_slow_average_is_not_stuck_at_a_code():
     count, steps = BLOCK * 8, 3000
     weight = nn.Parameter(torch.zeros(count, dtype=torch.bfloat16))
     placed = ParameterSharding.of("weight", Box.of(weight.shape, []), {}, Topology.single())
-    every, rounding = slice(0, count), Rounding(RoundingSeed(), [Entry(weight, placed, 0, count)], 0, weight.device)
+    entry = Entry(weight, placed, Extent.run(0, count))
+    every, rounding = slice(0, count), Rounding(RoundingSeed(), [entry], 0, weight.device)
     kept = Int8Moments(weight.detach(), frozenset({"v"}), rounding)
     kept.make("v")
     start = torch.full((count,), 0.2)

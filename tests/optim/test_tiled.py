@@ -279,7 +279,7 @@ def test_without_a_guard_clipping_does_to_infinities_what_torch_does(bad):
 
 def values(piece):
     with piece.shard.states.window(piece.window) as window:
-        return window.tile.detach()[piece.own].clone()
+        return window.tile.detach()[piece.held.slices].clone()
 
 
 def test_bf16_parameters_have_an_fp32_master():
@@ -299,9 +299,9 @@ def test_bf16_parameters_have_an_fp32_master():
         for p, master in zip(model.parameters(), masters, strict=True):
             assert p.dtype == torch.bfloat16
             torch.testing.assert_close(p, master.bfloat16(), rtol=0, atol=0)
-    held = {id(piece.parameter): [] for piece in optimizer.pieces()}
+    held = {id(piece.entry.parameter): [] for piece in optimizer.pieces()}
     for piece in optimizer.pieces():
-        held[id(piece.parameter)].append(values(piece))
+        held[id(piece.entry.parameter)].append(values(piece))
     for p, master in zip(model.parameters(), masters, strict=True):
         torch.testing.assert_close(torch.cat(held[id(p)]).view_as(p), master, rtol=0, atol=1e-7)
     # Two steps too small for bf16 to see add up in the master only.
@@ -346,9 +346,9 @@ def test_pieces_cover_every_element_once():
     rebuilt = {p: torch.full((p.numel(),), float("nan"), dtype=p.dtype) for p in model.parameters()}
     seen = 0
     for piece in optimizer.pieces():
-        assert rebuilt[piece.parameter][piece.start : piece.stop].isnan().all()
-        rebuilt[piece.parameter][piece.start : piece.stop] = values(piece)
-        seen += piece.stop - piece.start
+        assert rebuilt[piece.entry.parameter][piece.stored.slices].isnan().all()
+        rebuilt[piece.entry.parameter][piece.stored.slices] = values(piece)
+        seen += piece.stored.numel
     assert seen == sum(p.numel() for p in model.parameters())
     assert all(torch.equal(values, p.flatten()) for p, values in rebuilt.items())
 

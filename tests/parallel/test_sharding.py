@@ -56,9 +56,8 @@ def test_boxes_tile_the_tensor_and_cutting_round_trips(case):
         stored = box.shard(whole)
         assert stored.shape == box.stored
         assert stored.sum() == box.unpadded(stored).sum()  # the padding is zero
-        place = tuple(slice(start, start + size) for start, size in zip(box.offsets, box.sizes, strict=True))
-        rebuilt[place] = box.unpadded(stored)
-        covered[place] += 1
+        rebuilt[box.extent.slices] = box.unpadded(stored)
+        covered[box.extent.slices] += 1
     assert torch.equal(rebuilt, whole)
     assert torch.equal(covered, torch.ones(shape))
 
@@ -66,8 +65,8 @@ def test_boxes_tile_the_tensor_and_cutting_round_trips(case):
 def test_box_of_a_padded_cut_by_hand():
     boxes = [box_of((5, 3), [(0, 4, rank)]) for rank in range(4)]
     assert [b.stored for b in boxes] == [(2, 3)] * 4
-    assert [b.offsets[0] for b in boxes] == [0, 2, 4, 5]
-    assert [b.sizes[0] for b in boxes] == [2, 2, 1, 0]
+    assert [b.extent.offsets[0] for b in boxes] == [0, 2, 4, 5]
+    assert [b.extent.sizes[0] for b in boxes] == [2, 2, 1, 0]
     assert boxes[2].shard(torch.arange(15).view(5, 3)).tolist() == [[12, 13, 14], [0, 0, 0]]
 
 

@@ -21,7 +21,6 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 import lightning_tex as tex
 from lightning_tex.cli import main
-from lightning_tex.saving import places
 from lightning_tex.saving.manifest import MANIFEST, Manifest, file_record
 from lightning_tex.testing.ranks import run_ranks
 
@@ -38,7 +37,7 @@ class Payload:
 
 def forge(folder: Path) -> None:
     """Write a manifest under which every file is what it should be."""
-    old = places.Manifest.from_bytes((folder / MANIFEST).read_bytes(), folder)
+    old = Manifest.from_bytes((folder / MANIFEST).read_bytes(), folder)
     names = [file.name for file in folder.iterdir() if file.name != MANIFEST]
     files = {name: file_record(folder / name) for name in names}
     forged = Manifest(old.step, old.epoch, old.layout, old.versions, old.written, files)

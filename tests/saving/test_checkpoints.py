@@ -16,6 +16,7 @@ from helpers.checkpoint_runs import VOCABULARY, Model, fit, largest_difference, 
 
 import lightning_tex as tex
 from lightning_tex.cli import main
+from lightning_tex.saving import plain_form
 from lightning_tex.testing.ranks import run_ranks
 
 TED = {"tensor_parallel_size": 2, "expert_parallel_size": 2, "tile_size": 256}
@@ -139,10 +140,13 @@ def test_another_layout_goes_on_as_the_first_would_have(four: list[dict[str, Any
 def test_a_plain_file_is_lightnings_own(folder: Path, one: dict[str, Any]) -> None:
     ours = torch.load(folder / "plain.ckpt", weights_only=True)
     theirs = torch.load(folder / "auto.ckpt", weights_only=True)
+    assert ours.keys() == theirs.keys() | {"lightning_tex"}
+    assert ours["lightning_tex"].keys() == {"version", "rounding_seed"}
     assert ours["state_dict"].keys() == theirs["state_dict"].keys()
     for name, value in theirs["state_dict"].items():
         assert (ours["state_dict"][name].shape, ours["state_dict"][name].dtype) == (value.shape, value.dtype)
     (our_state,), (their_state,) = ours["optimizer_states"], theirs["optimizer_states"]
+    assert our_state.keys() == their_state.keys()
     assert [g["params"] for g in our_state["param_groups"]] == [g["params"] for g in their_state["param_groups"]]
     assert our_state["param_groups"][0].keys() == their_state["param_groups"][0].keys()
     assert our_state["state"].keys() == their_state["state"].keys()
@@ -162,6 +166,7 @@ def test_a_consolidated_directory_is_the_plain_file(folder: Path, four: object) 
     for name, value in plain["state_dict"].items():
         assert whole["state_dict"][name].dtype == value.dtype
         assert torch.equal(whole["state_dict"][name], value)
+    assert whole["lightning_tex"] == plain["lightning_tex"]
     (ours,), (theirs,) = whole["optimizer_states"], plain["optimizer_states"]
     assert ours["param_groups"] == theirs["param_groups"]
     assert ours["state"].keys() == theirs["state"].keys()
@@ -215,6 +220,40 @@ def test_a_plain_file_of_another_strategy_loads(folder: Path, one: dict[str, Any
     names = [name for name, p in Model().named_parameters() if p.dim() > 1]
     for number, name in enumerate(names):
         assert torch.equal(ours[f"{name}.exp_avg"], theirs["optimizer_states"][0]["state"][number]["exp_avg"])
+
+
+@pytest.mark.parametrize(
+    ("file", "version"),
+    [("plain.ckpt", 1), ("ted.whole.ckpt", 1), ("auto.ckpt", 0), ("consolidated.pt", plain_form.CONSOLIDATED)],
+)
+def test_the_version_of_a_plain_file(folder: Path, one: object, file: str, version: int | str) -> None:
+    assert plain_form.version_of(torch.load(folder / file, weights_only=True)) == version
+
+
+def test_a_plain_file_of_a_later_version_is_refused(folder: Path, four: object, tmp_path: Path) -> None:
+    later = torch.load(folder / "plain.ckpt", weights_only=True)
+    later["lightning_tex"]["version"] = 2
+    torch.save(later, tmp_path / "later.ckpt")
+    with pytest.raises(AssertionError, match=r"plain file of version 2; .* reads 0 .* and 1"):
+        run_ranks(1, fit, {}, 1, 2, str(tmp_path / "later.ckpt"))
+
+
+def _steps_differ(folder: str) -> None:
+    checkpoint = torch.load(f"{folder}/auto.ckpt", weights_only=True)
+    checkpoint["optimizer_states"][0]["state"][0]["step"] += 3
+    torch.save(checkpoint, f"{folder}/steps differ.pt")
+    with pytest.warns(UserWarning, match="step differs between parameters .* go on with the largest"):
+        fit({}, 1, 1, ckpt_path=f"{folder}/steps differ.pt", save=f"{folder}/steps joined.ckpt")
+
+
+def test_parameters_that_are_updated_together_go_on_with_the_largest_step(folder: Path, one: object) -> None:
+    run_ranks(1, _steps_differ, str(folder))
+    steps = {name: float(value) for name, value in tensors(folder / "steps joined.ckpt").items() if "step" in name}
+    decayed = [name for name, p in Model().named_parameters() if p.dim() > 1]
+    assert steps[f"{decayed[0]}.step"] == 9
+    for name in decayed:  # experts are in a buffer of their own
+        assert steps[f"{name}.step"] == (6 if "experts" in name else 9), name
+    assert steps["scale.step"] == 6
 
 
 def test_a_plain_file_of_16_bit_parameters_holds_the_masters(folder: Path, four: object) -> None:

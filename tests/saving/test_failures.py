@@ -15,7 +15,7 @@ from helpers.checkpoint_runs import Data, Model, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_tex as tex
-from lightning_tex.saving import archive, latest, places, writing
+from lightning_tex.saving import archive, latest, paths, writing
 from lightning_tex.saving.background import Background
 from lightning_tex.saving.reading import Directory
 from lightning_tex.testing.ranks import run_ranks
@@ -164,18 +164,18 @@ def _links(folder: str) -> list[str]:
 
 def test_a_name_that_is_written_again_is_a_link_that_is_swapped(tmp_path: Path) -> None:
     def new(content: str) -> Path:
-        partial = places.partial_name(tmp_path / "last.ckpt")
+        partial = paths.partial_name(tmp_path / "last.ckpt")
         partial.mkdir()
         (partial / "file").write_text(content)
         return partial
 
     path = tmp_path / "last.ckpt"
     for content in ("1", "2", "3"):
-        places.install(new(content), path, linked=True)
+        paths.install(new(content), path, linked=True)
         assert path.is_symlink()
         assert (path / "file").read_text() == content
         assert len(list(tmp_path.iterdir())) == 2
-    places.link(tmp_path / "step=4.ckpt", path)
+    paths.link(tmp_path / "step=4.ckpt", path)
     assert _links(str(tmp_path)) == ["last.ckpt -> step=4.ckpt"]
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -185,10 +185,10 @@ def test_what_was_cut_off_between_two_names_is_found(tmp_path: Path) -> None:
     run_ranks(1, _saved_twice, str(path))
     version = path.resolve()
     path.unlink()
-    assert places.find(path) == version
-    assert places.latest(tmp_path) == version
+    assert paths.find(path) == version
+    assert paths.latest(tmp_path) == version
     with pytest.raises(FileNotFoundError, match=f"the newest complete checkpoint there is {version}"):
-        places.find(tmp_path / "b.ckpt")
+        paths.find(tmp_path / "b.ckpt")
 
 
 def _saved_twice(path: str) -> None:

@@ -20,7 +20,7 @@ import torch
 from helpers.checkpoint_runs import fit
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_tex.saving import latest, places
+from lightning_tex.saving import latest, paths
 from lightning_tex.testing.ranks import run_ranks
 
 # A run that is killed leaves a folder that is not empty.
@@ -80,7 +80,7 @@ def train(folder: str, rank: int = -1, event: int = 0, step: int = -1, resume: b
     own = int(os.environ["RANK"]) == rank
     events = Events(folder, event if own else 0)
     newest = latest(folder) if resume else None
-    begun = places.manifest_of(newest).step if newest else 0
+    begun = paths.manifest_of(newest).step if newest else 0
     newest_two = {"monitor": "step", "mode": "max", "save_top_k": 2}
     saves = ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_last=True, **newest_two)
     callbacks = [saves, *([EndsAtStep(step)] if own else [])]

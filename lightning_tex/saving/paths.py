@@ -48,7 +48,7 @@ def _versions(path: Path) -> list[Path]:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what was sharded off: saves to ``path``, versions of it that no name leads to, removals in its folder."""
+    """Remove what was cut off: saves to ``path``, versions of it that no name leads to, removals in its folder."""
     current = path.resolve()
     for gone in path.parent.glob(f".*{_REMOVED}"):
         if re.search(rf"\.[0-9a-f]{{8}}{re.escape(_REMOVED)}$", gone.name):
@@ -186,7 +186,7 @@ def latest(folder: str | os.PathLike[str]) -> Path | None:
 
 
 def find(path: Path) -> Path:
-    """What ``path`` stands for: itself, or the newest complete version if a save was sharded off while replacing it.
+    """What ``path`` stands for: itself, or the newest complete version if a save was cut off while replacing it.
 
     Raises:
         FileNotFoundError: there is neither; the newest complete checkpoint beside it is named.

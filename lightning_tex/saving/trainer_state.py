@@ -16,10 +16,10 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_tex.errors import UserTypeError, UserValueError
-from lightning_tex.saving.sharded import GlobalTensor
+from lightning_tex.saving.global_tensor import GlobalTensor
 
-# Lightning's own name for it, which its consolidate_checkpoint reads.
-REST = _METADATA_FILENAME
+# Lightning's own name for the file, which its consolidate_checkpoint reads.
+TRAINER_STATE = _METADATA_FILENAME
 
 
 def restricted_load(file: Any, what: object, weights_only: bool | None = None, mmap: bool = False) -> dict[str, Any]:
@@ -43,10 +43,10 @@ def restricted_load(file: Any, what: object, weights_only: bool | None = None, m
     return content
 
 
-def serialised(rest: Mapping[str, Any]) -> bytes:
-    """``rest`` as :func:`restricted_load` reads it; warns of what it would refuse."""
+def serialised(trainer_state: Mapping[str, Any]) -> bytes:
+    """The trainer's state as :func:`restricted_load` reads it; warns of what it would refuse."""
     buffer: IO[bytes] = io.BytesIO()
-    torch.save(plain_data(rest), buffer)
+    torch.save(plain_data(trainer_state), buffer)
     content = buffer.getvalue()  # type: ignore[attr-defined]
     try:
         torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)

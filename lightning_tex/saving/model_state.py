@@ -6,7 +6,7 @@ Saved tensors are named by paths: ``("model", name)`` and ``("optimizer_0", "sta
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,44 +14,61 @@ from torch import Tensor, nn
 from lightning_tex.errors import UserTypeError, UserValueError
 from lightning_tex.parallel.sharding import ParameterSharding, parameter_shardings
 from lightning_tex.parallel.topology import Topology
-from lightning_tex.saving.sharded import GlobalTensor, Part, stored_part
+from lightning_tex.saving.global_tensor import GlobalTensor, stored_part
 
-Path = tuple[str, ...]
+TensorPath = tuple[str, ...]
 
 MODEL = "model"
 OPTIMIZER = "optimizer_0"
+# In our entry of a directory: further names of tied parameters.
+TIES = "ties"
 
 
-class Saved(NamedTuple):
-    """What is known of a saved tensor before it is read."""
+class Described(Protocol):
+    """What is known of a tensor before it is read: of a saved one, and of one to read."""
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The global shape."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the elements."""
 
 
 class Source(Protocol):
     """A checkpoint to read tensors from."""
 
-    saved: dict[Path, Saved]
+    @property
+    def saved(self) -> Mapping[TensorPath, Described]:
+        """What there is."""
 
-    def fill(self, request: Mapping[Path, GlobalTensor]) -> None:
-        """Read the boxes of each requested tensor into their place. Called on all ranks, with different requests."""
+    def fill(self, request: Mapping[TensorPath, GlobalTensor]) -> None:
+        """Read the parts of each requested tensor into their place. Called on all ranks, with different requests."""
 
 
-def placed_parameters(module: nn.Module, topology: Topology) -> dict[int, ParameterSharding]:
-    """Placements by the identity of the parameter."""
+def require_same_shape(path: TensorPath, saved: Described, wanted: Described) -> None:
+    """Raise ``ValueError`` if a saved tensor has another shape than the one to be read."""
+    if tuple(saved.shape) != tuple(wanted.shape):
+        raise UserValueError(
+            f"{'.'.join(path)} has shape {list(saved.shape)} in the checkpoint, not {list(wanted.shape)}"
+        )
+
+
+def shardings_by_identity(module: nn.Module, topology: Topology) -> dict[int, ParameterSharding]:
+    """Shardings by the identity of the parameter."""
     parameters = dict(module.named_parameters())
-    return {id(parameters[name]): p for name, p in parameter_shardings(module, topology).items()}
+    return {id(parameters[name]): sharding for name, sharding in parameter_shardings(module, topology).items()}
 
 
 def model_state(module: nn.Module, topology: Topology) -> dict[str, GlobalTensor]:
     """Every entry of ``module.state_dict()``, tied parameters under all their names.
 
-    One rank writes each box; which of the replicas it is differs from parameter to parameter.
+    One rank writes each part; which of the replicas it is differs from parameter to parameter.
     """
     return {
         name: _global(value.detach(), position, known.get(id(value)), topology)
-        for known in [placed_parameters(module, topology)]
+        for known in [shardings_by_identity(module, topology)]
         for position, (name, value) in enumerate(state_dict_tensors(module).items())
     }
 
@@ -78,9 +95,7 @@ def ties(module: nn.Module) -> dict[str, str]:
 
 def _global(value: Tensor, position: int, sharding: ParameterSharding | None, topology: Topology) -> GlobalTensor:
     if sharding is None:
-        return GlobalTensor(
-            tuple(value.shape), value.dtype, [Part.of((0,) * value.dim(), value)], topology.world.rank == 0
-        )
+        return GlobalTensor.whole(value, writes=topology.world.rank == 0)
     writes = sharding.counted and sharding.replicas.rank == position % sharding.replicas.size
     return GlobalTensor(sharding.box.full, value.dtype, [stored_part(sharding.box, value)], writes)
 
@@ -104,13 +119,13 @@ def load_model(module: nn.Module, topology: Topology, source: Source, strict: bo
     source.fill({(MODEL, name): wanted[name] for name in names.values()})
 
 
-def require_fitting(wanted: Mapping[str, tuple[int, ...]], saved: Mapping[str, Saved], strict: bool) -> None:
+def require_fitting(wanted: Mapping[str, tuple[int, ...]], saved: Mapping[str, Described], strict: bool) -> None:
     """Raise ``ValueError`` listing the names and shapes by which a checkpoint does not fit the model."""
     problems = []
     if strict:
         problems += _listed("missing from the checkpoint", [name for name in wanted if name not in saved])
         problems += _listed("in the checkpoint but not in the model", [name for name in saved if name not in wanted])
-    wrong = [name for name, shape in wanted.items() if name in saved and saved[name].shape != shape]
+    wrong = [name for name, shape in wanted.items() if name in saved and tuple(saved[name].shape) != shape]
     problems += _listed(
         "of another shape", [f"{name} (saved {list(saved[name].shape)}, model {list(wanted[name])})" for name in wrong]
     )

@@ -1,0 +1,98 @@
+"""The seam between a run and the forms of a checkpoint: a class for each form, and a version inside each."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from lightning.fabric.plugins import CheckpointIO
+from torch import Tensor, nn
+
+from lightning_tex.optim import TiledOptimizer
+from lightning_tex.parallel.topology import Topology
+from lightning_tex.saving.writing import Broadcast, Save
+
+# Our own entry beside Lightning's, in both forms.
+OWN_ENTRY = "lightning_tex"
+
+
+@dataclass(frozen=True)
+class ShardedRun:
+    """What is saved and loaded: one sharded model and its optimizer.
+
+    Args:
+        module: the sharded model.
+        topology: the layout it is sharded for.
+        optimizer: the sharded optimizer; ``None`` when there is nothing to train.
+        broadcast: sends rank 0's object to all ranks.
+        checkpoint_io: Lightning's plugin, which writes and reads plain files.
+    """
+
+    module: nn.Module
+    topology: Topology
+    optimizer: TiledOptimizer | None
+    broadcast: Broadcast
+    checkpoint_io: CheckpointIO
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What is left to do after a checkpoint was read.
+
+    Args:
+        trainer_state: what Lightning restores itself.
+        random_streams: to continue when the first batch is there, because fetching it draws a random number.
+    """
+
+    trainer_state: dict[str, Any]
+    random_streams: dict[str, Tensor] = field(default_factory=dict)
+
+
+class CheckpointFormat(ABC):
+    """One form of a checkpoint. Whatever form and layout it was written in, a checkpoint loads on any layout."""
+
+    @abstractmethod
+    def check_io(self, checkpoint_io: CheckpointIO) -> None:
+        """Raise ``MisconfigurationException`` if writing would pass the plugin over."""
+
+    @abstractmethod
+    def model_state(self, run: ShardedRun) -> dict[str, Any]:
+        """What Lightning collects as ``state_dict``; collective."""
+
+    @abstractmethod
+    def optimizer_state(self, run: ShardedRun) -> dict[str, Any]:
+        """What Lightning collects as one of ``optimizer_states``; collective."""
+
+    @abstractmethod
+    def begin(self, run: ShardedRun, checkpoint: Mapping[str, Any], filepath: Any, linked: bool) -> Save | None:
+        """Save what Lightning collected; collective.
+
+        Args:
+            linked: as for :func:`lightning_tex.saving.paths.install`.
+
+        Returns:
+            what is left to be written from copies, beside training; ``None``: the checkpoint is complete.
+
+        Raises:
+            MisconfigurationException: what cannot be saved so, or not there.
+            RuntimeError: on all ranks, when rank 0 cannot write.
+        """
+
+    @abstractmethod
+    def load(self, run: ShardedRun, filepath: str, weights_only: bool | None, strict: bool) -> Loaded:
+        """Read a checkpoint of this form; collective. :meth:`load_model` follows.
+
+        Raises:
+            ValueError: it is damaged, of a version that is not known, or does not fit the model or the optimizer.
+        """
+
+    @abstractmethod
+    def load_model(self, run: ShardedRun, checkpoint: Mapping[str, Any], strict: bool) -> None:
+        """Take the weights of a loaded ``trainer_state``, after ``on_load_checkpoint`` hooks may have changed it."""
+
+    @abstractmethod
+    def for_one_process(self, path: Path) -> Path | IO[bytes]:
+        """What Lightning's ``load_from_checkpoint`` reads the weights and hyper-parameters from."""

@@ -1,0 +1,129 @@
+"""A checkpoint as a directory: each rank writes its part, tensors described globally.
+
+The version is the manifest's ``format`` (:data:`lightning_tex.saving.manifest.FORMAT`), on which all the files depend,
+our entry of ``meta.pt`` too.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_tex.parallel.topology import Axis
+from lightning_tex.saving import model_state, optimizer_state
+from lightning_tex.saving.checkpoint_format import OWN_ENTRY, CheckpointFormat, Loaded, ShardedRun
+from lightning_tex.saving.consolidate import consolidated
+from lightning_tex.saving.global_tensor import GlobalTensor
+from lightning_tex.saving.optimizer_loading import OptimizerStates, load_masters, load_optimizer, require_same_groups
+from lightning_tex.saving.random_streams import RANDOM, random_rows, random_streams, restore_random_streams
+from lightning_tex.saving.reading import Directory
+from lightning_tex.saving.writing import Save, begin
+
+
+class DirectoryCheckpoint(CheckpointFormat):
+    """Every rank writes its part; written beside training, verified before anything is loaded."""
+
+    def check_io(self, checkpoint_io: CheckpointIO) -> None:
+        if type(checkpoint_io) is not TorchCheckpointIO:
+            raise MisconfigurationException(
+                f"{type(checkpoint_io).__name__} writes single files, so it would not be used: a checkpoint directory "
+                "is written by all ranks; legal: no checkpoint_io, or "
+                "TexMoEStrategy(save_distributed_checkpoint=False)"
+            )
+
+    def model_state(self, run: ShardedRun) -> dict[str, Any]:
+        """Tensors described globally, by name."""
+        return dict(model_state.model_state(run.module, run.topology))
+
+    def optimizer_state(self, run: ShardedRun) -> dict[str, Any]:
+        """Tensors described globally, by parameter and key, and what ``meta.pt`` says of them."""
+        assert run.optimizer is not None
+        return {
+            "state": optimizer_state.optimizer_state(run.optimizer),
+            "about": optimizer_state.optimizer_entry(run.optimizer),
+        }
+
+    def begin(self, run: ShardedRun, checkpoint: Mapping[str, Any], filepath: Any, linked: bool) -> Save:
+        self.check_io(run.checkpoint_io)
+        if not _is_local_file_protocol(str(filepath)):
+            raise MisconfigurationException(
+                f"{filepath} is not on a mounted file system, where a checkpoint directory must be; "
+                "TexMoEStrategy(save_distributed_checkpoint=False) writes one file, to remote places too"
+            )
+        trainer_state = dict(checkpoint)
+        tensors: dict[str, Any] = {model_state.MODEL: _described(trainer_state.pop("state_dict"))}
+        own: dict[str, Any] = {"layout": asdict(run.topology.layout), model_state.TIES: model_state.ties(run.module)}
+        states = trainer_state.pop("optimizer_states", None)
+        if states and run.optimizer is not None:
+            tensors[model_state.OPTIMIZER] = {"state": states[0]["state"]}
+            own["optimizer"] = states[0]["about"]
+            tensors[RANDOM] = random_rows(random_streams(), run.topology.world)
+        trainer_state[OWN_ENTRY] = own
+        path = Path(run.broadcast(str(filepath)))
+        return begin(path, linked, tensors, trainer_state, run.topology.layout, run.topology.world, run.broadcast)
+
+    def load(self, run: ShardedRun, filepath: str, weights_only: bool | None, strict: bool) -> Loaded:
+        source = Directory.verified(Path(filepath), run.topology.world)
+        trainer_state = source.trainer_state(weights_only)
+        own = trainer_state[OWN_ENTRY]
+        about = own.get("optimizer")  # a save of the weights alone has none
+        if run.optimizer is not None and about is not None:
+            require_same_groups(about["param_groups"], run.optimizer)
+        model_state.load_model(run.module, run.topology, source, strict)
+        if run.optimizer is None:
+            return Loaded(trainer_state)
+        if about is not None:
+            load_optimizer(run.optimizer, OptimizerStates.by_name(about, source))
+        load_masters(run.optimizer, source)
+        if own["layout"] != asdict(run.topology.layout):
+            return Loaded(trainer_state)
+        streams = _read_random(source, run.topology.world)
+        if _within_epoch(trainer_state):
+            return Loaded(trainer_state, streams)
+        restore_random_streams(streams)
+        return Loaded(trainer_state)
+
+    def load_model(self, run: ShardedRun, checkpoint: Mapping[str, Any], strict: bool) -> None:
+        """Nothing: :meth:`load` has put the weights in their place."""
+
+    def for_one_process(self, path: Path) -> Path | IO[bytes]:
+        buffer = io.BytesIO()
+        torch.save(consolidated(path, weights_only=True), buffer)
+        buffer.seek(0)
+        return buffer
+
+
+def _described(weights: Mapping[str, Any]) -> dict[str, Any]:
+    replaced = [name for name, value in weights.items() if not isinstance(value, GlobalTensor)]
+    if replaced:
+        raise MisconfigurationException(
+            f"a hook replaced entries of checkpoint['state_dict'] by other tensors ({', '.join(replaced[:4])}); "
+            "they would be this rank's part only. Use TexMoEStrategy(save_distributed_checkpoint=False)"
+        )
+    return dict(weights)
+
+
+def _read_random(source: Directory, world: Axis) -> dict[str, Tensor]:
+    streams = {
+        path[1]: torch.empty(saved.shape[1], dtype=saved.dtype)
+        for path, saved in source.saved.items()
+        if path[0] == RANDOM
+    }
+    rows = random_rows(streams, world)
+    source.fill({(RANDOM, name): row for name, row in rows.items()})
+    return streams
+
+
+def _within_epoch(trainer_state: Mapping[str, Any]) -> bool:
+    """Whether a run that was not interrupted would take its next step without a new iterator of its data."""
+    progress = trainer_state.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
+    return bool(progress and progress["current"]["ready"] and not progress["is_last_batch"])

@@ -1,0 +1,126 @@
+"""Weights and optimizer states of a sharded model as whole tensors, gathered on rank 0."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_tex.optim import TiledOptimizer
+from lightning_tex.optim.formats import MASTER, Kept
+from lightning_tex.optim.shard import Piece
+from lightning_tex.parallel import collectives
+from lightning_tex.parallel.sharding import ParameterSharding
+from lightning_tex.parallel.topology import Topology
+from lightning_tex.saving.model_state import shardings_by_identity, state_dict_tensors
+from lightning_tex.saving.optimizer_state import group_options, holds_first_element, window_states
+from lightning_tex.saving.plain_form import torch_form
+
+
+@torch.no_grad()
+def whole_model_state(module: nn.Module, topology: Topology, optimizer: TiledOptimizer | None) -> dict[str, Tensor]:
+    """``state_dict`` of whole tensors in host memory on rank 0, empty elsewhere; gathered one by one, collective.
+
+    16-bit parameters come as their fp32 masters where there is an optimizer, so that nothing is lost.
+    """
+    known = shardings_by_identity(module, topology)
+    pieces, mastered = _pieces(optimizer), _mastered(optimizer)
+    first = topology.world.rank == 0
+    gathered: dict[int, Tensor] = {}  # ties stay ties
+    whole: dict[str, Tensor] = {}
+    for name, value in state_dict_tensors(module).items():
+        if id(value) not in gathered:
+            tensor, sharding = value.detach(), known.get(id(value))
+            if sharding is not None and sharding.name in mastered:
+                tensor = _gather_windows(sharding, MASTER, pieces, torch.float32, _device(optimizer))
+            elif sharding is not None:
+                # After a fit Lightning has moved the module to the host, where the group may have no backend.
+                tensor = sharding.gather(tensor.to(_device(optimizer) or tensor.device))
+            gathered[id(value)] = _host(tensor) if first else tensor.new_empty(0)
+        if first:
+            whole[name] = gathered[id(value)]
+    return whole
+
+
+def _mastered(optimizer: TiledOptimizer | None) -> set[str]:
+    """Names of the parameters that have a master, on whatever rank."""
+    if optimizer is None:
+        return set()
+    optimizer.refresh()
+    shards = [shard for shard in optimizer.shards if shard.states.has_master]
+    return {entry.sharding.name for shard in shards for entry in shard.buffer.entries}
+
+
+@torch.no_grad()
+def whole_optimizer_state(optimizer: TiledOptimizer, topology: Topology) -> dict[str, Any]:
+    """Optimizer state in torch's own form, whole, in host memory on rank 0, empty elsewhere; collective."""
+    pieces = _pieces(optimizer)
+    shardings = {sharding.name: sharding for sharding in optimizer.shardings.values()}
+    states: dict[str, dict[str, Any]] = {}
+    for name, kinds in _agreed_keys(optimizer, topology).items():
+        values = {}
+        for key, kind in kinds.items():
+            if isinstance(kind, torch.dtype):
+                values[key] = _host(_gather_windows(shardings[name], key, pieces, kind, _device(optimizer)))
+            else:
+                values[key] = kind
+        states[name] = values
+    return torch_form(states, group_options(optimizer)) if topology.world.rank == 0 else {}
+
+
+def _agreed_keys(optimizer: TiledOptimizer, topology: Topology) -> dict[str, dict[str, Any]]:
+    """Per parameter and key: the dtype of a state with one value per element, or the value of a scalar."""
+    own: dict[str, dict[str, Any]] = {}
+    for piece in optimizer.pieces():
+        for key, value in window_states(piece).items():
+            if key == MASTER:
+                continue
+            kinds = own.setdefault(piece.sharding.name, {})
+            if isinstance(value, Kept):
+                kinds[key] = value.dtype
+            elif holds_first_element(piece):
+                kinds[key] = value.cpu().clone() if isinstance(value, Tensor) else value
+    every: list[Any] = [own]
+    if topology.world.size > 1:
+        every = [None] * topology.world.size
+        dist.all_gather_object(every, own)
+    agreed: dict[str, dict[str, Any]] = {}
+    for kept in every:
+        for name, kinds in kept.items():
+            agreed.setdefault(name, {}).update(kinds)
+    return {name: dict(sorted(kinds.items())) for name, kinds in sorted(agreed.items())}
+
+
+def _pieces(optimizer: TiledOptimizer | None) -> dict[str, list[Piece]]:
+    by_name: dict[str, list[Piece]] = {}
+    for piece in optimizer.pieces() if optimizer is not None else ():
+        by_name.setdefault(piece.sharding.name, []).append(piece)
+    return by_name
+
+
+def _gather_windows(
+    sharding: ParameterSharding,
+    key: str,
+    pieces: dict[str, list[Piece]],
+    dtype: torch.dtype,
+    device: torch.device | None,
+) -> Tensor:
+    """A whole state from the windows the ranks hold of it; collective over replicas and sharded axes."""
+    stored = torch.zeros(sharding.box.stored, dtype=dtype, device=device)
+    for piece in pieces.get(sharding.name, []):
+        if piece.writes:
+            stored.view(-1)[piece.stored.slices] = window_states(piece)[key].read()[piece.held.slices]
+    # Each element is in one rank's window, so a sum of bytes brings them together bit for bit.
+    joined = collectives.all_reduce(stored.view(-1).view(torch.uint8), sharding.replicas)
+    return sharding.gather(joined.view(dtype).view(stored.shape))
+
+
+def _device(optimizer: TiledOptimizer | None) -> torch.device | None:
+    return optimizer.shards[0].buffer.parameters.device if optimizer is not None and optimizer.shards else None
+
+
+def _host(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().contiguous()
+    return tensor.cpu() if tensor.device.type != "cpu" else tensor.clone()

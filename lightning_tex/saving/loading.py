@@ -1,0 +1,54 @@
+"""Where a checkpoint lies and which form it has, and a module from one of either form."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lightning import LightningModule
+from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+
+from lightning_tex.saving import paths
+from lightning_tex.saving.checkpoint_format import CheckpointFormat
+from lightning_tex.saving.directory import DirectoryCheckpoint
+from lightning_tex.saving.plain import PlainCheckpoint
+
+_Module = TypeVar("_Module", bound=LightningModule)
+
+
+def located(filepath: str, checkpoint_io: CheckpointIO) -> str:
+    """The checkpoint that a name stands for (:func:`paths.find`); a plugin of the user's looks for itself.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if type(checkpoint_io) is TorchCheckpointIO and _is_local_file_protocol(filepath):
+        return str(paths.find(Path(filepath)))
+    return filepath
+
+
+def reading_format(path: str | os.PathLike[str]) -> CheckpointFormat:
+    """A directory is a :class:`DirectoryCheckpoint`, and refused if it has no manifest; all else is one plain file.
+
+    The version is then inside: the manifest's ``format``, or :func:`lightning_tex.saving.plain_form.version_of`.
+    """
+    return DirectoryCheckpoint() if Path(path).is_dir() else PlainCheckpoint()
+
+
+def load_from_checkpoint(module: type[_Module], path: str | os.PathLike[str], **arguments: Any) -> _Module:
+    """``module.load_from_checkpoint(path, ..)`` for directories as well as files.
+
+    Args:
+        module: the LightningModule's class.
+        path: a checkpoint directory or a plain file.
+        arguments: as of Lightning's ``load_from_checkpoint``.
+
+    Raises:
+        FileNotFoundError: there is none.
+        CorruptCheckpointError: a file of it is not what was written.
+    """
+    arguments.setdefault("weights_only", True)  # said explicitly, an environment variable cannot turn it off
+    checkpoint = paths.find(Path(path))
+    return module.load_from_checkpoint(reading_format(checkpoint).for_one_process(checkpoint), **arguments)
