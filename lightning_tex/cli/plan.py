@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from jsonargparse.typing import PositiveFloat
 
@@ -15,13 +15,14 @@ from lightning_tex.cli.plan_recipe import own_candidate, read_recipe
 from lightning_tex.cli.tables import require_matplotlib
 from lightning_tex.errors import UserValueError
 from lightning_tex.models import DecoderConfig
-from lightning_tex.optim.state_config import OptimizerStateFormat, ZeroStage
+from lightning_tex.optim.state_config import OPTIMIZER_STATE_FORMATS, ZERO_STAGES, OptimizerStateFormat, ZeroStage
+from lightning_tex.parallel.activation_checkpointing import ACTIVATION_CHECKPOINTING
 from lightning_tex.planner.cluster import CLUSTERS, Cluster
 from lightning_tex.planner.describe import describe_decoder
 from lightning_tex.planner.layouts import Choices, Job
 from lightning_tex.planner.search import largest_base, plan, plan_all
 
-_RECOMPUTE = {"none": None, "full": "full", "communication_aware": "communication_aware"}
+_RECOMPUTE = {value or "none": value for value in ACTIVATION_CHECKPOINTING}
 # Of what neither options nor recipe say.
 _SEQUENCE_LENGTH, _PRECISION, _ACTIVATION = 2048, "bf16-mixed", "gelu"
 
@@ -82,7 +83,7 @@ class ChoiceOptions:
     expert_parallel_size: Count | None = None
     expert_tensor_parallel_size: Count | None = None
     micro_batch: Count | None = None
-    zero_stage: list[ZeroStage] = field(default_factory=lambda: [0, 1, 2])
+    zero_stage: list[ZeroStage] = field(default_factory=lambda: list(ZERO_STAGES))
     sequence_parallel: list[bool] = field(default_factory=lambda: [False, True])
     activation_checkpointing: list[Literal["none", "full", "communication_aware"]] = field(
         default_factory=lambda: ["none", "full", "communication_aware"]
@@ -98,8 +99,8 @@ class ChoiceOptions:
             self.micro_batch,
             self.zero_stage,
             self.sequence_parallel,
-            [_RECOMPUTE[name] for name in self.activation_checkpointing],  # type: ignore[misc]
-            self.optimizer_state_format or get_args(OptimizerStateFormat),
+            [_RECOMPUTE[name] for name in self.activation_checkpointing],
+            self.optimizer_state_format or OPTIMIZER_STATE_FORMATS,
         )
 
 
