@@ -19,11 +19,12 @@ COMMANDS = {
     "plan": "lightning_tex.cli.plan",
     "bench": "lightning_tex.cli.bench",
     "checkpoint": "lightning_tex.cli.checkpoint",
+    "verify": "lightning_tex.cli.verify",
 }
 
 
 def main(args: ArgsType = None) -> None:
-    """Run ``lightning-tex fit|validate|test|predict|plan|bench|checkpoint``.
+    """Run ``lightning-tex fit|validate|test|predict|plan|verify|bench|checkpoint``.
 
     What the user can put right (a wrong option, layout or file) ends in one line per failing rank and exit code 2, as
     the parser's own errors do; everything else keeps its traceback. A rank that another one left says only that.

@@ -89,8 +89,8 @@ class Command:
         action = getattr(self.action, "func", self.action)  # of a partial
         return (inspect.getdoc(action) or "").partition("\n\n")[0].replace("\n", " ")
 
-    def __call__(self, words: Sequence[str]) -> None:
-        """Run it.
+    def __call__(self, words: Sequence[str]) -> Mapping[str, Any] | None:
+        """Run it; the action's report.
 
         Args:
             words: what follows the command's name.
@@ -103,6 +103,7 @@ class Command:
         report = self.action(*options, rest) if self.takes_recipe else self.action(*options)
         if output.json and report is not None:
             print_json(report)
+        return report
 
     def parse(self, words: Sequence[str]) -> tuple[list[Any], list[str]]:
         """An object of each dataclass, what is printed, and the words that are the recipe's."""

@@ -132,6 +132,7 @@ def compare_layouts(
     layouts: Iterable[Mapping[str, Any]] | None = None,
     *,
     devices: Sequence[int] = (1, 2, 4),
+    strategy: Mapping[str, Any] | None = None,
     steps: int = 3,
     precision: str = "64-true",
     tolerance: float | None = None,
@@ -144,14 +145,16 @@ def compare_layouts(
 
     Args:
         build: makes the module and its data anew.
-        layouts: ``None``: every legal one of ``devices`` processes.
+        layouts: ``None``: every legal one of ``devices`` processes, with the arguments ``strategy`` besides.
         progress: is told of each verdict when it is there.
     """
     if precision not in TOLERANCES and tolerance is None:
         raise ValueError(f"precision={precision!r} needs a tolerance; without one: {', '.join(map(repr, TOLERANCES))}")
     comparison = _Comparison(Job(build, steps, precision, optimizer, seed), tolerance or TOLERANCES[precision], timeout)
     verdicts = []
-    for run in legal_layouts(comparison.module, devices) if layouts is None else map(Run.of, layouts):
+    for run in (
+        legal_layouts(comparison.module, devices, **(strategy or {})) if layouts is None else map(Run.of, layouts)
+    ):
         verdicts.append(comparison.verdict(run))
         progress(verdicts[-1])
     return verdicts
@@ -256,14 +259,18 @@ def differences(expected: Record, found: Record, tolerance: float) -> tuple[Diff
             f"number of steps: {len(found.steps)}, in one process {len(expected.steps)}; it", float("nan")
         )
     for number, (one, other) in enumerate(zip(expected.steps, found.steps, strict=False), 1):
-        compare("loss", f"step {number}: loss", torch.tensor(one.loss), torch.tensor(other.loss))
+        compare("loss", f"step {number}: loss", _number(one.loss), _number(other.loss))
         for name, gradient in one.gradients.items():
             compare("gradients", f"step {number}: gradient of {name}", gradient, other.gradients[name])
-        norms = torch.tensor(one.gradient_norm), torch.tensor(other.gradient_norm)
+        norms = _number(one.gradient_norm), _number(other.gradient_norm)
         compare("gradient norm", f"step {number}: gradient norm", *norms)
     for name, parameter in expected.parameters.items():
         compare("parameters", f"parameter {name} after the last step", parameter, found.parameters[name])
     return first, worst
+
+
+def _number(value: float) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float64)
 
 
 def _builder(

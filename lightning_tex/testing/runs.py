@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -56,6 +57,7 @@ class Job:
 
     def made(self) -> tuple[LightningModule, Any]:
         """The module and its data, alike in every process."""
+        os.environ.pop("PL_GLOBAL_SEED", None)  # or some strategies would seed by it, and others not
         torch.manual_seed(self.seed)
         module, data = self.build()
         if self.optimizer is not None and module.automatic_optimization:
