@@ -320,7 +320,13 @@ class TiledOptimizer(Optimizer):
 @cache
 def _named_after(name: str) -> type[TiledOptimizer]:
     """The class of tiled optimizers that go by a name."""
-    return type(name, (TiledOptimizer,), {"__module__": TiledOptimizer.__module__, "__doc__": TiledOptimizer.__doc__})
+    members = {
+        "__module__": TiledOptimizer.__module__,
+        "__doc__": TiledOptimizer.__doc__,
+        # As that of a local class: command lines that look for optimizers by name must find the user's alone.
+        "__qualname__": f"{_named_after.__name__}.<locals>.{name}",
+    }
+    return type(name, (TiledOptimizer,), members)
 
 
 # Schedulers are told of our step as they are of one they wrapped themselves.

@@ -35,7 +35,10 @@ def test_the_recipe_of_a_language_model(recipe, capsys):
 
 def own_recipe(folder: Path, name: str) -> Path:
     path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump({"model": {"class_path": f"helpers.verified_modules.{name}"}}))
+    classes = {"model": name, "data": "Numbers"}
+    path.write_text(
+        yaml.safe_dump({part: {"class_path": f"helpers.verified_modules.{cls}"} for part, cls in classes.items()})
+    )
     return path
 
 

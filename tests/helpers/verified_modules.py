@@ -26,10 +26,15 @@ class Base(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return F.mse_loss(self(batch[0]), batch[1])
 
+
+class Numbers(L.LightningDataModule):
+    """Random vectors and targets; batches are of all data ranks together."""
+
     def train_dataloader(self) -> DataLoader[Any]:
         generator = torch.Generator().manual_seed(0)
         data = TensorDataset(torch.randn(32, 8, generator=generator), torch.randn(32, generator=generator))
-        return DataLoader(data, batch_size=8)
+        ranks = (self.trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
+        return DataLoader(data, batch_size=8 // ranks)
 
 
 class PlainLinearBetween(Base):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from helpers.optimizer_alone import KINDS, SignDescent, backward, equal, network, pair, tiled
+from jsonargparse import ArgumentParser
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -478,3 +479,11 @@ def test_fused_is_chosen_where_the_user_left_it_open():
     assert not chosen(torch.optim.AdamW(p, fused=False))
     assert not chosen(torch.optim.RMSprop(p))
     assert "params" not in fastest(torch.optim.SGD(p), {"params": p, "lr": 1})
+
+
+def test_command_lines_find_the_users_optimizer_by_its_name_and_not_the_tiled_one():
+    ours, optimizer, _, _ = pair(KINDS["AdamW"])
+    assert type(optimizer).__name__ == "AdamW" and isinstance(optimizer, TiledOptimizer)
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(Optimizer, "optimizer", skip={"params"})
+    assert parser.parse_args(["--optimizer", "AdamW"]).optimizer.class_path == "torch.optim.AdamW"
