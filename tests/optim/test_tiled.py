@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from lightning_tex.optim import TiledOptimizer
 from lightning_tex.optim.engine import Engine, fastest
 from lightning_tex.optim.formats import Window
 from lightning_tex.optim.probe import probe
@@ -482,7 +483,7 @@ def test_fused_is_chosen_where_the_user_left_it_open():
 
 
 def test_command_lines_find_the_users_optimizer_by_its_name_and_not_the_tiled_one():
-    ours, optimizer, _, _ = pair(KINDS["AdamW"])
+    _, optimizer, _, _ = pair(KINDS["AdamW"])
     assert type(optimizer).__name__ == "AdamW" and isinstance(optimizer, TiledOptimizer)
     parser = ArgumentParser()
     parser.add_subclass_arguments(Optimizer, "optimizer", skip={"params"})
