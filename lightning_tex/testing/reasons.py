@@ -26,7 +26,8 @@ def sampler_reason(layout: Layout) -> str:
     """Where the module's data gives ranks other samples than one process has."""
     return (
         f"a sampler that does not share samples over the {layout.data} data ranks, or shuffles by rank; legal: "
-        "DistributedSampler(.., shuffle=False, **trainer.distributed_sampler_kwargs); the one that Lightning adds shuffles"
+        "DistributedSampler(.., shuffle=False, **trainer.distributed_sampler_kwargs); the one that Lightning adds "
+        "shuffles"
     )
 
 

@@ -54,6 +54,7 @@ def test_a_wrong_module_is_named_and_ends_with_code_1(name, reason, tmp_path, ca
     code, report, printed = verified(capsys, *words)
     assert code == 1
     assert not report["alike"]
+    assert {layout["status"] for layout in report["layouts"]} <= {"alike", "differs", "failed"}
     wrong = [layout for layout in report["layouts"] if not layout["alike"]]
     assert wrong and all(layout["devices"] == 2 for layout in wrong)
     assert any(reason in layout["reason"] for layout in wrong)
