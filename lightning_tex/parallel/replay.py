@@ -35,7 +35,7 @@ class Tape(ABC):
         """What the same collective gave in the first forward."""
 
 
-# The tapes of the blocks that are being run, outermost first, and whether they are passed by for the moment.
+# The tapes of the blocks that are being run, outermost first, and whether collectives are off the tapes.
 running_tapes: ContextVar[tuple[Tape, ...]] = ContextVar("running_tapes", default=())
 _outside: ContextVar[bool] = ContextVar("_outside", default=False)
 
