@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from lightning_tex.optim.flat import Entry, FlatBuffer
-from lightning_tex.parallel.collectives import Started, gather_in_place, own_part, reduce_scatter_in_place, sum_in_place
+from lightning_tex.parallel.in_place_collectives import (
+    Started,
+    gather_in_place,
+    own_part,
+    reduce_scatter_in_place,
+    sum_in_place,
+)
 
 _AT_ONCE = 1 << 18  # elements of which a norm is taken: more cost accuracy and, being upcast, time
 
