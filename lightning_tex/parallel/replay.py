@@ -132,5 +132,5 @@ def current_pass() -> Literal["forward", "recompute", "backward"]:
 
 def count_sent(operation: str, axis: Axis, scaled_bytes: int) -> None:
     """Tell the axis's meter of a collective that sent ``scaled_bytes / axis.size`` bytes."""
-    if axis.meter is not None:
+    if axis.meter is not None and axis.meter.counting:
         axis.meter.add(Sent(operation, axis.name, current_pass()), scaled_bytes, axis.size)
