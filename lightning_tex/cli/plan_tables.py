@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_tex.cli.tables import console, figure, save, seconds, stack, table
-from lightning_tex.errors import UserValueError
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.planner.cluster import GIB, Cluster
 from lightning_tex.planner.describe import describe_decoder
 from lightning_tex.planner.layouts import Job

@@ -7,8 +7,8 @@ from typing import Literal, get_args
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_tex.errors import UserValueError
 from lightning_tex.layers.linear import ColumnParallelLinear, RowParallelLinear, require_divisible
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.sharding import TexModule
 from lightning_tex.parallel.topology import Layout
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_tex.errors import UserValueError
 from lightning_tex.parallel.collectives import all_reduce, gather
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.initialization import by_index, init_normal_
 from lightning_tex.parallel.sharding import TexModule
 from lightning_tex.parallel.topology import Axis

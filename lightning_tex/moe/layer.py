@@ -5,17 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_tex.errors import UserValueError
 from lightning_tex.layers.mlp import Activation
 from lightning_tex.moe.capacity import CapacityDispatcher
 from lightning_tex.moe.dispatch import Dispatcher
 from lightning_tex.moe.dropless import DroplessDispatcher
 from lightning_tex.moe.expert_axes import ExpertAxes
 from lightning_tex.moe.experts import Experts
-from lightning_tex.moe.losses import ExpertLoad, LossLedger, count_choices, routing_losses
+from lightning_tex.moe.losses import LossLedger, count_choices, routing_losses
 from lightning_tex.moe.router import Route, Router, make_router
 from lightning_tex.moe.sequence_parallel import SequenceShardedCapacityDispatcher
 from lightning_tex.parallel.activation_checkpointing import first_forward_only
+from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.parallel.expert_load import ExpertLoad
 from lightning_tex.parallel.replay import recomputing
 from lightning_tex.parallel.sharding import TexModule
 from lightning_tex.parallel.topology import Layout, Topology

@@ -12,11 +12,11 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
-from lightning_tex.errors import UserRuntimeError
 from lightning_tex.optim.gradients import Gradients
 from lightning_tex.optim.overlap import BucketOverlap, optimizer_pass
 from lightning_tex.parallel import collectives
 from lightning_tex.parallel.activation_layout import reached, reached_directly
+from lightning_tex.parallel.errors import UserRuntimeError
 from lightning_tex.parallel.sharding import ParameterSharding
 from lightning_tex.parallel.topology import Axis, Communication
 

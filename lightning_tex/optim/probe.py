@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import _disable_current_modes
 
-from lightning_tex.errors import UserValueError
 from lightning_tex.optim.engine import Engine, fastest
 from lightning_tex.optim.formats import StateFormat, Window, per_element
 from lightning_tex.parallel.allocations import AllocationWatch
+from lightning_tex.parallel.errors import UserValueError
 
 _ELEMENTS = 4096
 

@@ -29,7 +29,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_tex.errors import UserRuntimeError, UserValueError
 from lightning_tex.optim.engine import Engine
 from lightning_tex.optim.flat import FlatBuffer, Member, buckets, kind
 from lightning_tex.optim.gradient_reducer import GradientReducer, ReductionStage
@@ -37,6 +36,7 @@ from lightning_tex.optim.overlap import optimizer_pass
 from lightning_tex.optim.rounding import RoundingSeed
 from lightning_tex.optim.shard import Piece, Shard
 from lightning_tex.optim.state_config import OptimizerStateConfig
+from lightning_tex.parallel.errors import UserRuntimeError, UserValueError
 from lightning_tex.parallel.sharding import ParameterSharding
 from lightning_tex.parallel.topology import Axis, Communication
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_tex.errors import UserRuntimeError, UserValueError
+from lightning_tex.parallel.errors import UserRuntimeError, UserValueError
 from lightning_tex.parallel.replay import Tape, outside_replay, running_tapes
 from lightning_tex.parallel.sharding import TexModule
 

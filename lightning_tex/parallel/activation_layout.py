@@ -12,7 +12,6 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_tex.errors import UserValueError
 from lightning_tex.parallel.collectives import (
     BORDERS,
     broadcast,
@@ -24,6 +23,7 @@ from lightning_tex.parallel.collectives import (
     reduce_split,
     split,
 )
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.replay import products_then
 from lightning_tex.parallel.topology import Axis, Topology
 

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_tex.errors import UserValueError
 from lightning_tex.parallel.byte_meter import ByteMeter
+from lightning_tex.parallel.errors import UserValueError
 
 AXES = ("tensor", "data", "expert_tensor", "expert", "expert_data")
 # One rank, or an array of ranks, which arithmetic serves alike.

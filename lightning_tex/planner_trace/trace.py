@@ -12,9 +12,9 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_tex.data import TextDataModule
-from lightning_tex.errors import UserValueError
 from lightning_tex.parallel.activation_checkpointing import stash, stash_bytes
 from lightning_tex.parallel.byte_meter import Sent
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.sharding import parameter_shardings
 from lightning_tex.parallel.topology import Layout
 from lightning_tex.planner_trace.batches import MadeUpBlocks

@@ -11,8 +11,8 @@ from torch._C._distributed_c10d import ProcessGroup
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_tex.errors import UserValueError
 from lightning_tex.parallel.allocations import tensors_in
+from lightning_tex.parallel.errors import UserValueError
 
 aten, c10d, prim = torch.ops.aten, torch.ops.c10d, torch.ops.prim
 

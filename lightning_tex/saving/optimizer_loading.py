@@ -10,11 +10,11 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_tex.errors import UserValueError
 from lightning_tex.optim import TiledOptimizer
 from lightning_tex.optim.engine import fastest
 from lightning_tex.optim.formats import LOW_PRECISION, MASTER
 from lightning_tex.optim.shard import Piece, Shard
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.saving.global_tensor import GlobalTensor
 from lightning_tex.saving.model_state import MODEL, OPTIMIZER, Described, Source, TensorPath
 from lightning_tex.saving.optimizer_state import ROUNDING_SEED, group_options, held_parts

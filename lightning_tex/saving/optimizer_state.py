@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_tex.errors import UserTypeError
 from lightning_tex.optim import TiledOptimizer
 from lightning_tex.optim.formats import SavedState
 from lightning_tex.optim.shard import Piece
 from lightning_tex.optim.tiled import parameter_names
+from lightning_tex.parallel.errors import UserTypeError
 from lightning_tex.saving.global_tensor import GlobalTensor, Part, run_parts
 
 # The name that the rounding seed has in a directory of format 1, and in a plain file of 0.1.

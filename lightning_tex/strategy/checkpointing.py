@@ -15,8 +15,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_tex.errors import UserTypeError
 from lightning_tex.optim import TiledOptimizer
+from lightning_tex.parallel.errors import UserTypeError
 from lightning_tex.parallel.topology import Topology
 from lightning_tex.saving import (
     Background,

@@ -24,7 +24,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_tex.errors import UserRuntimeError, UserValueError
 from lightning_tex.layers.vocab import require_both_ends
 from lightning_tex.moe import MoE, auxiliary_loss
 from lightning_tex.optim import OptimizerStateConfig, OptimizerStateFormat, TiledOptimizer, ZeroStage
@@ -34,6 +33,7 @@ from lightning_tex.parallel.activation_checkpointing import (
     ActivationCheckpointing,
     recompute_blocks,
 )
+from lightning_tex.parallel.errors import UserRuntimeError, UserValueError
 from lightning_tex.parallel.hashing import stable_hash
 from lightning_tex.parallel.sharding import check_shardable, parameter_shardings, shard_module, synchronise
 from lightning_tex.parallel.topology import Communication, Layout, Topology

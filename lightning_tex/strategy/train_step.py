@@ -12,9 +12,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_tex.errors import UserValueError
 from lightning_tex.moe.losses import auxiliary_loss
 from lightning_tex.optim import OptimizerStateConfig, TiledOptimizer
+from lightning_tex.parallel.errors import UserValueError
 
 
 class TrainStep(Precision):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning import LightningModule
 
-from lightning_tex.errors import UserError
+from lightning_tex.parallel.errors import UserError
 from lightning_tex.parallel.topology import Layout
 from lightning_tex.testing.batches import same_samples, samples_of, tensors_of
 from lightning_tex.testing.layouts import Run, legal_layouts

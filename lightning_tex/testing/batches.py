@@ -10,7 +10,7 @@ from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_tex.errors import UserValueError
+from lightning_tex.parallel.errors import UserValueError
 
 
 class Batches(IterableDataset[Any]):
