@@ -1,7 +1,8 @@
 """Errors that the user can put right: a wrong option, layout, file or way to use something.
 
 Each is also the built-in exception that fits, so ``except ValueError`` catches what it always did. The command line
-prints them as one line; any other exception is a bug and keeps its traceback.
+prints them as one line, as it does Lightning's ``MisconfigurationException`` and every ``OSError`` (files and disks);
+any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations

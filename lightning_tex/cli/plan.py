@@ -176,7 +176,7 @@ def _plan(
     job, own = _job(wanted, given, more)
     choices = choose.choices()
     if shown.largest_base:
-        # Cutting every matrix over many nodes would fit anything, at no speed to speak of.
+        # Sharding every matrix over many nodes would fit anything, at no speed to speak of.
         formats = choose.optimizer_state_format or ["fp32"]
         choices = replace(choices, most_tensor=cluster.gpus_per_node, optimizer_state_format=formats)
         report = plan_tables.largest_report(job, cluster, largest_base(job, cluster, choices))

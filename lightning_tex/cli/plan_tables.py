@@ -94,7 +94,7 @@ def show(found: Mapping[str, Any], rows: int) -> None:
     out = console()
     counts = found["parameters"]
     out.print(
-        f"{_many(sum(counts.values()))} parameters ({_many(counts['cut'] + counts['uncut'])} dense, "
+        f"{_many(sum(counts.values()))} parameters ({_many(counts['sharded'] + counts['replicated'])} dense, "
         f"{_many(counts['expert'])} experts) on {found['gpus']} x {found['cluster']['name']} with "
         f"{size(found['usable_bytes'])} for tensors; {found['global_batch_size']} x {found['sequence_length']} "
         f"tokens a step, {found['precision']}"

@@ -55,6 +55,7 @@ class ReductionStage(Enum):
         self.said, self.legal = said, legal
 
 
+_IN_BACKWARD = (ReductionStage.IN_BACKWARD, ReductionStage.IN_LAST_BACKWARD)
 _NOT_COMBINED = (ReductionStage.COLLECTING, ReductionStage.SENT, ReductionStage.COMPLETE)
 
 
@@ -67,12 +68,15 @@ class ReductionState:
         scale: what they are still to be multiplied by.
         norm: their norm before that, if it is known.
         finite: whether it was, if that is known; clamping loses the norm and not this.
+        announced: the stage of a backward that had begun when ``zero_grad`` began the step anew, as in a hook before
+            the backward; it may still be ended.
     """
 
     stage: ReductionStage = ReductionStage.COLLECTING
     scale: float = 1.0
     norm: Tensor | None = None
     finite: bool | None = None
+    announced: ReductionStage | None = None
 
 
 class GradientReducer:
@@ -115,7 +119,8 @@ class GradientReducer:
         self._overlap.give_up()
         for gradients in self.buffers:
             gradients.zero()
-        self.state = ReductionState()
+        under_way = self.state.stage if self.state.stage in _IN_BACKWARD else self.state.announced
+        self.state = ReductionState(announced=under_way)
 
     def step_is_over(self) -> None:
         """The gradients have been used, or the step was skipped."""
@@ -141,11 +146,14 @@ class GradientReducer:
         self._look_at(loss)
         if self.communication.overlap and undisturbed and (last or self.at_once):
             self._overlap.backward_begins()
-        self._move_to(ReductionStage.IN_LAST_BACKWARD if last else ReductionStage.IN_BACKWARD)
+        stage = ReductionStage.IN_LAST_BACKWARD if last else ReductionStage.IN_BACKWARD
+        self.state = replace(self.state, stage=stage, announced=None)
 
     def backward_ended(self) -> None:
         """Send what the backward left, if it is to leave at once; collective."""
-        self._require("backward_ended", ReductionStage.IN_BACKWARD, ReductionStage.IN_LAST_BACKWARD)
+        if self.state.announced is not None:
+            self.state = replace(self.state, stage=self.state.announced, announced=None)
+        self._require("backward_ended", *_IN_BACKWARD)
         self._overlap.backward_ended()
         if self.at_once:
             with optimizer_pass(self.world):

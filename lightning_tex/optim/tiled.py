@@ -124,7 +124,7 @@ class TiledOptimizer(Optimizer):
             if sharding is None:
                 raise UserValueError(
                     f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not a parameter of the "
-                    "LightningModule; register it there, so that it is placed and saved"
+                    "LightningModule; register it there, so that it is sharded and saved"
                 )
             if not parameter.requires_grad:
                 self.frozen.append(parameter)
@@ -255,7 +255,7 @@ class TiledOptimizer(Optimizer):
         """Do nothing instead of a step.
 
         Raises:
-            RuntimeError: the last steps have all been skipped, as many as the storage's guard says.
+            RuntimeError: the last steps have all been skipped, ``max_skipped_steps`` of them.
         """
         most = self.state_config.max_skipped_steps
         self.skipped.total += 1

@@ -66,7 +66,7 @@ def load_optimizer(optimizer: TiledOptimizer, states: OptimizerStates) -> None:
     saved = states.tensors()
     scalars = _scalar_keys(saved, optimizer)
     for shard in optimizer.shards:
-        shard.states.forget()
+        shard.states.clear()
         # Shard by shard: a compact format reads into memory that is given back.
         _load_elements(shard, states.source, saved, scalars)
     _load_scalars(optimizer, states, saved, scalars)
@@ -108,7 +108,7 @@ def _read_windows(
     path_of: Callable[[Piece, str], TensorPath],
 ) -> None:
     """Read states of a shard's windows, by (window, key), from where ``path_of`` says."""
-    targets = {(window, key): shard.states.place(window, key, dtype) for (window, key), dtype in wanted.items()}
+    targets = {(window, key): shard.states.memory_for(window, key, dtype) for (window, key), dtype in wanted.items()}
     request: dict[TensorPath, GlobalTensor] = {}
     for piece in shard.pieces():
         for (window, key), target in targets.items():
@@ -118,7 +118,7 @@ def _read_windows(
                 requested.parts += held_parts(piece, lambda target=target: target)  # type: ignore[misc]
     source.fill(request)
     for (window, key), target in targets.items():
-        shard.states.placed(window, key, target)
+        shard.states.filled(window, key, target)
 
 
 # --- states that are one number

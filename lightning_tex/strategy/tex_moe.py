@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from lightning import Trainer
@@ -149,9 +149,10 @@ class TexMoEStrategy(CheckpointingStrategy):
             legal = ", ".join(map(repr, ACTIVATION_CHECKPOINTING))
             raise UserValueError(f"activation_checkpointing={activation_checkpointing!r}; legal: {legal}")
         if activation_checkpointing is None and activation_checkpointing_policy is not None:
+            legal = ", ".join(repr(mode) for mode in ACTIVATION_CHECKPOINTING if mode is not None)
             raise UserValueError(
-                "activation_checkpointing_policy has no effect with activation_checkpointing=None; legal with it: "
-                "'full', 'communication_aware'"
+                "activation_checkpointing_policy has no effect with activation_checkpointing=None; "
+                f"legal with it: {legal}"
             )
         self._recompute = partial(
             recompute_blocks, mode=activation_checkpointing, policy=activation_checkpointing_policy
@@ -161,13 +162,19 @@ class TexMoEStrategy(CheckpointingStrategy):
         self._seed = 0
         self._compared: Counter[Any] = Counter()
 
+    @classmethod
+    def of(cls, trainer: Trainer) -> Self:
+        """The strategy of a Trainer that is known to run under it."""
+        assert isinstance(trainer.strategy, cls)
+        return trainer.strategy
+
     # --- layout and precision
 
     @property
     def topology(self) -> Topology:
         """All axes of the run. Exists from ``setup`` on."""
         if self._topology is None:
-            raise UserRuntimeError("The topology exists only after the Trainer has set up the strategy")
+            raise RuntimeError("The topology exists only after the Trainer has set up the strategy")
         return self._topology
 
     @property
@@ -227,7 +234,7 @@ class TexMoEStrategy(CheckpointingStrategy):
                 )
 
     def setup(self, trainer: Trainer) -> None:
-        """Cut the model for this rank, give it its memory and its optimizer. Idempotent over stages."""
+        """Shard the model for this rank, give it its memory and its optimizer. Idempotent over stages."""
         assert self.accelerator is not None and self.model is not None
         self.accelerator.setup(trainer)
         layout = self.resolve_layout()
@@ -293,9 +300,8 @@ class TexMoEStrategy(CheckpointingStrategy):
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Build the user's optimizer over the sharded model and put the sharded, tiled one in its place."""
-        for optimizer in self.optimizers:
-            if isinstance(optimizer, TiledOptimizer):
-                optimizer.release()
+        if self.tiled_optimizer is not None:
+            self.tiled_optimizer.release()
         self._reset_optimizers_and_schedulers()
         super().setup_optimizers(trainer)
         if len(self.optimizers) > 1:
@@ -305,12 +311,14 @@ class TexMoEStrategy(CheckpointingStrategy):
             )
         assert self.model is not None
         parameters = dict(self.model.named_parameters())
-        placed = {parameters[name]: p for name, p in parameter_shardings(self.model, self.topology).items()}
+        by_name = parameter_shardings(self.model, self.topology)
+        shardings = {parameters[name]: sharding for name, sharding in by_name.items()}
         if not isinstance(self.optimizers[0], _MockOptimizer):  # configure_optimizers returned None
             state_config = self.precision_plugin.state_config(replace(self._state_config, seed=self._seed))
             world = self.topology.world
-            tiled = TiledOptimizer(self.optimizers[0], placed, world, state_config, communication=self.communication)
-            self.optimizers = [tiled]
+            self.optimizers = [
+                TiledOptimizer(self.optimizers[0], shardings, world, state_config, communication=self.communication)
+            ]
             for config in self.lr_scheduler_configs:  # or a learning-rate monitor would find two optimizers
                 config.scheduler.optimizer = self.optimizers[0]
 

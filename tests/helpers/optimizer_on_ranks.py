@@ -18,7 +18,7 @@ LAYOUTS = [(2, 2, 2), (2, 2, 1), (2, 1, 2), (1, 2, 1), (4, 4, 1), (1, 1, 1)]
 
 
 class Model(nn.Module):
-    """Cut, padded, expert and plain parameters."""
+    """Sharded, padded, expert and plain parameters."""
 
     def __init__(self):
         super().__init__()

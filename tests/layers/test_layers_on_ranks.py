@@ -40,7 +40,7 @@ def same(actual, expected):
 
 
 def both(topology, layer, x, upstream, part_in=False, part_out=False, call=None, part_of=own):
-    """Run ``layer`` whole and cut; compare output, gradient of the input and of every parameter.
+    """Run ``layer`` whole and sharded; compare output, gradient of the input and of every parameter.
 
     ``part_in``, ``part_out``: the sharded layer takes, or gives, only its own part of the last dim.
     """

@@ -11,6 +11,8 @@ from helpers.topologies import join
 from torch.utils.checkpoint import checkpoint
 
 from lightning_tex.moe import MoE, auxiliary_loss
+from lightning_tex.moe.dropless import DroplessDispatcher
+from lightning_tex.moe.expert_axes import ExpertAxes
 from lightning_tex.parallel.collectives import all_reduce
 from lightning_tex.parallel.sharding import check_shardable, parameter_shardings, shard_module
 from lightning_tex.testing.ranks import run_ranks
@@ -177,3 +179,43 @@ def recomputed():
 
 def test_recomputation_reroutes_nothing_and_counts_the_loss_once():
     run_ranks(4, recomputed)
+
+
+class FirstChoices(DroplessDispatcher):
+    """A user's way to dispatch: only first choices are served."""
+
+    def dispatch(self, x, route):
+        indices = route.indices.clone()
+        indices[:, 1:] = self.num_experts
+        return super().dispatch(x, route._replace(indices=indices))
+
+
+class FirstChoiceMoE(MoE):
+    def make_dispatcher(self, topology):
+        return FirstChoices(self.num_experts, ExpertAxes.of(topology))
+
+
+def own_layer_and_tokens():
+    torch.manual_seed(0)
+    return FirstChoiceMoE(DIM, 8, EXPERTS, top_k=2).double(), torch.randn(5, DIM, dtype=torch.float64)
+
+
+def plain_output():
+    layer, x = own_layer_and_tokens()
+    plain = MoE(DIM, 8, EXPERTS, top_k=1).double()
+    plain.load_state_dict(layer.state_dict())
+    return plain(x).detach()
+
+
+def own_output(layout):
+    layer, x = own_layer_and_tokens()
+    shard_module(layer, join(*layout))
+    return type(layer.dispatcher), layer(x).detach()
+
+
+@pytest.mark.parametrize("layout", [(1, 1), (1, 2), (2, 1), (2, 2, 1)], ids=str)
+def test_a_layer_of_ones_own_dispatches_its_own_way_on_any_layout(layout):
+    [expected] = run_ranks(1, plain_output)
+    for dispatcher, output in run_ranks(max(layout), own_output, layout):
+        assert dispatcher is FirstChoices
+        torch.testing.assert_close(output, expected)

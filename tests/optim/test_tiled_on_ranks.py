@@ -136,7 +136,7 @@ def states_are_sharded():
             covered = {name: torch.zeros(at.box.stored).flatten() for name, at in pair.shardings.items()}
             for piece in pair.optimizer.pieces():
                 covered[piece.sharding.name][piece.stored.slices] += 1
-                state = piece.shard.states.kept(piece.window)
+                state = piece.shard.states.saved_states(piece.window)
                 span = piece.shard.states.spans[piece.window]
                 assert state["exp_avg"].read().shape == (span.stop - span.start,)
             for name, at in pair.shardings.items():

@@ -72,7 +72,7 @@ def test_box_of_a_padded_cut_by_hand():
 
 
 class Everything(nn.Module):
-    """Every kind of cut: columns, rows, padded rows, experts; a tie; a plain module."""
+    """Every kind of sharding: columns, rows, padded rows, experts; a tie; a plain module."""
 
     def __init__(self):
         super().__init__()

@@ -52,10 +52,13 @@ def measured_and_planned(
     if precision == "bf16-mixed":
         TexMixedPrecision("bf16-mixed", "cpu").convert_module(model)
     parameters = dict(model.named_parameters())
-    placed = {parameters[name]: p for name, p in parameter_shardings(model, topology).items()}
+    by_name = parameter_shardings(model, topology)
+    shardings = {parameters[name]: sharding for name, sharding in by_name.items()}
     groups = [{"params": [p for p in model.parameters() if (p.dim() > 1) == matrix]} for matrix in (True, False)]
     state_config = OptimizerStateConfig(zero_stage=stage)
-    optimizer = TiledOptimizer(torch.optim.AdamW(groups), placed, topology.world, state_config, topology.communication)
+    optimizer = TiledOptimizer(
+        torch.optim.AdamW(groups), shardings, topology.world, state_config, topology.communication
+    )
     cross_entropy = VocabParallelCrossEntropy(reduction="sum")
     cross_entropy.bind(topology)
     ids = torch.randint(config.vocab_size, (B, S), generator=torch.Generator().manual_seed(topology.data.rank))
