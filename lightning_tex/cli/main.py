@@ -10,7 +10,7 @@ from lightning.pytorch.cli import ArgsType
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lightning_tex.parallel.errors import UserError
+from lightning_tex.parallel.errors import UserError, left_by_another_rank
 from lightning_tex.recipe import DEFAULTS, TexCLI
 
 # Those that are not the Trainer's: the module whose ``main`` takes the words after the command. Imported when it is
@@ -43,7 +43,7 @@ def main(args: ArgsType = None) -> None:
     except (UserError, MisconfigurationException, OSError, RuntimeError) as error:
         # Every rank tells: the fault may be one rank's own, or rank 0 already ended by its launcher.
         rank = getattr(rank_zero_only, "rank", 0)
-        if _left_by_another_rank(error):
+        if left_by_another_rank(error):
             print(
                 f"[rank {rank}] ended: another rank has closed its connection; see that rank's error", file=sys.stderr
             )
@@ -52,9 +52,3 @@ def main(args: ArgsType = None) -> None:
             raise
         print(f"[rank {rank}] error: {error}" if rank else f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
-
-
-def _left_by_another_rank(error: Exception) -> bool:
-    """Whether gloo or torch's store says so. NCCL does not notice: its launcher or its watchdog ends the process."""
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("losed by peer" in text or "reset by peer" in text)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from inspect import signature
-from typing import Any, Literal
+from typing import Any
 
 from jsonargparse.typing import PositiveFloat
 
@@ -18,6 +18,7 @@ from lightning_tex.recipe import Recipe, quiet
 from lightning_tex.strategy import TexMoEStrategy
 from lightning_tex.testing import Verdict, compare_layouts
 from lightning_tex.testing.runs import sgd
+from lightning_tex.testing.verdict import Status, complaint
 
 # Options of the recipe's strategy that every layout is given; the others say the layout, or are for larger machines.
 _KEPT = (
@@ -29,7 +30,14 @@ _KEPT = (
     "activation_checkpointing_policy",
 )
 _STEPS = Count(3)
-_KINDS = ("loss", "gradient norm", "gradients", "parameters")
+_KINDS = ("loss", "gradients", "gradient norm", "parameters")
+# What is wrong stands out.
+_ENDINGS: dict[Status, str] = {
+    "alike": "alike",
+    "differs": "DIFFERS",
+    "failed": "FAILED",
+    "not tried": "not tried",
+}
 
 
 @dataclass(frozen=True)
@@ -41,14 +49,14 @@ class VerifyOptions:
         devices: numbers of processes; every legal layout of each is tried.
         steps: optimizer steps.
         precision: the Trainer's; in 64-true rounding cannot be mistaken for an error.
-        tolerance: relative 2-norm per tensor; left out: 1e-8 in 64-true, 1e-4 in 32-true.
+        tolerance: relative 2-norm per tensor; left out: by precision, see lightning_tex.testing.TOLERANCES.
         own_optimizer: the recipe's optimizer, in place of SGD, which hides no wrong scale.
     """
 
     config: str
     devices: list[Count] = field(default_factory=lambda: [Count(1), Count(2), Count(4)])
     steps: Count = _STEPS
-    precision: Literal["64-true", "32-true"] = "64-true"
+    precision: str = "64-true"
     tolerance: PositiveFloat | None = None
     own_optimizer: bool = False
 
@@ -75,17 +83,18 @@ def verify(options: VerifyOptions, more: list[str]) -> dict[str, Any]:
         tolerance=options.tolerance,
         optimizer=None if options.own_optimizer else sgd,
         timeout=600,
-        progress=lambda verdict: out.print(f"  {'alike' if verdict.alike else 'NOT ALIKE'}  {verdict.run}"),
+        progress=lambda verdict: out.print(f"  {_ENDINGS[verdict.status]}  {verdict.run}"),
     )
     show(verdicts)
-    return {"recipe": options.config, "alike": _all_alike(verdicts), "layouts": [_plain(v) for v in verdicts]}
+    alike = complaint(verdicts, named=False) is None
+    return {"recipe": options.config, "alike": alike, "layouts": [_plain(v) for v in verdicts]}
 
 
 COMMAND = Command("verify", verify, (VerifyOptions,), takes_recipe=True)
 
 
 def main(words: Sequence[str]) -> None:
-    """Run it; ends with exit code 1 where a layout differs.
+    """Run it; ends with exit code 1 where a layout differs or fails, or none could be tried.
 
     Args:
         words: what follows ``verify`` on the command line.
@@ -103,8 +112,7 @@ def show(verdicts: Sequence[Verdict]) -> None:
         layout = verdict.layout
         sizes = [layout.tensor, layout.expert, layout.expert_tensor, layout.data] if layout else ["-"] * 4
         figures = (f"{verdict.worst[kind]:.1e}" if kind in verdict.worst else "-" for kind in _KINDS)
-        ending = "alike" if verdict.alike else "not tried" if verdict.skipped else "NOT ALIKE"
-        rows.add_row(str(verdict.run.devices), *map(str, sizes), *figures, ending)
+        rows.add_row(str(verdict.run.devices), *map(str, sizes), *figures, _ENDINGS[verdict.status])
     out.print(rows)
     for verdict in verdicts:
         if not verdict.alike:
@@ -119,17 +127,12 @@ def _kept_options(given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: given[name] for name in _KEPT if name in given and given[name] != defaults[name].default}
 
 
-def _all_alike(verdicts: Sequence[Verdict]) -> bool:
-    """Whether all that could be tried are alike, and some could."""
-    tried = [verdict for verdict in verdicts if not verdict.skipped]
-    return bool(tried) and all(verdict.alike for verdict in tried)
-
-
 def _plain(verdict: Verdict) -> dict[str, Any]:
     return {
         "devices": verdict.run.devices,
         "strategy": dict(verdict.run.strategy),
         "layout": None if verdict.layout is None else asdict(verdict.layout),
+        "status": verdict.status,
         "alike": verdict.alike,
         "worst": {kind.replace(" ", "_"): value for kind, value in verdict.worst.items()},
         "first_difference": None if verdict.first is None else str(verdict.first),

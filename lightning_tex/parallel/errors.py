@@ -26,3 +26,12 @@ class UserRuntimeError(UserError, RuntimeError):
 
 class UserFileError(UserError, FileNotFoundError):
     """A file or folder that is not there."""
+
+
+def left_by_another_rank(error: Exception) -> bool:
+    """Whether gloo or torch's store says that another rank has closed its connection: a consequence and no cause.
+
+    NCCL does not notice; its launcher or its watchdog ends the process.
+    """
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("losed by peer" in text or "reset by peer" in text)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 from torch import nn
 
 from lightning_tex.moe import MoE
-from lightning_tex.parallel.errors import UserError
+from lightning_tex.parallel.errors import UserError, UserValueError
 from lightning_tex.parallel.sharding import check_shardable
 from lightning_tex.parallel.topology import Layout
+from lightning_tex.strategy import TexMoEStrategy
 
 # Arguments of TexMoEStrategy that make a layout, by the field of Layout.
 _SIZES = {
@@ -19,6 +21,7 @@ _SIZES = {
     "expert": "expert_parallel_size",
     "expert_tensor": "expert_tensor_parallel_size",
 }
+_ARGUMENTS = tuple(signature(TexMoEStrategy).parameters)
 
 
 @dataclass(frozen=True)
@@ -28,15 +31,31 @@ class Run:
     Args:
         devices: processes.
         strategy: arguments of :class:`lightning_tex.TexMoEStrategy`.
+
+    Raises:
+        UserValueError: it has no such argument.
     """
 
     devices: int
     strategy: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.strategy if name not in _ARGUMENTS]
+        if unknown:
+            raise UserValueError(f"TexMoEStrategy takes no {', '.join(unknown)}; legal: {', '.join(_ARGUMENTS)}")
+
     @classmethod
-    def of(cls, options: Mapping[str, Any]) -> Run:
-        """From one mapping, such as ``{"devices": 4, "tensor_parallel_size": 2}``."""
+    def of(cls, options: Mapping[str, Any] | Run) -> Run:
+        """From one mapping, such as ``{"devices": 4, "tensor_parallel_size": 2}``, or as it is.
+
+        Raises:
+            UserValueError: ``devices`` is missing, or another name is no argument of TexMoEStrategy.
+        """
+        if isinstance(options, Run):
+            return options
         strategy = dict(options)
+        if "devices" not in strategy:
+            raise UserValueError(f"a layout {strategy} without devices, its number of processes; legal: 1 or more")
         return cls(int(strategy.pop("devices")), strategy)
 
     def resolve(self, module: nn.Module) -> Layout:

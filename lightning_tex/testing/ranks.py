@@ -9,9 +9,10 @@ import random
 import socket
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import torch
@@ -19,15 +20,38 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
+class RanksFailed(AssertionError):
+    """Ranks failed or hung.
+
+    Args:
+        message: with the traceback of each rank that failed.
+        outcomes: what the others returned, by rank.
+        hung: ranks that were ended because they still ran.
+    """
+
+    def __init__(self, message: str, outcomes: Mapping[int, Any], hung: Sequence[int]) -> None:
+        super().__init__(message)
+        self.outcomes, self.hung = outcomes, hung
+
+
 def run_ranks(
     world: int, function: Callable[..., Any], *args: Any, timeout: float = 120, detail: bool = False
 ) -> list[Any]:
-    """``[function(*args) on rank r for r in range(world)]``. Each rank runs in a process of its own.
+    """Run a function on ranks that are forked from this process; what it returned on each, in their order.
 
     ``RANK`` and so on are set so that ``Trainer(devices=world)`` finds itself already launched; process groups are the
-    function's business. A rank that fails fails the test with that rank's traceback; one that hangs is ended.
-    ``detail`` is ``TORCH_DISTRIBUTED_DEBUG=DETAIL``: collectives that do not match are named, at twice their time; that
-    variable does the same for all tests.
+    function's business. On Linux: gloo is told to use the loopback interface by the name that it has there.
+
+    Args:
+        world: ranks.
+        function: is called as ``function(*args)`` on every rank; what it returns is pickled.
+        args: its arguments, which ranks have by the fork.
+        timeout: seconds that all ranks together have; then those that still run are ended.
+        detail: ``TORCH_DISTRIBUTED_DEBUG=DETAIL``: collectives that do not match are named, at twice their time. That
+            variable, where it is set, does the same for every call.
+
+    Raises:
+        RanksFailed: an AssertionError, with the traceback of each rank that failed, and the ranks that hang.
     """
     context = mp.get_context("fork")
     with reserved_port() as port, tempfile.TemporaryDirectory() as folder:
@@ -37,27 +61,29 @@ def run_ranks(
         ]
         for process in ranks:
             process.start()
+        deadline = monotonic() + timeout
         try:
             for process in ranks:
-                process.join(timeout)
+                process.join(max(0.0, deadline - monotonic()))
         finally:
             hung = [rank for rank, process in enumerate(ranks) if process.is_alive()]
             for process in ranks:
                 if process.is_alive():
                     process.kill()
                 process.join()
-        outcomes = [_outcome(Path(folder, str(rank))) for rank in range(world)]
-    failures = [f"--- rank {rank}\n{text}" for rank, (ok, text) in enumerate(outcomes) if not ok]
+        ended = [_outcome(Path(folder, str(rank))) for rank in range(world)]
+    failures = [f"--- rank {rank}\n{text}" for rank, (ok, text) in enumerate(ended) if not ok and rank not in hung]
     if hung:
         failures.append(f"--- ranks {hung} were still running after {timeout} s")
     if failures:
-        raise AssertionError("\n".join(failures))
-    return [value for _, value in outcomes]
+        returned = {rank: value for rank, (ok, value) in enumerate(ended) if ok}
+        raise RanksFailed("\n".join(failures), returned, hung)
+    return [value for _, value in ended]
 
 
 @contextmanager
 def reserved_port() -> Iterator[int]:
-    """A TCP port for rank 0 to listen at, which no other run of these tests takes meanwhile.
+    """A TCP port for rank 0 to listen at, which no other call of this function on the machine gives meanwhile.
 
     It is below those that systems give out by themselves; the UDP port of its number is held in sign of that.
     """
@@ -96,13 +122,15 @@ def _rank(rank: int, world: int, port: int, folder: str, detail: bool, function:
     if detail:
         dist.set_debug_level(dist.DebugLevel.DETAIL)
     torch.set_num_threads(1)
+    returned = False
     try:
-        outcome = True, function(*args)
+        pickled = pickle.dumps((True, function(*args)))
+        returned = True
     except BaseException:
-        outcome = False, traceback.format_exc()
+        pickled = pickle.dumps((False, traceback.format_exc()))
     temporary = Path(folder, f"{rank}.tmp")
-    temporary.write_bytes(pickle.dumps(outcome))
+    temporary.write_bytes(pickled)
     temporary.rename(Path(folder, str(rank)))
-    if dist.is_initialized() and outcome[0]:
+    if dist.is_initialized() and returned:
         dist.destroy_process_group()
-    os._exit(0 if outcome[0] else 1)
+    os._exit(0 if returned else 1)

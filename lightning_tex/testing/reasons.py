@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isfinite
 
-import torch
 from torch import Tensor, nn
 
 from lightning_tex.layers import ParallelAttention
 from lightning_tex.parallel.topology import Layout
 from lightning_tex.testing.recording import Record
 from lightning_tex.testing.runs import Outcome
+from lightning_tex.testing.sliced_capacity import has_capacity
 
 # Routing losses, which are not scaled with the rest, change a common factor by less than this share.
 _CLOSE = 0.05
+
+
+def reason_for_error(module: nn.Module, expected: Record, outcome: Outcome) -> str | None:
+    """As :func:`likely_reason`, where a rank raised: ``None`` unless it was seen that a layer holds a part."""
+    return _plain_layer_in_sharded_region(module, expected, outcome)
+
+
+def sampler_reason(layout: Layout) -> str:
+    """Where the module's data gives ranks other samples than one process has."""
+    return (
+        f"a sampler that does not share samples over the {layout.data} data ranks, or shuffles by rank; legal: "
+        "DistributedSampler(.., **trainer.distributed_sampler_kwargs), or none, so that Lightning adds one"
+    )
 
 
 def likely_reason(module: nn.Module, layout: Layout, expected: Record, outcome: Outcome) -> str:
@@ -26,16 +40,25 @@ def likely_reason(module: nn.Module, layout: Layout, expected: Record, outcome: 
         outcome: of a rank of the layout.
     """
     for reason in (
+        _not_finite(expected),
         _plain_layer_in_sharded_region(module, expected, outcome),
         _drifting_copies(outcome.record),
         _scaled(layout, expected, outcome.record),
         _dropout(module),
         _batch_statistics(module, layout),
+        _capacity(module, layout),
         _axis(layout),
     ):
         if reason:
             return reason
     return "not known; compare the first tensor that differs with the same layout in which one axis is 1"
+
+
+def _not_finite(expected: Record) -> str | None:
+    for number, step in enumerate(expected.steps, 1):
+        if not (isfinite(step.loss) and isfinite(step.gradient_norm)):
+            return f"step {number} is not finite in one process either; legal: a module whose loss and gradients are"
+    return None
 
 
 def _plain_layer_in_sharded_region(module: nn.Module, expected: Record, outcome: Outcome) -> str | None:
@@ -90,15 +113,6 @@ def common_factor(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -
     return factor if rest <= _CLOSE**2 * sum(float(other.square().sum()) for _, other in pairs) else None
 
 
-def relative_difference(expected: Tensor, found: Tensor) -> float:
-    """The 2-norm of the difference over that of what is expected; of the difference alone where that is 0."""
-    if expected.shape != found.shape:
-        return float("inf")
-    difference = float(torch.linalg.vector_norm(expected.double() - found.double()))
-    size = float(torch.linalg.vector_norm(expected.double()))
-    return difference / size if size else difference
-
-
 def _dropout(module: nn.Module) -> str | None:
     for name, child in module.named_modules():
         plain = isinstance(child, nn.modules.dropout._DropoutNd) and child.p > 0
@@ -111,6 +125,16 @@ def _batch_statistics(module: nn.Module, layout: Layout) -> str | None:
     for name, child in module.named_modules():
         if layout.data > 1 and isinstance(child, nn.modules.batchnorm._BatchNorm):
             return f"batch statistics: {name} ({type(child).__name__}) takes them of a rank's own samples"
+    return None
+
+
+def _capacity(module: nn.Module, layout: Layout) -> str | None:
+    if layout.data > 1 and has_capacity(module):
+        return (
+            "overflow of a capacity: each data rank decides it for its own tokens, which the one process takes to be "
+            "consecutive; legal: tokens whose first dim is that of the samples, or capacity_factor=None for the "
+            "comparison"
+        )
     return None
 
 

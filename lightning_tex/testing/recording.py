@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_tex.optim import TiledOptimizer
 from lightning_tex.parallel.collectives import all_gather, all_reduce
+from lightning_tex.parallel.replay import recomputing
 from lightning_tex.parallel.sharding import TexModule, parameter_shardings
 from lightning_tex.parallel.topology import Topology
 from lightning_tex.strategy import TexMoEStrategy
@@ -49,8 +50,8 @@ class Record:
 class Recorder(Callback):
     """Writes a :class:`Record` while a module trains, in one process or on any layout."""
 
-    def __init__(self) -> None:
-        self.record = Record()
+    def __init__(self, record: Record) -> None:
+        self.record = record
         self._open: Step | None = None
 
     def on_before_backward(self, trainer: Trainer, module: LightningModule, loss: Tensor) -> None:
@@ -63,13 +64,15 @@ class Recorder(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
         step = self._open or Step()
         parameters = dict(module.named_parameters())
+        tiled = next((o for o in trainer.strategy.optimizers if isinstance(o, TiledOptimizer)), None)
+        if tiled is None:
+            _count_missing_gradients_as_zero(optimizer)
         gradients = {
             name: torch.zeros_like(p) if p.grad is None else p.grad.detach()
             for name, p in parameters.items()
             if p.requires_grad
         }
         step.gradients = whole(module, gradients, _topology(trainer))
-        tiled = next((o for o in trainer.strategy.optimizers if isinstance(o, TiledOptimizer)), None)
         if tiled is None:
             squares = [gradient.double().square().sum() for gradient in step.gradients.values()]
             step.gradient_norm = float(torch.stack(squares).sum().sqrt())
@@ -84,6 +87,14 @@ class Recorder(Callback):
         if topology is not None:
             self.record.replicas = _differing_replicas(module, topology)
         self.record.parameters = whole(module, parameters, topology)
+
+
+def _count_missing_gradients_as_zero(optimizer: Optimizer) -> None:
+    """As the tiled optimizer does: weight decay then takes parameters that were not used, which torch's skips."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
 
 def whole(module: nn.Module, tensors: dict[str, Tensor], topology: Topology | None) -> dict[str, Tensor]:
@@ -122,12 +133,13 @@ def _digest(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def watched(module: LightningModule, record: Record) -> Iterator[list[str]]:
-    """Inside, note what plain modules are given, and which modules are being run, outermost first."""
-    running: list[str] = []
+def watched(module: LightningModule, record: Record, running: list[str]) -> Iterator[None]:
+    """Inside, note what plain modules are given, and in ``running`` which are being run, outermost first."""
     handles: list[Any] = []
 
     def enter(name: str, child: nn.Module, inputs: Any) -> None:
+        if recomputing():  # which may stop inside a child, and shows nothing new
+            return
         running.append(name)
         first = next((value for value in inputs if isinstance(value, Tensor) and value.dim()), None)
         if (
@@ -138,14 +150,15 @@ def watched(module: LightningModule, record: Record) -> Iterator[list[str]]:
             record.widths.setdefault(name, first.shape[-1])
 
     def leave(child: nn.Module, inputs: Any, output: Any) -> None:
-        running.pop()
+        if not recomputing():
+            running.pop()
 
     for name, child in module.named_modules():
         if name:
             handles.append(child.register_forward_pre_hook(partial(enter, name)))
             handles.append(child.register_forward_hook(leave))
     try:
-        yield running
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -13,6 +13,7 @@ from lightning_tex.moe.dispatch import Arrived, DispatchMetadata
 from lightning_tex.moe.exchange import CapacityExchange, to_experts
 from lightning_tex.moe.expert_axes import ExpertAxes
 from lightning_tex.moe.router import Route
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.topology import Topology
 
 # T tokens, E experts, C capacity, k choices per token
@@ -23,13 +24,24 @@ class SlicedCapacity(CapacityDispatcher):
     """The dispatcher of one process that decides overflow as ``slices`` data ranks would, each for its own tokens.
 
     Args:
-        slices: data ranks, which hold consecutive equal shares of the tokens.
+        slices: data ranks, which hold consecutive equal shares of the tokens: the first dim is that of the samples.
     """
 
     slices: int = 1
 
     def dispatch(self, x: Tensor, route: Route) -> tuple[Arrived, DispatchMetadata]:
+        """See the base class.
+
+        Raises:
+            UserValueError: the tokens are no equal shares.
+        """
         tokens, top_k = route.indices.shape
+        if tokens % self.slices:
+            raise UserValueError(
+                f"{tokens} tokens of an MoE layer with capacity_factor={self.factor} are no equal shares of "
+                f"{self.slices} data ranks, each of which decides overflow for its own tokens; legal: a multiple of "
+                f"{self.slices} tokens in every call, samples first, or capacity_factor=None for the comparison"
+            )
         share, experts = tokens // self.slices, self.num_experts
         rows = capacity(self.factor, top_k, share, experts)
         slots = [assign_slots(indices, experts, rows, rows) for indices in route.indices.split(share)]

@@ -19,15 +19,10 @@ from helpers.layout_grid import Case, Options, Sizes
 from helpers.trainers import quiet, silence
 from lightning_tex.layers import VocabParallelCrossEntropy
 from lightning_tex.models import Decoder, DecoderConfig
-from lightning_tex.moe import MoE, Router, auxiliary_loss
-from lightning_tex.moe.capacity import CapacityDispatcher, assign_slots, capacity
-from lightning_tex.moe.dispatch import Arrived, DispatchMetadata
-from lightning_tex.moe.exchange import CapacityExchange, to_experts
-from lightning_tex.moe.expert_axes import ExpertAxes
+from lightning_tex.moe import Router, auxiliary_loss
 from lightning_tex.moe.experts import Experts
-from lightning_tex.moe.router import Route
 from lightning_tex.parallel.sharding import parameter_shardings
-from lightning_tex.parallel.topology import Axis
+from lightning_tex.testing.sliced_capacity import decide_overflow_as
 
 STEPS = 20
 SAMPLES = 8  # of one micro-step over the whole data axis, whatever its size
@@ -123,37 +118,6 @@ class Recorded(L.LightningModule):
             # The default eps of 1e-8 would let rounding decide the direction of elements whose gradient is nearly 0.
             return torch.optim.AdamW(self.parameters(), lr=3e-3, eps=1e-6)
         return torch.optim.SGD(self.parameters(), lr=0.03, momentum=0.5)
-
-
-class SlicedCapacity(CapacityDispatcher):
-    """One process's dispatcher that decides overflow as ``slices`` data ranks would: each for its own tokens."""
-
-    slices = 1
-
-    def dispatch(self, x: Tensor, route: Route) -> tuple[Arrived, DispatchMetadata]:
-        tokens, top_k = route.indices.shape
-        share, experts = tokens // self.slices, self.num_experts
-        rows = capacity(self.factor, top_k, share, experts)
-        slots = [assign_slots(indices, experts, rows, rows) for indices in route.indices.split(share)]
-        slot, choice = [], []
-        for i, part in enumerate(slots):  # an expert's rows of one slice come after those of the slice before
-            row = part.slot // rows * rows * self.slices + i * rows + part.slot % rows
-            slot.append(torch.where(part.slot < experts * rows, row, experts * rows * self.slices))
-            moved = torch.where(part.choice < share * top_k, part.choice + i * share * top_k, tokens * top_k)
-            choice.append(moved.view(experts, rows))
-        exchange = CapacityExchange(self.axes, torch.cat(slot), torch.cat(choice, 1))
-        overflowed = torch.stack([part.overflowed for part in slots]).sum()
-        arrived = Arrived(to_experts(x.reshape(tokens, -1), exchange), [rows * self.slices] * experts)
-        return arrived, DispatchMetadata(exchange, route.weights, x.dtype, overflowed)
-
-
-def decide_overflow_as(root: nn.Module, slices: int) -> None:
-    for module in root.modules():
-        if isinstance(module, MoE) and module.capacity_factor is not None:
-            one = Axis("one")
-            axes = ExpertAxes(one, one, one, one)
-            module.dispatcher = SlicedCapacity(module.num_experts, axes, module.capacity_factor)
-            object.__setattr__(module.dispatcher, "slices", slices)  # the base is a frozen dataclass
 
 
 def token_blocks(samples: int, seed: int = 0) -> TensorDataset:

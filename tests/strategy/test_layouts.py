@@ -241,10 +241,9 @@ def test_equals_one_process_that_accumulates_the_ranks_micro_batches(precision: 
 
 
 def test_reference_decides_overflow_per_slice() -> None:
-    """The test's own dispatcher does what ranks with fewer tokens do, and not what one big batch does."""
-    from helpers.layout_runs import decide_overflow_as
-
+    """The reference's dispatcher does what ranks with fewer tokens do, and not what one big batch does."""
     from lightning_tex.moe import MoE
+    from lightning_tex.testing.sliced_capacity import decide_overflow_as
 
     torch.manual_seed(0)
     layer = MoE(8, 8, 4, top_k=2, capacity_factor=0.75).double()
