@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from enum import Enum
+from enum import Enum, unique
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from lightning_tex.parallel.sharding import ParameterSharding
 from lightning_tex.parallel.topology import Axis, Communication
 
 
+@unique
 class ReductionStage(Enum):
     """Where the gradients of a step are.
 
@@ -164,15 +165,15 @@ class GradientReducer:
             self._move_to(ReductionStage.SENT if self.at_once else ReductionStage.COLLECTING)
 
     def _look_at(self, loss: Tensor) -> None:
-        """See which parameters a loss reaches without passing through the stream that sequence parallelism splits.
+        """See which parameters a loss reaches without passing through sequence-sharded activations.
 
         Raises:
             RuntimeError: one that it reaches both ways.
         """
         if not self.communication.sequence_parallel or self.world.size == 1:
             return
-        split = {parameter for parameter, sharding in self.shardings.items() if sharding.partial_axis.size > 1}
-        new = split & reached_directly(loss)
+        partial = {parameter for parameter, sharding in self.shardings.items() if sharding.partial_axis.size > 1}
+        new = partial & reached_directly(loss)
         if not new <= self._reached_directly:
             _, behind = reached(loss)
             if both := new & behind:
