@@ -10,8 +10,8 @@ from typing import Any
 
 from lightning.fabric.utilities.seed import pl_worker_init_function
 
-from lightning_tex.errors import UserRuntimeError
 from lightning_tex.moe import auxiliary_loss
+from lightning_tex.parallel.errors import UserRuntimeError
 from lightning_tex.strategy.batches import agreed_loader, evaluation_loader, require_same_batch
 from lightning_tex.strategy.checkpointing import CheckpointingStrategy
 from lightning_tex.strategy.uneven_evaluation import run_until_all_are_done
