@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from lightning_tex.bench.candidates import OPTIMIZERS, Build, Candidate, Workload, average
 from lightning_tex.cli.bench import OPTIMIZER, bench_optimizer
-from lightning_tex.errors import UserError
+from lightning_tex.parallel.errors import UserError
 
 PIECES_PER_RANK = 4
 

@@ -36,7 +36,8 @@ class MoEOnAPage(nn.Module):
         if self.capacity_factor is None:
             return torch.ones_like(choices, dtype=torch.bool)
         tokens, experts = len(choices), len(self.up)
-        capacity = math.ceil(self.capacity_factor * self.top_k * tokens / experts)
+        # A product like 1.1 * 10 lies an ulp above 11 and must not take another slot for it.
+        capacity = math.ceil(self.capacity_factor * self.top_k * tokens / experts - 1e-9)
         queue = F.one_hot(choices.T.flatten(), experts)  # [k * T, E], all first choices first
         place = (queue.cumsum(0) * queue).sum(1)  # of a choice in its expert's queue, from 1
         return (place <= capacity).view(self.top_k, tokens).T

@@ -1,36 +1,5 @@
-"""Errors that the user can put right: a wrong option, layout, file or way to use something.
+"""Errors that you can put right, for your ``except``."""
 
-Each is also the built-in exception that fits, so ``except ValueError`` catches what it always did. The command line
-prints them as one line; any other exception is a bug and keeps its traceback.
-"""
+from lightning_tex.parallel.errors import UserError, UserFileError, UserRuntimeError, UserTypeError, UserValueError
 
-from __future__ import annotations
-
-
-class UserError(Exception):
-    """What is wrong, with the option, the numbers, and what is legal."""
-
-
-class UserValueError(UserError, ValueError):
-    """A value or a combination of values that is not legal."""
-
-
-class UserTypeError(UserError, TypeError):
-    """Something of a kind that is not supported."""
-
-
-class UserRuntimeError(UserError, RuntimeError):
-    """Found only while running: ranks that disagree, a hook that undoes what was done, an infinite gradient."""
-
-
-class UserFileError(UserError, FileNotFoundError):
-    """A file or folder that is not there."""
-
-
-def left_by_another_rank(error: Exception) -> bool:
-    """Whether gloo or torch's store says that another rank has closed its connection: a consequence and no cause.
-
-    NCCL does not notice; its launcher or its watchdog ends the process.
-    """
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("losed by peer" in text or "reset by peer" in text)
+__all__ = ["UserError", "UserFileError", "UserRuntimeError", "UserTypeError", "UserValueError"]

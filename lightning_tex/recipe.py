@@ -20,8 +20,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning_utilities import module_available
 
 from lightning_tex.data import TextDataModule
-from lightning_tex.errors import UserValueError
 from lightning_tex.models import LanguageModel
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.strategy import TexMoEStrategy
 
 

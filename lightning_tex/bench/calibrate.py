@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from lightning_tex.bench.kernels import Clock, Kernels
-from lightning_tex.parallel import collectives
+from lightning_tex.parallel import collectives, in_place_collectives
 from lightning_tex.parallel.topology import Axis
 from lightning_tex.planner.cluster import Cluster
 
@@ -177,7 +177,9 @@ class Links:
             return Link(self.memory_bandwidth, 0.0)
         seconds, n = self.kernels.clock.seconds, axis.size
         small, large = torch.zeros(2, device=self.kernels.clock.device), self._tensor(axis)
-        latency = seconds(lambda: collectives.sum_in_place(small, axis).wait(), 10) / (2 * min(n - 1, ceil(log2(n))))
+        latency = seconds(lambda: in_place_collectives.sum_in_place(small, axis).wait(), 10) / (
+            2 * min(n - 1, ceil(log2(n)))
+        )
         sent = (n - 1) / n * 4 * large.numel()
         taken = {
             "all_gather": (seconds(lambda: collectives.all_gather(large[: len(large) // n], 0, axis)), 1, n - 1),
@@ -205,7 +207,7 @@ class Links:
                 torch.mm(a, a, out=out)
 
         def both(count: int) -> None:
-            started = collectives.sum_in_place(buffer, axis)
+            started = in_place_collectives.sum_in_place(buffer, axis)
             products(count)
             started.wait()
 

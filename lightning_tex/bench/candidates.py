@@ -207,7 +207,7 @@ REFERENCE = "torch fused"
 
 
 def ours(tile_size: int | None, state_formats: Sequence[OptimizerStateFormat]) -> dict[str, Build]:
-    """This package's step by name: tiled, once for each state format; guarded; and with all elements in one tile.
+    """This package's step by name: tiled, once for each state format, with the check of gradients, and in one tile.
 
     Args:
         tile_size: elements in a tile; ``None``: the default.
@@ -218,7 +218,7 @@ def ours(tile_size: int | None, state_formats: Sequence[OptimizerStateFormat]) -
         found["tiled" if name == "fp32" else f"tiled, {name}"] = partial(
             Tiled, tile_size=tile_size, optimizer_state_format=name
         )
-    found["tiled, guarded"] = partial(Tiled, tile_size=tile_size, max_skipped_steps=1)
+    found["tiled, checked"] = partial(Tiled, tile_size=tile_size, max_skipped_steps=1)
     return found | {"untiled": partial(Tiled, tile_size=UNBOUNDED)}
 
 

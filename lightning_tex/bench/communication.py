@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_tex.bench.combinations import Combination
 from lightning_tex.bench.stopwatch import Measured, Stopwatch
-from lightning_tex.errors import UserValueError
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.topology import Layout, Topology
 from lightning_tex.recipe import Recipe, quiet
 from lightning_tex.strategy import TexMoEStrategy

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.profiler import profile
 
+from lightning_tex.parallel.allocations import storage_bytes
+
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     """Highest number of bytes that ``run`` holds at once on ``device``, above what was there before.
@@ -30,8 +32,7 @@ def live_bytes(device: torch.device) -> int:
     gc.collect()
     tensors = [held for held in gc.get_objects() if issubclass(type(held), Tensor)]
     tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
-    storages = (tensor.untyped_storage() for tensor in tensors if tensor.device == device)
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    return storage_bytes(tensor for tensor in tensors if tensor.device == device)
 
 
 def _peak_on_cuda(run: Callable[[], object], device: torch.device) -> int:

@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from lightning_tex.bench.candidates import REFERENCE, Build, Candidate, Tiled, Workload, ours, torchs
 from lightning_tex.bench.memory import live_bytes, peak_bytes
-from lightning_tex.errors import UserValueError
 from lightning_tex.optim.state_config import OptimizerStateFormat
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.topology import Layout, Topology
 
 PROBE_ELEMENTS = 1 << 16

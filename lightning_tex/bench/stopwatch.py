@@ -52,7 +52,7 @@ class Stopwatch(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self.warmup - 1:
-            meter = _strategy(trainer).topology.world.meter
+            meter = TexMoEStrategy.of(trainer).topology.world.meter
             if meter is not None and not meter.counting:
                 meter.start()
 
@@ -66,7 +66,7 @@ class Stopwatch(Callback):
             return
         self._steps_seen = trainer.global_step
         if trainer.global_step == self.warmup:
-            meter = _strategy(trainer).topology.world.meter
+            meter = TexMoEStrategy.of(trainer).topology.world.meter
             if meter is not None:
                 self._sent = {"/".join(kind): count for kind, count in meter.sent_bytes().items()}
                 meter.stop()
@@ -74,7 +74,7 @@ class Stopwatch(Callback):
             self._start = self._now(trainer)
         elif trainer.global_step == self.warmup + self.steps:
             wall, cpu = (end - start for end, start in zip(self._now(trainer), self._start, strict=True))
-            strategy = _strategy(trainer)
+            strategy = TexMoEStrategy.of(trainer)
             cpus = all_reduce(torch.tensor(cpu, device=strategy.root_device), strategy.topology.world)
             loss = strategy.reduce(self._loss.double(), reduce_op="mean") * trainer.accumulate_grad_batches
             per_step = 1000 / self.steps
@@ -85,8 +85,3 @@ class Stopwatch(Callback):
             torch.cuda.synchronize()
         trainer.strategy.barrier()
         return time.perf_counter(), time.process_time()
-
-
-def _strategy(trainer: Trainer) -> TexMoEStrategy:
-    assert isinstance(trainer.strategy, TexMoEStrategy)
-    return trainer.strategy

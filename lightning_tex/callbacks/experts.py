@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from lightning_tex.moe import MoE
+from lightning_tex.parallel.expert_load import ExpertLoad
+from lightning_tex.parallel.sharding import TexModule, tex_modules
 
 
 class ExpertMonitor(Callback):
@@ -20,7 +21,7 @@ class ExpertMonitor(Callback):
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._layers: dict[str, MoE] | None = None
+        self._layers: dict[str, TexModule] | None = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -28,8 +29,8 @@ class ExpertMonitor(Callback):
         if not trainer._logger_connector.should_update_logs:
             return
         if self._layers is None:
-            self._layers = labelled({n: m for n, m in pl_module.named_modules() if isinstance(m, MoE)})
-        loads = {label: layer.load.take() for label, layer in self._layers.items()}
+            self._layers = labelled({name: layer for name, layer in tex_modules(pl_module) if _load(layer) is not None})
+        loads = {label: load.take() for label, layer in self._layers.items() if (load := _load(layer)) is not None}
         used = {
             n: self._layers[n].activation_layout.total(load.float()) for n, load in loads.items() if load is not None
         }
@@ -42,7 +43,13 @@ class ExpertMonitor(Callback):
             pl_module.log(f"expert_overflow/{label}", load[-1] / choices)
 
 
-def labelled(layers: dict[str, MoE]) -> dict[str, MoE]:
+def _load(layer: TexModule) -> ExpertLoad | None:
+    """What a layer with experts counts."""
+    load = getattr(layer, "load", None)
+    return load if isinstance(load, ExpertLoad) else None
+
+
+def labelled(layers: dict[str, TexModule]) -> dict[str, TexModule]:
     """Layers by the one number in their name where that tells them apart, else by the name."""
     numbers = {name: [part for part in name.split(".") if part.isdigit()] for name in layers}
     labels = {name: found[0] if len(found) == 1 else name for name, found in numbers.items()}

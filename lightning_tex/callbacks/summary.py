@@ -15,7 +15,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
 from rich.table import Table
 
-from lightning_tex.optim import TiledOptimizer
 from lightning_tex.parallel.sharding import parameter_shardings
 
 
@@ -81,7 +80,7 @@ def _global_parameters(trainer: Trainer, module: LightningModule) -> int:
     topology = getattr(trainer.strategy, "topology", None)
     if topology is None:
         return sum(p.numel() for p in module.parameters())
-    return sum(prod(placement.box.full) for placement in parameter_shardings(module, topology).values())
+    return sum(prod(sharding.box.full) for sharding in parameter_shardings(module, topology).values())
 
 
 def _layout(trainer: Trainer) -> str:
@@ -90,8 +89,10 @@ def _layout(trainer: Trainer) -> str:
 
 
 def _skipped(trainer: Trainer) -> list[tuple[str, str]]:
-    skipped = sum(o.skipped.total for o in trainer.strategy.optimizers if isinstance(o, TiledOptimizer))
-    return [("skipped", f"{skipped} optimizer steps with an infinite or NaN gradient")] if skipped else []
+    optimizer = getattr(trainer.strategy, "tiled_optimizer", None)  # another strategy than TexMoEStrategy has none
+    if optimizer is None or not optimizer.skipped.total:
+        return []
+    return [("skipped", f"{optimizer.skipped.total} optimizer steps with an infinite or NaN gradient")]
 
 
 def _losses(trainer: Trainer) -> list[tuple[str, str]]:

@@ -18,8 +18,8 @@ from lightning_tex.bench.communication import CommunicationBench
 from lightning_tex.cli.bench_tables import LEGEND, draw_steps, show_communication, show_profile, show_steps
 from lightning_tex.cli.options import Command, Count, run_one_of
 from lightning_tex.cli.tables import require_matplotlib, tell
-from lightning_tex.errors import UserValueError
 from lightning_tex.optim.state_config import OptimizerStateFormat
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.planner.cluster import Cluster
 from lightning_tex.recipe import Recipe
 

@@ -10,7 +10,7 @@ from lightning.pytorch.cli import ArgsType
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lightning_tex.errors import UserError, left_by_another_rank
+from lightning_tex.parallel.errors import UserError, left_by_another_rank
 from lightning_tex.recipe import DEFAULTS, TexCLI
 
 # Those that are not the Trainer's: the module whose ``main`` takes the words after the command. Imported when it is

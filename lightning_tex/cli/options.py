@@ -20,7 +20,7 @@ from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveFloat, register_type
 
 from lightning_tex.cli.tables import print_json
-from lightning_tex.errors import UserValueError
+from lightning_tex.parallel.errors import UserValueError
 
 _HELP = {"-h", "--help"}
 _MISSING = "the following arguments are required:"  # argparse's words

@@ -13,10 +13,10 @@ from lightning_tex.cli import plan_scaling, plan_tables
 from lightning_tex.cli.options import Command, Count
 from lightning_tex.cli.plan_recipe import own_candidate, read_recipe
 from lightning_tex.cli.tables import require_matplotlib
-from lightning_tex.errors import UserValueError
 from lightning_tex.models import DecoderConfig
 from lightning_tex.optim.state_config import OPTIMIZER_STATE_FORMATS, ZERO_STAGES, OptimizerStateFormat, ZeroStage
 from lightning_tex.parallel.activation_checkpointing import ACTIVATION_CHECKPOINTING
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.planner.cluster import CLUSTERS, Cluster
 from lightning_tex.planner.describe import describe_decoder
 from lightning_tex.planner.layouts import Choices, Job
@@ -176,7 +176,7 @@ def _plan(
     job, own = _job(wanted, given, more)
     choices = choose.choices()
     if shown.largest_base:
-        # Cutting every matrix over many nodes would fit anything, at no speed to speak of.
+        # Sharding every matrix over many nodes would fit anything, at no speed to speak of.
         formats = choose.optimizer_state_format or ["fp32"]
         choices = replace(choices, most_tensor=cluster.gpus_per_node, optimizer_state_format=formats)
         report = plan_tables.largest_report(job, cluster, largest_base(job, cluster, choices))

@@ -13,8 +13,8 @@ from jsonargparse import Namespace
 from lightning import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_tex.errors import UserValueError
 from lightning_tex.models import DecoderConfig, LanguageModel
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.topology import Communication, Layout
 from lightning_tex.planner.describe import describe, describe_decoder
 from lightning_tex.planner.layouts import Candidate, Job

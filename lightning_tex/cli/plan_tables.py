@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_tex.cli.tables import console, figure, save, seconds, stack, table
-from lightning_tex.errors import UserValueError
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.planner.cluster import GIB, Cluster
 from lightning_tex.planner.describe import describe_decoder
 from lightning_tex.planner.layouts import Job
@@ -94,7 +94,7 @@ def show(found: Mapping[str, Any], rows: int) -> None:
     out = console()
     counts = found["parameters"]
     out.print(
-        f"{_many(sum(counts.values()))} parameters ({_many(counts['cut'] + counts['uncut'])} dense, "
+        f"{_many(sum(counts.values()))} parameters ({_many(counts['sharded'] + counts['replicated'])} dense, "
         f"{_many(counts['expert'])} experts) on {found['gpus']} x {found['cluster']['name']} with "
         f"{size(found['usable_bytes'])} for tensors; {found['global_batch_size']} x {found['sequence_length']} "
         f"tokens a step, {found['precision']}"

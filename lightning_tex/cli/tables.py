@@ -13,7 +13,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from lightning_tex.errors import UserValueError
+from lightning_tex.parallel.errors import UserValueError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,7 +13,7 @@ from jsonargparse.typing import PositiveFloat
 from lightning_tex.cli.options import Command, Count
 from lightning_tex.cli.plan_recipe import read_recipe
 from lightning_tex.cli.tables import console, table
-from lightning_tex.errors import UserValueError
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.recipe import Recipe, quiet
 from lightning_tex.strategy import TexMoEStrategy
 from lightning_tex.testing import Verdict, compare_layouts

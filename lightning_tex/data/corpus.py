@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_tex.errors import UserValueError
+from lightning_tex.parallel.errors import UserValueError
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

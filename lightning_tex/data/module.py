@@ -17,7 +17,7 @@ from lightning_tex.data.packing import Blocks, StreamedBlocks, unigram_loss
 from lightning_tex.data.prepared import Preparation, Prepared, default_cache_dir
 from lightning_tex.data.resume import Cursor, check_same, check_tokenizer, trainer_cursor
 from lightning_tex.data.tokenizer import SMALLEST_VOCABULARY, TextTokenizer, is_hub_name
-from lightning_tex.errors import UserValueError
+from lightning_tex.parallel.errors import UserValueError
 
 DEFAULT_VOCABULARY = 4096
 

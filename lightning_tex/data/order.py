@@ -13,7 +13,7 @@ import numpy as np
 from torch.utils.data import Dataset, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_tex.errors import UserValueError
+from lightning_tex.parallel.errors import UserValueError
 
 PADDING = -1  # the index of a row that holds no sample
 

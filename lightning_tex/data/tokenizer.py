@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_tex.data.corpus import fingerprint
-from lightning_tex.errors import UserFileError, UserValueError
+from lightning_tex.parallel.errors import UserFileError, UserValueError
 
 if TYPE_CHECKING:
     import tokenizers

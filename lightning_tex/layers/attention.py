@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_tex.errors import UserValueError
 from lightning_tex.layers.linear import ColumnParallelLinear, RowParallelLinear, require_divisible
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.hashing import stable_hash
 from lightning_tex.parallel.sharding import TexModule
 from lightning_tex.parallel.topology import Axis, Layout

@@ -8,16 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_tex.errors import UserValueError
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.initialization import by_index, init_uniform_
 from lightning_tex.parallel.sharding import TexModule
-from lightning_tex.parallel.topology import Layout, divisors
+from lightning_tex.parallel.topology import Layout
 
 
 def require_divisible(name: str, option: str, value: int, layout: Layout) -> None:
     """Raise ``ValueError`` unless the tensor axis divides ``value``; the message lists sizes that would."""
     if value % layout.tensor:
-        legal = [size for size in divisors(layout.world) if value % size == 0]
+        legal = Layout.legal_tensor_sizes(layout.world, [value])
         raise UserValueError(
             f"{name}: {option}={value} is not divisible by tensor_parallel_size={layout.tensor}; "
             f"legal sizes on {layout.world} ranks: {', '.join(map(str, legal))}"

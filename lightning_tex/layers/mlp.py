@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_tex.errors import UserValueError
 from lightning_tex.layers.linear import ColumnParallelLinear, RowParallelLinear, require_divisible
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.sharding import TexModule
 from lightning_tex.parallel.topology import Layout
 
@@ -17,8 +17,8 @@ Activation = Literal["gelu", "swiglu"]
 
 def require_activation(activation: str) -> None:
     """Raise ``ValueError`` unless the activation is known."""
-    if activation not in ("gelu", "swiglu"):
-        raise UserValueError(f"activation={activation!r}; legal: 'gelu', 'swiglu'")
+    if activation not in get_args(Activation):
+        raise UserValueError(f"activation={activation!r}; legal: {', '.join(map(repr, get_args(Activation)))}")
 
 
 class ParallelMLP(TexModule):

@@ -5,17 +5,19 @@ A vocabulary that the tensor axis does not divide is padded inside; the padding 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_tex.errors import UserValueError
 from lightning_tex.parallel.collectives import all_reduce, gather
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.initialization import by_index, init_normal_
 from lightning_tex.parallel.sharding import TexModule
 from lightning_tex.parallel.topology import Axis
+
+Reduction = Literal["mean", "sum", "none"]
 
 # V vocabulary, v rows stored here = ceil(V / tensor), D model width
 
@@ -108,10 +110,10 @@ class VocabParallelCrossEntropy(TexModule):
             token's loss is NaN.
     """
 
-    def __init__(self, ignore_index: int = -100, reduction: Literal["mean", "sum", "none"] = "mean") -> None:
+    def __init__(self, ignore_index: int = -100, reduction: Reduction = "mean") -> None:
         super().__init__()
-        if reduction not in ("mean", "sum", "none"):
-            raise UserValueError(f"reduction={reduction!r}; legal: 'mean', 'sum', 'none'")
+        if reduction not in get_args(Reduction):
+            raise UserValueError(f"reduction={reduction!r}; legal: {', '.join(map(repr, get_args(Reduction)))}")
         self.ignore_index, self.reduction = ignore_index, reduction
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:  # [.., v], [..] -> scalar, or [..] for "none"
@@ -153,7 +155,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def require_both_ends(root: nn.Module) -> None:
-    """Refuse sequence parallelism for a model whose split stream would not begin or not end.
+    """Refuse sequence parallelism for a model whose sequence-sharded activations would not begin or not end.
 
     Raises:
         ValueError: naming the missing layer.

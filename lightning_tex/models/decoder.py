@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_tex.errors import UserValueError
 from lightning_tex.layers import ParallelAttention, ParallelMLP, RMSNorm, VocabParallelEmbedding, VocabParallelHead
 from lightning_tex.layers.mlp import Activation
 from lightning_tex.moe import MoE
 from lightning_tex.parallel.collectives import all_gather
+from lightning_tex.parallel.errors import UserValueError
 
 # B sequences, S positions, D model width, V vocabulary
 

@@ -35,6 +35,8 @@ class Slots(NamedTuple):
 def assign_slots(indices: Tensor, num_experts: int, capacity: int, rows: int) -> Slots:
     """Give choices places: all first choices in token order, then all second choices, until an expert is full.
 
+    The same queue as :func:`~lightning_tex.moe.sequence_parallel.places_among_all`, where all tokens are here.
+
     Args:
         indices: [T, k] expert of each choice, E where masked.
         num_experts: E.

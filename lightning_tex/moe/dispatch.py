@@ -4,7 +4,8 @@
     arrived, metadata = dispatcher.dispatch(tokens, route)
     y = dispatcher.combine(experts(arrived, metadata.exchange), metadata)
 
-A further way to dispatch is a further :class:`Dispatcher`. ``capacity`` decides which choices overflow their expert,
+A further way to dispatch is a further :class:`Dispatcher`, which a subclass of the layer chooses in
+:meth:`~lightning_tex.moe.MoE.make_dispatcher`. ``capacity`` decides which choices overflow their expert,
 ``dropless`` serves all, ``sequence_parallel`` has a capacity for tokens that are split already. The axes that they
 pass, and duplicate-token dropping, are the table of ``expert_axes``; ``exchange`` moves the rows.
 """

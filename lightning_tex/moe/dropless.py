@@ -24,6 +24,7 @@ class DroplessDispatcher(Dispatcher):
     def dispatch(self, x: Tensor, route: Route) -> tuple[Arrived, DispatchMetadata]:
         axes, top_k = self.axes, route.indices.shape[1]
         tokens = self._tokens(len(route.indices))
+        # Duplicate-token dropping (paper section 5.1): of tokens that tensor ranks hold alike, each sends its own.
         own = split(x.reshape(-1, x.shape[-1]), 0, axes.split, tokens)  # [t, D]
         weights = split(route.weights, 0, axes.split, tokens)
         indices = route.indices.split(tokens)[axes.split.rank]

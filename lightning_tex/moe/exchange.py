@@ -57,6 +57,7 @@ class CapacityExchange(Exchange):
     choice: Tensor
 
     def to_experts(self, x: Tensor, choices: int) -> Tensor:
+        # Duplicate-token dropping (paper section 5.1): of rows that tensor ranks hold alike, each sends its own.
         own = own_slice(self.choice, 1, self.axes.split) // choices  # [E, c]
         received = all_to_all(pick(x, own.flatten()).view(*own.shape, x.shape[-1]), self.axes.expert)  # [P * e, c, D]
         by_sender = all_gather(received, 0, self.axes.gather).unflatten(0, (self._senders, -1))

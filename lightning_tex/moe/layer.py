@@ -5,17 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_tex.errors import UserValueError
 from lightning_tex.layers.mlp import Activation
 from lightning_tex.moe.capacity import CapacityDispatcher
 from lightning_tex.moe.dispatch import Dispatcher
 from lightning_tex.moe.dropless import DroplessDispatcher
 from lightning_tex.moe.expert_axes import ExpertAxes
 from lightning_tex.moe.experts import Experts
-from lightning_tex.moe.losses import ExpertLoad, LossLedger, count_choices, routing_losses
+from lightning_tex.moe.losses import LossLedger, count_choices, routing_losses
 from lightning_tex.moe.router import Route, Router, make_router
 from lightning_tex.moe.sequence_parallel import SequenceShardedCapacityDispatcher
 from lightning_tex.parallel.activation_checkpointing import first_forward_only
+from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.parallel.expert_load import ExpertLoad
 from lightning_tex.parallel.replay import recomputing
 from lightning_tex.parallel.sharding import TexModule
 from lightning_tex.parallel.topology import Layout, Topology
@@ -70,9 +71,9 @@ class MoE(TexModule):
         self.load_balance_coefficient, self.z_loss_coefficient = load_balance_coefficient, z_loss_coefficient
         self.router = make_router(router, dim, num_experts, top_k, norm_topk_prob)
         self.experts = Experts(dim, hidden_dim, num_experts, activation)
-        self.dispatcher = self._dispatcher(Topology.single())
         self.ledger = LossLedger()
         self.load = ExpertLoad()
+        self.dispatcher = self.make_dispatcher(Topology.single())
 
     def check(self, name: str, layout: Layout) -> None:
         if self.num_experts % layout.expert:
@@ -90,9 +91,16 @@ class MoE(TexModule):
 
     def bind(self, topology: Topology) -> None:
         super().bind(topology)
-        self.dispatcher = self._dispatcher(topology)
+        self.dispatcher = self.make_dispatcher(topology)
 
-    def _dispatcher(self, topology: Topology) -> Dispatcher:
+    def make_dispatcher(self, topology: Topology) -> Dispatcher:
+        """How tokens get to the experts and back; override it to send them otherwise.
+
+        Called last in ``__init__``, for one process, and again when the strategy shards the layer.
+
+        Args:
+            topology: all axes of the run; ``ExpertAxes.of(topology)`` are those that tokens pass.
+        """
         axes = ExpertAxes.of(topology)
         if self.capacity_factor is None:
             return DroplessDispatcher(self.num_experts, axes)

@@ -48,6 +48,8 @@ class SequenceShardedCapacityDispatcher(DroplessDispatcher):
 def places_among_all(indices: Tensor, sequences: int, num_experts: int, tensor: Axis) -> Tensor:
     """The place of each choice in its expert's queue over all tensor ranks: first choices first, then by token.
 
+    The same queue as in :func:`~lightning_tex.moe.capacity.assign_slots`, which has all tokens at hand.
+
     An exclusive scan: a rank's choices of a sequence come after those of earlier ranks, and those of all ranks for
     earlier sequences. Counts are exchanged, not tokens.
 
@@ -62,14 +64,13 @@ def places_among_all(indices: Tensor, sequences: int, num_experts: int, tensor: 
     """
     top_k = indices.shape[1]
     queues = num_experts + 1  # one more for the masked
-    part = torch.arange(top_k * sequences, device=indices.device)  # (choice, sequence), in the order of the queue
-    experts = indices.t().reshape(len(part), -1)  # [k * B, s]
-    order = group_by_expert((experts + queues * part[:, None]).flatten(), len(part) * queues)
+    turn = torch.arange(top_k * sequences, device=indices.device)  # (choice, sequence), in the order of the queue
+    experts = indices.t().reshape(len(turn), -1)  # [k * B, s]
+    order = group_by_expert((experts + queues * turn[:, None]).flatten(), len(turn) * queues)
     counts = order.starts.diff().view(-1, queues)  # [k * B, E + 1]
-    everywhere = all_gather(counts[:, None], 1, tensor, operation="exchange_counts").flatten(
-        0, 1
-    )  # [k * B * tensor, ..]
-    before = (everywhere.cumsum(0) - everywhere).view(-1, tensor.size, queues)[:, tensor.rank]
+    by_rank = all_gather(counts[:, None], 1, tensor, operation="exchange_counts")  # [k * B, tensor, E + 1]
+    counts_of_all = by_rank.flatten(0, 1)  # [k * B * tensor, E + 1], in the order of the queue
+    before = (counts_of_all.cumsum(0) - counts_of_all).view(-1, tensor.size, queues)[:, tensor.rank]
     within = torch.arange(indices.numel(), device=indices.device) - order.starts[order.experts]
     places = torch.empty_like(within)
     places[order.sorted] = within + before.flatten()[order.experts]

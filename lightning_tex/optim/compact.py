@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_tex.optim.formats import MASTER, Kept, StateFormat, Window, per_element
+from lightning_tex.optim.formats import MASTER, SavedState, StateFormat, Window, per_element
 from lightning_tex.optim.moments import Moments
 from lightning_tex.optim.rounding import Rounding, round_stochastically
 
@@ -38,7 +38,7 @@ class Master(ABC):
     def write(self, span: slice, values: Tensor) -> None:
         """Keep values, and set the parameters to them, rounded. ``values``, [n] fp32, are used up."""
 
-    def take_up(self) -> None:  # noqa: B027
+    def adopt_parameters(self) -> None:  # noqa: B027
         """The parameters are the values now."""
 
     def memory(self) -> list[Tensor]:
@@ -68,7 +68,7 @@ class SplitMaster(Master):
         self.remainder[span].copy_(bits)  # the lower half, as a signed number
         self.own[span].view(torch.int16).copy_(bits.add_(0x8000).bitwise_right_shift_(16))
 
-    def take_up(self) -> None:
+    def adopt_parameters(self) -> None:
         self.remainder.zero_()
 
     def memory(self) -> list[Tensor]:
@@ -104,10 +104,10 @@ class CompactStates(StateFormat):
         super().__init__(own, tile_size)
         self.has_master = master.exact
         self.master, self.moments = master, moments
-        self.forget()
+        self.clear()
 
-    def forget(self) -> None:
-        self.moments.forget()
+    def clear(self) -> None:
+        self.moments.clear()
         # By window: its numbers, and which states it has; those of the others are zero and not begun.
         self.numbers: list[dict[str, Any]] = [{} for _ in self.spans]
         self.begun: list[set[str]] = [set() for _ in self.spans]
@@ -131,8 +131,8 @@ class CompactStates(StateFormat):
             self.moments.make(key)
         self.begun[i].add(key)
 
-    def take_up(self) -> None:
-        self.master.take_up()
+    def adopt_parameters(self) -> None:
+        self.master.adopt_parameters()
 
     def memory(self) -> Iterator[tuple[Literal["master", "moments"], Tensor]]:
         yield from (("master", tensor) for tensor in self.master.memory())
@@ -140,20 +140,20 @@ class CompactStates(StateFormat):
         for numbers in self.numbers:
             yield from (("moments", value) for value in numbers.values() if isinstance(value, Tensor))
 
-    def kept(self, i: int) -> dict[str, Any]:
+    def saved_states(self, i: int) -> dict[str, Any]:
         span = self.spans[i]
         states: dict[str, Any] = {key: value for key, value in self.numbers[i].items() if value is not None}
         for key in sorted(self.begun[i]):
-            states[key] = Kept(torch.float32, partial(self.moments.read, key, span))
+            states[key] = SavedState(torch.float32, partial(self.moments.read, key, span))
         if self.has_master:
-            states[MASTER] = Kept(torch.float32, partial(self.master.read, span))
+            states[MASTER] = SavedState(torch.float32, partial(self.master.read, span))
         return states
 
-    def place(self, i: int, key: str, dtype: torch.dtype) -> Tensor:
+    def memory_for(self, i: int, key: str, dtype: torch.dtype) -> Tensor:
         span = self.spans[i]
         return torch.zeros(span.stop - span.start, dtype=torch.float32, device=self.own.device)
 
-    def placed(self, i: int, key: str, values: Tensor) -> None:
+    def filled(self, i: int, key: str, values: Tensor) -> None:
         if key == MASTER:
             self.master.write(self.spans[i], values)
             return

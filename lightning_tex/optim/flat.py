@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tex.optim.flat_sizes import aligned, bucketed, part_length
-from lightning_tex.parallel.collectives import Started, gather_in_place, own_part
 from lightning_tex.parallel.extent import Extent
+from lightning_tex.parallel.in_place_collectives import Started, gather_in_place, own_part
 from lightning_tex.parallel.sharding import ParameterSharding
 from lightning_tex.parallel.topology import Axis
 

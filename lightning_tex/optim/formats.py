@@ -22,7 +22,7 @@ class Window(NamedTuple):
     state: dict[str, Any]
 
 
-class Kept(NamedTuple):
+class SavedState(NamedTuple):
     """A state with one value per element of a window: its dtype, and how to get it. [n]"""
 
     dtype: torch.dtype
@@ -48,11 +48,11 @@ class StateFormat(ABC):
         """Window ``i``, to be stepped inside; what the step leaves is kept, and the parameters follow."""
 
     @abstractmethod
-    def take_up(self) -> None:
+    def adopt_parameters(self) -> None:
         """Take the parameters for the truth: somebody else wrote them."""
 
     @abstractmethod
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Drop the optimizer's states."""
 
     @abstractmethod
@@ -60,16 +60,16 @@ class StateFormat(ABC):
         """Every tensor that is kept between steps, with what it is for."""
 
     @abstractmethod
-    def kept(self, i: int) -> dict[str, Any]:
-        """States of window ``i``: :class:`Kept` or, where there is one for all elements, a number."""
+    def saved_states(self, i: int) -> dict[str, Any]:
+        """States of window ``i``: :class:`SavedState` or, where there is one for all elements, a number."""
 
     @abstractmethod
-    def place(self, i: int, key: str, dtype: torch.dtype) -> Tensor:
-        """Memory to read the values of a saved state into; :meth:`placed` follows. [n]"""
+    def memory_for(self, i: int, key: str, dtype: torch.dtype) -> Tensor:
+        """Memory to read the values of a saved state into; :meth:`filled` follows. [n]"""
 
     @abstractmethod
-    def placed(self, i: int, key: str, values: Tensor) -> None:
-        """What :meth:`place` gave is filled."""
+    def filled(self, i: int, key: str, values: Tensor) -> None:
+        """What :meth:`memory_for` gave has the values now."""
 
     @abstractmethod
     def set_number(self, i: int, key: str, value: Any) -> None:
@@ -98,11 +98,11 @@ class PlainStates(StateFormat):
         if self.has_master:
             self.own[self.spans[i]].copy_(self.windows[i].tile)
 
-    def take_up(self) -> None:
+    def adopt_parameters(self) -> None:
         if self.has_master:
             self.values.copy_(self.own)
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         for window in self.windows:
             window.state.clear()
 
@@ -112,12 +112,12 @@ class PlainStates(StateFormat):
         for window in self.windows:
             yield from (("moments", value) for value in window.state.values() if isinstance(value, Tensor))
 
-    def kept(self, i: int) -> dict[str, Any]:
+    def saved_states(self, i: int) -> dict[str, Any]:
         window = self.windows[i]
-        states = {key: _kept(value, window.tile) for key, value in window.state.items() if value is not None}
-        return {**states, MASTER: _kept(window.tile.detach(), window.tile)} if self.has_master else states
+        states = {key: _saved_state(value, window.tile) for key, value in window.state.items() if value is not None}
+        return {**states, MASTER: _saved_state(window.tile.detach(), window.tile)} if self.has_master else states
 
-    def place(self, i: int, key: str, dtype: torch.dtype) -> Tensor:
+    def memory_for(self, i: int, key: str, dtype: torch.dtype) -> Tensor:
         window = self.windows[i]
         if key == MASTER:
             return window.tile.detach()
@@ -127,7 +127,7 @@ class PlainStates(StateFormat):
         state: Tensor = window.state[key]
         return state
 
-    def placed(self, i: int, key: str, values: Tensor) -> None:
+    def filled(self, i: int, key: str, values: Tensor) -> None:
         """Nothing: the values were read in place."""
 
     def set_number(self, i: int, key: str, value: Any) -> None:
@@ -139,5 +139,5 @@ def per_element(value: Any, tile: Tensor) -> bool:
     return isinstance(value, Tensor) and value.shape == tile.shape
 
 
-def _kept(value: Any, tile: Tensor) -> Any:
-    return Kept(value.dtype, lambda: value) if per_element(value, tile) else value
+def _saved_state(value: Any, tile: Tensor) -> Any:
+    return SavedState(value.dtype, lambda: value) if per_element(value, tile) else value

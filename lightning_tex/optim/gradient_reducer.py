@@ -7,20 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from enum import Enum
+from enum import Enum, unique
 
 import torch
 from torch import Tensor, nn
 
-from lightning_tex.errors import UserRuntimeError
 from lightning_tex.optim.gradients import Gradients
 from lightning_tex.optim.overlap import BucketOverlap, optimizer_pass
 from lightning_tex.parallel import collectives
 from lightning_tex.parallel.activation_layout import reached, reached_directly
+from lightning_tex.parallel.errors import UserRuntimeError
 from lightning_tex.parallel.sharding import ParameterSharding
 from lightning_tex.parallel.topology import Axis, Communication
 
 
+@unique
 class ReductionStage(Enum):
     """Where the gradients of a step are.
 
@@ -55,6 +56,7 @@ class ReductionStage(Enum):
         self.said, self.legal = said, legal
 
 
+_IN_BACKWARD = (ReductionStage.IN_BACKWARD, ReductionStage.IN_LAST_BACKWARD)
 _NOT_COMBINED = (ReductionStage.COLLECTING, ReductionStage.SENT, ReductionStage.COMPLETE)
 
 
@@ -67,12 +69,15 @@ class ReductionState:
         scale: what they are still to be multiplied by.
         norm: their norm before that, if it is known.
         finite: whether it was, if that is known; clamping loses the norm and not this.
+        announced: the stage of a backward that had begun when ``zero_grad`` began the step anew, as in a hook before
+            the backward; it may still be ended.
     """
 
     stage: ReductionStage = ReductionStage.COLLECTING
     scale: float = 1.0
     norm: Tensor | None = None
     finite: bool | None = None
+    announced: ReductionStage | None = None
 
 
 class GradientReducer:
@@ -115,7 +120,8 @@ class GradientReducer:
         self._overlap.give_up()
         for gradients in self.buffers:
             gradients.zero()
-        self.state = ReductionState()
+        under_way = self.state.stage if self.state.stage in _IN_BACKWARD else self.state.announced
+        self.state = ReductionState(announced=under_way)
 
     def step_is_over(self) -> None:
         """The gradients have been used, or the step was skipped."""
@@ -141,11 +147,14 @@ class GradientReducer:
         self._look_at(loss)
         if self.communication.overlap and undisturbed and (last or self.at_once):
             self._overlap.backward_begins()
-        self._move_to(ReductionStage.IN_LAST_BACKWARD if last else ReductionStage.IN_BACKWARD)
+        stage = ReductionStage.IN_LAST_BACKWARD if last else ReductionStage.IN_BACKWARD
+        self.state = replace(self.state, stage=stage, announced=None)
 
     def backward_ended(self) -> None:
         """Send what the backward left, if it is to leave at once; collective."""
-        self._require("backward_ended", ReductionStage.IN_BACKWARD, ReductionStage.IN_LAST_BACKWARD)
+        if self.state.announced is not None:
+            self.state = replace(self.state, stage=self.state.announced, announced=None)
+        self._require("backward_ended", *_IN_BACKWARD)
         self._overlap.backward_ended()
         if self.at_once:
             with optimizer_pass(self.world):
@@ -156,15 +165,15 @@ class GradientReducer:
             self._move_to(ReductionStage.SENT if self.at_once else ReductionStage.COLLECTING)
 
     def _look_at(self, loss: Tensor) -> None:
-        """See which parameters a loss reaches without passing through the stream that sequence parallelism splits.
+        """See which parameters a loss reaches without passing through sequence-sharded activations.
 
         Raises:
             RuntimeError: one that it reaches both ways.
         """
         if not self.communication.sequence_parallel or self.world.size == 1:
             return
-        split = {parameter for parameter, sharding in self.shardings.items() if sharding.partial_axis.size > 1}
-        new = split & reached_directly(loss)
+        partial = {parameter for parameter, sharding in self.shardings.items() if sharding.partial_axis.size > 1}
+        new = partial & reached_directly(loss)
         if not new <= self._reached_directly:
             _, behind = reached(loss)
             if both := new & behind:

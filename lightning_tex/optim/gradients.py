@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from lightning_tex.optim.flat import Entry, FlatBuffer
-from lightning_tex.parallel.collectives import Started, gather_in_place, own_part, reduce_scatter_in_place, sum_in_place
+from lightning_tex.parallel.in_place_collectives import (
+    Started,
+    gather_in_place,
+    own_part,
+    reduce_scatter_in_place,
+    sum_in_place,
+)
 
 _AT_ONCE = 1 << 18  # elements of which a norm is taken: more cost accuracy and, being upcast, time
 
@@ -87,11 +93,11 @@ class Gradients(ABC):
                 partial sums and are summed over it.
         """
         if self.buffer.partial_axis.size > 1:
-            kept = [(place, place.clone()) for entry in self.buffer.entries if entry.parameter in direct
-                    for place in [self.own[self._within_own(entry)]]]  # fmt: skip
+            parts = [self.own[self._within_own(entry)] for entry in self.buffer.entries if entry.parameter in direct]
+            whole_gradients = [part.clone() for part in parts]
             sum_in_place(self.own, self.buffer.partial_axis).wait()
-            for place, gradient in kept:
-                place.copy_(gradient)
+            for part, gradient in zip(parts, whole_gradients, strict=True):
+                part.copy_(gradient)
         self.divisor = self.buffer.divisor
         if whole:
             self.own.div_(self.divisor)

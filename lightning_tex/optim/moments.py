@@ -47,7 +47,7 @@ class Moments(ABC):
     def memory(self) -> list[Tensor]:
         """What is kept."""
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Drop everything."""
         self.keys = []
 
@@ -74,8 +74,8 @@ class Fp32Moments(Moments):
     def memory(self) -> list[Tensor]:
         return list(self.values.values())
 
-    def forget(self) -> None:
-        super().forget()
+    def clear(self) -> None:
+        super().clear()
         self.values.clear()
 
 
@@ -104,8 +104,8 @@ class RoundedMoments(Moments):
     def memory(self) -> list[Tensor]:
         return list(self.values.values())
 
-    def forget(self) -> None:
-        super().forget()
+    def clear(self) -> None:
+        super().clear()
         self.values.clear()
 
 
@@ -169,7 +169,7 @@ class Int8Moments(Moments):
     def memory(self) -> list[Tensor]:
         return [*self.codes.values(), *self.scales.values()]
 
-    def forget(self) -> None:
-        super().forget()
+    def clear(self) -> None:
+        super().clear()
         self.codes.clear()
         self.scales.clear()

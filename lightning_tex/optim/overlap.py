@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_tex.errors import UserRuntimeError
 from lightning_tex.optim.flat import Entry
 from lightning_tex.optim.flat_sizes import BUFFERS_UNDER_WAY
 from lightning_tex.optim.gradients import Gradients
 from lightning_tex.parallel.collectives import all_reduce
+from lightning_tex.parallel.errors import UserRuntimeError
 from lightning_tex.parallel.topology import Axis
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import _disable_current_modes
 
-from lightning_tex.errors import UserValueError
 from lightning_tex.optim.engine import Engine, fastest
 from lightning_tex.optim.formats import StateFormat, Window, per_element
+from lightning_tex.parallel.allocations import AllocationWatch
+from lightning_tex.parallel.errors import UserValueError
 
 _ELEMENTS = 4096
 
@@ -166,34 +165,17 @@ def _tried_bytes(
     return allocations.peak_bytes / _ELEMENTS
 
 
-class Allocations(TorchDispatchMode):
+class Allocations(AllocationWatch[int]):
     """Counts the bytes of tensors that operations make, as long as these live."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes = self.peak_bytes = 0
-        self._live: set[int] = set()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        before = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        result = func(*args, **kwargs)
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and (at := _storage(tensor)) not in before | self._live:
-                self._hold(at, tensor.untyped_storage())
-        return result
-
-    def _hold(self, at: int, storage: torch.UntypedStorage) -> None:
-        self._live.add(at)
-        self.bytes += storage.nbytes()
+    def allocated(self, size: int) -> int:
+        self.bytes += size
         self.peak_bytes = max(self.peak_bytes, self.bytes)
-        # torch keeps a storage's Python object as long as any tensor has the storage.
-        weakref.finalize(storage, self._release, at, storage.nbytes())
+        return size
 
-    def _release(self, at: int, size: int) -> None:
-        self._live.discard(at)
-        self.bytes -= size
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    def freed(self, allocation: int) -> None:
+        self.bytes -= allocation

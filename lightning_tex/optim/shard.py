@@ -67,7 +67,7 @@ class Shard:
         """Take up parameters that somebody else wrote since the last step (a loaded state dict, a callback)."""
         versions = self._current_versions()
         if versions != self._versions:
-            self.states.take_up()
+            self.states.adopt_parameters()
         self._versions = versions
 
     def keep(self) -> None:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_tex.errors import UserValueError
 from lightning_tex.optim.compact import CompactStates, RoundedMaster, SplitMaster
 from lightning_tex.optim.engine import fastest
 from lightning_tex.optim.flat import FlatBuffer
@@ -21,6 +20,7 @@ from lightning_tex.optim.moments import Fp32Moments, Int8Moments, RoundedMoments
 from lightning_tex.optim.probe import Probed, probe, temporary_bytes
 from lightning_tex.optim.rounding import Rounding, RoundingSeed
 from lightning_tex.parallel.device import device_type
+from lightning_tex.parallel.errors import UserValueError
 
 OptimizerStateFormat = Literal["fp32", "split", "int8", "stochastic"]
 OPTIMIZER_STATE_FORMATS: tuple[OptimizerStateFormat, ...] = get_args(OptimizerStateFormat)

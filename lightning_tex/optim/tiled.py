@@ -29,7 +29,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_tex.errors import UserRuntimeError, UserValueError
 from lightning_tex.optim.engine import Engine
 from lightning_tex.optim.flat import FlatBuffer, Member, buckets, kind
 from lightning_tex.optim.gradient_reducer import GradientReducer, ReductionStage
@@ -37,6 +36,7 @@ from lightning_tex.optim.overlap import optimizer_pass
 from lightning_tex.optim.rounding import RoundingSeed
 from lightning_tex.optim.shard import Piece, Shard
 from lightning_tex.optim.state_config import OptimizerStateConfig
+from lightning_tex.parallel.errors import UserRuntimeError, UserValueError
 from lightning_tex.parallel.sharding import ParameterSharding
 from lightning_tex.parallel.topology import Axis, Communication
 
@@ -124,7 +124,7 @@ class TiledOptimizer(Optimizer):
             if sharding is None:
                 raise UserValueError(
                     f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not a parameter of the "
-                    "LightningModule; register it there, so that it is placed and saved"
+                    "LightningModule; register it there, so that it is sharded and saved"
                 )
             if not parameter.requires_grad:
                 self.frozen.append(parameter)
@@ -255,7 +255,7 @@ class TiledOptimizer(Optimizer):
         """Do nothing instead of a step.
 
         Raises:
-            RuntimeError: the last steps have all been skipped, as many as the storage's guard says.
+            RuntimeError: the last steps have all been skipped, ``max_skipped_steps`` of them.
         """
         most = self.state_config.max_skipped_steps
         self.skipped.total += 1

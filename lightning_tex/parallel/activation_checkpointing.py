@@ -8,20 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_tex.errors import UserRuntimeError, UserValueError
+from lightning_tex.parallel.errors import UserRuntimeError, UserValueError
 from lightning_tex.parallel.replay import Tape, outside_replay, running_tapes
 from lightning_tex.parallel.sharding import TexModule
 
 # Values of the strategy's option of this name.
-ActivationCheckpointing = Literal["full", "communication_aware"] | None
-ACTIVATION_CHECKPOINTING: tuple[ActivationCheckpointing, ...] = (None, "full", "communication_aware")
+Recomputation = Literal["full", "communication_aware"]
+ActivationCheckpointing = Recomputation | None
+ACTIVATION_CHECKPOINTING: tuple[ActivationCheckpointing, ...] = (None, *get_args(Recomputation))
 
 
 @contextmanager

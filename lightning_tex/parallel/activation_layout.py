@@ -12,7 +12,6 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_tex.errors import UserValueError
 from lightning_tex.parallel.collectives import (
     BORDERS,
     broadcast,
@@ -24,6 +23,7 @@ from lightning_tex.parallel.collectives import (
     reduce_split,
     split,
 )
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.replay import products_then
 from lightning_tex.parallel.topology import Axis, Topology
 
@@ -57,7 +57,7 @@ class ActivationLayout(ABC):
 
     @abstractmethod
     def leave(self, partial: Tensor) -> Tensor:
-        """The sum of what the ranks of such a region computed, back to the stream: [.., S, D] -> [.., s, D]."""
+        """Out of such a region: the sum of what its ranks computed, as between layers. [.., S, D] -> [.., s, D]"""
 
     def leave_product(self, x: Tensor, weight: Tensor) -> Tensor:
         """:meth:`leave` of ``x @ weight.mT``, the last product of such a region: [.., S, in], [D, in] -> [.., s, D]."""
@@ -67,7 +67,7 @@ class ActivationLayout(ABC):
 
     @abstractmethod
     def gather_columns(self, columns: Tensor) -> Tensor:
-        """Columns that the ranks of such a region hold, whole and back to the stream: [.., S, d] -> [.., s, D]."""
+        """Out of such a region: whole rows of the columns that its ranks hold. [.., S, d] -> [.., s, D]"""
 
     @abstractmethod
     def agree(self, decision: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ class SequenceSharded(ActivationLayout):
 
 
 def reached(loss: Tensor) -> tuple[set[Tensor], set[Tensor]]:
-    """The parameters that a loss reaches directly, and those that it reaches through a split stream.
+    """The parameters that a loss reaches directly, and those that it reaches through sequence-sharded activations.
 
     Gradients of the first are whole on every tensor rank. Those of the second are partial sums, of the own tokens.
     """

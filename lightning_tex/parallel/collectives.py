@@ -7,58 +7,16 @@ gives both directions. All of them are called by every rank of the axis, whateve
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_tex.parallel.device import device_type
+from lightning_tex.parallel import in_place_collectives
 from lightning_tex.parallel.replay import count_sent, replayable
 from lightning_tex.parallel.topology import Axis
-
-# torch 2.13 renamed the single-tensor collectives; 2.11 has only the old names.
-_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_native_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
-class Started(Protocol):
-    """A collective under way."""
-
-    def wait(self) -> object:
-        """Return when its result may be used."""
-
-
-class _Done:
-    def wait(self) -> None:
-        pass
-
-
-_DONE = _Done()
-
-
-class _SummedOnArrival(NamedTuple):
-    """A reduce-scatter whose parts are under way; this rank adds them up itself."""
-
-    travel: Started
-    parts: Tensor
-    out: Tensor
-
-    def wait(self) -> None:
-        self.travel.wait()
-        torch.sum(self.parts, 0, out=self.out)
-
-
-def _reduce_scatter_single(out: Tensor, x: Tensor, group: dist.ProcessGroup | None, async_op: bool = False) -> Any:
-    if device_type(x) != "cpu":
-        return _native_reduce_scatter(out, x, group=group, async_op=async_op)
-    # Gloo's own is an all-reduce on the wire: twice the bytes and three times the CPU of this.
-    parts = torch.empty_like(x)
-    under_way = dist.all_to_all_single(parts, x, group=group, async_op=async_op)
-    arriving = _SummedOnArrival(under_way or _DONE, parts.unflatten(0, (dist.get_world_size(group), -1)), out)
-    return arriving if async_op else arriving.wait()
-
 
 # --- plain collectives: no autograd, new output unless said otherwise
 
@@ -74,7 +32,7 @@ def all_reduce(x: Tensor, axis: Axis, op: str = "sum", operation: str = "all_red
     def run() -> Tensor:
         out = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(out, op=getattr(dist.ReduceOp, op.upper()), group=axis.group)
-        count_sent(operation, axis, 2 * (axis.size - 1) * _bytes(x))
+        count_sent(operation, axis, 2 * (axis.size - 1) * x.nbytes)
         return out
 
     return replayable(f"{operation} over {axis.name}", x, run)
@@ -88,7 +46,7 @@ def broadcast(x: Tensor, axis: Axis) -> Tensor:
     def run() -> Tensor:
         out = x.clone(memory_format=torch.contiguous_format)
         dist.broadcast(out, src=axis.ranks[0], group=axis.group)
-        count_sent("broadcast", axis, (axis.size - 1) * _bytes(x))
+        count_sent("broadcast", axis, (axis.size - 1) * x.nbytes)
         return out
 
     return replayable(f"broadcast over {axis.name}", x, run)
@@ -109,8 +67,8 @@ def all_gather(
         along = dim % x.dim()
         padded = (x if sizes is None else _padded(x, along, max(sizes))).contiguous()
         parts = padded.new_empty((axis.size, *padded.shape))
-        _all_gather_single(parts.flatten(0, 1), padded, group=axis.group)
-        count_sent(operation, axis, (axis.size - 1) * _bytes(parts))
+        in_place_collectives.all_gather_single(parts.flatten(0, 1), padded, group=axis.group)
+        count_sent(operation, axis, (axis.size - 1) * parts.nbytes)
         if sizes is not None and min(sizes) < max(sizes):
             return torch.cat([part.narrow(along, 0, n) for part, n in zip(parts, sizes, strict=True)], along)
         return parts.movedim(0, along).flatten(along, along + 1)
@@ -134,8 +92,8 @@ def reduce_scatter(x: Tensor, dim: int, axis: Axis, sizes: Sequence[int] | None 
         else:
             parts = x.unflatten(along, (axis.size, x.shape[along] // axis.size)).movedim(along, 0).contiguous()
         out = parts.new_empty(parts.shape[1:])
-        _reduce_scatter_single(out, parts.flatten(0, 1), group=axis.group)
-        count_sent("reduce_scatter", axis, (axis.size - 1) * _bytes(parts))
+        in_place_collectives.reduce_scatter_single(out, parts.flatten(0, 1), group=axis.group)
+        count_sent("reduce_scatter", axis, (axis.size - 1) * parts.nbytes)
         return out if sizes is None else out.narrow(along, 0, sizes[axis.rank])
 
     return replayable(f"reduce_scatter over {axis.name}", x, run)
@@ -148,70 +106,37 @@ def own_slice(x: Tensor, dim: int, axis: Axis, sizes: Sequence[int] | None = Non
 
 
 def _padded(x: Tensor, dim: int, length: int) -> Tensor:
-    # Gloo and NCCL have no uneven all-gather: pad to the longest, cut the padding out afterwards.
+    # Gloo and NCCL have no uneven all-gather: pad to the longest, trim the padding afterwards.
     return x if x.shape[dim] == length else F.pad(x, [0, 0] * (x.dim() - 1 - dim) + [0, length - x.shape[dim]])
 
 
 def all_to_all(
     x: Tensor,
     axis: Axis,
-    arrive: Sequence[int] | None = None,
-    leave: Sequence[int] | None = None,
+    received: Sequence[int] | None = None,
+    sent: Sequence[int] | None = None,
     operation: str = "all_to_all",
 ) -> Tensor:
-    """Rows to their rank: the first dim is cut into ``size`` parts, part i goes to rank i. [n, ..] -> [m, ..].
+    """Rows to their rank: the first dim is split into ``size`` parts, part i goes to rank i. [n, ..] -> [m, ..].
 
     Args:
-        arrive: rows received from each rank; ``None`` with ``leave=None`` for equal parts.
-        leave: rows sent to each rank.
+        received: rows from each rank; ``None`` with ``sent=None`` for equal parts.
+        sent: rows to each rank.
     """
     if axis.size == 1:
         return x
 
     def run() -> Tensor:
-        rows = x.shape[0] if arrive is None else sum(arrive)
+        rows = x.shape[0] if received is None else sum(received)
         out = x.new_empty((rows, *x.shape[1:]))
-        to = None if arrive is None else list(arrive)
-        dist.all_to_all_single(out, x.contiguous(), to, None if leave is None else list(leave), group=axis.group)
-        own = x.shape[0] // axis.size if leave is None else leave[axis.rank]
+        to_here, from_here = (None if counts is None else list(counts) for counts in (received, sent))
+        dist.all_to_all_single(out, x.contiguous(), to_here, from_here, group=axis.group)
+        own = x.shape[0] // axis.size if sent is None else sent[axis.rank]
         row_bytes = x[:1].numel() * x.element_size() if x.shape[0] else 0
         count_sent(operation, axis, axis.size * (x.shape[0] - own) * row_bytes)
         return out
 
     return replayable(f"{operation} over {axis.name}", x, run)
-
-
-def gather_in_place(buffer: Tensor, axis: Axis) -> Started:
-    """Fill a flat buffer from the ranks' own equal parts of it, each already in its place; done after ``wait()``."""
-    if axis.size == 1:
-        return _DONE
-    count_sent("all_gather", axis, (axis.size - 1) * _bytes(buffer))
-    return _all_gather_single(buffer, own_part(buffer, axis), group=axis.group, async_op=True)
-
-
-def reduce_scatter_in_place(buffer: Tensor, axis: Axis) -> Started:
-    """Sum a flat buffer over the axis into this rank's own equal part of it, done after ``wait()``.
-
-    The other parts are left undefined.
-    """
-    if axis.size == 1:
-        return _DONE
-    count_sent("reduce_scatter", axis, (axis.size - 1) * _bytes(buffer))
-    return _reduce_scatter_single(own_part(buffer, axis), buffer, group=axis.group, async_op=True)
-
-
-def sum_in_place(x: Tensor, axis: Axis) -> Started:
-    """Sum ``x`` over the axis, done after ``wait()``."""
-    if axis.size == 1:
-        return _DONE
-    count_sent("all_reduce", axis, 2 * (axis.size - 1) * _bytes(x))
-    return dist.all_reduce(x, group=axis.group, async_op=True)
-
-
-def own_part(buffer: Tensor, axis: Axis) -> Tensor:
-    """This rank's equal part of a flat buffer, as a view."""
-    length = buffer.numel() // axis.size
-    return buffer[axis.rank * length : (axis.rank + 1) * length]
 
 
 # --- collectives with a backward
@@ -349,7 +274,3 @@ def split(x: Tensor, dim: int, axis: Axis, sizes: Sequence[int] | None = None) -
 
 def _even(sizes: Sequence[int] | None) -> tuple[int, ...] | None:
     return None if sizes is None else tuple(sizes)
-
-
-def _bytes(x: Tensor) -> int:
-    return x.numel() * x.element_size()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from lightning_tex.errors import UserTypeError
+from lightning_tex.parallel.errors import UserTypeError
 from lightning_tex.parallel.hashing import stable_hash, uniform
 from lightning_tex.parallel.sharding import Box, TexModule
 

@@ -35,7 +35,7 @@ class Tape(ABC):
         """What the same collective gave in the first forward."""
 
 
-# The tapes of the blocks that are being run, outermost first, and whether they are passed by for the moment.
+# The tapes of the blocks that are being run, outermost first, and whether collectives are off the tapes.
 running_tapes: ContextVar[tuple[Tape, ...]] = ContextVar("running_tapes", default=())
 _outside: ContextVar[bool] = ContextVar("_outside", default=False)
 
@@ -132,5 +132,5 @@ def current_pass() -> Literal["forward", "recompute", "backward"]:
 
 def count_sent(operation: str, axis: Axis, scaled_bytes: int) -> None:
     """Tell the axis's meter of a collective that sent ``scaled_bytes / axis.size`` bytes."""
-    if axis.meter is not None:
+    if axis.meter is not None and axis.meter.counting:
         axis.meter.add(Sent(operation, axis.name, current_pass()), scaled_bytes, axis.size)

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_tex.errors import UserValueError
 from lightning_tex.parallel import collectives
 from lightning_tex.parallel.activation_layout import ActivationLayout, Replicated
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.extent import Extent
 from lightning_tex.parallel.topology import Axis, Layout, Topology
 

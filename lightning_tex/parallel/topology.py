@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_tex.errors import UserValueError
 from lightning_tex.parallel.byte_meter import ByteMeter
+from lightning_tex.parallel.errors import UserValueError
 
 AXES = ("tensor", "data", "expert_tensor", "expert", "expert_data")
 # One rank, or an array of ranks, which arithmetic serves alike.
@@ -93,7 +93,7 @@ class Layout:
             ValueError: naming the option, the numbers and what would be legal.
         """
         tensor, expert = tensor_parallel_size, expert_parallel_size
-        legal_tensor = divisors(world)
+        legal_tensor = cls.legal_tensor_sizes(world)
         if tensor not in legal_tensor:
             raise UserValueError(
                 f"tensor_parallel_size={tensor} does not divide the world of {world} ranks; "
@@ -127,6 +127,11 @@ class Layout:
                     f"legal sizes {where}: {_list(legal)}"
                 )
         return cls(world, tensor, expert, expert_tensor)
+
+    @staticmethod
+    def legal_tensor_sizes(world: int, widths: Sequence[int] = ()) -> list[int]:
+        """Sizes of the tensor axis that divide the world and every width."""
+        return [size for size in divisors(world) if all(width % size == 0 for width in widths)]
 
     @staticmethod
     def legal_expert_sizes(world: int, expert_tensor: int, num_experts: Sequence[int] = ()) -> list[int]:

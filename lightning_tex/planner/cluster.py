@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from lightning_tex.errors import UserValueError
+from lightning_tex.parallel.errors import UserValueError
 
 GB, GIB, TERA = 1e9, 2**30, 1e12
 Shares = tuple[tuple[Any, float], ...]  # of a mapping; a profile can be hashed

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from lightning_tex.errors import UserValueError
 from lightning_tex.optim.state_config import OPTIMIZER_STATE_FORMATS, ZERO_STAGES
 from lightning_tex.parallel.activation_checkpointing import ACTIVATION_CHECKPOINTING, ActivationCheckpointing
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.precision import PRECISIONS, StoredDtypes
 from lightning_tex.parallel.topology import Communication, Layout, divisors
 from lightning_tex.planner.model import ModelDescription

@@ -20,7 +20,7 @@ from lightning_tex.planner.layers import CrossEntropy, Embedding, Head, Layer, M
 
 # How much is foreseen of what forwards keep for backwards: everything, by the formulas of ``activations``; or nothing.
 ActivationSource = Literal["formulas", "states only"]
-Kind = Literal["cut", "uncut", "expert"]
+Kind = Literal["sharded", "replicated", "expert"]
 # Layers that a backward passes together, each with whether it is in a block.
 BackwardPart = tuple[tuple[Layer, bool], ...]
 _Member = TypeVar("_Member")
@@ -48,7 +48,7 @@ class Parameter(NamedTuple):
     @property
     def kind(self) -> Kind:
         """How the ranks share it: sharded over tensor, on all tensor ranks alike, or spread over expert."""
-        return "expert" if "expert" in dict(self.shard_dims) else "cut" if self.shard_dims else "uncut"
+        return "expert" if "expert" in dict(self.shard_dims) else "sharded" if self.shard_dims else "replicated"
 
     @property
     def numel(self) -> int:
@@ -185,7 +185,7 @@ class ModelDescription:
 
     def counts(self) -> dict[Kind, int]:
         """Parameters of the whole model by kind."""
-        total: dict[Kind, int] = {"cut": 0, "uncut": 0, "expert": 0}
+        total: dict[Kind, int] = {"sharded": 0, "replicated": 0, "expert": 0}
         for parameter in self.parameters:
             total[parameter.kind] += parameter.numel
         return total

@@ -95,7 +95,7 @@ def _parameters() -> dict[str, Any]:
     return {
         "paper": PAPER_PARAMETERS,
         "gpt": {**gpt, "total": sum(gpt.values())},
-        "own": {"non_expert": own["cut"] + own["uncut"], "expert": own["expert"], "total": sum(own.values())},
+        "own": {"non_expert": own["sharded"] + own["replicated"], "expert": own["expert"], "total": sum(own.values())},
     }
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import inf
 
-from lightning_tex.errors import UserValueError
 from lightning_tex.models.decoder import DecoderConfig
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.planner.cluster import Cluster
 from lightning_tex.planner.describe import describe_decoder
 from lightning_tex.planner.layouts import Candidate, Choices, Job, candidates

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from lightning_tex.optim import TiledOptimizer
+from lightning_tex.parallel.allocations import storage_bytes, storage_key
 from lightning_tex.parallel.sharding import parameter_shardings
 from lightning_tex.parallel.topology import Topology
 
@@ -37,11 +38,10 @@ def states(model: nn.Module, topology: Topology, optimizer: TiledOptimizer | Non
 
 def state_bytes(model: nn.Module, topology: Topology, optimizer: TiledOptimizer | None) -> dict[str, int]:
     """Bytes of the storages that a rank keeps between steps, by kind."""
-    found: dict[int, tuple[str, int]] = {}
+    by_storage: dict[int, tuple[str, Tensor]] = {}
     for kind, tensor in states(model, topology, optimizer):
-        storage = tensor.untyped_storage()
-        found.setdefault(storage._cdata, (kind, storage.nbytes()))
+        by_storage.setdefault(storage_key(tensor), (kind, tensor))
     totals = dict.fromkeys(STATES, 0)
-    for kind, size in found.values():
-        totals[kind] += size
+    for kind, tensor in by_storage.values():
+        totals[kind] += storage_bytes([tensor])
     return totals

@@ -12,10 +12,9 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_tex.data import TextDataModule
-from lightning_tex.errors import UserValueError
-from lightning_tex.optim import TiledOptimizer
 from lightning_tex.parallel.activation_checkpointing import stash, stash_bytes
 from lightning_tex.parallel.byte_meter import Sent
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.sharding import parameter_shardings
 from lightning_tex.parallel.topology import Layout
 from lightning_tex.planner_trace.batches import MadeUpBlocks
@@ -172,9 +171,9 @@ class _Reader(Callback):
         self._begun = False
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        expert = _strategy(trainer).topology.expert
+        expert = TexMoEStrategy.of(trainer).topology.expert
         self.routing.parts, self.routing.part = expert.size, expert.rank
-        optimizer = _optimizer(trainer)
+        optimizer = TexMoEStrategy.of(trainer).tiled_optimizer
         if optimizer is not None:
             optimizer.register_step_pre_hook(lambda *_: self._stepping("tile"))
             optimizer.register_step_post_hook(lambda *_: self._stepping(None))
@@ -187,7 +186,7 @@ class _Reader(Callback):
             self._begun = True
             for kind, tensor in self._states(trainer, module):
                 self.tracker.tell([tensor], kind, anew=True)
-            meter = _strategy(trainer).topology.world.meter
+            meter = TexMoEStrategy.of(trainer).topology.world.meter
             assert meter is not None
             meter.start()
             self.tracker.begin()
@@ -201,18 +200,18 @@ class _Reader(Callback):
         if trainer.global_step < 2 or self.read is not None:
             return
         self.tracker.end()
-        strategy = _strategy(trainer)
+        strategy = TexMoEStrategy.of(trainer)
         meter = strategy.topology.world.meter
         assert meter is not None
         meter.stop()
         moments = self.tracker.over_time()
         peak = max(moments, key=lambda live: sum(live.values()))
         kinds = {kind for live in moments for kind in live}
-        placed = parameter_shardings(module, strategy.topology)
+        shardings = parameter_shardings(module, strategy.topology)
         self.read = {
             "layout": strategy.topology.layout,
-            "parameters": sum(prod(sharding.box.full) for sharding in placed.values()),
-            "state_bytes": state_bytes(module, strategy.topology, _optimizer(trainer)),
+            "parameters": sum(prod(sharding.box.full) for sharding in shardings.values()),
+            "state_bytes": state_bytes(module, strategy.topology, strategy.tiled_optimizer),
             "peak_bytes": sum(peak.values()),
             "peak_bytes_by_kind": peak,
             "most_bytes_by_kind": {kind: max(live.get(kind, 0) for live in moments) for kind in sorted(kinds)},
@@ -223,13 +222,5 @@ class _Reader(Callback):
         }
 
     def _states(self, trainer: Trainer, module: LightningModule) -> Any:
-        return states(module, _strategy(trainer).topology, _optimizer(trainer))
-
-
-def _strategy(trainer: Trainer) -> TexMoEStrategy:
-    assert isinstance(trainer.strategy, TexMoEStrategy)
-    return trainer.strategy
-
-
-def _optimizer(trainer: Trainer) -> TiledOptimizer | None:
-    return next((o for o in _strategy(trainer).optimizers if isinstance(o, TiledOptimizer)), None)
+        strategy = TexMoEStrategy.of(trainer)
+        return states(module, strategy.topology, strategy.tiled_optimizer)

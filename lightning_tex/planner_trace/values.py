@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -13,7 +11,8 @@ from torch._C._distributed_c10d import ProcessGroup
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_tex.errors import UserValueError
+from lightning_tex.parallel.allocations import tensors_in
+from lightning_tex.parallel.errors import UserValueError
 
 aten, c10d, prim = torch.ops.aten, torch.ops.c10d, torch.ops.prim
 
@@ -99,17 +98,6 @@ class ShapesOnly(TorchDispatchMode):
         like = func(*args, **{**kwargs, "device": torch.device("meta")})
         options = {"dtype": like.dtype, "device": kwargs["device"]}
         return self._made(aten.empty_strided.default, (like.shape, like.stride()), options)
-
-
-def tensors_in(*values: Iterable[Any]) -> list[Tensor]:
-    """The tensors among an operation's arguments or results, those in lists included."""
-    found: list[Tensor] = []
-    for value in chain(*values):
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
-            found += tensors_in(value)
-    return found
 
 
 def takes_memory(tensor: Tensor) -> bool:

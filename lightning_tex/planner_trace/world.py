@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_utilities.core.rank_zero import rank_zero_only as utilities_rank_zero_only
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lightning_tex.errors import UserRuntimeError, UserValueError
+from lightning_tex.parallel.errors import UserRuntimeError, UserValueError
 
 
 class OneOfMany(ClusterEnvironment):

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_tex.optim import TiledOptimizer
-from lightning_tex.optim.formats import MASTER, Kept
+from lightning_tex.optim.formats import MASTER, SavedState
 from lightning_tex.optim.shard import Piece
 from lightning_tex.parallel import collectives
 from lightning_tex.parallel.sharding import ParameterSharding
@@ -78,7 +78,7 @@ def _agreed_keys(optimizer: TiledOptimizer, topology: Topology) -> dict[str, dic
             if key == MASTER:
                 continue
             kinds = own.setdefault(piece.sharding.name, {})
-            if isinstance(value, Kept):
+            if isinstance(value, SavedState):
                 kinds[key] = value.dtype
             elif holds_first_element(piece):
                 kinds[key] = value.cpu().clone() if isinstance(value, Tensor) else value

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import xxhash
 
-from lightning_tex.errors import UserValueError
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.extent import Extent
 
 MANIFEST = "manifest.json"

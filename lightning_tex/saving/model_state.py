@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from lightning_tex.errors import UserTypeError, UserValueError
+from lightning_tex.parallel.errors import UserTypeError, UserValueError
 from lightning_tex.parallel.sharding import ParameterSharding, parameter_shardings
 from lightning_tex.parallel.topology import Topology
 from lightning_tex.saving.global_tensor import GlobalTensor, stored_part

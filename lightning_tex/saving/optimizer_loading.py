@@ -10,11 +10,11 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_tex.errors import UserValueError
 from lightning_tex.optim import TiledOptimizer
 from lightning_tex.optim.engine import fastest
 from lightning_tex.optim.formats import LOW_PRECISION, MASTER
 from lightning_tex.optim.shard import Piece, Shard
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.saving.global_tensor import GlobalTensor
 from lightning_tex.saving.model_state import MODEL, OPTIMIZER, Described, Source, TensorPath
 from lightning_tex.saving.optimizer_state import ROUNDING_SEED, group_options, held_parts
@@ -66,7 +66,7 @@ def load_optimizer(optimizer: TiledOptimizer, states: OptimizerStates) -> None:
     saved = states.tensors()
     scalars = _scalar_keys(saved, optimizer)
     for shard in optimizer.shards:
-        shard.states.forget()
+        shard.states.clear()
         # Shard by shard: a compact format reads into memory that is given back.
         _load_elements(shard, states.source, saved, scalars)
     _load_scalars(optimizer, states, saved, scalars)
@@ -108,7 +108,7 @@ def _read_windows(
     path_of: Callable[[Piece, str], TensorPath],
 ) -> None:
     """Read states of a shard's windows, by (window, key), from where ``path_of`` says."""
-    targets = {(window, key): shard.states.place(window, key, dtype) for (window, key), dtype in wanted.items()}
+    targets = {(window, key): shard.states.memory_for(window, key, dtype) for (window, key), dtype in wanted.items()}
     request: dict[TensorPath, GlobalTensor] = {}
     for piece in shard.pieces():
         for (window, key), target in targets.items():
@@ -118,7 +118,7 @@ def _read_windows(
                 requested.parts += held_parts(piece, lambda target=target: target)  # type: ignore[misc]
     source.fill(request)
     for (window, key), target in targets.items():
-        shard.states.placed(window, key, target)
+        shard.states.filled(window, key, target)
 
 
 # --- states that are one number

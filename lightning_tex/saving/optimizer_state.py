@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_tex.errors import UserTypeError
 from lightning_tex.optim import TiledOptimizer
-from lightning_tex.optim.formats import Kept
+from lightning_tex.optim.formats import SavedState
 from lightning_tex.optim.shard import Piece
 from lightning_tex.optim.tiled import parameter_names
+from lightning_tex.parallel.errors import UserTypeError
 from lightning_tex.saving.global_tensor import GlobalTensor, Part, run_parts
 
 # The name that the rounding seed has in a directory of format 1, and in a plain file of 0.1.
@@ -21,14 +21,14 @@ ROUNDING_SEED = "dice"
 
 
 def window_states(piece: Piece) -> dict[str, Any]:
-    """The states of a piece's window: :class:`Kept` values, scalars, and the master of a 16-bit parameter.
+    """The states of a piece's window: :class:`SavedState` values, scalars, and the master of a 16-bit parameter.
 
     Raises:
         TypeError: a state that is neither one value nor one value per element.
     """
-    states = piece.shard.states.kept(piece.window)
+    states = piece.shard.states.saved_states(piece.window)
     for key, value in states.items():
-        if not isinstance(value, Kept) and not is_scalar(value):
+        if not isinstance(value, SavedState) and not is_scalar(value):
             raise UserTypeError(
                 f"optimizer state {key!r} is neither one number nor one number per element: {value!r:.200}"
             )
@@ -49,7 +49,7 @@ def optimizer_state(optimizer: TiledOptimizer) -> dict[str, dict[str, GlobalTens
         writes = sharding.counted and piece.writes
         for key, value in window_states(piece).items():
             described = states.setdefault(sharding.name, {})
-            if isinstance(value, Kept):
+            if isinstance(value, SavedState):
                 tensor = described.setdefault(key, GlobalTensor(sharding.box.full, value.dtype, writes=writes))
                 tensor.parts += held_parts(piece, value.read)
             elif holds_first_element(piece):
@@ -69,7 +69,7 @@ def holds_first_element(piece: Piece) -> bool:
 
 def number_keys(optimizer: TiledOptimizer) -> list[str]:
     """Keys of states that are Python numbers, not tensors."""
-    states = (piece.shard.states.kept(piece.window) for piece in optimizer.pieces())
+    states = (piece.shard.states.saved_states(piece.window) for piece in optimizer.pieces())
     return sorted({key for state in states for key, value in state.items() if isinstance(value, (int, float))})
 
 

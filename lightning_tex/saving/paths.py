@@ -13,7 +13,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from lightning_tex.errors import UserFileError
+from lightning_tex.parallel.errors import UserFileError
 from lightning_tex.saving.manifest import MANIFEST, CorruptCheckpointError, Manifest
 
 # Being written, perhaps by another run in the same folder; and given up, whosever it was.

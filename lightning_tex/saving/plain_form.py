@@ -17,9 +17,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from lightning_tex.errors import UserValueError
 from lightning_tex.optim import TiledOptimizer
 from lightning_tex.optim.tiled import parameter_names
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.saving.checkpoint_format import OWN_ENTRY
 from lightning_tex.saving.optimizer_loading import OptimizerStates
 from lightning_tex.saving.optimizer_state import ROUNDING_SEED

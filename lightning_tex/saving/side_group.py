@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lightning_tex.errors import UserRuntimeError
+from lightning_tex.parallel.errors import UserRuntimeError
 from lightning_tex.parallel.topology import Axis
 
 

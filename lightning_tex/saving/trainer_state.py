@@ -15,7 +15,7 @@ from lightning.fabric.utilities.load import _METADATA_FILENAME
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_tex.errors import UserTypeError, UserValueError
+from lightning_tex.parallel.errors import UserTypeError, UserValueError
 from lightning_tex.saving.global_tensor import GlobalTensor
 
 # Lightning's own name for the file, which its consolidate_checkpoint reads.

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from lightning_tex.errors import UserRuntimeError
+from lightning_tex.parallel.errors import UserRuntimeError
 from lightning_tex.parallel.topology import Axis, Layout
 from lightning_tex.saving import paths
 from lightning_tex.saving.archive import write_file, write_tensors

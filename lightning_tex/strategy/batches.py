@@ -11,8 +11,8 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_tex.errors import UserRuntimeError
 from lightning_tex.parallel import collectives
+from lightning_tex.parallel.errors import UserRuntimeError
 from lightning_tex.parallel.topology import Axis
 
 

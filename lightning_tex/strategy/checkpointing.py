@@ -15,8 +15,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_tex.errors import UserTypeError
 from lightning_tex.optim import TiledOptimizer
+from lightning_tex.parallel.errors import UserTypeError
 from lightning_tex.parallel.topology import Topology
 from lightning_tex.saving import (
     Background,
@@ -69,10 +69,14 @@ class CheckpointingStrategy(MeshStrategy):
     def topology(self) -> Topology:
         """All axes of the run."""
 
+    @property
+    def tiled_optimizer(self) -> TiledOptimizer | None:
+        """The optimizer; ``None`` before a fit has set it up, and where ``configure_optimizers`` returned none."""
+        return next((o for o in self.optimizers if isinstance(o, TiledOptimizer)), None)
+
     def _run(self) -> ShardedRun:
         assert self.model is not None
-        optimizer = next((o for o in self.optimizers if isinstance(o, TiledOptimizer)), None)
-        return ShardedRun(self.model, self.topology, optimizer, self.broadcast, self.checkpoint_io)
+        return ShardedRun(self.model, self.topology, self.tiled_optimizer, self.broadcast, self.checkpoint_io)
 
     def check_checkpoint_io(self) -> None:
         """Raise ``MisconfigurationException`` if the Trainer's ``CheckpointIO`` would not be used."""

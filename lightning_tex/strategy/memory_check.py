@@ -8,9 +8,9 @@ from typing import Any
 from lightning import LightningModule
 from torch import nn
 
-from lightning_tex.errors import UserValueError
 from lightning_tex.models import LanguageModel
 from lightning_tex.optim import OptimizerStateConfig
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.precision import PRECISIONS
 from lightning_tex.parallel.topology import Communication, Layout
 from lightning_tex.planner.cluster import CLUSTERS

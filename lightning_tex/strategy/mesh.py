@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_tex.errors import UserRuntimeError
 from lightning_tex.parallel.initialization import has_values
 from lightning_tex.parallel.topology import Layout, build_mesh
 
@@ -69,7 +68,7 @@ class MeshStrategy(ParallelStrategy):
     def device_mesh(self) -> DeviceMesh:
         """The (data, tensor) mesh; also ``LightningModule.device_mesh``."""
         if self._mesh is None:
-            raise UserRuntimeError("The device mesh exists only after the Trainer has set up its processes")
+            raise RuntimeError("The device mesh exists only after the Trainer has set up its processes")
         return self._mesh
 
     def set_world_ranks(self) -> None:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Iterable
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from lightning import Trainer
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.core.optimizer import _MockOptimizer
@@ -24,9 +21,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_tex.errors import UserRuntimeError, UserValueError
 from lightning_tex.layers.vocab import require_both_ends
-from lightning_tex.moe import MoE, auxiliary_loss
+from lightning_tex.moe import MoE
 from lightning_tex.optim import OptimizerStateConfig, OptimizerStateFormat, TiledOptimizer, ZeroStage
 from lightning_tex.parallel import initialization
 from lightning_tex.parallel.activation_checkpointing import (
@@ -34,22 +30,19 @@ from lightning_tex.parallel.activation_checkpointing import (
     ActivationCheckpointing,
     recompute_blocks,
 )
+from lightning_tex.parallel.errors import UserRuntimeError, UserValueError
 from lightning_tex.parallel.hashing import stable_hash
 from lightning_tex.parallel.sharding import check_shardable, parameter_shardings, shard_module, synchronise
 from lightning_tex.parallel.topology import Communication, Layout, Topology
-from lightning_tex.strategy.batches import agreed_loader, evaluation_loader, gather_numbers, require_same_batch
-from lightning_tex.strategy.checkpointing import CheckpointingStrategy
+from lightning_tex.strategy.batches import gather_numbers
 from lightning_tex.strategy.memory_check import require_memory
 from lightning_tex.strategy.precision import tex_precision
 from lightning_tex.strategy.random_state import data_rank_random_state, shared_seed
+from lightning_tex.strategy.steps import StepStrategy
 from lightning_tex.strategy.train_step import TrainStep
-from lightning_tex.strategy.uneven_evaluation import run_until_all_are_done
-
-# Steps whose batches are compared over the tensor axis, from the start of every stage.
-_COMPARED_STEPS = 3
 
 
-class TexMoEStrategy(CheckpointingStrategy):
+class TexMoEStrategy(StepStrategy):
     """Train a LightningModule built of TEX layers with tensor x expert x data parallelism (arXiv 2303.06318).
 
     Use it as ``Trainer(strategy="tex_moe")`` or with arguments. The world is split twice (Eq. 1):
@@ -149,9 +142,10 @@ class TexMoEStrategy(CheckpointingStrategy):
             legal = ", ".join(map(repr, ACTIVATION_CHECKPOINTING))
             raise UserValueError(f"activation_checkpointing={activation_checkpointing!r}; legal: {legal}")
         if activation_checkpointing is None and activation_checkpointing_policy is not None:
+            legal = ", ".join(repr(mode) for mode in ACTIVATION_CHECKPOINTING if mode is not None)
             raise UserValueError(
-                "activation_checkpointing_policy has no effect with activation_checkpointing=None; legal with it: "
-                "'full', 'communication_aware'"
+                "activation_checkpointing_policy has no effect with activation_checkpointing=None; "
+                f"legal with it: {legal}"
             )
         self._recompute = partial(
             recompute_blocks, mode=activation_checkpointing, policy=activation_checkpointing_policy
@@ -159,7 +153,12 @@ class TexMoEStrategy(CheckpointingStrategy):
         self._check_memory = check_memory
         self._topology: Topology | None = None
         self._seed = 0
-        self._compared: Counter[Any] = Counter()
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> Self:
+        """The strategy of a Trainer that is known to run under it."""
+        assert isinstance(trainer.strategy, cls)
+        return trainer.strategy
 
     # --- layout and precision
 
@@ -167,7 +166,7 @@ class TexMoEStrategy(CheckpointingStrategy):
     def topology(self) -> Topology:
         """All axes of the run. Exists from ``setup`` on."""
         if self._topology is None:
-            raise UserRuntimeError("The topology exists only after the Trainer has set up the strategy")
+            raise RuntimeError("The topology exists only after the Trainer has set up the strategy")
         return self._topology
 
     @property
@@ -227,7 +226,7 @@ class TexMoEStrategy(CheckpointingStrategy):
                 )
 
     def setup(self, trainer: Trainer) -> None:
-        """Cut the model for this rank, give it its memory and its optimizer. Idempotent over stages."""
+        """Shard the model for this rank, give it its memory and its optimizer. Idempotent over stages."""
         assert self.accelerator is not None and self.model is not None
         self.accelerator.setup(trainer)
         layout = self.resolve_layout()
@@ -253,7 +252,7 @@ class TexMoEStrategy(CheckpointingStrategy):
                 metric.process_group = self.topology.data.group
         data_rank_random_state(seed, self.topology.data)
         self.barrier()
-        self._compared.clear()
+        self.compare_batches_again()
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
@@ -293,9 +292,8 @@ class TexMoEStrategy(CheckpointingStrategy):
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Build the user's optimizer over the sharded model and put the sharded, tiled one in its place."""
-        for optimizer in self.optimizers:
-            if isinstance(optimizer, TiledOptimizer):
-                optimizer.release()
+        if self.tiled_optimizer is not None:
+            self.tiled_optimizer.release()
         self._reset_optimizers_and_schedulers()
         super().setup_optimizers(trainer)
         if len(self.optimizers) > 1:
@@ -305,12 +303,14 @@ class TexMoEStrategy(CheckpointingStrategy):
             )
         assert self.model is not None
         parameters = dict(self.model.named_parameters())
-        placed = {parameters[name]: p for name, p in parameter_shardings(self.model, self.topology).items()}
+        by_name = parameter_shardings(self.model, self.topology)
+        shardings = {parameters[name]: sharding for name, sharding in by_name.items()}
         if not isinstance(self.optimizers[0], _MockOptimizer):  # configure_optimizers returned None
             state_config = self.precision_plugin.state_config(replace(self._state_config, seed=self._seed))
             world = self.topology.world
-            tiled = TiledOptimizer(self.optimizers[0], placed, world, state_config, communication=self.communication)
-            self.optimizers = [tiled]
+            self.optimizers = [
+                TiledOptimizer(self.optimizers[0], shardings, world, state_config, communication=self.communication)
+            ]
             for config in self.lr_scheduler_configs:  # or a learning-rate monitor would find two optimizers
                 config.scheduler.optimizer = self.optimizers[0]
 
@@ -327,61 +327,3 @@ class TexMoEStrategy(CheckpointingStrategy):
     def _num_experts(self) -> list[int]:
         modules = [] if self.model is None else self.model.modules()
         return [module.num_experts for module in modules if isinstance(module, MoE)]
-
-    # --- steps
-
-    def process_dataloader(self, dataloader: object) -> object:
-        """Seed workers by data rank, and let training loaders end together."""
-        if getattr(dataloader, "worker_init_fn", False) is None:
-            rank = self.distributed_sampler_kwargs["rank"]
-            with suppress(ValueError, AttributeError):
-                dataloader.worker_init_fn = partial(_seed_worker, rank=rank)  # type: ignore[attr-defined]
-        assert self.lightning_module is not None
-        if self.lightning_module.trainer.training:
-            return agreed_loader(dataloader, self.topology.world, self.root_device)
-        return evaluation_loader(dataloader, self.topology.world, self.root_device)
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        assert self.model is not None
-        self._compare_batch(args, kwargs)
-        auxiliary_loss(self.model)  # what an aborted step left behind
-        output = super().training_step(*args, **kwargs)
-        assert self.lightning_module is not None
-        if output is None and self.lightning_module.automatic_optimization and self.topology.world.size > 1:
-            raise UserRuntimeError(
-                f"training_step returned None on rank {self.global_rank}: without a backward of its own it would leave "
-                f"the other {self.topology.world.size - 1} ranks waiting in theirs. Legal: a loss on every rank, "
-                "0 * loss where a batch is to count for nothing; None in a run of one process"
-            )
-        return output
-
-    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._evaluate(super().validation_step, *args, **kwargs)
-
-    def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._evaluate(super().test_step, *args, **kwargs)
-
-    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._evaluate(super().predict_step, *args, **kwargs)
-
-    def _evaluate(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        def compared_step() -> Any:  # a rank that repeats its last batch takes part in the comparison, too
-            self._compare_batch(args, kwargs)
-            return step(*args, **kwargs)
-
-        output = compared_step()
-        assert self.lightning_module is not None
-        loader = args[2] if len(args) > 2 else 0  # (batch, batch_idx[, dataloader_idx])
-        run_until_all_are_done(self.lightning_module, compared_step, loader, self.topology.world, self.root_device)
-        return output
-
-    def _compare_batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        assert self.lightning_module is not None
-        stage = self.lightning_module.trainer.state.stage
-        if self._compared[stage] < _COMPARED_STEPS and self.topology.tensor.size > 1:
-            self._compared[stage] += 1
-            require_same_batch((args, kwargs), self.topology.tensor, self.topology.world, self.root_device)
-
-
-def _seed_worker(worker_id: int, rank: int) -> None:
-    pl_worker_init_function(worker_id, rank)

@@ -12,9 +12,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_tex.errors import UserValueError
 from lightning_tex.moe.losses import auxiliary_loss
 from lightning_tex.optim import OptimizerStateConfig, TiledOptimizer
+from lightning_tex.parallel.errors import UserValueError
 
 
 class TrainStep(Precision):
@@ -44,16 +44,16 @@ class TrainStep(Precision):
         """Add the auxiliary losses nobody collected, divided by the accumulation as Lightning divides the loss."""
         if module.automatic_optimization:
             tensor = tensor + auxiliary_loss(module) / module.trainer.accumulate_grad_batches
-        for optimizer in module.trainer.strategy.optimizers:
-            if isinstance(optimizer, TiledOptimizer):
-                optimizer.backward_begins(tensor, self._step_follows, undisturbed=self._may_overlap(module))
+        optimizer = _tiled_optimizer(module)
+        if optimizer is not None:
+            optimizer.backward_begins(tensor, self._step_follows, undisturbed=self._may_overlap(module))
         return super().pre_backward(tensor, module)
 
     def post_backward(self, tensor: Tensor, module: LightningModule) -> Tensor:  # type: ignore[override]
         """Send the gradients at once, where they are not kept."""
-        for optimizer in module.trainer.strategy.optimizers:
-            if isinstance(optimizer, TiledOptimizer):
-                optimizer.backward_ended()
+        optimizer = _tiled_optimizer(module)
+        if optimizer is not None:
+            optimizer.backward_ended()
         return super().post_backward(tensor, module)
 
     def optimizer_step(  # type: ignore[override]
@@ -104,6 +104,12 @@ class TrainStep(Precision):
         hook = "on_before_optimizer_step"
         overridden = is_overridden(hook, model) or is_overridden("configure_gradient_clipping", model)
         return overridden or any(is_overridden(hook, c, Callback) for c in _callbacks(model))
+
+
+def _tiled_optimizer(model: LightningModule) -> TiledOptimizer | None:
+    strategy: Any = model.trainer.strategy  # a TexMoEStrategy, which imports this module
+    optimizer: TiledOptimizer | None = strategy.tiled_optimizer
+    return optimizer
 
 
 def _callbacks(model: LightningModule) -> list[Any]:

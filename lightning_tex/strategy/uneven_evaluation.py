@@ -15,7 +15,7 @@ import torch
 from lightning import LightningModule
 from torchmetrics import Metric
 
-from lightning_tex.errors import UserRuntimeError
+from lightning_tex.parallel.errors import UserRuntimeError
 from lightning_tex.parallel.topology import Axis
 from lightning_tex.strategy.batches import gather_numbers
 

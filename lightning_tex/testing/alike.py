@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning import LightningModule
 
-from lightning_tex.errors import UserValueError
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.testing.comparison import Comparison
 from lightning_tex.testing.layouts import Run, legal_layouts
 from lightning_tex.testing.runs import BuildOptimizer, Job, sgd

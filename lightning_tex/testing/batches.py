@@ -11,7 +11,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_tex.errors import UserValueError
+from lightning_tex.parallel.errors import UserValueError
 
 
 class Batches(IterableDataset[Any]):

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from lightning_tex.errors import UserError, UserValueError
 from lightning_tex.moe import MoE
+from lightning_tex.parallel.errors import UserError, UserValueError
 from lightning_tex.parallel.sharding import check_shardable
 from lightning_tex.parallel.topology import Layout
 from lightning_tex.strategy import TexMoEStrategy

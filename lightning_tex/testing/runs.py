@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from lightning_tex.errors import left_by_another_rank
 from lightning_tex.moe import auxiliary_loss
+from lightning_tex.parallel.errors import left_by_another_rank
 from lightning_tex.parallel.initialization import materialise
 from lightning_tex.recipe import quiet
 from lightning_tex.strategy import TexMoEStrategy

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_tex.errors import UserValueError
 from lightning_tex.moe import MoE
 from lightning_tex.moe.capacity import CapacityDispatcher, assign_slots, capacity
 from lightning_tex.moe.dispatch import Arrived, DispatchMetadata
 from lightning_tex.moe.exchange import CapacityExchange, to_experts
 from lightning_tex.moe.expert_axes import ExpertAxes
 from lightning_tex.moe.router import Route
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.topology import Topology
 
 # T tokens, E experts, C capacity, k choices per token

@@ -39,14 +39,20 @@ def report(printed: str) -> dict[str, Any]:
     return json.loads(printed.strip().splitlines()[-1])
 
 
-def test_every_combination_gives_the_same_loss_and_its_own_bytes(recipe: Path, tmp_path: Path) -> None:
+EVERY = [name.strip() for name in COMBINATIONS]
+FEW = ["baseline", "+DTD", "+DTD +CAC", "and folding"]
+
+
+@pytest.mark.parametrize("names", [FEW, pytest.param(EVERY, marks=pytest.mark.full)], ids=["few", "every"])
+def test_combinations_give_the_same_loss_and_their_own_bytes(recipe: Path, tmp_path: Path, names: list[str]) -> None:
     quick = ("--steps", "1", "--warmup", "1", "--turns", "1", "--json")
     more = ("--model.init_args.config.num_experts", "4", "--model.init_args.config.num_layers", "4")
-    first, *others = run_ranks(4, bench, tmp_path, recipe, *quick, *more)
+    only = () if names is EVERY else ("--only", *names)
+    first, *others = run_ranks(4, bench, tmp_path, recipe, *quick, *more, *only)
     assert all(printed == "" and code == 0 for printed, _, code in others)
     found = report(first[0])
     rows = found["combinations"]
-    assert list(rows) == [name.strip() for name in COMBINATIONS] and not found["skipped"]
+    assert list(rows) == names and not found["skipped"]
     assert all(name in first[0] for name in rows), "the table lists them"
     base = rows["baseline"]
     assert base["loss"] > 4

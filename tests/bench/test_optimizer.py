@@ -93,7 +93,7 @@ def test_every_case_says_what_was_timed_and_what_was_skipped(tmp_path: Path) -> 
     )
     assert plot.stat().st_size > 10_000
     rows = single["candidates"]
-    ours, torchs = ["tiled", "tiled, guarded", "untiled"], ["torch fused", "torch foreach", "torch loop"]
+    ours, torchs = ["tiled", "tiled, checked", "untiled"], ["torch fused", "torch foreach", "torch loop"]
     assert list(rows) == [*ours, *torchs] and not single["skipped"]
     assert single["copy_gb_per_s"] > 0 and rows["torch fused"]["ratio"] == rows["torch fused"]["cpu_ratio"] == 1
     for row in rows.values():

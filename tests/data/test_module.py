@@ -6,6 +6,7 @@ import os
 import jsonargparse
 import pytest
 import torch
+from helpers.cases import case
 
 from lightning_tex.data import TextDataModule
 from lightning_tex.data.packing import IGNORE_INDEX
@@ -109,16 +110,17 @@ def test_constructor_is_the_configuration():
 def test_validation_reads_every_block_once_on_every_layout(make):
     alone = [i for step in samples(make(global_batch_size=4).val_dataloader()) for i in step]
     for ranks in (1, 2, 4):
-        shares = []
-        for rank in range(ranks):
-            data = make(global_batch_size=4)
-            data._share = functools.partial(pretend_share, data.global_batch_size, ranks, rank)
-            shares.append(list(data.val_dataloader()))
-        assert len({len(share) for share in shares}) == 1
-        steps = [torch.cat([b["sample"] for b in step]).tolist() for step in zip(*shares, strict=True)]
-        assert [i for step in steps for i in step] == alone
-        padding = [b["labels"][b["sample"] < 0] for share in shares for b in share]
-        assert all((labels == IGNORE_INDEX).all() for labels in padding)
+        with case(ranks=ranks):
+            shares = []
+            for rank in range(ranks):
+                data = make(global_batch_size=4)
+                data._share = functools.partial(pretend_share, data.global_batch_size, ranks, rank)
+                shares.append(list(data.val_dataloader()))
+            assert len({len(share) for share in shares}) == 1
+            steps = [torch.cat([b["sample"] for b in step]).tolist() for step in zip(*shares, strict=True)]
+            assert [i for step in steps for i in step] == alone
+            padding = [b["labels"][b["sample"] < 0] for share in shares for b in share]
+            assert all((labels == IGNORE_INDEX).all() for labels in padding)
 
 
 def pretend_share(size, ranks, rank):
@@ -197,13 +199,14 @@ def test_a_stream_resumes(stream, trainer, recorder, tmp_path, options):
     run.fit(whole, datamodule=stream(**options))
     assert [i for step in whole.seen for i in step] == list(range(40)) * 2
     for done in (2, 5, 7):
-        first, rest = recorder(), recorder()
-        short = trainer(max_steps=done, limit_val_batches=0)
-        short.fit(first, datamodule=stream(**options))
-        short.save_checkpoint(tmp_path / "stopped.ckpt")
-        longer = trainer(max_steps=10, limit_val_batches=0)
-        longer.fit(rest, datamodule=stream(**options), ckpt_path=str(tmp_path / "stopped.ckpt"))
-        assert first.seen + rest.seen == whole.seen, done
+        with case(done=done):
+            first, rest = recorder(), recorder()
+            short = trainer(max_steps=done, limit_val_batches=0)
+            short.fit(first, datamodule=stream(**options))
+            short.save_checkpoint(tmp_path / "stopped.ckpt")
+            longer = trainer(max_steps=10, limit_val_batches=0)
+            longer.fit(rest, datamodule=stream(**options), ckpt_path=str(tmp_path / "stopped.ckpt"))
+            assert first.seen + rest.seen == whole.seen
 
 
 def test_two_ranks_under_lightning(make, trainer, recorder, tmp_path):

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers.cases import case
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -74,10 +75,11 @@ def test_bpe_is_deterministic_and_lossless(documents):
     assert first == second
     tokenizer = TextTokenizer(train_bpe(documents, 400))
     for text in ["Document 3\n tensor", "ünïcödé \U0001f600 \x00", f"spelled {END_OF_DOCUMENT} out"]:
-        ids = tokenizer.encode(text)
-        assert tokenizer.decode(ids) == text
-        assert tokenizer.end_of_document_id not in ids
-        assert max(ids) < tokenizer.size <= 400
+        with case(text):
+            ids = tokenizer.encode(text)
+            assert tokenizer.decode(ids) == text
+            assert tokenizer.end_of_document_id not in ids
+            assert max(ids) < tokenizer.size <= 400
     assert tokenizer.encode_documents(documents) == [
         [*tokenizer.encode(text), tokenizer.end_of_document_id] for text in documents
     ]
@@ -86,11 +88,12 @@ def test_bpe_is_deterministic_and_lossless(documents):
 def test_tokenizer_file_and_folder(make, documents, tmp_path):
     train_bpe(documents, 350).save(str(tmp_path / "tokenizer.json"))
     for path in (tmp_path, tmp_path / "tokenizer.json"):
-        data = make(tokenizer=str(path), vocab_size=None)
-        size = data.vocab_size  # before any data is read
-        assert 257 <= size <= 350
-        top = max(int(batch["input_ids"].max()) for batch in data.train_dataloader())
-        assert top < size
+        with case(path):
+            data = make(tokenizer=str(path), vocab_size=None)
+            size = data.vocab_size  # before any data is read
+            assert 257 <= size <= 350
+            top = max(int(batch["input_ids"].max()) for batch in data.train_dataloader())
+            assert top < size
     assert make(tokenizer=str(tmp_path), vocab_size=512).vocab_size == 512
 
 

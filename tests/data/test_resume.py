@@ -4,6 +4,7 @@ import itertools
 import types
 
 import pytest
+from helpers.cases import case
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 STEPS = 5  # micro-steps of an epoch: 5 * 8 samples, and a few that are left over
@@ -71,9 +72,10 @@ def test_checkpoints_of_every_step(make, trainer, recorder, epochs, tmp_path, wo
     fit(trainer, make(num_workers=first), whole, max_epochs=3, callbacks=[saver])
     assert whole.seen == epochs[: 3 * STEPS]
     for step in [3, STEPS, STEPS + 2] if any(workers) else [1, 3, STEPS - 1, STEPS, STEPS + 2, 2 * STEPS]:
-        rest = recorder()
-        fit(trainer, make(num_workers=second), rest, str(tmp_path / f"step={step}.ckpt"), max_epochs=3)
-        assert rest.seen == whole.seen[step:], step
+        with case(step=step):
+            rest = recorder()
+            fit(trainer, make(num_workers=second), rest, str(tmp_path / f"step={step}.ckpt"), max_epochs=3)
+            assert rest.seen == whole.seen[step:]
 
 
 @pytest.mark.parametrize(
@@ -93,12 +95,13 @@ def test_checkpoints_at_hooks(make, trainer, recorder, epochs, tmp_path, hooks, 
     assert len(saver.saved) >= 2
     longer = {"max_epochs": 3} if "max_epochs" in how else {"max_steps": 3 * STEPS}
     for path, done in saver.saved:
-        rest = recorder()
-        fit(trainer, make(), rest, path, val_check_interval=2, **longer)
-        # Lightning itself shortens an epoch that is resumed from its start hook; no sample is lost by that.
-        end = done + len(rest.seen) if "on_train_epoch_start" in path else 3 * STEPS
-        assert rest.seen == epochs[done:end], path
-        assert len(rest.seen) > 0 or done == 3 * STEPS
+        with case(path):
+            rest = recorder()
+            fit(trainer, make(), rest, path, val_check_interval=2, **longer)
+            # Lightning itself shortens an epoch that is resumed from its start hook; no sample is lost by that.
+            end = done + len(rest.seen) if "on_train_epoch_start" in path else 3 * STEPS
+            assert rest.seen == epochs[done:end]
+            assert len(rest.seen) > 0 or done == 3 * STEPS
 
 
 def test_stopping_in_an_epoch_by_max_steps(make, trainer, recorder, epochs, tmp_path):
@@ -131,9 +134,10 @@ def test_limited_epochs_and_accumulation(make, trainer, recorder, epochs, tmp_pa
     fit(trainer, make(), whole, callbacks=[saver], **options)
     assert whole.seen == epochs[0:4] + epochs[STEPS : STEPS + 4] + epochs[2 * STEPS : 2 * STEPS + 4]
     for path, done in saver.saved[1::2]:
-        rest = recorder()
-        fit(trainer, make(), rest, path, **options)
-        assert rest.seen == whole.seen[done:]
+        with case(path):
+            rest = recorder()
+            fit(trainer, make(), rest, path, **options)
+            assert rest.seen == whole.seen[done:]
 
 
 def test_two_fits_of_one_trainer(make, trainer, recorder, epochs):
@@ -192,13 +196,14 @@ def test_resuming_on_another_data_axis(make, trainer, recorder, epochs, ranks):
     assert (state["epoch"], state["samples"]) == (0, 16)
     shares = []
     for rank in range(ranks):
-        mine = make()
-        mine.trainer = pretend_trainer(rank, ranks)
-        mine.setup("fit")
-        mine.load_state_dict(state)
-        loader = mine.train_dataloader()
-        assert len(loader) == STEPS
-        shares.append([batch["sample"].tolist() for batch in itertools.islice(loader, STEPS)])
+        with case(rank=rank):
+            mine = make()
+            mine.trainer = pretend_trainer(rank, ranks)
+            mine.setup("fit")
+            mine.load_state_dict(state)
+            loader = mine.train_dataloader()
+            assert len(loader) == STEPS
+            shares.append([batch["sample"].tolist() for batch in itertools.islice(loader, STEPS)])
     assert [flat(step) for step in zip(*shares, strict=True)] == epochs[2 : STEPS + 2]
 
 

@@ -136,8 +136,8 @@ def gathered(module: L.LightningModule, trainer: L.Trainer) -> dict[str, Tensor]
     if not isinstance(trainer.strategy, tex.TexMoEStrategy):
         return {name: p.detach().clone() for name, p in module.named_parameters()}
     parameters = dict(module.named_parameters())
-    placed = parameter_shardings(module, trainer.strategy.topology)
-    return {name: p.gather(parameters[name].detach()).clone() for name, p in placed.items()}
+    shardings = parameter_shardings(module, trainer.strategy.topology)
+    return {name: sharding.gather(parameters[name].detach()).clone() for name, sharding in shardings.items()}
 
 
 def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import pytest
 
 
 @contextmanager
@@ -17,6 +19,17 @@ def case(*values: Any, **named: Any) -> Iterator[None]:
         words = [*map(str, values), *(f"{key}={value!r}" for key, value in named.items())]
         error.add_note(f"in the case {', '.join(words)}")
         raise
+
+
+def in_full(values: Iterable[Any], default: Collection[Any]) -> list[Any]:
+    """Parameters of a test, of which only those in ``default`` are run without ``-m full``."""
+    return [value if value in default else pytest.param(value, marks=pytest.mark.full) for value in values]
+
+
+def selected(request: pytest.FixtureRequest, parameter: str) -> set[Any]:
+    """Values of a parameter in those tests of a fixture's module that are run: the runs that a fixture has to make."""
+    calls = (getattr(item, "callspec", None) for item in request.session.items if item.path == request.path)
+    return {call.params[parameter] for call in calls if call is not None and parameter in call.params}
 
 
 def pairwise(*factors: Any, legal: Callable[..., bool] = lambda *values: True) -> list[tuple[Any, ...]]:

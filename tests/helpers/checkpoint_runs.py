@@ -188,8 +188,8 @@ def whole_weights(run: L.Trainer, module: Model) -> dict[str, Tensor]:
     """Parameters as one process would hold them."""
     parameters = dict(module.named_parameters())
     if isinstance(run.strategy, tex.TexMoEStrategy):
-        placed = parameter_shardings(module, run.strategy.topology)
-        return {name: placed[name].gather(p.detach()).clone() for name, p in parameters.items()}
+        shardings = parameter_shardings(module, run.strategy.topology)
+        return {name: shardings[name].gather(p.detach()).clone() for name, p in parameters.items()}
     return {name: p.detach().clone() for name, p in parameters.items()}
 
 

@@ -33,11 +33,11 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Options:
-    """Everything else that varies. ``True`` is always the less usual one."""
+    """Everything else that varies. The defaults are the usual ones."""
 
     capacity: bool = False
     top_2: bool = False
-    no_dtd: bool = False
+    duplicate_token_dropping: bool = True
     adamw: bool = False
     accumulate: bool = False
     clip: bool = False
@@ -52,7 +52,7 @@ class Options:
             (
                 "cap" if self.capacity else "dropless",
                 "k2" if self.top_2 else "k1",
-                "nodtd" if self.no_dtd else "dtd",
+                "dtd" if self.duplicate_token_dropping else "nodtd",
                 "adamw" if self.adamw else "sgd",
                 "acc2" if self.accumulate else "acc1",
                 "clip" if self.clip else "noclip",
@@ -66,7 +66,7 @@ class Options:
 
     def mathematics(self) -> Options:
         """The options without those that must not change any number: what a reference depends on."""
-        return replace(self, no_dtd=False, small_tiles=False, collect=False)
+        return replace(self, duplicate_token_dropping=True, small_tiles=False, collect=False)
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def layouts() -> list[Sizes]:
 
 
 def legal(case: Case) -> bool:
-    return not (case.sizes.folded and case.options.no_dtd)
+    return case.options.duplicate_token_dropping or not case.sizes.folded
 
 
 def all_options() -> list[Options]:
@@ -120,10 +120,12 @@ def grid() -> list[Case]:
     ]
 
 
-def _rotated(turn: bool, capacity: bool, no_dtd: bool, adamw: bool, accumulate: bool, clip: bool) -> Options:
+def _rotated(
+    turn: bool, capacity: bool, duplicate_token_dropping: bool, adamw: bool, accumulate: bool, clip: bool
+) -> Options:
     return Options(
         capacity=capacity,
-        no_dtd=no_dtd,
+        duplicate_token_dropping=duplicate_token_dropping,
         adamw=adamw,
         accumulate=accumulate,
         clip=clip,

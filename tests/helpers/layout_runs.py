@@ -102,7 +102,7 @@ class Recorded(L.LightningModule):
         losses = torch.tensor(self.record.losses, dtype=torch.float64)
         self.record.losses = self.trainer.strategy.reduce(losses, reduce_op="mean").tolist()
         self.record.parameters = self.whole(dict(self.named_parameters()))
-        # Steps as the last dim, where no axis cuts: one gather for all of them.
+        # Steps as the last dim, which no axis shards: one gather for all of them.
         self.record.gradients = self.whole({name: torch.stack(g, -1) for name, g in self.own_gradients.items()})
 
     def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -110,8 +110,8 @@ class Recorded(L.LightningModule):
         strategy = self.trainer.strategy
         if not isinstance(strategy, tex.TexMoEStrategy):
             return {name: t.detach().clone() for name, t in tensors.items()}
-        placed = parameter_shardings(self, strategy.topology)
-        return {name: p.gather(tensors[name].detach()).clone() for name, p in placed.items()}
+        shardings = parameter_shardings(self, strategy.topology)
+        return {name: sharding.gather(tensors[name].detach()).clone() for name, sharding in shardings.items()}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         if self.adamw:
@@ -128,7 +128,7 @@ def token_blocks(samples: int, seed: int = 0) -> TensorDataset:
 
 
 class Slices:
-    """Batch sampler: of every ``samples`` consecutive samples, the ``rank``-th of ``partial_axis`` slices."""
+    """Batch sampler: of every ``samples`` consecutive samples, the ``rank``-th of ``parts`` slices."""
 
     def __init__(self, total: int, samples: int, parts: int = 1, rank: int = 0) -> None:
         share = samples // parts
@@ -175,7 +175,7 @@ def train_case(case: Case, precision: str) -> Record:
         tensor_parallel_size=sizes.tensor,
         expert_parallel_size=sizes.expert,
         expert_tensor_parallel_size=sizes.expert_tensor,
-        duplicate_token_dropping=not options.no_dtd,
+        duplicate_token_dropping=options.duplicate_token_dropping,
         tile_size=64 if options.small_tiles else None,
     )
     module = Recorded(decoder_config(options, **small(sizes)), options.adamw, options.collect)

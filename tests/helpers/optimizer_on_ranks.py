@@ -18,7 +18,7 @@ LAYOUTS = [(2, 2, 2), (2, 2, 1), (2, 1, 2), (1, 2, 1), (4, 4, 1), (1, 1, 1)]
 
 
 class Model(nn.Module):
-    """Cut, padded, expert and plain parameters."""
+    """Sharded, padded, expert and plain parameters."""
 
     def __init__(self):
         super().__init__()
@@ -34,7 +34,7 @@ def made(name, replica, step, shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-class Case:
+class Pair:
     """A sharded model with the tiled optimizer beside the whole one with the plain optimizer."""
 
     def __init__(self, layout, kind, dtype=torch.float64, **state_config):

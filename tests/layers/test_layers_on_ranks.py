@@ -4,6 +4,7 @@ import copy
 
 import torch
 import torch.nn.functional as F
+from helpers.cases import case
 from helpers.topologies import join
 from torch import nn
 
@@ -39,7 +40,7 @@ def same(actual, expected):
 
 
 def both(topology, layer, x, upstream, part_in=False, part_out=False, call=None, part_of=own):
-    """Run ``layer`` whole and cut; compare output, gradient of the input and of every parameter.
+    """Run ``layer`` whole and sharded; compare output, gradient of the input and of every parameter.
 
     ``part_in``, ``part_out``: the sharded layer takes, or gives, only its own part of the last dim.
     """
@@ -78,12 +79,15 @@ def linear_layers():
     for tensor in (2, 4):
         topology = join(tensor)
         for bias in (True, False):
-            torch.manual_seed(0)
-            both(topology, ColumnParallelLinear(6, 8, bias), randn(1, 2, 3, 6), randn(2, 2, 3, 8), part_out=True)
-            both(topology, ColumnParallelLinear(6, 8, bias, gather_output=True), randn(1, 2, 3, 6), randn(2, 2, 3, 8))
-            both(topology, RowParallelLinear(8, 6, bias), randn(1, 2, 3, 8), randn(2, 2, 3, 6), part_in=True)
-            for activation in ("gelu", "swiglu"):
-                both(topology, ParallelMLP(6, 8, activation, bias), randn(1, 2, 3, 6), randn(2, 2, 3, 6))
+            with case(tensor=tensor, bias=bias):
+                torch.manual_seed(0)
+                both(topology, ColumnParallelLinear(6, 8, bias), randn(1, 2, 3, 6), randn(2, 2, 3, 8), part_out=True)
+                both(
+                    topology, ColumnParallelLinear(6, 8, bias, gather_output=True), randn(1, 2, 3, 6), randn(2, 2, 3, 8)
+                )
+                both(topology, RowParallelLinear(8, 6, bias), randn(1, 2, 3, 8), randn(2, 2, 3, 6), part_in=True)
+                for activation in ("gelu", "swiglu"):
+                    both(topology, ParallelMLP(6, 8, activation, bias), randn(1, 2, 3, 6), randn(2, 2, 3, 6))
 
 
 def test_linear_layers_and_mlp():
@@ -100,9 +104,10 @@ def attention():
             (8, True, True, padding),
             (4, False, False, randn(3, 2, 1, 5, 5) > 0),
         ):
-            torch.manual_seed(0)
-            layer = ParallelAttention(32, 8, kv_heads, bias, causal=causal)
-            both(topology, layer, randn(1, 2, 5, 32), randn(2, 2, 5, 32), call=lambda m, x, k=mask: m(x, k))
+            with case(tensor=tensor, kv_heads=kv_heads, bias=bias, causal=causal, masked=mask is not None):
+                torch.manual_seed(0)
+                layer = ParallelAttention(32, 8, kv_heads, bias, causal=causal)
+                both(topology, layer, randn(1, 2, 5, 32), randn(2, 2, 5, 32), call=lambda m, x, k=mask: m(x, k))
 
 
 def test_attention():
@@ -114,21 +119,22 @@ def vocabulary():
         topology = join(tensor)
         torch.manual_seed(0)
         for size, ids in ((61, IDS), (64, IDS), (5, FEW)):
-            both(topology, VocabParallelEmbedding(size, 6), ids, randn(2, 2, 5, 6))
-            both(topology, VocabParallelHead(6, size, gather_output=True), randn(1, 2, 5, 6), randn(2, 2, 5, size))
-            expected = VocabParallelHead(6, size).double()
-            parted = copy.deepcopy(expected)
-            shard_module(parted, topology)
-            x, y = randn(1, 2, 5, 6).requires_grad_(), randn(1, 2, 5, 6).requires_grad_()
-            logits = parted(x)
-            whole = expected(y)
-            same(logits, padded_part(float("-inf"))(whole, topology.tensor))
-            logits.backward(padded_part(9.0)(randn(2, 2, 5, size), topology.tensor))  # padding's gradient is ignored
-            whole.backward(randn(2, 2, 5, size))
-            same(x.grad, y.grad)
-            found = parameter_shardings(parted, topology)["weight"]
-            same(found.gather(parted.weight.grad), expected.weight.grad)
-            same(parted.weight.grad, found.box.shard(expected.weight.grad))
+            with case(tensor=tensor, size=size):
+                both(topology, VocabParallelEmbedding(size, 6), ids, randn(2, 2, 5, 6))
+                both(topology, VocabParallelHead(6, size, gather_output=True), randn(1, 2, 5, 6), randn(2, 2, 5, size))
+                expected = VocabParallelHead(6, size).double()
+                parted = copy.deepcopy(expected)
+                shard_module(parted, topology)
+                x, y = randn(1, 2, 5, 6).requires_grad_(), randn(1, 2, 5, 6).requires_grad_()
+                logits = parted(x)
+                whole = expected(y)
+                same(logits, padded_part(float("-inf"))(whole, topology.tensor))
+                logits.backward(padded_part(9.0)(randn(2, 2, 5, size), topology.tensor))  # padding's is ignored
+                whole.backward(randn(2, 2, 5, size))
+                same(x.grad, y.grad)
+                found = parameter_shardings(parted, topology)["weight"]
+                same(found.gather(parted.weight.grad), expected.weight.grad)
+                same(parted.weight.grad, found.box.shard(expected.weight.grad))
 
 
 def test_embedding_and_head():
@@ -142,16 +148,17 @@ def cross_entropy():
             target = target.clone()
             target[1, 2] = -100
             for reduction in ("mean", "sum", "none"):
-                loss = VocabParallelCrossEntropy(reduction=reduction)
-                loss.bind(topology)
-                whole = (4 * randn(1, 2, 5, size)).requires_grad_()
-                part = padded_part(float("-inf"))(whole.detach(), topology.tensor).requires_grad_()
-                ours = loss(part, target)
-                theirs = F.cross_entropy(whole.flatten(0, 1), target.flatten(), reduction=reduction)
-                same(ours.flatten(), theirs.flatten())
-                ours.backward(torch.ones_like(ours))
-                theirs.backward(torch.ones_like(theirs))
-                same(part.grad, padded_part(0.0)(whole.grad, topology.tensor))
+                with case(tensor=tensor, size=size, reduction=reduction):
+                    loss = VocabParallelCrossEntropy(reduction=reduction)
+                    loss.bind(topology)
+                    whole = (4 * randn(1, 2, 5, size)).requires_grad_()
+                    part = padded_part(float("-inf"))(whole.detach(), topology.tensor).requires_grad_()
+                    ours = loss(part, target)
+                    theirs = F.cross_entropy(whole.flatten(0, 1), target.flatten(), reduction=reduction)
+                    same(ours.flatten(), theirs.flatten())
+                    ours.backward(torch.ones_like(ours))
+                    theirs.backward(torch.ones_like(theirs))
+                    same(part.grad, padded_part(0.0)(whole.grad, topology.tensor))
         loss = VocabParallelCrossEntropy()
         loss.bind(topology)
         part = randn(1, 2, 5, 16).requires_grad_()
@@ -164,21 +171,21 @@ def test_cross_entropy():
     run_ranks(4, cross_entropy)
 
 
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = VocabParallelEmbedding(61, 6), VocabParallelHead(6, 61, gather_output=True)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids):
+        return self.head(self.embedding(ids))
+
+
 def tied():
     for tensor in (2, 4):
-        topology = join(tensor)
-
-        class Tied(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.embedding, self.head = VocabParallelEmbedding(61, 6), VocabParallelHead(6, 61, gather_output=True)
-                self.head.weight = self.embedding.weight
-
-            def forward(self, ids):
-                return self.head(self.embedding(ids))
-
-        torch.manual_seed(0)
-        both(topology, Tied(), IDS, randn(2, 2, 5, 61))
+        with case(tensor=tensor):
+            torch.manual_seed(0)
+            both(join(tensor), Tied(), IDS, randn(2, 2, 5, 61))
 
 
 def test_tied_embedding_and_head():

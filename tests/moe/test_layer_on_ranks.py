@@ -5,11 +5,14 @@ import math
 
 import pytest
 import torch
+from helpers.cases import case
 from helpers.plain_moe import plain_moe
 from helpers.topologies import join
 from torch.utils.checkpoint import checkpoint
 
 from lightning_tex.moe import MoE, auxiliary_loss
+from lightning_tex.moe.dropless import DroplessDispatcher
+from lightning_tex.moe.expert_axes import ExpertAxes
 from lightning_tex.parallel.collectives import all_reduce
 from lightning_tex.parallel.sharding import check_shardable, parameter_shardings, shard_module
 from lightning_tex.testing.ranks import run_ranks
@@ -65,49 +68,55 @@ def compare_all(capacity_factor, activation):
         topology = join(*layout)
         data = topology.data
         for scenario in ROUTES:
-            layer = build(capacity_factor, activation)
-            reference = copy.deepcopy(layer)
-            check_shardable(layer, topology.layout)
-            shard_module(layer, topology)
+            with case(layout, scenario):
+                layer = build(capacity_factor, activation)
+                reference = copy.deepcopy(layer)
+                check_shardable(layer, topology.layout)
+                shard_module(layer, topology)
 
-            inputs = [tokens_of(scenario, r) for r in range(data.size)]
-            upstream = [torch.cos(torch.arange(x.numel()).double()).view_as(x) for x in inputs]
-            mine = inputs[data.rank].requires_grad_()
-            y = layer(mine)
-            y.backward(upstream[data.rank])
-            load = layer.load.take()
+                inputs = [tokens_of(scenario, r) for r in range(data.size)]
+                upstream = [torch.cos(torch.arange(x.numel()).double()).view_as(x) for x in inputs]
+                mine = inputs[data.rank].requires_grad_()
+                y = layer(mine)
+                y.backward(upstream[data.rank])
+                load = layer.load.take()
 
-            expected_grad = {}
-            for r, x in enumerate(inputs):
-                x = x.detach().clone().requires_grad_()
-                capacity = capacity_factor and math.ceil(capacity_factor * 2 * len(x) / EXPERTS)
-                outcome = plain_moe(reference, x, capacity=capacity)
-                outcome.output.backward(upstream[r])
-                if r == data.rank:
-                    torch.testing.assert_close(y, outcome.output, rtol=1e-12, atol=1e-12)
-                    torch.testing.assert_close(mine.grad, x.grad, rtol=1e-12, atol=1e-12)
-                    assert load[-1] == outcome.overflowed
-                    assert load[:-1].sum() == 2 * len(x)
-                    overflowed += outcome.overflowed
-            for name, p in reference.named_parameters():
-                expected_grad[name] = torch.zeros_like(p) if p.grad is None else p.grad / data.size
-            found = parameter_shardings(layer, topology)
-            for name, p in layer.named_parameters():
-                at = found[name]
-                gradient = at.gather(all_reduce(p.grad, at.replicas) / at.divisor)
-                torch.testing.assert_close(
-                    gradient,
-                    expected_grad[name],
-                    rtol=1e-12,
-                    atol=1e-12,
-                    msg=lambda m, n=name, s=scenario, at=layout: f"{at}, {s}, {n}: {m}",
-                )
+                expected_grad = {}
+                for r, x in enumerate(inputs):
+                    x = x.detach().clone().requires_grad_()
+                    capacity = capacity_factor and math.ceil(capacity_factor * 2 * len(x) / EXPERTS)
+                    outcome = plain_moe(reference, x, capacity=capacity)
+                    outcome.output.backward(upstream[r])
+                    if r == data.rank:
+                        torch.testing.assert_close(y, outcome.output, rtol=1e-12, atol=1e-12)
+                        torch.testing.assert_close(mine.grad, x.grad, rtol=1e-12, atol=1e-12)
+                        assert load[-1] == outcome.overflowed
+                        assert load[:-1].sum() == 2 * len(x)
+                        overflowed += outcome.overflowed
+                for name, p in reference.named_parameters():
+                    expected_grad[name] = torch.zeros_like(p) if p.grad is None else p.grad / data.size
+                found = parameter_shardings(layer, topology)
+                for name, p in layer.named_parameters():
+                    at = found[name]
+                    gradient = at.gather(all_reduce(p.grad, at.replicas) / at.divisor)
+                    torch.testing.assert_close(
+                        gradient,
+                        expected_grad[name],
+                        rtol=1e-12,
+                        atol=1e-12,
+                        msg=lambda m, n=name: f"{n}: {m}",
+                    )
     return overflowed
 
 
 @pytest.mark.parametrize(
     ("capacity_factor", "activation"),
-    [(None, "gelu"), pytest.param(None, "swiglu", marks=pytest.mark.full), (0.7, "gelu"), (1.3, "swiglu")],
+    [
+        (None, "swiglu"),
+        (0.7, "gelu"),
+        pytest.param(None, "gelu", marks=pytest.mark.full),
+        pytest.param(1.3, "swiglu", marks=pytest.mark.full),
+    ],
 )
 def test_every_layout_serves_every_token_as_one_process_does(capacity_factor, activation):
     overflowed = run_ranks(4, compare_all, capacity_factor, activation)
@@ -119,14 +128,15 @@ def masked_and_top_1():
         topology = join(*layout)
         data = topology.data
         for capacity_factor in (None, 1.0):
-            layer = build(capacity_factor, "gelu", top_k=1)
-            reference = copy.deepcopy(layer)
-            shard_module(layer, topology)
-            x = tokens_of("anything, T differs", data.rank)
-            mask = torch.arange(len(x)) % 3 != 1 if data.rank < 2 else torch.zeros(len(x)).bool()
-            capacity = capacity_factor and math.ceil(capacity_factor * len(x) / EXPERTS)
-            expected = plain_moe(reference, x, mask, capacity).output
-            torch.testing.assert_close(layer(x, mask), expected, rtol=1e-12, atol=1e-12)
+            with case(layout, capacity_factor=capacity_factor):
+                layer = build(capacity_factor, "gelu", top_k=1)
+                reference = copy.deepcopy(layer)
+                shard_module(layer, topology)
+                x = tokens_of("anything, T differs", data.rank)
+                mask = torch.arange(len(x)) % 3 != 1 if data.rank < 2 else torch.zeros(len(x)).bool()
+                capacity = capacity_factor and math.ceil(capacity_factor * len(x) / EXPERTS)
+                expected = plain_moe(reference, x, mask, capacity).output
+                torch.testing.assert_close(layer(x, mask), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_masks_travel_with_no_token():
@@ -153,18 +163,59 @@ def recomputed():
     for layout in LAYOUTS:
         topology = join(*layout)
         for capacity_factor in (None, 0.7):
-            gradients = []
-            for recompute in (False, True):
-                layer = build(capacity_factor, "swiglu")
-                layer.load_balance_coefficient, layer.z_loss_coefficient = 0.5, 0.1
-                shard_module(layer, topology)
-                x = tokens_of("a rank with no tokens", topology.data.rank).requires_grad_()
-                y = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
-                (y.square().sum() + auxiliary_loss(layer)).backward()
-                gradients.append([x.grad, *(p.grad for p in layer.parameters())])
-            for plain, again in zip(*gradients, strict=True):
-                assert torch.equal(plain, again)
+            with case(layout, capacity_factor=capacity_factor):
+                gradients = []
+                for recompute in (False, True):
+                    layer = build(capacity_factor, "swiglu")
+                    layer.load_balance_coefficient, layer.z_loss_coefficient = 0.5, 0.1
+                    shard_module(layer, topology)
+                    x = tokens_of("a rank with no tokens", topology.data.rank).requires_grad_()
+                    y = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
+                    (y.square().sum() + auxiliary_loss(layer)).backward()
+                    gradients.append([x.grad, *(p.grad for p in layer.parameters())])
+                for plain, again in zip(*gradients, strict=True):
+                    assert torch.equal(plain, again)
 
 
 def test_recomputation_reroutes_nothing_and_counts_the_loss_once():
     run_ranks(4, recomputed)
+
+
+class FirstChoices(DroplessDispatcher):
+    """A user's way to dispatch: only first choices are served."""
+
+    def dispatch(self, x, route):
+        indices = route.indices.clone()
+        indices[:, 1:] = self.num_experts
+        return super().dispatch(x, route._replace(indices=indices))
+
+
+class FirstChoiceMoE(MoE):
+    def make_dispatcher(self, topology):
+        return FirstChoices(self.num_experts, ExpertAxes.of(topology))
+
+
+def own_layer_and_tokens():
+    torch.manual_seed(0)
+    return FirstChoiceMoE(DIM, 8, EXPERTS, top_k=2).double(), torch.randn(5, DIM, dtype=torch.float64)
+
+
+def plain_output():
+    layer, x = own_layer_and_tokens()
+    plain = MoE(DIM, 8, EXPERTS, top_k=1).double()
+    plain.load_state_dict(layer.state_dict())
+    return plain(x).detach()
+
+
+def own_output(layout):
+    layer, x = own_layer_and_tokens()
+    shard_module(layer, join(*layout))
+    return type(layer.dispatcher), layer(x).detach()
+
+
+@pytest.mark.parametrize("layout", [(1, 1), (1, 2), (2, 1), (2, 2, 1)], ids=str)
+def test_a_layer_of_ones_own_dispatches_its_own_way_on_any_layout(layout):
+    [expected] = run_ranks(1, plain_output)
+    for dispatcher, output in run_ranks(max(layout), own_output, layout):
+        assert dispatcher is FirstChoices
+        torch.testing.assert_close(output, expected)

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from helpers.cases import case
 from helpers.plain_moe import plain_losses, plain_moe
 from helpers.topologies import join
 from torch import nn
@@ -92,27 +93,28 @@ TOKENS = [5, 0, 3, 8]
 def union_of_tokens(masked, top_k):
     worst = 0.0
     for layout in LAYOUTS:
-        topology = join(*layout)
-        layer = moe(top_k=top_k, load_balance_coefficient=0.7, z_loss_coefficient=0.4)
-        alone = copy.deepcopy(layer)
-        shard_module(layer, topology)
-        data = topology.data
-        tokens = [randn(r, TOKENS[r], 6) for r in range(data.size)]
-        masks = [torch.rand(len(x), generator=torch.Generator().manual_seed(r)) > 0.4 for r, x in enumerate(tokens)]
-        masks = masks if masked else [None] * data.size
+        with case(layout):
+            topology = join(*layout)
+            layer = moe(top_k=top_k, load_balance_coefficient=0.7, z_loss_coefficient=0.4)
+            alone = copy.deepcopy(layer)
+            shard_module(layer, topology)
+            data = topology.data
+            tokens = [randn(r, TOKENS[r], 6) for r in range(data.size)]
+            masks = [torch.rand(len(x), generator=torch.Generator().manual_seed(r)) > 0.4 for r, x in enumerate(tokens)]
+            masks = masks if masked else [None] * data.size
 
-        layer(tokens[data.rank], masks[data.rank])
-        loss = auxiliary_loss(layer)
-        loss.backward()
-        averaged = collectives.all_reduce(layer.router.weight.grad, data) / data.size
+            layer(tokens[data.rank], masks[data.rank])
+            loss = auxiliary_loss(layer)
+            loss.backward()
+            averaged = collectives.all_reduce(layer.router.weight.grad, data) / data.size
 
-        outcomes = [plain_moe(alone, x, mask) for x, mask in zip(tokens, masks, strict=True)]
-        balance, z = plain_losses(outcomes, masks, 4)
-        expected = 0.7 * balance + 0.4 * z
-        expected.backward()
-        torch.testing.assert_close(loss.detach(), expected.detach(), rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(averaged, alone.router.weight.grad, rtol=1e-12, atol=1e-12)
-        worst = max(worst, averaged.abs().max().item())
+            outcomes = [plain_moe(alone, x, mask) for x, mask in zip(tokens, masks, strict=True)]
+            balance, z = plain_losses(outcomes, masks, 4)
+            expected = 0.7 * balance + 0.4 * z
+            expected.backward()
+            torch.testing.assert_close(loss.detach(), expected.detach(), rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(averaged, alone.router.weight.grad, rtol=1e-12, atol=1e-12)
+            worst = max(worst, averaged.abs().max().item())
     return worst
 
 

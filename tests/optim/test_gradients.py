@@ -3,7 +3,8 @@
 import pytest
 import torch
 from helpers.backwards import announced_backward
-from helpers.optimizer_on_ranks import KINDS, LAYOUTS, Case, made
+from helpers.cases import case, in_full
+from helpers.optimizer_on_ranks import KINDS, LAYOUTS, Pair, made
 from torch import nn
 
 from lightning_tex.optim.gradients import FullGradients, ShardedGradients
@@ -13,66 +14,68 @@ from lightning_tex.testing.ranks import run_ranks
 SGD = KINDS[1]
 
 
-def backward(case, step, micro):
-    """A backward whose gradients are those of ``Case``: of a loss linear in the parameters."""
+def backward(pair, step, micro):
+    """A backward whose gradients are those of ``Pair``: of a loss linear in the parameters."""
     loss = 0
-    for name, p in case.parted.named_parameters():
-        at = case.shardings[name]
+    for name, p in pair.parted.named_parameters():
+        at = pair.shardings[name]
         loss = loss + (p * at.box.shard(made(name, at.replicas.rank, 10 * step + micro, at.box.full)).to(p.dtype)).sum()
-    announced_backward(case.optimizer, loss, undisturbed=True)
+    announced_backward(pair.optimizer, loss, undisturbed=True)
 
 
-def plain_gradients(case, step, micros):
-    for name, p in case.whole.named_parameters():
-        at = case.shardings[name]
+def plain_gradients(pair, step, micros):
+    for name, p in pair.whole.named_parameters():
+        at = pair.shardings[name]
         total = sum(
             made(name, replica, 10 * step + micro, at.box.full)
             for replica in range(at.replicas.size)
             for micro in range(micros)
         )
-        p.grad = (total / case.topology.data.size).to(p.dtype)
+        p.grad = (total / pair.topology.data.size).to(p.dtype)
 
 
 def accumulating_steps(stage):
     for layout in LAYOUTS:
-        for kind in KINDS:
-            case = Case(layout, kind, zero_stage=stage)
-            for step in range(3):
-                case.optimizer.zero_grad()
-                for micro in range(2):
-                    backward(case, step, micro)
-                plain_gradients(case, step, 2)
-                if step:
-                    norm = case.optimizer.clip_by_norm(1.0)
-                    expected = nn.utils.clip_grad_norm_(case.whole.parameters(), 1.0)
-                    torch.testing.assert_close(norm, expected, rtol=1e-12, atol=0)
-                if step == 2:
-                    case.optimizer.clip_by_value(0.01)
-                    nn.utils.clip_grad_value_(case.whole.parameters(), 0.01)
-                case.optimizer.step()
-                case.plain.step()
-                case.compare()
+        for number, kind in enumerate(KINDS):
+            with case(layout, kind=number):
+                pair = Pair(layout, kind, zero_stage=stage)
+                for step in range(3):
+                    pair.optimizer.zero_grad()
+                    for micro in range(2):
+                        backward(pair, step, micro)
+                    plain_gradients(pair, step, 2)
+                    if step:
+                        norm = pair.optimizer.clip_by_norm(1.0)
+                        expected = nn.utils.clip_grad_norm_(pair.whole.parameters(), 1.0)
+                        torch.testing.assert_close(norm, expected, rtol=1e-12, atol=0)
+                    if step == 2:
+                        pair.optimizer.clip_by_value(0.01)
+                        nn.utils.clip_grad_value_(pair.whole.parameters(), 0.01)
+                    pair.optimizer.step()
+                    pair.plain.step()
+                    pair.compare()
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", in_full([0, 1, 2], [2]))
 def test_every_stage_steps_as_one_process_does(stage):
     run_ranks(4, accumulating_steps, stage)
 
 
 def whole_gradients(stage):
     for layout in LAYOUTS[:3]:
-        case = Case(layout, SGD, zero_stage=stage)
-        case.optimizer.zero_grad()
-        backward(case, 0, 0)
-        plain_gradients(case, 0, 1)
-        case.optimizer.reduce_gradients(whole=True)
-        for (name, p), q in zip(case.parted.named_parameters(), case.whole.parameters(), strict=True):
-            torch.testing.assert_close(case.shardings[name].gather(p.grad), q.grad, rtol=1e-12, atol=1e-12)
-            p.grad.mul_(0.5)  # as a hook might
-            q.grad.mul_(0.5)
-        case.optimizer.step()
-        case.plain.step()
-        case.compare()
+        with case(layout):
+            pair = Pair(layout, SGD, zero_stage=stage)
+            pair.optimizer.zero_grad()
+            backward(pair, 0, 0)
+            plain_gradients(pair, 0, 1)
+            pair.optimizer.reduce_gradients(whole=True)
+            for (name, p), q in zip(pair.parted.named_parameters(), pair.whole.parameters(), strict=True):
+                torch.testing.assert_close(pair.shardings[name].gather(p.grad), q.grad, rtol=1e-12, atol=1e-12)
+                p.grad.mul_(0.5)  # as a hook might
+                q.grad.mul_(0.5)
+            pair.optimizer.step()
+            pair.plain.step()
+            pair.compare()
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
@@ -84,16 +87,16 @@ def looked_at(limit):
     """Two steps of bf16 parameters; gradients shown, which are bf16, or not."""
     steps = []
     for whole in (False, True):
-        case = Case((1, 2, 1), SGD, torch.bfloat16, zero_stage=2)
+        pair = Pair((1, 2, 1), SGD, torch.bfloat16, zero_stage=2)
         for step in range(2):
-            case.optimizer.zero_grad()
+            pair.optimizer.zero_grad()
             for micro in range(3):
-                backward(case, step, micro)
-            case.optimizer.reduce_gradients(whole=whole)
+                backward(pair, step, micro)
+            pair.optimizer.reduce_gradients(whole=whole)
             if limit is not None:
-                case.optimizer.clip_by_value(limit)
-            case.optimizer.step()
-        steps.append([shard.states.values.clone() for shard in case.optimizer.shards])
+                pair.optimizer.clip_by_value(limit)
+            pair.optimizer.step()
+        steps.append([shard.states.values.clone() for shard in pair.optimizer.shards])
     return all(torch.equal(p, q) for p, q in zip(*steps, strict=True))
 
 
@@ -103,14 +106,14 @@ def test_gradients_that_are_shown_keep_their_precision_under_zero_2():
 
 
 def what_is_held(stage):
-    case = Case((1, 2, 1), KINDS[0], torch.bfloat16, zero_stage=stage)
-    case.optimizer.zero_grad()
-    backward(case, 0, 0)
-    backward(case, 0, 1)
-    kept = [p.grad is not None for p in case.parted.parameters()]
-    case.optimizer.step()
+    pair = Pair((1, 2, 1), KINDS[0], torch.bfloat16, zero_stage=stage)
+    pair.optimizer.zero_grad()
+    backward(pair, 0, 0)
+    backward(pair, 0, 1)
+    kept = [p.grad is not None for p in pair.parted.parameters()]
+    pair.optimizer.step()
     parameters = states = 0
-    for shard in case.optimizer.shards:
+    for shard in pair.optimizer.shards:
         assert type(shard.gradients) is (ShardedGradients if stage == 2 else FullGradients)
         parameters += len(shard.buffer.parameters)
         states += len(shard.states.own)
@@ -118,7 +121,7 @@ def what_is_held(stage):
         assert len(shard.states.own) * size == len(shard.buffer.parameters)
     gradients = {
         tensor.dtype: tensor.numel()
-        for shard in case.optimizer.shards
+        for shard in pair.optimizer.shards
         for tensor in vars(shard.gradients).values()
         if isinstance(tensor, torch.Tensor)
     }
@@ -135,13 +138,13 @@ def test_what_each_stage_keeps():
 
 def dtypes_of_accumulation(stage):
     """Many small gradients after a large one: lost in bf16, kept in fp32."""
-    case = Case((1, 1, 1), SGD, torch.bfloat16, zero_stage=stage)
-    case.optimizer.zero_grad()
+    pair = Pair((1, 1, 1), SGD, torch.bfloat16, zero_stage=stage)
+    pair.optimizer.zero_grad()
     for micro in range(101):
-        loss = sum(p.sum() for p in case.parted.parameters()) * (1.0 if micro == 0 else 2**-9)
-        announced_backward(case.optimizer, loss, undisturbed=True)
-    case.optimizer.reduce_gradients()
-    own = [(s.gradients.own, s.gradients.divisor, s) for s in case.optimizer.shards]
+        loss = sum(p.sum() for p in pair.parted.parameters()) * (1.0 if micro == 0 else 2**-9)
+        announced_backward(pair.optimizer, loss, undisturbed=True)
+    pair.optimizer.reduce_gradients()
+    own = [(s.gradients.own, s.gradients.divisor, s) for s in pair.optimizer.shards]
     return [float(g.max()) / divisor for g, divisor, shard in own if shard.buffer.replicas.name == "data"]
 
 
@@ -152,12 +155,12 @@ def test_micro_batches_accumulate_in_the_parameters_dtype_or_under_zero_2_in_fp3
 
 
 def raw_backward_after_a_reduced_one():
-    case = Case((1, 1, 1), SGD, zero_stage=2)
-    case.optimizer.zero_grad()
-    backward(case, 0, 0)
-    sum(p.sum() for p in case.parted.parameters()).backward()
+    pair = Pair((1, 1, 1), SGD, zero_stage=2)
+    pair.optimizer.zero_grad()
+    backward(pair, 0, 0)
+    sum(p.sum() for p in pair.parted.parameters()).backward()
     with pytest.raises(RuntimeError, match=r"zero_stage=2 had reduced .*manual_backward"):
-        case.optimizer.step()
+        pair.optimizer.step()
 
 
 def test_a_gradient_that_would_be_lost_is_an_error():
@@ -165,12 +168,12 @@ def test_a_gradient_that_would_be_lost_is_an_error():
 
 
 def without_hooks(stage):
-    case = Case((2, 2, 2), SGD, zero_stage=stage)
+    pair = Pair((2, 2, 2), SGD, zero_stage=stage)
     for step in range(2):
-        case.set_gradients(step)
-        case.optimizer.step()
-        case.plain.step()
-        case.compare()
+        pair.set_gradients(step)
+        pair.optimizer.step()
+        pair.plain.step()
+        pair.compare()
     return True
 
 
@@ -187,24 +190,25 @@ def rounded(optimizer_state_format):
     results = []
     for layout in LAYOUTS:
         for stage in (0, 1, 2):
-            case = Case(layout, lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2), torch.bfloat16,
-                        optimizer_state_format=optimizer_state_format, zero_stage=stage)  # fmt: skip
-            for step in range(3):
-                case.optimizer.zero_grad()
-                for name, p in case.parted.named_parameters():
-                    at = case.shardings[name]
-                    # Alike on all replicas, and divided by a power of two: no rounding on the way.
-                    factor = at.divisor / at.replicas.size
-                    p.grad = at.box.shard(made(name, 0, step, at.box.full) * factor).bfloat16()
-                case.optimizer.step()
-            results.append({n: case.shardings[n].gather(p.detach()) for n, p in case.parted.named_parameters()})
-            for name, p in case.parted.named_parameters():
-                alike = all_reduce(p.detach(), case.shardings[name].replicas, "max")
-                assert torch.equal(alike, p.detach()), f"{name} differs between replicas"
+            with case(layout, stage=stage):
+                pair = Pair(layout, lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2), torch.bfloat16,
+                            optimizer_state_format=optimizer_state_format, zero_stage=stage)  # fmt: skip
+                for step in range(3):
+                    pair.optimizer.zero_grad()
+                    for name, p in pair.parted.named_parameters():
+                        at = pair.shardings[name]
+                        # Alike on all replicas, and divided by a power of two: no rounding on the way.
+                        factor = at.divisor / at.replicas.size
+                        p.grad = at.box.shard(made(name, 0, step, at.box.full) * factor).bfloat16()
+                    pair.optimizer.step()
+                results.append({n: pair.shardings[n].gather(p.detach()) for n, p in pair.parted.named_parameters()})
+                for name, p in pair.parted.named_parameters():
+                    alike = all_reduce(p.detach(), pair.shardings[name].replicas, "max")
+                    assert torch.equal(alike, p.detach()), f"{name} differs between replicas"
     return results
 
 
-@pytest.mark.parametrize("optimizer_state_format", ["fp32", "split", "stochastic"])
+@pytest.mark.parametrize("optimizer_state_format", in_full(["fp32", "split", "stochastic"], ["split", "stochastic"]))
 def test_no_layout_changes_what_is_rounded(optimizer_state_format):
     for results in run_ranks(4, rounded, optimizer_state_format):
         for other in results[1:]:
@@ -215,23 +219,23 @@ def test_no_layout_changes_what_is_rounded(optimizer_state_format):
 
 
 def bad_gradient(where, guard):
-    case = Case((2, 2, 2), SGD, max_skipped_steps=guard)
-    world = case.topology.world
-    before = [p.detach().clone() for p in case.parted.parameters()]
+    pair = Pair((2, 2, 2), SGD, max_skipped_steps=guard)
+    world = pair.topology.world
+    before = [p.detach().clone() for p in pair.parted.parameters()]
     skipped = []
     for step in range(3):
-        case.set_gradients(step)
+        pair.set_gradients(step)
         if world.rank == 2 and step < 2:
-            dict(case.parted.named_parameters())[where].grad.view(-1)[0] = [float("nan"), float("inf")][step]
+            dict(pair.parted.named_parameters())[where].grad.view(-1)[0] = [float("nan"), float("inf")][step]
         if step == 1:
-            case.optimizer.clip_by_norm(1.0)
-            case.optimizer.clip_by_value(1.0)
+            pair.optimizer.clip_by_norm(1.0)
+            pair.optimizer.clip_by_value(1.0)
         try:
-            case.optimizer.step()
+            pair.optimizer.step()
         except RuntimeError as error:
             return str(error)
-        same = all(torch.equal(p, q) for p, q in zip(case.parted.parameters(), before, strict=True))
-        skipped.append((same, case.optimizer.skipped.total, case.optimizer.skipped.in_a_row))
+        same = all(torch.equal(p, q) for p, q in zip(pair.parted.parameters(), before, strict=True))
+        skipped.append((same, pair.optimizer.skipped.total, pair.optimizer.skipped.in_a_row))
     return skipped
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from helpers.backwards import announced_backward
 from helpers.behaviour_modules import batches, gathered, new_trainer, on_data_axis, on_ranks
+from helpers.cases import in_full
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -76,7 +77,7 @@ def fit(layout: dict[str, Any], overlap: bool, make: Any = Watched, **flags: Any
     return gathered(module, trainer), module.under_way
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", in_full(LAYOUTS, ("data", "sequence")))
 def test_training_is_bit_equal(name: str) -> None:
     for flags in ({}, {"accumulate_grad_batches": 2}):
         late = on_ranks(4, fit_with, LAYOUTS[name], False, Watched, flags)

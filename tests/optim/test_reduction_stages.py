@@ -134,3 +134,21 @@ def test_it_goes_by_the_name_of_the_users_optimizer() -> None:
 def test_a_copy_that_would_have_no_states_is_refused(copied: Callable[[TiledOptimizer], object]) -> None:
     with pytest.raises(RuntimeError, match=r"can be neither copied nor pickled; trainer\.save_checkpoint"):
         copied(made(1)[1])
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_zero_grad_in_a_hook_before_the_backward_is_legal(zero_stage: int, last: bool) -> None:
+    model, optimizer = made(zero_stage)
+    plain = network()
+    loss_of(plain).backward()
+    loss = loss_of(model)
+    optimizer.backward_begins(loss, last=last)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.backward_ended()
+    optimizer.step()
+    torch.optim.SGD(plain.parameters(), lr=0.01).step()
+    equal(model, plain)
+    with pytest.raises(RuntimeError, match="backward_ended: no backward is under way"):
+        optimizer.backward_ended()

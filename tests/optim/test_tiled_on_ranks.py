@@ -5,7 +5,8 @@ Gradients are made by hand: the ranks along a parameter's replica axis hold diff
 
 import torch
 import torch.distributed as dist
-from helpers.optimizer_on_ranks import KINDS, LAYOUTS, Case, made
+from helpers.cases import case
+from helpers.optimizer_on_ranks import KINDS, LAYOUTS, Pair, made
 from torch import nn
 
 from lightning_tex.parallel.collectives import all_reduce
@@ -14,15 +15,16 @@ from lightning_tex.testing.ranks import run_ranks
 
 def steps():
     for layout in LAYOUTS:
-        for kind in KINDS:
-            case = Case(layout, kind)
-            for step in range(3):
-                case.set_gradients(step)
-                case.optimizer.step()
-                case.plain.step()
-                case.compare()
-                for each in (case.optimizer, case.plain):
-                    each.param_groups[0]["lr"] *= 0.7
+        for number, kind in enumerate(KINDS):
+            with case(layout, kind=number):
+                pair = Pair(layout, kind)
+                for step in range(3):
+                    pair.set_gradients(step)
+                    pair.optimizer.step()
+                    pair.plain.step()
+                    pair.compare()
+                    for each in (pair.optimizer, pair.plain):
+                        each.param_groups[0]["lr"] *= 0.7
 
 
 def test_steps_on_every_layout_are_those_of_one_process():
@@ -32,25 +34,26 @@ def test_steps_on_every_layout_are_those_of_one_process():
 def norms_and_clipping():
     norms = []
     for layout in LAYOUTS:
-        case = Case(layout, lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
-        case.set_gradients(0)
-        norm = case.optimizer.gradient_norm()
-        gradients = [p.grad.flatten() for p in case.whole.parameters()]
-        torch.testing.assert_close(norm, torch.cat(gradients).norm(), rtol=1e-12, atol=0)
-        norms.append(norm.item())
+        with case(layout):
+            pair = Pair(layout, lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
+            pair.set_gradients(0)
+            norm = pair.optimizer.gradient_norm()
+            gradients = [p.grad.flatten() for p in pair.whole.parameters()]
+            torch.testing.assert_close(norm, torch.cat(gradients).norm(), rtol=1e-12, atol=0)
+            norms.append(norm.item())
 
-        case.optimizer.clip_by_norm(1.0)
-        torch.nn.utils.clip_grad_norm_(case.whole.parameters(), 1.0)
-        case.optimizer.step()
-        case.plain.step()
-        case.compare()
+            pair.optimizer.clip_by_norm(1.0)
+            torch.nn.utils.clip_grad_norm_(pair.whole.parameters(), 1.0)
+            pair.optimizer.step()
+            pair.plain.step()
+            pair.compare()
 
-        case.set_gradients(1)
-        case.optimizer.clip_by_value(0.3)
-        torch.nn.utils.clip_grad_value_(case.whole.parameters(), 0.3)
-        case.optimizer.step()
-        case.plain.step()
-        case.compare()
+            pair.set_gradients(1)
+            pair.optimizer.clip_by_value(0.3)
+            torch.nn.utils.clip_grad_value_(pair.whole.parameters(), 0.3)
+            pair.optimizer.step()
+            pair.plain.step()
+            pair.compare()
     return norms
 
 
@@ -61,15 +64,16 @@ def test_the_norm_counts_every_parameter_once_and_clipping_is_the_plain_one():
 
 def whole_gradients():
     for layout in LAYOUTS:
-        case = Case(layout, lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
-        case.set_gradients(0)
-        case.optimizer.reduce_gradients(whole=True)
-        case.optimizer.reduce_gradients(whole=True)  # a second call must change nothing
-        for (name, p), q in zip(case.parted.named_parameters(), case.whole.parameters(), strict=True):
-            torch.testing.assert_close(case.shardings[name].gather(p.grad), q.grad, rtol=1e-12, atol=1e-12)
-        case.optimizer.step()
-        case.plain.step()
-        case.compare()
+        with case(layout):
+            pair = Pair(layout, lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
+            pair.set_gradients(0)
+            pair.optimizer.reduce_gradients(whole=True)
+            pair.optimizer.reduce_gradients(whole=True)  # a second call must change nothing
+            for (name, p), q in zip(pair.parted.named_parameters(), pair.whole.parameters(), strict=True):
+                torch.testing.assert_close(pair.shardings[name].gather(p.grad), q.grad, rtol=1e-12, atol=1e-12)
+            pair.optimizer.step()
+            pair.plain.step()
+            pair.compare()
 
 
 def test_whole_gradients_can_be_looked_at_before_the_step():
@@ -78,22 +82,23 @@ def test_whole_gradients_can_be_looked_at_before_the_step():
 
 def low_precision():
     for layout in LAYOUTS[:3]:
-        case = Case(layout, lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2), torch.bfloat16)
-        whole = {name: nn.Parameter(p.detach().float()) for name, p in case.whole.named_parameters()}
-        plain = torch.optim.AdamW(whole.values(), lr=1e-2)
-        for step in range(2):
-            case.optimizer.zero_grad()
-            for name, p in case.parted.named_parameters():
-                at = case.shardings[name]
-                gradient = made(name, 0, step, at.box.full).bfloat16()
-                # Alike on all replicas and divided by a power of two: no rounding on the way.
-                p.grad.copy_(at.box.shard(gradient))
-                whole[name].grad = (gradient * (at.replicas.size / at.divisor)).float()
-            case.optimizer.step()
-            plain.step()
-            for name, p in case.parted.named_parameters():
-                expected = whole[name].detach().bfloat16()
-                torch.testing.assert_close(case.shardings[name].gather(p.detach()), expected, rtol=2**-7, atol=1e-6)
+        with case(layout):
+            pair = Pair(layout, lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2), torch.bfloat16)
+            whole = {name: nn.Parameter(p.detach().float()) for name, p in pair.whole.named_parameters()}
+            plain = torch.optim.AdamW(whole.values(), lr=1e-2)
+            for step in range(2):
+                pair.optimizer.zero_grad()
+                for name, p in pair.parted.named_parameters():
+                    at = pair.shardings[name]
+                    gradient = made(name, 0, step, at.box.full).bfloat16()
+                    # Alike on all replicas and divided by a power of two: no rounding on the way.
+                    p.grad.copy_(at.box.shard(gradient))
+                    whole[name].grad = (gradient * (at.replicas.size / at.divisor)).float()
+                pair.optimizer.step()
+                plain.step()
+                for name, p in pair.parted.named_parameters():
+                    expected = whole[name].detach().bfloat16()
+                    torch.testing.assert_close(pair.shardings[name].gather(p.detach()), expected, rtol=2**-7, atol=1e-6)
 
 
 def test_bf16_parameters_follow_their_fp32_masters():
@@ -102,18 +107,19 @@ def test_bf16_parameters_follow_their_fp32_masters():
 
 def loading():
     for dtype in (torch.float64, torch.bfloat16):
-        case = Case((2, 2, 2), lambda m: torch.optim.SGD(m.parameters(), lr=0.5), dtype)
-        case.set_gradients(0)
-        case.optimizer.step()
-        loaded = {}
-        for name, at in case.shardings.items():
-            loaded[name] = at.box.shard(made(name, 0, 7, at.box.full)).to(dtype)
-        state = {**case.parted.state_dict(), **loaded}
-        case.parted.load_state_dict(state)
-        case.optimizer.zero_grad()
-        case.optimizer.step()  # gradient zero
-        for name, p in case.parted.named_parameters():
-            assert torch.equal(p, loaded[name]), name
+        with case(dtype):
+            pair = Pair((2, 2, 2), lambda m: torch.optim.SGD(m.parameters(), lr=0.5), dtype)
+            pair.set_gradients(0)
+            pair.optimizer.step()
+            loaded = {}
+            for name, at in pair.shardings.items():
+                loaded[name] = at.box.shard(made(name, 0, 7, at.box.full)).to(dtype)
+            state = {**pair.parted.state_dict(), **loaded}
+            pair.parted.load_state_dict(state)
+            pair.optimizer.zero_grad()
+            pair.optimizer.step()  # gradient zero
+            for name, p in pair.parted.named_parameters():
+                assert torch.equal(p, loaded[name]), name
 
 
 def test_weights_loaded_between_steps_are_taken_up():
@@ -123,20 +129,21 @@ def test_weights_loaded_between_steps_are_taken_up():
 def states_are_sharded():
     elements = []
     for layout in LAYOUTS:
-        case = Case(layout, lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2), tile_size=128)
-        case.set_gradients(0)
-        case.optimizer.step()
-        covered = {name: torch.zeros(at.box.stored).flatten() for name, at in case.shardings.items()}
-        for piece in case.optimizer.pieces():
-            covered[piece.sharding.name][piece.stored.slices] += 1
-            state = piece.shard.states.kept(piece.window)
-            span = piece.shard.states.spans[piece.window]
-            assert state["exp_avg"].read().shape == (span.stop - span.start,)
-        for name, at in case.shardings.items():
-            assert torch.equal(all_reduce(covered[name], at.replicas), torch.ones_like(covered[name])), name
-        held = sum(len(shard.states.own) for shard in case.optimizer.shards)
-        stored = sum(p.numel() / case.shardings[n].replicas.size for n, p in case.parted.named_parameters())
-        elements.append((held, stored))
+        with case(layout):
+            pair = Pair(layout, lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2), tile_size=128)
+            pair.set_gradients(0)
+            pair.optimizer.step()
+            covered = {name: torch.zeros(at.box.stored).flatten() for name, at in pair.shardings.items()}
+            for piece in pair.optimizer.pieces():
+                covered[piece.sharding.name][piece.stored.slices] += 1
+                state = piece.shard.states.saved_states(piece.window)
+                span = piece.shard.states.spans[piece.window]
+                assert state["exp_avg"].read().shape == (span.stop - span.start,)
+            for name, at in pair.shardings.items():
+                assert torch.equal(all_reduce(covered[name], at.replicas), torch.ones_like(covered[name])), name
+            held = sum(len(shard.states.own) for shard in pair.optimizer.shards)
+            stored = sum(p.numel() / pair.shardings[n].replicas.size for n, p in pair.parted.named_parameters())
+            elements.append((held, stored))
     return elements
 
 
@@ -148,8 +155,8 @@ def test_each_state_element_lives_on_exactly_one_replica():
 
 
 def order_of_ranks():
-    case = Case((2, 2, 2), KINDS[0])
-    return dist.get_rank(), [shard.buffer.replicas.name for shard in case.optimizer.shards]
+    pair = Pair((2, 2, 2), KINDS[0])
+    return dist.get_rank(), [shard.buffer.replicas.name for shard in pair.optimizer.shards]
 
 
 def test_buffers_stand_in_one_order_on_all_ranks():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 
 import pytest
 import torch
+from helpers.cases import case
 from helpers.topologies import join
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,7 +21,11 @@ from lightning_tex.parallel.topology import Axis
 from lightning_tex.testing.ranks import run_ranks
 
 MODES = (None, "full", "communication_aware")
-LAYOUTS = ((2, 2, 2, True), (2, 2, 2, False), (2, 4, 1, True), (4, 1, 4, True), (1, 4, 1, True), (4, 4, 1, True))
+# tensor, expert, expert_tensor, duplicate_token_dropping
+FEW = ((2, 2, 2, True), (2, 2, 2, False), (2, 4, 1, True))
+MORE = ((4, 1, 4, True), (1, 4, 1, True), (4, 4, 1, True))
+ON_LAYOUTS = pytest.mark.parametrize("layouts", [FEW, pytest.param(MORE, marks=pytest.mark.full)], ids=["few", "more"])
+OPTIONS = ({}, {"top_k": 1, "capacity_factor": 1.0})
 
 
 class Block(nn.Module):
@@ -82,22 +88,23 @@ def passes(topology, mode, accumulate=2, **options):
     return results + grads(model), during, stash_bytes(model)
 
 
-def compare_modes():
-    for layout in LAYOUTS:
+def compare_modes(layouts):
+    for layout, options in product(layouts, OPTIONS):
         topology = join(*layout)
-        for options in ({}, {"top_k": 1, "capacity_factor": 1.0}):
-            plain, _, nothing = passes(topology, None, **options)
-            assert nothing == {}
-            for mode in MODES[1:]:
+        plain, _, nothing = passes(topology, None, **options)
+        assert nothing == {}
+        for mode in MODES[1:]:
+            with case(layout, mode=mode, **options):
                 again, during, stash = passes(topology, mode, **options)
                 same = [torch.equal(a, b) for a, b in zip(plain, again, strict=True)]
-                assert all(same), (layout, options, mode, same)
-                assert ("recompute" in during) == (mode == "full"), (layout, mode, during)
+                assert all(same), same
+                assert ("recompute" in during) == (mode == "full"), during
                 assert (sum(stash.values()) > 0) == (mode == "communication_aware")
 
 
-def test_recomputation_is_bit_equal_and_the_tape_repeats_no_collective():
-    run_ranks(4, compare_modes)
+@ON_LAYOUTS
+def test_recomputation_is_bit_equal_and_the_tape_repeats_no_collective(layouts):
+    run_ranks(4, compare_modes, layouts)
 
 
 def test_one_process_recomputes_without_processes():
@@ -268,9 +275,9 @@ def test_a_product_whose_outcome_is_replayed_is_not_computed_again():
     assert flops["full"] - flops["communication_aware"] == 2 * tokens * hidden * dim  # the experts' last
 
 
-def outputs_in_both_passes():
-    for layout in LAYOUTS:
-        for options in ({}, {"top_k": 1, "capacity_factor": 1.0}):
+def outputs_in_both_passes(layouts):
+    for layout, options in product(layouts, OPTIONS):
+        with case(layout, **options):
             topology = join(*layout)
             model = build(topology, "communication_aware", **options)
             block = model.blocks[0]
@@ -279,9 +286,10 @@ def outputs_in_both_passes():
                 module.register_forward_hook(lambda _, __, output, seen=seen: seen.append(output.detach().clone()))
             (model(batch(topology)).square().sum() + auxiliary_loss(model)).backward()
             for name, (first, *again) in outputs.items():
-                assert first.abs().sum() > 0, (layout, options, name)
-                assert len(again) == 1 and torch.equal(first, again[0]), (layout, options, name)
+                assert first.abs().sum() > 0, name
+                assert len(again) == 1 and torch.equal(first, again[0]), name
 
 
-def test_a_forward_hook_sees_the_same_values_in_the_recomputation():
-    run_ranks(4, outputs_in_both_passes)
+@ON_LAYOUTS
+def test_a_forward_hook_sees_the_same_values_in_the_recomputation(layouts):
+    run_ranks(4, outputs_in_both_passes, layouts)

@@ -19,7 +19,7 @@ from lightning_tex.layers import ParallelAttention, VocabParallelCrossEntropy
 from lightning_tex.models import Decoder, DecoderConfig
 from lightning_tex.moe import MoE, auxiliary_loss
 from lightning_tex.optim import OptimizerStateConfig, TiledOptimizer, flat_sizes
-from lightning_tex.parallel import collectives
+from lightning_tex.parallel import collectives, in_place_collectives
 from lightning_tex.parallel.activation_checkpointing import recompute_blocks
 from lightning_tex.parallel.byte_meter import ByteMeter, Sent
 from lightning_tex.parallel.sharding import parameter_shardings, shard_module
@@ -66,7 +66,7 @@ class Overheard:
         self.bytes: dict[tuple[int, ...], Fraction] = {}
         axes = {id(axis.group): axis for axis in map(topology.axis, AXES)}
         real = dist.all_reduce, dist.broadcast, dist.all_to_all_single
-        gather = collectives._all_gather_single
+        gather = in_place_collectives.all_gather_single
 
         def hear(group, scaled: int) -> None:
             axis = axes[id(group)]
@@ -97,7 +97,7 @@ class Overheard:
         monkeypatch.setattr(dist, "all_reduce", all_reduce)
         monkeypatch.setattr(dist, "broadcast", broadcast)
         monkeypatch.setattr(dist, "all_to_all_single", all_to_all)
-        monkeypatch.setattr(collectives, "_all_gather_single", all_gather)
+        monkeypatch.setattr(in_place_collectives, "all_gather_single", all_gather)
 
 
 def one_pass(topology, mode, fused, module=Block, x=None):
@@ -310,7 +310,7 @@ def counts_nothing_when_off():
     with meter.measure():
         collectives.all_reduce(torch.ones(3), topology.tensor)
         with meter.optimizer_pass():
-            collectives.gather_in_place(torch.ones(4), topology.data).wait()
+            in_place_collectives.gather_in_place(torch.ones(4), topology.data).wait()
     return {tuple(kind): (calls, meter.sent_bytes()[kind]) for kind, calls in meter.calls().items()}
 
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from helpers.topologies import join
 
 from lightning_tex.parallel import collectives as c
+from lightning_tex.parallel import in_place_collectives as in_place
 from lightning_tex.parallel.topology import Axis
 from lightning_tex.testing.ranks import run_ranks
 
@@ -68,12 +69,12 @@ def plain():
         buffers = torch.stack([numbers(r, 8) for r in members])
         part = 8 // axis.size
         own = slice(axis.rank * part, (axis.rank + 1) * part)
-        same(c.own_part(buffer, axis), buffers[axis.rank, own])
+        same(in_place.own_part(buffer, axis), buffers[axis.rank, own])
         gathered = buffer.clone()
-        c.gather_in_place(gathered, axis).wait()
+        in_place.gather_in_place(gathered, axis).wait()
         same(gathered, torch.cat([buffers[i, i * part : (i + 1) * part] for i in range(axis.size)]))
         summed = buffer.clone()
-        c.reduce_scatter_in_place(summed, axis).wait()
+        in_place.reduce_scatter_in_place(summed, axis).wait()
         same(summed[own], buffers.sum(0)[own])
     low = numbers(dist.get_rank(), 6, dtype=torch.bfloat16)
     summed = c.all_reduce(low, whole_axis())
@@ -204,7 +205,7 @@ def test_on_an_axis_of_size_one_all_are_the_identity():
     for function in (c.gather, c.split, c.all_gather, c.reduce_scatter):
         assert function(x, 0, axis) is x
     buffer = x.flatten().clone()
-    c.gather_in_place(buffer, axis).wait()
-    c.reduce_scatter_in_place(buffer, axis).wait()
+    in_place.gather_in_place(buffer, axis).wait()
+    in_place.reduce_scatter_in_place(buffer, axis).wait()
     assert torch.equal(buffer, x.flatten())
-    assert torch.equal(c.own_part(buffer, axis), buffer)
+    assert torch.equal(in_place.own_part(buffer, axis), buffer)

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.cases import case
 from helpers.topologies import join
 from hypothesis import given
 from hypothesis import strategies as st
@@ -71,7 +72,7 @@ def test_box_of_a_padded_cut_by_hand():
 
 
 class Everything(nn.Module):
-    """Every kind of cut: columns, rows, padded rows, experts; a tie; a plain module."""
+    """Every kind of sharding: columns, rows, padded rows, experts; a tie; a plain module."""
 
     def __init__(self):
         super().__init__()
@@ -92,22 +93,23 @@ def cut_on_ranks():
     original = Everything()
     wholes = dict(original.named_parameters())
     for layout in LAYOUTS:
-        topology = join(*layout)
-        model = copy.deepcopy(original)
-        check_shardable(model, topology.layout)
-        shard_module(model, topology)
-        stored = {name: p.clone() for name, p in model.named_parameters()}
-        shard_module(model, topology)
-        assert model.head.weight is model.embedding.weight
-        found = parameter_shardings(model, topology)
-        assert list(found) == list(wholes)
-        for name, parameter in model.named_parameters():
-            assert torch.equal(parameter, stored[name]), f"{name} is sharded twice"
-            assert parameter.shape == found[name].box.stored
-            assert torch.equal(found[name].gather(parameter.detach()), wholes[name]), name
-            expert = ".experts." in name
-            assert found[name].replicas is (topology.expert_data if expert else topology.data)
-            assert found[name].divisor == topology.data.size
+        with case(layout):
+            topology = join(*layout)
+            model = copy.deepcopy(original)
+            check_shardable(model, topology.layout)
+            shard_module(model, topology)
+            stored = {name: p.clone() for name, p in model.named_parameters()}
+            shard_module(model, topology)
+            assert model.head.weight is model.embedding.weight
+            found = parameter_shardings(model, topology)
+            assert list(found) == list(wholes)
+            for name, parameter in model.named_parameters():
+                assert torch.equal(parameter, stored[name]), f"{name} is sharded twice"
+                assert parameter.shape == found[name].box.stored
+                assert torch.equal(found[name].gather(parameter.detach()), wholes[name]), name
+                expert = ".experts." in name
+                assert found[name].replicas is (topology.expert_data if expert else topology.data)
+                assert found[name].divisor == topology.data.size
     return True
 
 
@@ -118,17 +120,18 @@ def test_a_model_cut_on_four_ranks_gathers_to_what_it_was():
 def count_over_world():
     counted = []
     for layout in LAYOUTS:
-        topology = join(*layout)
-        model = Everything()
-        shard_module(model, topology)
-        found = parameter_shardings(model, topology)
-        for name, parameter in model.named_parameters():
-            at = found[name]
-            elements = at.box.unpadded(parameter).numel() if at.counted and at.replicas.rank == 0 else 0
-            total = torch.tensor(elements)
-            torch.distributed.all_reduce(total)
-            assert total == torch.Size(at.box.full).numel(), (layout, name)
-            counted.append(name)
+        with case(layout):
+            topology = join(*layout)
+            model = Everything()
+            shard_module(model, topology)
+            found = parameter_shardings(model, topology)
+            for name, parameter in model.named_parameters():
+                at = found[name]
+                elements = at.box.unpadded(parameter).numel() if at.counted and at.replicas.rank == 0 else 0
+                total = torch.tensor(elements)
+                torch.distributed.all_reduce(total)
+                assert total == torch.Size(at.box.full).numel(), (layout, name)
+                counted.append(name)
     return len(counted)
 
 
@@ -303,22 +306,23 @@ def materialise_on_ranks():
     for name, parameter in never_cut.named_parameters():
         assert torch.equal(parameter, wholes[name]), name
     for layout in LAYOUTS:
-        topology = join(*layout)
-        torch.manual_seed(topology.world.rank)  # must not matter
-        state = torch.get_rng_state()
-        model = on_meta(Mixed)
-        shard_module(model, topology)
-        assert all(p.is_meta for p in model.parameters())
-        initialization.materialise(model, cpu, seed=5)
-        assert torch.equal(torch.get_rng_state(), state)
-        assert model.head.weight is model.embedding.weight
-        assert model.decoder.head.weight is model.decoder.embedding.weight
-        found = parameter_shardings(model, topology)
-        assert list(found) == list(wholes)
-        for name, parameter in model.named_parameters():
-            assert parameter.shape == found[name].box.stored
-            assert torch.equal(found[name].gather(parameter.detach()), wholes[name]), (layout, name)
-            assert torch.equal(found[name].box.shard(wholes[name].detach()), parameter), "padding is not zero"
+        with case(layout):
+            topology = join(*layout)
+            torch.manual_seed(topology.world.rank)  # must not matter
+            state = torch.get_rng_state()
+            model = on_meta(Mixed)
+            shard_module(model, topology)
+            assert all(p.is_meta for p in model.parameters())
+            initialization.materialise(model, cpu, seed=5)
+            assert torch.equal(torch.get_rng_state(), state)
+            assert model.head.weight is model.embedding.weight
+            assert model.decoder.head.weight is model.decoder.embedding.weight
+            found = parameter_shardings(model, topology)
+            assert list(found) == list(wholes)
+            for name, parameter in model.named_parameters():
+                assert parameter.shape == found[name].box.stored
+                assert torch.equal(found[name].gather(parameter.detach()), wholes[name]), (layout, name)
+                assert torch.equal(found[name].box.shard(wholes[name].detach()), parameter), "padding is not zero"
     return True
 
 

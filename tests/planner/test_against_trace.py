@@ -27,6 +27,7 @@ CASES = {
     "ted-40b-128xa100": [{}, {"zero_stage": 2, "activation_checkpointing": None}, {"duplicate_token_dropping": False}],
     "mixtral-8x7b-64xh100": [{}, {"optimizer_state_format": "int8", "activation_checkpointing": "full"}],
 }
+DEFAULT = ("ted-40b-128xa100", {})
 
 
 def both(path: str, strategy: dict[str, object]) -> dict[str, object]:
@@ -68,7 +69,7 @@ def both(path: str, strategy: dict[str, object]) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("name", "strategy"),
     [
-        pytest.param(name, strategy, marks=[] if not strategy else pytest.mark.full)
+        pytest.param(name, strategy, marks=[] if (name, strategy) == DEFAULT else pytest.mark.full)
         for name, strategies in CASES.items()
         for strategy in strategies
     ],

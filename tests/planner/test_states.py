@@ -140,11 +140,12 @@ def allocated(
     plugin = PLUGINS[precision]
     plugin.convert_module(model)
     parameters = dict(model.named_parameters())
-    placed = {parameters[name]: p for name, p in parameter_shardings(model, topology).items()}
+    by_name = parameter_shardings(model, topology)
+    shardings = {parameters[name]: sharding for name, sharding in by_name.items()}
     state_config = plugin.state_config(
         OptimizerStateConfig(zero_stage=stage, optimizer_state_format=optimizer_state_format, tile_size=tile)
     )
-    optimizer = TiledOptimizer(torch.optim.AdamW(groups(model)), placed, topology.world, state_config)
+    optimizer = TiledOptimizer(torch.optim.AdamW(groups(model)), shardings, topology.world, state_config)
     optimizer.zero_grad()
     optimizer.step()
     found = StateBytes(0, 0, 0, 0, 0, 0).__dict__.copy()

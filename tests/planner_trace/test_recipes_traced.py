@@ -8,6 +8,7 @@ from pathlib import Path
 
 import datasets  # noqa: F401  (once here, not in every forked rank)
 import pytest
+from helpers.cases import in_full
 
 from lightning_tex.data.tokenizer import train_bpe
 from lightning_tex.planner_trace import trace
@@ -16,6 +17,7 @@ from lightning_tex.testing.ranks import run_ranks
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 WORLDS = {"quickstart": 4, "own_text": 4, "ted-40b-128xa100": 128, "mixtral-8x7b-64xh100": 64}
+DEFAULT = [path for path in RECIPES if path.stem in ("quickstart", "mixtral-8x7b-64xh100")]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,7 @@ def small(recipe: Path) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", in_full(RECIPES, DEFAULT), ids=lambda path: path.stem)
 def test_a_recipe_is_cut_and_takes_steps(recipe, corpus):
     world, found = run_ranks(1, on_a_local_stream, recipe, corpus, small(recipe))[0]
     assert world == found.layout.world == WORLDS[recipe.stem]

@@ -77,7 +77,11 @@ def damages(names: list[str], seed: int, share: float) -> Iterator[tuple[str, Da
 
 def state_of(run: L.Trainer, module: L.LightningModule) -> list[torch.Tensor]:
     """Copies of all that a load could change on this rank."""
-    kept = [value for piece in run.optimizers[0].pieces() for value in piece.shard.states.kept(piece.window).values()]
+    kept = [
+        value
+        for piece in run.optimizers[0].pieces()
+        for value in piece.shard.states.saved_states(piece.window).values()
+    ]
     numbers = [torch.as_tensor(value) for value in kept if not hasattr(value, "read")]
     elements = [value.read() for value in kept if hasattr(value, "read")]
     random_state = torch.get_rng_state()

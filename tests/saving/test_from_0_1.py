@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from helpers import tiny_recipe
+from helpers.cases import case
 
 import lightning_tex as tex
 from lightning_tex.saving import consolidated, reading_format
@@ -56,7 +57,8 @@ def resume_all(folder: Path) -> dict[str, list[float]]:
     }
     checkpoint = ["--ckpt_path", str(folder / "directory.ckpt")]
     for name, options in OTHER_LAYOUTS.items():
-        losses[name] = fit(folder, f"on {name}", *STEPS, *checkpoint, *options)
+        with case(name):
+            losses[name] = fit(folder, f"on {name}", *STEPS, *checkpoint, *options)
     return losses
 
 

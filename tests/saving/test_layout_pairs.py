@@ -1,6 +1,6 @@
 """Every ordered pair of nine layouts: the same weights and states, the same samples next, the same next loss.
 
-Two pairs by default; all of them with ``pytest -m faults``.
+Two pairs by default, one from eight ranks with ``-m full``, all of them with ``pytest -m faults``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.cases import case
 from helpers.checkpoint_runs import fit, tensors
 
 from lightning_tex.testing.ranks import run_ranks
@@ -29,7 +30,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "expert 4 x 2": (8, {"expert_parallel_size": 4, "tile_size": 64}),
 }
 NAMES = list(LAYOUTS)
-FEW = [("TED 2x4", "expert 2"), ("one", "tensor 2")]
+FEW = [("TED 2x2", "expert 2"), ("one", "tensor 2")]
+FROM_EIGHT = [("TED 2x4", "expert 2")]
 PAIRS = [(a, b) for a in NAMES for b in NAMES]
 
 
@@ -60,38 +62,44 @@ def saves(folder: str, names: list[str]) -> None:
 def resumes(folder: str, pairs: list[tuple[str, str]]) -> list[dict[str, Any]]:
     found = []
     for source, target in pairs:
-        world, layout = LAYOUTS[target]
-        first = FirstStep(f"{folder}/{source} on {target}.ckpt")
-        options = {"callbacks": [first], "max_steps": 7, "model": {"seed": 4}}
-        result = fit(layout, world, 2, f"{folder}/{source}.ckpt", **options)
-        found.append({"losses": result["losses"], "rows": first.rows})
+        with case(source, target):
+            world, layout = LAYOUTS[target]
+            first = FirstStep(f"{folder}/{source} on {target}.ckpt")
+            options = {"callbacks": [first], "max_steps": 7, "model": {"seed": 4}}
+            result = fit(layout, world, 2, f"{folder}/{source}.ckpt", **options)
+            found.append({"losses": result["losses"], "rows": first.rows})
     return found
 
 
 def hold(folder: Path, pairs: list[tuple[str, str]]) -> None:
     sources = {name for pair in pairs for name in pair}
-    for world in (1, 2, 4, 8):
+    worlds = sorted({LAYOUTS[name][0] for name in sources})
+    for world in worlds:
         run_ranks(world, saves, str(folder), [n for n in sources if LAYOUTS[n][0] == world], detail=False)
     outcomes: dict[tuple[str, str], dict[str, Any]] = {}
     # A checkpoint's next step is that of the layout which saved it.
     pairs = list(dict.fromkeys([*pairs, *((name, name) for name in sources)]))
-    for world in (1, 2, 4, 8):
+    for world in worlds:
         own = [pair for pair in pairs if LAYOUTS[pair[1]][0] == world]
         found = run_ranks(world, resumes, str(folder), own, detail=False, timeout=300)[0]
         outcomes |= dict(zip(own, found, strict=True))
     for (source, target), outcome in outcomes.items():
-        expected = outcomes[source, source]
-        assert outcome["rows"] == expected["rows"]
-        assert len(outcome["rows"]) == 8
-        assert outcome["losses"] == pytest.approx(expected["losses"], rel=1e-6), (source, target)
-        assert len(outcome["losses"]) == 1
-        saved, again = tensors(folder / f"{source}.ckpt"), tensors(folder / f"{source} on {target}.ckpt")
-        assert saved.keys() == again.keys()
-        assert all(torch.equal(saved[name], again[name]) for name in saved), (source, target)
+        with case(source, target):
+            expected = outcomes[source, source]
+            assert outcome["rows"] == expected["rows"]
+            assert len(outcome["rows"]) == 8
+            assert outcome["losses"] == pytest.approx(expected["losses"], rel=1e-6)
+            assert len(outcome["losses"]) == 1
+            saved, again = tensors(folder / f"{source}.ckpt"), tensors(folder / f"{source} on {target}.ckpt")
+            assert saved.keys() == again.keys()
+            assert all(torch.equal(saved[name], again[name]) for name in saved)
 
 
-def test_a_few_pairs_of_layouts(tmp_path: Path) -> None:
-    hold(tmp_path, FEW)
+@pytest.mark.parametrize(
+    "pairs", [FEW, pytest.param(FROM_EIGHT, marks=pytest.mark.full)], ids=["up to four ranks", "from eight ranks"]
+)
+def test_a_few_pairs_of_layouts(tmp_path: Path, pairs: list[tuple[str, str]]) -> None:
+    hold(tmp_path, pairs)
 
 
 @pytest.mark.faults

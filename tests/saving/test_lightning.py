@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from helpers.cases import in_full, selected
 from helpers.checkpoint_runs import Data, Model, fit, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import AsyncCheckpointIO, TorchCheckpointIO
@@ -88,18 +89,20 @@ def run_callbacks(folder: str, layout: dict[str, Any], save_last: Any) -> dict[s
         (again,) = run.validate(module, Data(), ckpt_path="last", verbose=False)
         return {"best": float(used[0].best_model_score), "test": best["test_loss"], "last": last, "disk": disk, **again}
 
-    options = {"model": {"dropout": 0.1}, "limit_val_batches": 1.0}
-    first = fit(layout, 4, 2, callbacks=used, then=evaluate, **options)
-    resumed = fit(layout, 4, 3, ckpt_path="last", callbacks=callbacks(folder, save_last), seed=6, **options)
+    first = fit(layout, 4, 2, callbacks=used, then=evaluate, **OPTIONS)
+    resumed = fit(layout, 4, 3, ckpt_path="last", callbacks=callbacks(folder, save_last), seed=6, **OPTIONS)
     return {**first["then"], "resumed": resumed, "first": first}
 
 
-def everything(folder: str) -> dict[str, Any]:
-    cases = {"copy": (TED, True), "link": (TED, "link"), "plain": (PLAIN, "link")}
-    found: dict[str, Any] = {
-        name: run_callbacks(f"{folder}/{name}", layout, last) for name, (layout, last) in cases.items()
-    }
-    found["unbroken"] = fit(TED, 4, 3, model={"dropout": 0.1}, limit_val_batches=1.0)
+# strategy, ModelCheckpoint's save_last
+SAVED: dict[str, tuple[dict[str, Any], Any]] = {"copy": (TED, True), "link": (TED, "link"), "plain": (PLAIN, "link")}
+DEFAULT = ("link", "plain")
+OPTIONS: dict[str, Any] = {"model": {"dropout": 0.1}, "limit_val_batches": 2, "limit_test_batches": 2}
+
+
+def everything(folder: str, names: list[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {name: run_callbacks(f"{folder}/{name}", *SAVED[name]) for name in names}
+    found["unbroken"] = fit(TED, 4, 3, **OPTIONS)
     found["hooks"] = [hooks(f"{folder}/hooks {i}", layout) for i, layout in enumerate((TED, PLAIN))]
     found["refused"] = refused(folder)
     return found
@@ -157,37 +160,36 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ranks(folder: Path) -> list[dict[str, Any]]:
-    return run_ranks(4, everything, str(folder), detail=False)
+def ranks(request: pytest.FixtureRequest, folder: Path) -> list[dict[str, Any]]:
+    names = [name for name in SAVED if name in selected(request, "saved")]
+    return run_ranks(4, everything, str(folder), names, detail=False)
 
 
-@pytest.mark.parametrize("case", ["copy", "link", "plain"])
-def test_best_and_last_name_the_checkpoints_of_those_epochs(ranks: list[dict[str, Any]], case: str) -> None:
-    for found in (rank[case] for rank in ranks):
+@pytest.mark.parametrize("saved", in_full(SAVED, DEFAULT))
+def test_best_and_last_name_the_checkpoints_of_those_epochs(ranks: list[dict[str, Any]], saved: str) -> None:
+    for found in (rank[saved] for rank in ranks):
         assert found["test"] == pytest.approx(found["best"], rel=1e-6)
         assert found["val_loss"] == pytest.approx(found["last"], rel=1e-6)
         assert found["best"] > found["last"]
 
 
-@pytest.mark.parametrize("case", ["copy", "link"])
-def test_resume_from_last_is_bit_equal(ranks: list[dict[str, Any]], case: str) -> None:
+@pytest.mark.parametrize("saved", in_full(["copy", "link"], DEFAULT))
+def test_resume_from_last_is_bit_equal(ranks: list[dict[str, Any]], saved: str) -> None:
     for rank in ranks:
-        assert rank[case]["resumed"]["losses"] == rank["unbroken"]["losses"][12:]
-        assert torch.equal(rank[case]["resumed"]["own"], rank["unbroken"]["own"])
+        assert rank[saved]["resumed"]["losses"] == rank["unbroken"]["losses"][12:]
+        assert torch.equal(rank[saved]["resumed"]["own"], rank["unbroken"]["own"])
 
 
-@pytest.mark.parametrize(
-    ("case", "link", "directory"), [("copy", True, True), ("link", True, True), ("plain", True, False)]
-)
-def test_what_is_on_disk(folder: Path, ranks: list[dict[str, Any]], case: str, link: bool, directory: bool) -> None:
+@pytest.mark.parametrize("saved", in_full(SAVED, DEFAULT))
+def test_what_is_on_disk(folder: Path, ranks: list[dict[str, Any]], saved: str) -> None:
     names = ["epoch=0.ckpt", "epoch=1.ckpt", "last.ckpt"]
     for rank in ranks:
-        assert rank[case]["disk"] == {"link": link, "directory": directory, "names": names}
+        assert rank[saved]["disk"] == {"link": True, "directory": saved != "plain", "names": names}
     # The resumed run's third epoch was among the best two only as the last.
-    assert visible(folder / case) == names
+    assert visible(folder / saved) == names
     # What is hidden is what last.ckpt leads to, and nothing else.
-    hidden = [entry for entry in (folder / case).iterdir() if entry.name.startswith(".")]
-    assert hidden == ([] if case == "plain" else [(folder / case / "last.ckpt").resolve()])
+    hidden = [entry for entry in (folder / saved).iterdir() if entry.name.startswith(".")]
+    assert hidden == ([] if saved == "plain" else [(folder / saved / "last.ckpt").resolve()])
 
 
 def test_hooks_and_callbacks_keep_their_state(ranks: list[dict[str, Any]]) -> None:

@@ -176,7 +176,7 @@ def test_grid_covers_every_combination_and_on_every_layout_every_pair_of_options
         for sizes in layouts():
             if sizes.folded == folded:
                 options = [case.options for case, _ in GRID if case.sizes == sizes]
-                five = {(o.capacity, o.no_dtd, o.adamw, o.accumulate, o.clip) for o in options}
+                five = {(o.capacity, o.duplicate_token_dropping, o.adamw, o.accumulate, o.clip) for o in options}
                 assert len(options) == len(five) == combinations
                 assert set().union(*map(option_pairs, options)) == every_pair
 

@@ -1,0 +1,92 @@
+"""What the ranks of a run must have in common in every step: batches over tensor, a loss on each, and the same end."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+from lightning.fabric.utilities.seed import pl_worker_init_function
+
+from lightning_tex.moe import auxiliary_loss
+from lightning_tex.parallel.errors import UserRuntimeError
+from lightning_tex.strategy.batches import agreed_loader, evaluation_loader, require_same_batch
+from lightning_tex.strategy.checkpointing import CheckpointingStrategy
+from lightning_tex.strategy.uneven_evaluation import run_until_all_are_done
+
+# Steps whose batches are compared over the tensor axis, from the start of every stage.
+_COMPARED_STEPS = 3
+
+
+class StepStrategy(CheckpointingStrategy):
+    """A strategy whose loaders begin and end together on all ranks, and whose steps refuse what ranks differ in.
+
+    Args:
+        options: see :class:`CheckpointingStrategy`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._compared: Counter[Any] = Counter()
+
+    def compare_batches_again(self) -> None:
+        """Compare the first batches of every stage over tensor, as at the start."""
+        self._compared.clear()
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """Seed workers by data rank, and let training loaders end together."""
+        if getattr(dataloader, "worker_init_fn", False) is None:
+            rank = self.distributed_sampler_kwargs["rank"]
+            with suppress(ValueError, AttributeError):
+                dataloader.worker_init_fn = partial(_seed_worker, rank=rank)  # type: ignore[attr-defined]
+        assert self.lightning_module is not None
+        if self.lightning_module.trainer.training:
+            return agreed_loader(dataloader, self.topology.world, self.root_device)
+        return evaluation_loader(dataloader, self.topology.world, self.root_device)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.model is not None
+        self._compare_batch(args, kwargs)
+        auxiliary_loss(self.model)  # what an aborted step left behind
+        output = super().training_step(*args, **kwargs)
+        assert self.lightning_module is not None
+        if output is None and self.lightning_module.automatic_optimization and self.topology.world.size > 1:
+            raise UserRuntimeError(
+                f"training_step returned None on rank {self.global_rank}: without a backward of its own it would leave "
+                f"the other {self.topology.world.size - 1} ranks waiting in theirs. Legal: a loss on every rank, "
+                "0 * loss where a batch is to count for nothing; None in a run of one process"
+            )
+        return output
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._evaluate(super().validation_step, *args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._evaluate(super().test_step, *args, **kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._evaluate(super().predict_step, *args, **kwargs)
+
+    def _evaluate(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def compared_step() -> Any:  # a rank that repeats its last batch takes part in the comparison, too
+            self._compare_batch(args, kwargs)
+            return step(*args, **kwargs)
+
+        output = compared_step()
+        assert self.lightning_module is not None
+        loader = args[2] if len(args) > 2 else 0  # (batch, batch_idx[, dataloader_idx])
+        run_until_all_are_done(self.lightning_module, compared_step, loader, self.topology.world, self.root_device)
+        return output
+
+    def _compare_batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert self.lightning_module is not None
+        stage = self.lightning_module.trainer.state.stage
+        if self._compared[stage] < _COMPARED_STEPS and self.topology.tensor.size > 1:
+            self._compared[stage] += 1
+            require_same_batch((args, kwargs), self.topology.tensor, self.topology.world, self.root_device)
+
+
+def _seed_worker(worker_id: int, rank: int) -> None:
+    pl_worker_init_function(worker_id, rank)
