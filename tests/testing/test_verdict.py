@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_tex.errors import UserValueError, left_by_another_rank
 from lightning_tex.moe import MoE
+from lightning_tex.parallel.errors import UserValueError, left_by_another_rank
 from lightning_tex.testing import Difference, Run, Verdict, compare_layouts, legal_layouts
 from lightning_tex.testing.differences import differences, relative_difference
 from lightning_tex.testing.recording import Record, Step, watched
