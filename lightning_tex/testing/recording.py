@@ -90,10 +90,10 @@ class Recorder(Callback):
 
 
 def _count_missing_gradients_as_zero(optimizer: Optimizer) -> None:
-    """As the tiled optimizer does: weight decay then takes parameters that were not used, which torch's skips."""
+    """As the tiled optimizer does: weight decay then takes parameters that were not used, but no frozen ones."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if parameter.grad is None:
+            if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
 
 

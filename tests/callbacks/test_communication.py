@@ -51,7 +51,7 @@ def fit(layout: dict[str, Any], mode: str | None, policy: Any = None) -> tuple[d
     return gathered(module, trainer), dict(logger.logged)
 
 
-@pytest.mark.parametrize("layout", [TED, FOLDED], ids=["ted", "folded"])
+@pytest.mark.parametrize("layout", [TED, pytest.param(FOLDED, marks=pytest.mark.full)], ids=["ted", "folded"])
 def test_training_with_recomputation_is_bit_equal_and_its_bytes_are_logged(layout: dict[str, Any]) -> None:
     ways = [(None, None), ("full", None), ("communication_aware", None), ("communication_aware", {Block})]
     none, *others = together(4, {i: (fit, layout, *way) for i, way in enumerate(ways)}).values()

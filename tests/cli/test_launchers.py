@@ -39,6 +39,7 @@ def test_lightnings_own_launcher(recipe, expected, tmp_path):
     assert tiny_recipe.losses(tmp_path) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.full
 def test_torchrun(recipe, expected, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     on_two = ["--trainer.devices", "2", "--trainer.strategy.init_args.expert_parallel_size", "1"]

@@ -144,6 +144,7 @@ def test_what_a_layout_needs_and_takes_adds_up(data: st.DataObject) -> None:
     assert found.candidate.micro_batch * found.candidate.accumulation * found.candidate.layout.data == 16
 
 
+@pytest.mark.full
 def test_the_recommended_one_fits_and_is_as_fast_as_any_exact_one_that_fits() -> None:
     job = Job(small(dim=2048, num_heads=16, num_layers=8), 16, 1024, 32)
     tight = replace(H100, memory_bytes=2e9, reserved_bytes=0)
@@ -160,6 +161,7 @@ def test_the_recommended_one_fits_and_is_as_fast_as_any_exact_one_that_fits() ->
     assert plan_all(job, replace(tight, memory_bytes=1e6)).recommended is None
 
 
+@pytest.mark.full
 def test_the_largest_base_model_fits_and_the_next_does_not() -> None:
     job = Job(small(vocab_size=51200), 16, 512, 16)
     tight = replace(H100, memory_bytes=4e9, reserved_bytes=0)

@@ -82,7 +82,7 @@ def all_runs(capacity_factor: float | None, precision: str) -> list[dict[str, Te
     ("precision", "tolerance", "capacity_factor"),
     [
         ("64-true", 1e-10, 0.8),
-        ("64-true", 1e-10, None),
+        pytest.param("64-true", 1e-10, None, marks=pytest.mark.full),
         pytest.param("32-true", 1e-5, 0.8, marks=pytest.mark.full),
         pytest.param("32-true", 1e-5, None, marks=pytest.mark.full),
     ],

@@ -13,14 +13,14 @@ from helpers.behaviour_modules import (
     LAYOUTS,
     TED,
     PublicNames,
-    assert_equal_to_one_process,
     batches,
-    gathered,
     new_trainer,
     on_data_axis,
     on_ranks,
 )
 from torch import Tensor, nn
+
+from lightning_tex.testing import assert_trains_alike
 
 
 class PlainModules(L.LightningModule):
@@ -41,37 +41,21 @@ class PlainModules(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=0.01)
 
 
-def fit_plain_modules(layout: Any) -> dict[str, Tensor]:
-    module = PlainModules()
-    frozen = module.embedding.weight.detach().clone().double()
-    trainer = new_trainer(layout)
-    trainer.fit(module, on_data_axis(trainer, batches(6)))
-    assert torch.equal(module.embedding.weight.double(), frozen)
-    return gathered(module, trainer)
-
-
 @pytest.mark.parametrize("layout", [{}, {"tensor_parallel_size": 2}, {"tensor_parallel_size": 4}], ids=str)
 def test_model_without_tex_layers_is_replicated(layout: dict[str, int]) -> None:
-    assert_equal_to_one_process(fit_plain_modules, layout=layout)
+    assert_trains_alike(PlainModules, batches(6), layouts=[{"devices": 4, **layout}], steps=6, optimizer=None)
 
 
-def fit_frozen(layout: Any) -> dict[str, Tensor]:
+def partly_frozen() -> PublicNames:
     module = PublicNames()
     for part in (module.embedding, module.moe.router, module.up):
         part.requires_grad_(False)
-    before = {name: p.detach().clone().double() for name, p in module.named_parameters() if not p.requires_grad}
-    trainer = new_trainer(layout)
-    trainer.fit(module, on_data_axis(trainer, batches(4)))
-    after = gathered(module, trainer)
-    assert before
-    for name, value in before.items():
-        assert torch.equal(after[name], value), name
-    return after
+    return module
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_frozen_parameters_stay_and_the_others_train_equally(layout: dict[str, int]) -> None:
-    assert_equal_to_one_process(fit_frozen, layout=layout)
+    assert_trains_alike(partly_frozen, batches(4), layouts=[{"devices": 4, **layout}], steps=4, optimizer=None)
 
 
 def fit_and_look(layout: Any) -> dict[str, Any]:

@@ -338,6 +338,7 @@ def test_training_stops_after_too_many_and_names_the_parameter() -> None:
 # --- against torch alone
 
 
+@pytest.mark.full
 def test_fifty_steps_on_one_process_are_torchs() -> None:
     for precision, tolerance in (("64-true", 1e-10), ("32-true", 1e-5)):
         (ours,), (theirs,) = (on_ranks(1, quickstart_run, layout, precision) for layout in ({}, None))

@@ -135,7 +135,9 @@ class Stacked(Everything):
         return self.head(self.norm(x))
 
 
-@pytest.mark.parametrize("capacity_factor", [None, 0.6], ids=["dropless", "capacity"])
+@pytest.mark.parametrize(
+    "capacity_factor", [pytest.param(None, marks=pytest.mark.full), 0.6], ids=["dropless", "capacity"]
+)
 def test_replayed_communication_is_bit_equal(capacity_factor: float | None) -> None:
     layout = {**LAYOUTS["ted"][1], "sequence_parallel": True}
     plain = on_ranks(4, blocks, layout, capacity_factor)

@@ -69,9 +69,16 @@ def told(module: Any, data: Any = None, **options: Any) -> str:
     return str(failure.value)
 
 
-def test_a_right_module_on_a_third_of_all_legal_layouts():
+def test_a_right_module_on_each_kind_of_layout():
     assert len(legal_layouts(Small(), (1, 2, 4))) == 1 + 5 + 12
-    assert_trains_alike(Small, loader(), layouts=legal_layouts(Small(), (1, 2, 4))[::3])
+    folded = {**TED, "expert_parallel_size": 4, "expert_tensor_parallel_size": 1}
+    layouts = [{"devices": 1}, TENSOR, DATA, {**DATA, "expert_parallel_size": 2}, TED, folded]
+    assert_trains_alike(Small, loader(), layouts=layouts)
+
+
+@pytest.mark.full
+def test_a_right_module_on_every_legal_layout():
+    assert_trains_alike(Small, loader())
 
 
 def test_a_capacity_is_compared_with_one_process_that_decides_as_the_data_ranks():
