@@ -112,9 +112,7 @@ def _default_loggers(root: str) -> list[Any]:
 
 DEFAULTS: dict[str, Any] = {
     "model_class": LightningModule,
-    "datamodule_class": LightningDataModule,
     "subclass_mode_model": True,
-    "subclass_mode_data": True,
     "save_config_kwargs": {"overwrite": True},
     "trainer_defaults": {"strategy": TexMoEStrategy.strategy_name},
     "seed_everything_default": True,

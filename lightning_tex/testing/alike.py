@@ -86,7 +86,7 @@ def compare_layouts(
     Raises:
         UserValueError: a layout without ``devices`` or with a name that TexMoEStrategy does not know, a precision that
             needs a tolerance, data without batches of tensors.
-        AssertionError: the module does not train in one process.
+        DoesNotTrain: the module fails in one process; an AssertionError too.
     """
     if precision not in TOLERANCES and tolerance is None:
         legal = ", ".join(map(repr, TOLERANCES))

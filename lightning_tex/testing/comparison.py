@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 
-from lightning_tex.parallel.errors import UserError, UserValueError
+from lightning_tex.parallel.errors import UserError, UserRuntimeError, UserValueError
 from lightning_tex.parallel.topology import Layout
 from lightning_tex.testing.batches import joined, require_samples, same_samples, samples_of
 from lightning_tex.testing.differences import Difference, differences
@@ -25,6 +25,10 @@ from lightning_tex.testing.sliced_capacity import has_capacity
 from lightning_tex.testing.verdict import Verdict
 
 
+class DoesNotTrain(UserRuntimeError, AssertionError):
+    """A module fails in one process already, with its error and where it was raised."""
+
+
 class Comparison:
     """The references of one job, and the verdict on each layout.
 
@@ -35,7 +39,7 @@ class Comparison:
 
     Raises:
         UserValueError: the data gave no batches, or batches without tensors; or the module takes no optimizer step.
-        AssertionError: the module does not train in one process.
+        DoesNotTrain: the module fails in one process.
     """
 
     def __init__(self, job: Job, tolerance: float, timeout: float) -> None:
@@ -117,7 +121,7 @@ class Comparison:
 
 def _require_trained(outcome: Outcome) -> Outcome:
     if outcome.error is not None:
-        raise AssertionError(f"the module does not train in one process: {outcome.error}\n{outcome.trace}")
+        raise DoesNotTrain(f"the module does not train in one process: {outcome.error}\n{outcome.trace}")
     return outcome
 
 

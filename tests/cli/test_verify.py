@@ -33,6 +33,22 @@ def test_the_recipe_of_a_language_model(recipe, capsys):
     assert "5 of 5 layouts train as one process does" in printed
 
 
+def test_the_module_of_own_module_py_with_its_own_loader(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(RECIPES)
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump({"model": {"class_path": "own_module.Regression"}, "data": None}))
+    code, report, _ = verified(capsys, "--config", str(path), "--devices", "2", "--steps", "1")
+    assert code == 0
+    assert [layout["status"] for layout in report["layouts"]] == ["alike"] * 5
+
+
+def test_a_module_that_does_not_train_in_one_process_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["verify", "--config", str(own_recipe(tmp_path, "Broken")), "--devices", "2", "--steps", "1"])
+    assert end.value.code == 2
+    assert "error: the module does not train in one process: ZeroDivisionError: broken" in capsys.readouterr().err
+
+
 def own_recipe(folder: Path, name: str) -> Path:
     path = folder / f"{name}.yaml"
     classes = {"model": name, "data": "Numbers"}

@@ -53,3 +53,10 @@ class SummedOverRanks(Base):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return super().training_step(batch, batch_idx) * self.trainer.strategy.world_size
+
+
+class Broken(Base):
+    """Fails wherever it trains."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        raise ZeroDivisionError("broken")
