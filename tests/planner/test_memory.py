@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.backwards import announced_backward
-from helpers.cases import case, pairwise
+from helpers.cases import case, in_full, pairwise
 from helpers.topologies import join
 
 from lightning_tex.bench.memory import peak_bytes
@@ -108,7 +108,7 @@ DEFAULT = {
 LAYOUTS = {1: ((1, 1, 1),), 2: ((2, 1, 2), (1, 2, 1), (2, 2, 1)), 4: ((2, 2, 2), (2, 4, 1), (4, 1, 4))}
 
 
-@pytest.mark.parametrize("world", DEFAULT)
+@pytest.mark.parametrize("world", in_full(DEFAULT, {2}))
 def test_peak_memory(world: int) -> None:
     cases = pairwise(LAYOUTS[world], *DEFAULT[world], legal=overflow_is_known)
     for wrong in run_ranks(world, compare, cases):

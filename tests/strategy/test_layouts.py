@@ -72,11 +72,11 @@ def selection() -> list[Run]:
 
 
 def by_default(run: Run) -> bool:
-    """On four ranks, layouts take turns between their case in fp64 and that in fp32."""
+    """On two and four ranks, layouts take turns between their case in fp64 and that in fp32."""
     sizes = run[0].sizes
-    if sizes.world == 4:
+    if sizes.world in (2, 4):
         return run[1] == ("32-true" if layouts().index(sizes) % 2 else "64-true")
-    return sizes.world < 4 or sizes in ON_EIGHT
+    return sizes.world == 1 or sizes in ON_EIGHT
 
 
 SELECTED = selection()
@@ -141,7 +141,7 @@ def test_layout_equals_one_process(run: Run) -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("run", MORE, ids=name)
-def test_more_of_four_and_eight_ranks_equal_one_process(run: Run) -> None:
+def test_more_of_two_four_and_eight_ranks_equal_one_process(run: Run) -> None:
     check(run, MORE)
 
 
