@@ -1,4 +1,4 @@
-"""``lightning-tex bench``: measure where it runs."""
+"""``lightning-tex bench``: measure communication, the optimizer's step or the machine, where it runs."""
 
 from __future__ import annotations
 

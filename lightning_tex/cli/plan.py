@@ -136,7 +136,7 @@ def foresee(
     further options are the recipe's own, such as --trainer.num_nodes 16.
     """
     if more and wanted.config is None:
-        raise UserValueError(f"unknown: {' '.join(more)}; `lightning-tex plan --help` lists the options")
+        raise UserValueError(PLAN.unknown(more))
     require_matplotlib(shown.plot)
     if shown.reproduce_paper:
         return _paper(shown)
