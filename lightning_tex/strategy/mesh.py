@@ -41,7 +41,7 @@ class MeshStrategy(ParallelStrategy):
     def __init__(self, process_group_backend: str | None, timeout: timedelta | None, **lightning_options: Any) -> None:
         super().__init__(**lightning_options)
         self._process_group_backend = process_group_backend
-        self._timeout = timeout
+        self.timeout = timeout
         self._mesh: DeviceMesh | None = None
         self.num_nodes = 1
 
@@ -105,7 +105,7 @@ class MeshStrategy(ParallelStrategy):
         self._process_group_backend = backend
         assert self.cluster_environment is not None
         device_id = self.root_device if self.root_device.type == "cuda" else None
-        _init_dist_connection(self.cluster_environment, backend, timeout=self._timeout, device_id=device_id)
+        _init_dist_connection(self.cluster_environment, backend, timeout=self.timeout, device_id=device_id)
         if self._mesh is None:
             self._mesh = build_mesh(layout, self.root_device.type)
         assert self.lightning_module is not None
