@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +108,58 @@ def resumed_fit(folder: str, path: str | None = None, **options: Any) -> Any:
 
 # Validation in the middle of an epoch and at its end.
 VALIDATES: dict[str, Any] = {"limit_val_batches": 3, "val_check_interval": 2}
+
+
+class Slow(L.Callback):
+    """Lets every step take at least some seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        time.sleep(self.seconds)
+
+
+def timed_fit(folder: str, seconds: float, step_seconds: float) -> Any:
+    """A fit with a limit of time: losses, how long its training took, checkpoints left."""
+    kept = Losses()
+    began = time.monotonic()
+    fit(
+        LAYOUT,
+        int(os.environ["WORLD_SIZE"]),
+        EPOCHS,
+        model=RANDOM,
+        callbacks=[kept, saves(folder), Slow(step_seconds)],
+        max_time={"seconds": seconds},
+        **VALIDATES,
+    )
+    return {"losses": mean_over_data(kept.module.losses), "took": time.monotonic() - began}
+
+
+def slurm_fit(folder: str, rank_signalled: int, **options: Any) -> Any:
+    """A fit as two nodes of two tasks in a SLURM job, one of whose ranks may get SLURM's signal in the fourth step."""
+    rank = int(os.environ["RANK"])
+    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE"):
+        os.environ.pop(name)
+    os.environ.update(
+        SLURM_JOB_ID="4711",
+        SLURM_JOB_NAME="train",
+        SLURM_NODELIST="localhost,elsewhere",
+        SLURM_NNODES="2",
+        SLURM_NTASKS="4",
+        SLURM_NTASKS_PER_NODE="2",
+        SLURM_PROCID=str(rank),
+        SLURM_NODEID=str(rank // 2),
+        SLURM_LOCALID=str(rank % 2),
+        PATH=f"{folder}:{os.environ['PATH']}",
+    )
+    kept = Losses()
+    numbers = [signal.SIGUSR1] if rank == rank_signalled else []
+    callbacks = [kept, saves(folder), Signals("backward", 3, numbers)]
+    result, code = {}, 0
+    try:
+        more = {"default_root_dir": folder, "num_nodes": 2, **VALIDATES, **options}
+        result = fit(LAYOUT, 2, EPOCHS, model=RANDOM, callbacks=callbacks, **more)
+    except StoppedTogether as stop:
+        code = stop.code
+    return {"code": code, "losses": mean_over_data(kept.module.losses), "own": result.get("own")}
