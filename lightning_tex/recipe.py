@@ -172,6 +172,16 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+# The Trainer's arguments, of one that writes and prints nothing.
+BARE_TRAINER: dict[str, Any] = {
+    "logger": False,
+    "callbacks": [],
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
 class _Parsed(TexCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         return super().init_parser(**kwargs, exit_on_error=False)

@@ -89,7 +89,7 @@ class ChoiceOptions:
     zero_stage: list[ZeroStage] = field(default_factory=lambda: list(ZERO_STAGES))
     sequence_parallel: list[bool] = field(default_factory=lambda: [False, True])
     activation_checkpointing: list[Literal["none", "full", "communication_aware"]] = field(
-        default_factory=lambda: ["none", "full", "communication_aware"]
+        default_factory=lambda: list(_RECOMPUTE)
     )
     optimizer_state_format: list[OptimizerStateFormat] | None = None
 
