@@ -7,7 +7,6 @@ import pytest
 from lightning_tex.parallel.requested_layout import RequestedLayout
 from lightning_tex.parallel.topology import Layout
 
-
 FOLDED = {"tensor_parallel_size": 2, "expert_parallel_size": 8, "expert_tensor_parallel_size": 1}
 
 
