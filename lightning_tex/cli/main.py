@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_tex import __version__
 from lightning_tex.cli.options import HELP
+from lightning_tex.cli.restarts import asks_for_restarts, fit_with_restarts
 from lightning_tex.parallel.errors import UserError, UserValueError, left_by_another_rank
 from lightning_tex.recipe import DEFAULTS, TexCLI
 
@@ -71,6 +72,8 @@ def _run(args: ArgsType) -> None:
         print(_overview())
     elif first == "--version":
         print(f"lightning-tex {__version__}")
+    elif first == "fit" and asks_for_restarts(words):
+        raise SystemExit(fit_with_restarts(words))
     elif not first.startswith("-") and first not in TexCLI.subcommands():
         raise UserValueError(_unknown(first))
     else:

@@ -26,6 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_tex.parallel.initialization import has_values
 from lightning_tex.parallel.topology import Layout, build_mesh
+from lightning_tex.resilience.elastic import store_of_this_attempt
 from lightning_tex.strategy.launcher import RankLauncher
 
 
@@ -105,7 +106,11 @@ class MeshStrategy(ParallelStrategy):
         self._process_group_backend = backend
         assert self.cluster_environment is not None
         device_id = self.root_device if self.root_device.type == "cuda" else None
-        _init_dist_connection(self.cluster_environment, backend, timeout=self.timeout, device_id=device_id)
+        store = store_of_this_attempt(self.timeout)
+        options: dict[str, Any] = {"device_id": device_id, "timeout": self.timeout}
+        if store is not None:
+            options["store"] = store
+        _init_dist_connection(self.cluster_environment, backend, **options)
         if self._mesh is None:
             self._mesh = build_mesh(layout, self.root_device.type)
         assert self.lightning_module is not None
