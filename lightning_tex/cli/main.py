@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_tex.parallel.errors import UserError, left_by_another_rank
 from lightning_tex.recipe import DEFAULTS, TexCLI
+from lightning_tex.resilience.telling import is_told, told_in_one_line
 
 # Those that are not the Trainer's: the module whose ``main`` takes the words after the command. Imported when it is
 # called, since some take seconds.
@@ -34,13 +35,17 @@ def main(args: ArgsType = None) -> None:
     """
     # Lightning 2.6's own call, deprecated by torch 2.13; nothing a user could act on.
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    user_errors = (UserError, MisconfigurationException, OSError)
     try:
         words = sys.argv[1:] if args is None else args
         if isinstance(words, list) and words and words[0] in COMMANDS:
             import_module(COMMANDS[words[0]]).main(words[1:])
         else:
-            TexCLI(**DEFAULTS, args=args)
-    except (UserError, MisconfigurationException, OSError, RuntimeError) as error:
+            with told_in_one_line(*user_errors):
+                TexCLI(**DEFAULTS, args=args)
+    except (*user_errors, RuntimeError) as error:
+        if is_told(error):
+            raise SystemExit(2 if isinstance(error, user_errors) else 1) from None
         # Every rank tells: the fault may be one rank's own, or rank 0 already ended by its launcher.
         rank = getattr(rank_zero_only, "rank", 0)
         if left_by_another_rank(error):
@@ -48,7 +53,7 @@ def main(args: ArgsType = None) -> None:
                 f"[rank {rank}] ended: another rank has closed its connection; see that rank's error", file=sys.stderr
             )
             raise SystemExit(1) from None
-        if not isinstance(error, UserError | MisconfigurationException | OSError):
+        if not isinstance(error, user_errors):
             raise
         print(f"[rank {rank}] error: {error}" if rank else f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None

@@ -31,8 +31,9 @@ from lightning_tex.parallel.activation_checkpointing import (
     recompute_blocks,
 )
 from lightning_tex.parallel.errors import UserRuntimeError, UserValueError
+from lightning_tex.parallel.flight_record import name_layers
 from lightning_tex.parallel.hashing import stable_hash
-from lightning_tex.parallel.sharding import check_shardable, parameter_shardings, shard_module, synchronise
+from lightning_tex.parallel.sharding import TexModule, check_shardable, parameter_shardings, shard_module, synchronise
 from lightning_tex.parallel.topology import Communication, Layout, Topology
 from lightning_tex.strategy.batches import gather_numbers
 from lightning_tex.strategy.memory_check import require_memory
@@ -238,12 +239,15 @@ class TexMoEStrategy(StepStrategy):
         if self.communication.sequence_parallel:
             require_both_ends(self.model)
         if self._topology is None or self._topology.layout != layout:
-            self._topology = Topology.build(layout, self.root_device.type, self._mesh, self.communication)
+            self._topology = Topology.build(
+                layout, self.root_device.type, self._mesh, self.communication, self.group_timeout
+            )
         seed = self._seed = shared_seed(self.topology.world, self.root_device)
         self._require_same_model()
         synchronise(self.model, self.topology.world, self.root_device)
         shard_module(self.model, self.topology)
         self._recompute(self.model)
+        name_layers((name, layer) for name, layer in self.model.named_modules() if isinstance(layer, TexModule))
         self.model = self.precision_plugin.convert_module(self.model)
         self._move_to_device()
         initialization.materialise(self.model, self.root_device, seed)
