@@ -20,6 +20,7 @@ from torch.distributed import PrefixStore
 from torch.distributed.distributed_c10d import _get_default_store
 
 from lightning_tex.parallel.flight_record import RECORDS, TRAINING
+from lightning_tex.resilience.nccl import write_flights
 from lightning_tex.resilience.processes import ProcessId, end_process, say, stacks
 from lightning_tex.resilience.server import ChildEnding, MonitorServer, connected
 from lightning_tex.resilience.verdict import Report, Verdict
@@ -144,6 +145,8 @@ class Monitor(threading.Thread):
             self._told.set()
             return
         blamed = self._rank in verdict.ranks
+        if verdict.kind == "stall":
+            write_flights(self._rank)
         if verdict.kind == "stall" and blamed:
             say(f"[rank {self._rank}] is what the others wait for; its threads:\n{stacks()}")
         elif not blamed:

@@ -6,11 +6,10 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from lightning import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_tex.parallel.errors import is_consequence
 from lightning_tex.parallel.flight_record import TRAINING
@@ -97,28 +96,43 @@ class GuardedRun:
 
     def _hold_back_saves(self, trainer: Trainer, verdict: Verdict | None, rank: int) -> None:
         """A checkpoint takes all ranks: hooks that save one on an exception would wait for those that are gone."""
-        folders = []
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        speaks = verdict is None or rank in verdict.ranks or (verdict.kind != "error" and rank == verdict.speaker)
+        refusal = _Refusal(trainer, rank, silent=not speaks)
+        for callback in _callbacks(trainer):
             if isinstance(callback, ModelCheckpoint) and callback.save_on_exception:
+                refusal()
                 callback.save_on_exception = False
                 self._held_back.callback(setattr, callback, "save_on_exception", True)
-                folders.append(callback.dirpath)
-            elif isinstance(callback, OnExceptionCheckpoint):
-                folders.append(callback.dirpath)
-        speaks = verdict is None or rank in verdict.ranks or (verdict.kind != "error" and rank == verdict.speaker)
-        if folders and speaks:
-            _say_not_saved(rank, folders)
-
-        def save_nothing(*_: Any, **__: Any) -> None:
-            if not folders and speaks:
-                _say_not_saved(rank, folders)
-                folders.append(None)
-
-        trainer.save_checkpoint = save_nothing  # type: ignore[method-assign]
+        trainer.save_checkpoint = refusal  # type: ignore[method-assign]
         self._held_back.callback(delattr, trainer, "save_checkpoint")
 
 
-def _say_not_saved(rank: int, folders: list[Any]) -> None:
-    newest = [str(path) for folder in folders if folder and (path := paths.latest(Path(folder))) is not None]
-    complete = f"the newest complete one is {newest[0]}" if newest else "there is no complete one in its folder yet"
-    say(f"[rank {rank}] no checkpoint is saved on this error: that takes all ranks, and not all raised it; {complete}")
+class _Refusal:
+    """In place of ``Trainer.save_checkpoint``: says once that nothing is saved, and which checkpoint there is.
+
+    Args:
+        trainer: the Trainer.
+        rank: this rank.
+        silent: another rank says it.
+    """
+
+    def __init__(self, trainer: Trainer, rank: int, silent: bool) -> None:
+        folders = (getattr(callback, "dirpath", None) for callback in _callbacks(trainer))
+        self._folders = {str(folder) for folder in folders if folder is not None}
+        self._rank, self._said = rank, silent
+
+    def __call__(self, *_: Any, **__: Any) -> None:
+        if self._said:
+            return
+        self._said = True
+        complete = [path for folder in self._folders if (path := paths.latest(folder)) is not None]
+        newest = max(complete, key=lambda path: paths.manifest_of(path).step, default=None)
+        there = "there is no complete one yet" if newest is None else f"the newest complete one is {newest}"
+        say(
+            f"[rank {self._rank}] no checkpoint is saved on this error: that takes all ranks, and not all raised it; "
+            f"{there}"
+        )
+
+
+def _callbacks(trainer: Trainer) -> list[Any]:
+    return trainer.callbacks  # type: ignore[attr-defined]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from contextlib import AbstractContextManager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from lightning_tex.parallel.flight_record import EVERY_RANK, TRAINING
 from lightning_tex.parallel.initialization import has_values
 from lightning_tex.parallel.topology import Axis, Layout, build_mesh
+from lightning_tex.resilience.nccl import record_flights
 from lightning_tex.strategy.guarded_run import GuardedRun
 from lightning_tex.strategy.launcher import RankLauncher
 
@@ -40,7 +42,7 @@ class MeshStrategy(ParallelStrategy):
 
     Args:
         process_group_backend: ``None``: nccl on GPUs, gloo on CPUs.
-        timeout: of collectives.
+        timeout: after which a collective that has not returned is a stall, which ends the run; ``None``: 30 minutes.
         arguments: Lightning's own.
     """
 
@@ -109,7 +111,9 @@ class MeshStrategy(ParallelStrategy):
         layout = self.resolve_layout()
         backend = self._process_group_backend or _get_default_process_group_backend_for_device(self.root_device)
         self._process_group_backend = backend
-        assert self.cluster_environment is not None
+        assert self.cluster_environment is not None and self.lightning_module is not None
+        if "nccl" in backend:
+            record_flights(Path(self.lightning_module.trainer.default_root_dir))
         device_id = self.root_device if self.root_device.type == "cuda" else None
         _init_dist_connection(self.cluster_environment, backend, timeout=self.group_timeout, device_id=device_id)
         assert isinstance(self._launcher, RankLauncher)
@@ -118,7 +122,6 @@ class MeshStrategy(ParallelStrategy):
         )
         if self._mesh is None:
             self._mesh = build_mesh(layout, self.root_device.type, self.group_timeout)
-        assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._mesh
 
     @property

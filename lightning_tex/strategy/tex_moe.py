@@ -72,7 +72,8 @@ class TexMoEStrategy(StepStrategy):
         save_distributed_checkpoint: True: a checkpoint is a directory, each rank writing its part. False: one plain
             file that ``strategy="auto"`` and ``torch.load`` read.
         process_group_backend: ``None``: nccl on GPUs, gloo on CPUs.
-        timeout: of collectives.
+        timeout: after which a collective that has not returned is a stall: the run ends, and the ranks that the others
+            wait for are named. ``None``: 30 minutes.
         max_skipped_steps: a step with an infinite or NaN gradient on any rank is skipped on all; this many in a row end
             the training with an error that names a parameter. ``None``: such steps are taken. With a loss scale
             (16-mixed) that decides instead.
