@@ -229,7 +229,7 @@ def _watched(
         for pid in left:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        _reap(codes, until=time.time() + 5 * bool(left))
+        _reap(codes, until=time.time() + 5)  # of a process with threads the first may end before it can be waited for
     ranks = {int(p.suffix[1:]): int(p.read_text()) for p in folder.glob("rank.*")}
     by_rank = {ranks[pid]: code for pid, code in codes.items() if pid in ranks}
     for path in folder.glob("code.*"):

@@ -23,7 +23,7 @@ def stopped(
     incident = {"deed": deed, "rank": rank, "point": point}
     ending = run_to_its_end(4, lambda: fit(incident, timeout), folder=folder, launcher=launcher, within=40)
     assert not ending.left, ending.text
-    assert all(ending.codes.values()) and 0 not in ending.codes.values(), ending
+    assert len(ending.codes) == 4 and 0 not in ending.codes.values(), ending
     return ending
 
 

@@ -30,7 +30,7 @@ def raised(folder: Path, kind: str, rank: int, deed: str = "raise") -> Ending:
     incident = {"deed": deed, "rank": rank, "point": "forward", "step": 3}
     ending = run_to_its_end(4, lambda: fit(incident, callbacks=(saves(kind),)), folder=folder, within=40)
     assert not ending.left, ending.text
-    assert 0 not in ending.codes.values()
+    assert len(ending.codes) == 4 and 0 not in ending.codes.values(), ending
     return ending
 
 
@@ -64,4 +64,4 @@ def test_an_error_of_all_ranks_saves(tmp_path: Path, kind: str) -> None:
     assert NOT_SAVED not in ending.text
     newest = latest(tmp_path / "rescue")
     assert newest is not None and paths.manifest_of(newest).step == 3, ending.text
-    assert ending.text.count("\nValueError: what this rank cannot do") == 4
+    assert ending.text.count("]: ValueError: what this rank cannot do") == 4  # each prints its own, as torch has it
