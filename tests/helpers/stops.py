@@ -35,6 +35,8 @@ from lightning_tex.strategy.tex_moe import TexMoEStrategy
 from lightning_tex.testing.ranks import reserved_port
 
 POINTS = ("forward", "backward", "optimizer", "validation", "save")
+# Before ranks have a Trainer; once rank 0 has started the others, who do not know each other yet; in the setup hook.
+EARLY = ("start", "launch", "setup")
 # "own": rank 0 starts the others, by forks; "external": somebody else has started all.
 LAUNCHERS = ("own", "external")
 
@@ -88,7 +90,7 @@ class Incident(L.Callback):
     Args:
         deed: a key of DEEDS.
         rank: to which; -1: all.
-        point: where in a step; see POINTS.
+        point: where in a step; see POINTS, and EARLY, where the step does not count.
         step: optimizer steps done by then.
     """
 
@@ -100,16 +102,22 @@ class Incident(L.Callback):
         return next(callback for callback in trainer.callbacks if isinstance(callback, cls))
 
     def _at(self, point: str, trainer: L.Trainer) -> None:
-        if point != self.point or trainer.global_step != self.step or trainer.sanity_checking:
+        if trainer.global_step == self.step and not trainer.sanity_checking:
+            self.early(point, trainer.global_rank, trainer)
+
+    def early(self, point: str, rank: int, trainer: L.Trainer | None = None) -> None:
+        """Be at a point, on this rank."""
+        if point != self.point:
             return
-        mine = self.rank in (-1, trainer.global_rank)
+        mine = self.rank in (-1, rank)
         if mine:
-            Path(f"happened.{trainer.global_rank}").write_text(str(time.time()))
+            Path(f"happened.{rank}").write_text(str(time.time()))
         if mine or self.deed in TO_ALL:
-            DEEDS[self.deed](trainer)
+            DEEDS[self.deed](trainer)  # type: ignore[arg-type]  # those of TO_ALL are not for early points
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         Path(f"process.{trainer.global_rank}").write_text(str(os.getpid()))
+        self.early("setup", trainer.global_rank, trainer)
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         self._at("forward", trainer)
