@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -25,8 +25,21 @@ from lightning_tex.parallel.sharding import parameter_shardings
 from lightning_tex.testing.sliced_capacity import decide_overflow_as
 
 STEPS = 20
+FEWER_STEPS = 8  # where collectives, of four and eight ranks on two cores, take all the time
 SAMPLES = 8  # of one micro-step over the whole data axis, whatever its size
 LENGTH = 6  # tokens of a sample that are predicted from
+
+
+class Run(NamedTuple):
+    """A case, and how it is trained."""
+
+    case: Case
+    precision: str
+    steps: int = STEPS  # of the optimizer
+
+    def __str__(self) -> str:
+        steps = "" if self.steps == STEPS else f"-{self.steps}steps"
+        return f"{self.case}-fp{self.precision[:2]}{steps}"
 
 
 def small(sizes: Sizes) -> dict[str, int]:
@@ -168,9 +181,9 @@ def trainer(options: Options, precision: str, devices: int, strategy: Any, **cha
     return quiet(**{**flags, **changes})
 
 
-def train_case(case: Case, precision: str) -> Record:
-    """One case on this rank of its world."""
-    options, sizes = case.options, case.sizes
+def train_case(run: Run) -> Record:
+    """One run on this rank of its world."""
+    options, sizes = run.case.options, run.case.sizes
     strategy = tex.TexMoEStrategy(
         tensor_parallel_size=sizes.tensor,
         expert_parallel_size=sizes.expert,
@@ -179,27 +192,29 @@ def train_case(case: Case, precision: str) -> Record:
         tile_size=64 if options.small_tiles else None,
     )
     module = Recorded(decoder_config(options, **small(sizes)), options.adamw, options.collect)
-    fit = trainer(options, precision, sizes.world, strategy)
-    fit.fit(module, SlicedData(STEPS * fit.accumulate_grad_batches))
+    fit = trainer(options, run.precision, sizes.world, strategy)
+    fit.fit(module, SlicedData(run.steps * fit.accumulate_grad_batches))
     return module.record
 
 
-def train_reference(options: Options, slices: int, precision: str, changes: tuple[tuple[str, int], ...]) -> Record:
+def train_reference(
+    options: Options, slices: int, precision: str, steps: int, changes: tuple[tuple[str, int], ...]
+) -> Record:
     """The same in one process without the strategy, whole micro-steps of all data ranks at a time."""
     module = Recorded(decoder_config(options, **dict(changes)), options.adamw, collect=True)
     decide_overflow_as(module, slices)
     fit = trainer(options, precision, 1, "auto")
-    fit.fit(module, SlicedData(STEPS * fit.accumulate_grad_batches))
+    fit.fit(module, SlicedData(steps * fit.accumulate_grad_batches))
     return module.record
 
 
-def errors_of_cases(runs: list[tuple[Case, str]], references: list[Record]) -> list[dict[str, float]]:
-    """Several cases of one world, one after the other on the same processes: this rank's errors of each."""
+def errors_of_runs(runs: list[Run], references: list[Record]) -> list[dict[str, float]]:
+    """Several runs of one world, one after the other on the same processes: this rank's errors of each."""
     silence()
     found = []
-    for (run, precision), reference in zip(runs, references, strict=True):
-        with case(run, precision):
-            found.append(errors(train_case(run, precision), reference, kinds(run)))
+    for run, reference in zip(runs, references, strict=True):
+        with case(run):
+            found.append(errors(train_case(run), reference, kinds(run.case)))
     return found
 
 
@@ -212,10 +227,11 @@ def train_references(wanted: list[tuple[Any, ...]]) -> list[Record]:
     return [train_reference(*each) for each in wanted[rank::world]]
 
 
-def reference_of(case: Case, precision: str) -> tuple[Any, ...]:
-    """What a case's reference depends on: the arguments of ``train_reference``."""
-    slices = case.sizes.data if case.options.capacity else 1
-    return case.options.mathematics(), slices, precision, tuple(small(case.sizes).items())
+def reference_of(run: Run) -> tuple[Any, ...]:
+    """What a run's reference depends on: the arguments of ``train_reference``."""
+    options, sizes = run.case.options, run.case.sizes
+    slices = sizes.data if options.capacity else 1
+    return options.mathematics(), slices, run.precision, run.steps, tuple(small(sizes).items())
 
 
 def kinds(case: Case) -> dict[str, str]:
