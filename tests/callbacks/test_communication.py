@@ -7,7 +7,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers.behaviour_modules import DictLogger, batches, gathered, new_trainer, on_data_axis, together
+from helpers.behaviour_modules import DictLogger, batches, gathered, new_trainer, on_data_axis
+from helpers.ranks import together
 from torch import Tensor
 
 from lightning_tex.callbacks import CommunicationMonitor

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_tex as tex
-from helpers.cases import case
 from helpers.layout_errors import distance
-from helpers.trainers import quiet, silence
+from helpers.ranks import on_ranks
+from helpers.trainers import quiet
 from lightning_tex.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -27,7 +27,6 @@ from lightning_tex.layers import (
 from lightning_tex.moe import MoE, auxiliary_loss
 from lightning_tex.parallel import collectives
 from lightning_tex.parallel.sharding import parameter_shardings
-from lightning_tex.testing.ranks import run_ranks
 
 TED = {"tensor_parallel_size": 2, "expert_parallel_size": 2}
 FOLDED = {"tensor_parallel_size": 2, "expert_parallel_size": 4, "expert_tensor_parallel_size": 1}
@@ -138,31 +137,6 @@ def gathered(module: L.LightningModule, trainer: L.Trainer) -> dict[str, Tensor]
     parameters = dict(module.named_parameters())
     shardings = parameter_shardings(module, trainer.strategy.topology)
     return {name: sharding.gather(parameters[name].detach()).clone() for name, sharding in shardings.items()}
-
-
-def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """``function(*args)`` by rank, without Lightning's advice in the output."""
-    return run_ranks(world, _quietly, function, args)
-
-
-def together(world: int, runs: dict[Any, tuple[Any, ...]]) -> dict[Any, list[Any]]:
-    """Some (function, arguments), one after the other on the same processes: by key, then by rank."""
-    by_rank = on_ranks(world, _one_by_one, list(runs.values()))
-    return {key: [found[i] for found in by_rank] for i, key in enumerate(runs)}
-
-
-def _one_by_one(runs: list[tuple[Any, ...]]) -> list[Any]:
-    launched, results = dict(os.environ), []
-    for function, *args in runs:
-        os.environ.update(launched)  # a Trainer ends with what told it that its processes exist
-        with case(function.__name__, *args):
-            results.append(function(*args))
-    return results
-
-
-def _quietly(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    silence()
-    return function(*args)
 
 
 def assert_equal_to_one_process(function: Callable[..., dict[str, Tensor]], *args: Any, layout: Any = TED) -> None:

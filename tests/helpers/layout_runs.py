@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_tex as tex
-from helpers.cases import case
 from helpers.layout_errors import Record, errors
 from helpers.layout_grid import Case, Options, Sizes
-from helpers.trainers import quiet, silence
+from helpers.trainers import quiet
 from lightning_tex.layers import VocabParallelCrossEntropy
 from lightning_tex.models import Decoder, DecoderConfig
 from lightning_tex.moe import Router, auxiliary_loss
@@ -208,19 +207,13 @@ def train_reference(
     return module.record
 
 
-def errors_of_runs(runs: list[Run], references: list[Record]) -> list[dict[str, float]]:
-    """Several runs of one world, one after the other on the same processes: this rank's errors of each."""
-    silence()
-    found = []
-    for run, reference in zip(runs, references, strict=True):
-        with case(run):
-            found.append(errors(train_case(run), reference, kinds(run.case)))
-    return found
+def errors_of_run(run: Run, reference: Record) -> dict[str, float]:
+    """A run of this world: this rank's errors."""
+    return errors(train_case(run), reference, kinds(run.case))
 
 
 def train_references(wanted: list[tuple[Any, ...]]) -> list[Record]:
     """This worker's share of some references."""
-    silence()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE"):
         os.environ.pop(name)

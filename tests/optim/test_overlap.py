@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.backwards import announced_backward
-from helpers.behaviour_modules import batches, gathered, new_trainer, on_data_axis, on_ranks
+from helpers.behaviour_modules import batches, gathered, new_trainer, on_data_axis
 from helpers.cases import in_full
+from helpers.ranks import on_ranks
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -7,7 +7,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers.behaviour_modules import PublicNames, Unequal, batches, new_trainer, on_data_axis, on_ranks
+from helpers.behaviour_modules import PublicNames, Unequal, batches, new_trainer, on_data_axis
+from helpers.ranks import on_ranks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 

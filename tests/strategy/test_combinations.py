@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from helpers.behaviour_modules import batches, gathered, loader, on_ranks, own_slices
+from helpers.behaviour_modules import batches, gathered, loader, own_slices
 from helpers.cases import case
 from helpers.layout_errors import distance
+from helpers.ranks import together
 from helpers.trainers import quiet
 from torch import Tensor
 
@@ -20,7 +20,7 @@ from lightning_tex.layers import VocabParallelCrossEntropy
 from lightning_tex.models import Decoder, DecoderConfig
 from lightning_tex.parallel.sharding import parameter_shardings
 
-STEPS = 6
+STEPS = 4
 
 
 class Trained(L.LightningModule):
@@ -69,15 +69,6 @@ def run(name: str, capacity_factor: float | None, precision: str) -> dict[str, T
     }
 
 
-def all_runs(capacity_factor: float | None, precision: str) -> list[dict[str, Tensor]]:
-    launched, found = dict(os.environ), []
-    for name in COMBINATIONS:
-        os.environ.update(launched)  # a Trainer ends with what told it that its processes exist
-        with case(name):
-            found.append(run(name, capacity_factor, precision))
-    return found
-
-
 @pytest.mark.parametrize(
     ("precision", "tolerance", "capacity_factor"),
     [
@@ -88,10 +79,10 @@ def all_runs(capacity_factor: float | None, precision: str) -> list[dict[str, Te
     ],
 )
 def test_every_combination_equals_the_baseline(precision: str, tolerance: float, capacity_factor: float | None) -> None:
-    for found in on_ranks(4, all_runs, capacity_factor, precision):
-        baseline, *others = found
-        assert len(others) == len(COMBINATIONS) - 1 and baseline["losses"][-1] < baseline["losses"][0]
-        for name, got in zip(list(COMBINATIONS)[1:], others, strict=True):
+    by_name = together(4, {name: (run, name, capacity_factor, precision) for name in COMBINATIONS})
+    for name in COMBINATIONS:
+        for got, baseline in zip(by_name[name], by_name["baseline"], strict=True):
+            assert baseline["losses"][-1] < baseline["losses"][0]
             with case(name):
                 assert got.keys() == baseline.keys()
                 worst = {key: distance(got[key], value) for key, value in baseline.items()}

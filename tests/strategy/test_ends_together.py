@@ -18,9 +18,9 @@ from helpers.behaviour_modules import (
     gathered,
     loader,
     new_trainer,
-    on_ranks,
     own_slices,
 )
+from helpers.ranks import on_ranks
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 

@@ -37,16 +37,14 @@ from helpers.layout_runs import (
     Run,
     SlicedData,
     decoder_config,
-    errors_of_runs,
+    errors_of_run,
     kinds,
     reference_of,
     train_case,
     train_references,
     trainer,
 )
-from helpers.trainers import silence
-
-from lightning_tex.testing.ranks import run_ranks
+from helpers.ranks import on_ranks, together
 
 TOLERANCE = {"32-true": 1e-5, "64-true": 1e-10}
 PAIRWISE = pairwise()
@@ -89,7 +87,7 @@ PAIRS = [run for case in PAIRWISE for precision in TOLERANCE if (run := Run(case
 def find_references(runs: list[Run]) -> None:
     wanted = [r for r in dict.fromkeys(reference_of(run) for run in runs) if r not in _references]
     if wanted:
-        first, second = run_ranks(2, train_references, wanted, timeout=120 + 30 * len(wanted))
+        first, second = on_ranks(2, train_references, wanted, timeout=120 + 30 * len(wanted))
         _references.update(zip(wanted[0::2], first, strict=True))
         _references.update(zip(wanted[1::2], second, strict=True))
 
@@ -97,12 +95,11 @@ def find_references(runs: list[Run]) -> None:
 @cache
 def errors_on_layout(sizes: Sizes, runs: tuple[Run, ...]) -> dict[Run, list[dict[str, float]]] | AssertionError:
     """All runs of one layout in one forked world, which is tried once: by run, then by rank."""
-    references = [_references[reference_of(run)] for run in runs]
+    compared = {run: (errors_of_run, run, _references[reference_of(run)]) for run in runs}
     try:
-        by_rank = run_ranks(sizes.world, errors_of_runs, runs, references, timeout=120 + 60 * len(runs))
+        return together(sizes.world, compared, timeout=120 + 60 * len(runs))
     except AssertionError as failure:
         return failure
-    return {run: [found[i] for found in by_rank] for i, run in enumerate(runs)}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -212,7 +209,6 @@ LITERAL = Case(
 
 def train_literal(case: Case, precision: str, parts: int) -> Record:
     """One process on micro-batches of what one data rank sees, accumulating over the ranks; ``parts=0``: the case."""
-    silence()
     options = case.options
     from helpers import layout_runs
 
@@ -231,9 +227,9 @@ def without_balance(config):
 
 @pytest.mark.parametrize("precision", in_full(TOLERANCE, {"64-true"}))
 def test_equals_one_process_that_accumulates_the_ranks_micro_batches(precision: str) -> None:
-    (reference,) = run_ranks(1, train_literal, LITERAL, precision, LITERAL.sizes.data)
+    (reference,) = on_ranks(1, train_literal, LITERAL, precision, LITERAL.sizes.data)
     assert reference.overflowed > 0
-    for record in run_ranks(4, train_literal, LITERAL, precision, 0):
+    for record in on_ranks(4, train_literal, LITERAL, precision, 0):
         found = errors(record, reference, kinds(LITERAL))
         assert all(error <= TOLERANCE[precision] for error in found.values()), found
 

@@ -9,15 +9,8 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.behaviour_modules import (
-    LAYOUTS,
-    TED,
-    PublicNames,
-    batches,
-    new_trainer,
-    on_data_axis,
-    on_ranks,
-)
+from helpers.behaviour_modules import LAYOUTS, TED, PublicNames, batches, new_trainer, on_data_axis
+from helpers.ranks import on_ranks
 from torch import Tensor, nn
 
 from lightning_tex.testing import assert_trains_alike
