@@ -25,8 +25,9 @@ from lightning_tex.parallel.sharding import parameter_shardings
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 VOCABULARY = 61  # no tensor size divides it
-SAMPLES = 48
 BATCH = 8  # over all data ranks
+EPOCH = 3  # steps
+SAMPLES = EPOCH * BATCH
 
 
 class Model(L.LightningModule):
