@@ -150,8 +150,8 @@ def fit_error(arguments: dict[str, Any], changes: dict[str, Any], optimizers: An
         fit.fit(module, SlicedData(2))
     except (ValueError, MisconfigurationException) as error:
         replicated = {name: p.shape for name, p in module.named_parameters()} == whole
-        return {"refused": True, "text": str(error), "uncut": replicated, "steps": fit.global_step}
-    return {"refused": False, "text": "nothing was raised", "uncut": None, "steps": fit.global_step}
+        return {"refused": True, "text": str(error), "unsharded": replicated, "steps": fit.global_step}
+    return {"refused": False, "text": "nothing was raised", "unsharded": None, "steps": fit.global_step}
 
 
 MODEL_ERRORS = [
@@ -177,7 +177,7 @@ def test_layout_that_the_model_does_not_allow() -> None:
     for outcomes in on_ranks(2, all_model_errors):
         for (arguments, changes, words), outcome in zip(MODEL_ERRORS, outcomes, strict=True):
             assert outcome["refused"], (arguments, changes, outcome)
-            assert outcome["uncut"], (arguments, changes)
+            assert outcome["unsharded"], (arguments, changes)
             for word in words:
                 assert word in outcome["text"], (arguments, changes, outcome["text"])
 

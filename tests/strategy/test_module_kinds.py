@@ -69,7 +69,7 @@ def fit_and_look(layout: Any) -> dict[str, Any]:
     return {"same": same, "same_part": same_part, "apart": apart, "mesh": names}
 
 
-def test_device_mesh_is_exposed_and_a_cut_module_can_be_copied() -> None:
+def test_device_mesh_is_exposed_and_a_sharded_module_can_be_copied() -> None:
     for found in on_ranks(4, fit_and_look, TED):
         assert found["mesh"] == (("data", "tensor"), (2, 2), True)
         assert found["same"]
