@@ -24,9 +24,9 @@ from lightning_tex.layers import (
     VocabParallelEmbedding,
     VocabParallelHead,
 )
+from lightning_tex.models import Decoder, DecoderConfig
 from lightning_tex.moe import MoE, auxiliary_loss
 from lightning_tex.parallel import collectives
-from lightning_tex.parallel.sharding import parameter_shardings
 
 TED = {"tensor_parallel_size": 2, "expert_parallel_size": 2}
 FOLDED = {"tensor_parallel_size": 2, "expert_parallel_size": 4, "expert_tensor_parallel_size": 1}
@@ -70,6 +70,26 @@ class PublicNames(L.LightningModule):
 
     def whole_logits(self, ids: Tensor) -> Tensor:
         return collectives.all_gather(self(ids), -1, self.head.tensor)[..., : self.head.size]
+
+
+class SmallDecoder(L.LightningModule):
+    """A decoder with experts that keeps its losses; ``sizes`` override those of its configuration."""
+
+    def __init__(self, **sizes: Any) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        usual = {"vocab_size": 61, "dim": 16, "num_layers": 2, "num_heads": 4, "hidden_dim": 24, "num_experts": 4}
+        self.decoder = Decoder(DecoderConfig(**{**usual, "top_k": 2, **sizes}))
+        self.cross_entropy = VocabParallelCrossEntropy()
+        self.losses: list[Tensor] = []
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = self.cross_entropy(self.decoder(batch[0]), batch[1])
+        self.losses.append(loss.detach())
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 class DictLogger(Logger):
@@ -128,15 +148,6 @@ def new_trainer(layout: dict[str, Any] | None, **flags: Any) -> L.Trainer:
     strategy: Any = "auto" if layout is None else tex.TexMoEStrategy(**layout)
     fixed = {"devices": int(os.environ["WORLD_SIZE"]), "strategy": strategy, "use_distributed_sampler": False}
     return quiet(**{**fixed, "max_epochs": 1, "precision": "64-true", **flags})
-
-
-def gathered(module: L.LightningModule, trainer: L.Trainer) -> dict[str, Tensor]:
-    """All parameters, whole."""
-    if not isinstance(trainer.strategy, tex.TexMoEStrategy):
-        return {name: p.detach().clone() for name, p in module.named_parameters()}
-    parameters = dict(module.named_parameters())
-    shardings = parameter_shardings(module, trainer.strategy.topology)
-    return {name: sharding.gather(parameters[name].detach()).clone() for name, sharding in shardings.items()}
 
 
 def assert_equal_to_one_process(function: Callable[..., dict[str, Tensor]], *args: Any, layout: Any = TED) -> None:

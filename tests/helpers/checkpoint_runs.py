@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import lightning_tex as tex
-from helpers.trainers import quiet
+from helpers.trainers import gathered, quiet
 from lightning_tex.layers import VocabParallelCrossEntropy
 from lightning_tex.models import Decoder, DecoderConfig
-from lightning_tex.parallel.sharding import parameter_shardings
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
@@ -169,7 +168,7 @@ def fit(
     return {
         "losses": mean_over_data(module.losses),
         "learning_rates": module.learning_rates,
-        "weights": whole_weights(run, module),
+        "weights": gathered(module, run),
         "seen": int(module.seen),
         "own": torch.cat([p.detach().flatten().double() for p in module.parameters()]),
         "then": then(run, module) if then is not None else None,
@@ -183,15 +182,6 @@ def mean_over_data(losses: list[float]) -> list[float]:
         torch.distributed.all_reduce(total)
         total /= torch.distributed.get_world_size()
     return total.tolist()
-
-
-def whole_weights(run: L.Trainer, module: Model) -> dict[str, Tensor]:
-    """Parameters as one process would hold them."""
-    parameters = dict(module.named_parameters())
-    if isinstance(run.strategy, tex.TexMoEStrategy):
-        shardings = parameter_shardings(module, run.strategy.topology)
-        return {name: shardings[name].gather(p.detach()).clone() for name, p in parameters.items()}
-    return {name: p.detach().clone() for name, p in parameters.items()}
 
 
 def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:

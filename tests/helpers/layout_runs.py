@@ -15,12 +15,11 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_tex as tex
 from helpers.layout_errors import Record, errors
 from helpers.layout_grid import Case, Options, Sizes
-from helpers.trainers import quiet
+from helpers.trainers import gathered, quiet
 from lightning_tex.layers import VocabParallelCrossEntropy
 from lightning_tex.models import Decoder, DecoderConfig
 from lightning_tex.moe import Router, auxiliary_loss
 from lightning_tex.moe.experts import Experts
-from lightning_tex.parallel.sharding import parameter_shardings
 from lightning_tex.testing.sliced_capacity import decide_overflow_as
 
 STEPS = 20
@@ -113,17 +112,11 @@ class Recorded(L.LightningModule):
     def on_train_end(self) -> None:
         losses = torch.tensor(self.record.losses, dtype=torch.float64)
         self.record.losses = self.trainer.strategy.reduce(losses, reduce_op="mean").tolist()
-        self.record.parameters = self.whole(dict(self.named_parameters()))
+        self.record.parameters = gathered(self, self.trainer)
         # Steps as the last dim, which no axis shards: one gather for all of them.
-        self.record.gradients = self.whole({name: torch.stack(g, -1) for name, g in self.own_gradients.items()})
-
-    def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors shaped as the parameters of these names, but for dims added at the end, whole."""
-        strategy = self.trainer.strategy
-        if not isinstance(strategy, tex.TexMoEStrategy):
-            return {name: t.detach().clone() for name, t in tensors.items()}
-        shardings = parameter_shardings(self, strategy.topology)
-        return {name: sharding.gather(tensors[name].detach()).clone() for name, sharding in shardings.items()}
+        self.record.gradients = gathered(
+            self, self.trainer, {name: torch.stack(g, -1) for name, g in self.own_gradients.items()}
+        )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         if self.adamw:

@@ -11,9 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.backwards import announced_backward
-from helpers.behaviour_modules import batches, gathered, new_trainer, on_data_axis
+from helpers.behaviour_modules import batches, new_trainer, on_data_axis
 from helpers.cases import case, in_full
 from helpers.ranks import on_ranks, together
+from helpers.trainers import gathered
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -100,19 +100,19 @@ TEMPORARIES = {
 }
 
 
+@pytest.mark.parametrize(("dtype", "ours"), [(torch.float32, 0), (torch.bfloat16, 4)])
 @pytest.mark.parametrize("name", TEMPORARIES)
-def test_a_tile_is_the_budget_over_the_measured_temporaries(name):
+def test_a_tile_is_the_budget_over_the_measured_temporaries(name, dtype, ours):
     make, tensors = TEMPORARIES[name]
-    for dtype, ours in ((torch.float32, 0), (torch.bfloat16, 4)):
-        model = network(dtype)
-        users = make(model.parameters())
-        optimizer = tiled(model, users, None)
-        states = optimizer.shards[0].states
-        plain = partial(PlainStates, master=dtype != torch.float32)
-        needed = temporary_bytes(users, users.param_groups[0], torch.empty(0, dtype=dtype), plain)
-        assert needed == 4 * tensors + ours
-        assert states.tile_size == most_elements(needed, "cpu")
-        assert states.tile_size * needed <= BUDGET_BYTES["cpu"]
+    model = network(dtype)
+    users = make(model.parameters())
+    optimizer = tiled(model, users, None)
+    states = optimizer.shards[0].states
+    plain = partial(PlainStates, master=dtype != torch.float32)
+    needed = temporary_bytes(users, users.param_groups[0], torch.empty(0, dtype=dtype), plain)
+    assert needed == 4 * tensors + ours
+    assert states.tile_size == most_elements(needed, "cpu")
+    assert states.tile_size * needed <= BUDGET_BYTES["cpu"]
 
 
 @pytest.mark.parametrize("optimizer_state_format", ["fp32", *COMPACT])

@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 import pytest
+from helpers.cases import case
 from helpers.checkpoint_runs import EPOCH, Data, Model, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -53,12 +54,13 @@ def _full_disk(folder: str) -> dict[str, Any]:
 
 
 def test_a_full_disk_on_one_rank_is_named_on_all_and_harms_nothing(tmp_path: Path) -> None:
-    for found in run_ranks(4, _full_disk, str(tmp_path), detail=False):
-        assert "RuntimeError: saving the checkpoint" in found["full"]
-        assert f"bad.ckpt (step {EPOCH}) failed: rank 2: OSError: [Errno 27] File too large" in found["full"]
-        assert "rank 2" in found["again"]
-        assert found["left"] == ["good.ckpt"]
-        assert found["intact"] == found["then"] == "nothing was raised"
+    for rank, found in enumerate(run_ranks(4, _full_disk, str(tmp_path), detail=False)):
+        with case(rank=rank):
+            assert "RuntimeError: saving the checkpoint" in found["full"]
+            assert f"bad.ckpt (step {EPOCH}) failed: rank 2: OSError: [Errno 27] File too large" in found["full"]
+            assert "rank 2" in found["again"]
+            assert found["left"] == ["good.ckpt"]
+            assert found["intact"] == found["then"] == "nothing was raised"
 
 
 def _unwritable(place: str) -> str:
@@ -72,9 +74,10 @@ def test_a_directory_that_cannot_be_written_is_named_on_every_rank(tmp_path: Pat
     place.mkdir(mode=0o500)
     if os.access(place, os.W_OK):  # the superuser may write everywhere but here
         place = Path("/proc/sys/kernel")
-    for text in run_ranks(4, _unwritable, str(place), detail=False):
-        assert str(place) in text
-        assert "PermissionError" in text or "FileNotFoundError" in text or "OSError" in text
+    for rank, text in enumerate(run_ranks(4, _unwritable, str(place), detail=False)):
+        with case(rank=rank):
+            assert str(place) in text
+            assert "PermissionError" in text or "FileNotFoundError" in text or "OSError" in text
 
 
 class Steps(L.Callback):
@@ -108,10 +111,11 @@ def test_a_failure_in_the_background_ends_the_run_by_name_and_keeps_the_last(tmp
     ranks = run_ranks(4, _in_background, str(tmp_path), detail=False)
     name = "step=3.ckpt (step 3) failed: rank 1: OSError: [Errno 28] No space left on device"
     assert any(name in found["text"] for found in ranks)
-    for found in ranks:
-        assert found["text"] != "nothing was raised"
-        assert found["steps"] <= 4  # the next step, or one more where a rank had begun it already
-        assert found["latest"] == tmp_path / "step=2.ckpt"
+    for rank, found in enumerate(ranks):
+        with case(rank=rank):
+            assert found["text"] != "nothing was raised"
+            assert found["steps"] <= 4  # the next step, or one more where a rank had begun it already
+            assert found["latest"] == tmp_path / "step=2.ckpt"
     assert "step=2.ckpt" in os.listdir(tmp_path)
 
 
@@ -174,10 +178,11 @@ def test_a_name_that_is_written_again_is_a_link_that_is_swapped(tmp_path: Path) 
 
     path = tmp_path / "last.ckpt"
     for content in ("1", "2", "3"):
-        paths.install(new(content), path, linked=True)
-        assert path.is_symlink()
-        assert (path / "file").read_text() == content
-        assert len(list(tmp_path.iterdir())) == 2
+        with case(content=content):
+            paths.install(new(content), path, linked=True)
+            assert path.is_symlink()
+            assert (path / "file").read_text() == content
+            assert len(list(tmp_path.iterdir())) == 2
     paths.link(tmp_path / "step=4.ckpt", path)
     assert _links(str(tmp_path)) == ["last.ckpt -> step=4.ckpt"]
     assert len(list(tmp_path.iterdir())) == 1

@@ -15,13 +15,13 @@ from helpers.behaviour_modules import (
     PublicNames,
     assert_equal_to_one_process,
     batches,
-    gathered,
     loader,
     new_trainer,
     on_data_axis,
 )
 from helpers.layout_errors import distance
 from helpers.ranks import on_ranks
+from helpers.trainers import gathered
 from lightning.pytorch.callbacks import LearningRateMonitor
 from torch import Tensor
 

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 from helpers.behaviour_modules import LAYOUTS as PLAIN_LAYOUTS
-from helpers.behaviour_modules import TED, batches, gathered, new_trainer, on_data_axis
+from helpers.behaviour_modules import TED, SmallDecoder, batches, new_trainer, on_data_axis
 from helpers.cases import in_full, selected
 from helpers.layout_errors import distance
 from helpers.learning import LAYOUTS, Learns, fitted
 from helpers.ranks import on_ranks, together
+from helpers.trainers import gathered
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
-from lightning_tex.layers import VocabParallelCrossEntropy
-from lightning_tex.models import Decoder, DecoderConfig
-from lightning_tex.moe import Router, auxiliary_loss
+from lightning_tex.moe import Router
 
 # --- 16-mixed
 
@@ -175,33 +173,25 @@ def test_bf16_true_has_bf16_states_and_no_master() -> None:
         assert dtypes == states == {torch.bfloat16} and masters == {False}
 
 
-class Falls(L.LightningModule):
+class Copies(SmallDecoder):
     """Learns to copy one batch."""
 
     def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.model = Decoder(DecoderConfig(61, 32, 2, 4, hidden_dim=32, num_experts=4, top_k=2))
-        self.cross_entropy, self.losses = VocabParallelCrossEntropy(), []
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        loss = self.cross_entropy(self.model(batch[0]), batch[1])
-        self.losses.append(float(loss))
-        return loss + auxiliary_loss(self)
+        super().__init__(dim=32, hidden_dim=32)
 
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
 def fit_in(layout: Any, precision: str) -> dict[str, Any]:
-    module = Falls()
+    module = Copies()
     trainer = new_trainer(layout, precision=precision)
     trainer.fit(module, on_data_axis(trainer, batches(1) * 12))
     kept = (Router, nn.RMSNorm)
     full = {p.dtype for part in module.modules() if isinstance(part, kept) for p in part.parameters(recurse=False)}
     low = {p.dtype for part in module.modules() if not isinstance(part, kept) for p in part.parameters(recurse=False)}
     masters = {shard.states.values.dtype for shard in trainer.strategy.optimizers[0].shards}
-    losses = trainer.strategy.reduce(torch.tensor(module.losses), reduce_op="mean")
+    losses = trainer.strategy.reduce(torch.stack(module.losses), reduce_op="mean")
     return {"full": full, "low": low, "masters": masters, "losses": losses}
 
 

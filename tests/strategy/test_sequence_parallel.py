@@ -9,8 +9,9 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.behaviour_modules import DictLogger, batches, gathered, loader, new_trainer, on_data_axis
+from helpers.behaviour_modules import DictLogger, batches, loader, new_trainer, on_data_axis
 from helpers.ranks import on_ranks
+from helpers.trainers import gathered
 from torch import Tensor, nn
 
 from lightning_tex.callbacks import ExpertMonitor

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.behaviour_modules import PublicNames, gathered
+from helpers.behaviour_modules import PublicNames
 from helpers.layout_errors import distance
 from helpers.learning import LAYOUTS, fitted
 from helpers.ranks import on_ranks, together
+from helpers.trainers import gathered
 from torch import Tensor
 
 
