@@ -10,6 +10,7 @@ from lightning.pytorch.cli import ArgsType
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from lightning_tex.cli.restarts import asks_for_restarts, fit_with_restarts
 from lightning_tex.parallel.errors import UserError, left_by_another_rank
 from lightning_tex.recipe import DEFAULTS, TexCLI
 
@@ -38,6 +39,8 @@ def main(args: ArgsType = None) -> None:
         words = sys.argv[1:] if args is None else args
         if isinstance(words, list) and words and words[0] in COMMANDS:
             import_module(COMMANDS[words[0]]).main(words[1:])
+        elif isinstance(words, list) and words[:1] == ["fit"] and asks_for_restarts(words):
+            raise SystemExit(fit_with_restarts(words))
         else:
             TexCLI(**DEFAULTS, args=args)
     except (UserError, MisconfigurationException, OSError, RuntimeError) as error:

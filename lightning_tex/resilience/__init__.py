@@ -1,0 +1,1 @@
+"""What keeps a run trustworthy: ranks that agree, signals that lose nothing, failures that are named."""
