@@ -26,7 +26,6 @@ logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 VOCABULARY = 61  # no tensor size divides it
 BATCH = 8  # over all data ranks
 EPOCH = 3  # steps
-SAMPLES = EPOCH * BATCH
 
 
 class Model(L.LightningModule):
@@ -102,14 +101,18 @@ class Resumable(DataLoader):
 
 
 class Data(L.LightningDataModule):
-    """The same samples in the same global batches whatever the number of data ranks."""
+    """The same samples in the same global batches whatever the number of data ranks: ``steps`` of them."""
+
+    def __init__(self, steps: int = EPOCH) -> None:
+        super().__init__()
+        self.samples = steps * BATCH
 
     def _loader(self) -> Resumable:
-        ids = torch.randint(0, VOCABULARY, (SAMPLES, 7), generator=torch.Generator().manual_seed(0))
+        ids = torch.randint(0, VOCABULARY, (self.samples, 7), generator=torch.Generator().manual_seed(0))
         spread = self.trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
         own = BATCH // spread["num_replicas"]
         first = spread["rank"] * own
-        indices = [i for batch in range(0, SAMPLES, BATCH) for i in range(batch + first, batch + first + own)]
+        indices = [i for batch in range(0, self.samples, BATCH) for i in range(batch + first, batch + first + own)]
         return Resumable(Subset(TensorDataset(ids[:, :-1], ids[:, 1:]), indices), batch_size=own)
 
     def train_dataloader(self) -> Resumable:
@@ -145,6 +148,7 @@ def fit(
     then: Callable[[L.Trainer, Model], Any] | None = None,
     seed: int = 5,
     callbacks: list[L.Callback] | None = None,
+    epoch_steps: int = EPOCH,
     **options: Any,
 ) -> dict[str, Any]:
     """Fit, perhaps from a checkpoint, perhaps saving one at the end; what the run can be compared by.
@@ -162,7 +166,7 @@ def fit(
         callbacks=callbacks or [],
         **options,
     )
-    run.fit(module, Data(), ckpt_path=ckpt_path)
+    run.fit(module, Data(epoch_steps), ckpt_path=ckpt_path)
     if save is not None:
         run.save_checkpoint(save)
     return {
