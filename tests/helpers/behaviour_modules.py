@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import lightning as L
@@ -150,9 +151,15 @@ def new_trainer(layout: dict[str, Any] | None, **flags: Any) -> L.Trainer:
     return quiet(**{**fixed, "max_epochs": 1, "precision": "64-true", **flags})
 
 
+@cache
+def in_one_process(function: Callable[..., Any], *args: Any) -> Any:
+    """``function(None, *args)`` under ``strategy="auto"``, once."""
+    return on_ranks(1, function, None, *args)[0]
+
+
 def assert_equal_to_one_process(function: Callable[..., dict[str, Tensor]], *args: Any, layout: Any = TED) -> None:
     """``function(layout, *args)`` gives named tensors; on four ranks the same ones as under ``strategy="auto"``."""
-    (reference,) = on_ranks(1, function, None, *args)
+    reference = in_one_process(function, *args)
     for rank, got in enumerate(on_ranks(4, function, layout, *args)):
         assert got.keys() == reference.keys()
         for name, value in reference.items():

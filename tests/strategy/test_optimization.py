@@ -15,6 +15,7 @@ from helpers.behaviour_modules import (
     PublicNames,
     assert_equal_to_one_process,
     batches,
+    in_one_process,
     loader,
     new_trainer,
     on_data_axis,
@@ -33,7 +34,7 @@ from lightning_tex.moe import auxiliary_loss
 def fit_public_names(layout: Any, **flags: Any) -> dict[str, Tensor]:
     module = PublicNames()
     trainer = new_trainer(layout, **flags)
-    trainer.fit(module, on_data_axis(trainer, batches(8)))
+    trainer.fit(module, on_data_axis(trainer, batches(4)))
     return gathered(module, trainer) | {"losses": module.mean_losses(trainer)}
 
 
@@ -53,7 +54,7 @@ def fit_clipped_by_norm(layout: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("function", [fit_clipped_by_value, fit_clipped_by_norm])
 def test_gradient_clipping(function: Any) -> None:
     assert_equal_to_one_process(function)
-    (clipped,), (free,) = on_ranks(1, function, None), on_ranks(1, fit_public_names, None)
+    clipped, free = in_one_process(function), in_one_process(fit_public_names)
     assert distance(clipped["plain.weight"], free["plain.weight"]) > 1e-4, "nothing was clipped"
 
 
@@ -89,7 +90,7 @@ class Manual(PublicNames):
 def fit_manually(layout: Any) -> dict[str, Tensor]:
     module = Manual()
     trainer = new_trainer(layout)
-    trainer.fit(module, on_data_axis(trainer, batches(8)))
+    trainer.fit(module, on_data_axis(trainer, batches(4)))
     return gathered(module, trainer)
 
 
@@ -115,8 +116,7 @@ def fit_scheduled(layout: Any) -> dict[str, Tensor]:
 
 def test_scheduler_acts_on_the_sharded_optimizer_and_the_monitor_sees_it() -> None:
     assert_equal_to_one_process(fit_scheduled)
-    (values,) = on_ranks(1, fit_scheduled, None)
-    assert values["rates"].tolist() == pytest.approx([0.2, 0.1, 0.05, 0.025])
+    assert in_one_process(fit_scheduled)["rates"].tolist() == pytest.approx([0.2, 0.1, 0.05, 0.025])
 
 
 # --- against torch alone

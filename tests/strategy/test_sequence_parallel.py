@@ -78,7 +78,7 @@ def sequences(count: int) -> list[list[Tensor]]:
 def fit(layout: dict[str, Any] | None, flags: dict[str, Any], make: Any = Everything, *arguments: Any) -> Any:
     module, logger = make(*arguments), DictLogger()
     trainer = new_trainer(layout, logger=logger, log_every_n_steps=1, callbacks=[ExpertMonitor()], **flags)
-    trainer.fit(module, on_data_axis(trainer, sequences(6)))
+    trainer.fit(module, on_data_axis(trainer, sequences(4)))
     losses = trainer.strategy.reduce(torch.stack(module.losses), reduce_op="mean")
     return losses, gathered(module, trainer), dict(logger.logged)
 

@@ -14,6 +14,7 @@ from helpers.behaviour_modules import (
     Unequal,
     assert_equal_to_one_process,
     batches,
+    in_one_process,
     loader,
     new_trainer,
     on_data_axis,
@@ -79,7 +80,7 @@ def evaluate_unequal(layout: Any, iterable: bool) -> dict[str, Any]:
 @pytest.mark.parametrize("iterable", [False, True], ids=["sampler", "iterable"])
 @pytest.mark.parametrize("layout", [TED, FOLDED], ids=["ted", "folded"])
 def test_evaluation_with_unequal_numbers_of_batches(layout: dict[str, int], iterable: bool) -> None:
-    (reference,) = on_ranks(1, evaluate_unequal, None, iterable)
+    reference = in_one_process(evaluate_unequal, iterable)
     parts = {0: reference["predictions"][:8], 1: reference["predictions"][8:]}
     for rank, found in enumerate(on_ranks(4, evaluate_unequal, layout, iterable)):
         assert found["count"] == (4, 1)[rank // 2]

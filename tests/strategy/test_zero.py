@@ -17,7 +17,7 @@ from torch import Tensor
 
 def stage_run(layout: Any, stage: int, flags: dict[str, Any]) -> Any:
     module = PublicNames()
-    trainer = fitted(module, {**layout, "zero_stage": stage}, precision="64-true", **flags)
+    trainer = fitted(module, {**layout, "zero_stage": stage}, 6, precision="64-true", **flags)
     return module.mean_losses(trainer), gathered(module, trainer)
 
 
