@@ -36,6 +36,7 @@ def fit(layout: dict[str, Any], mode: str | None, policy: Any = None) -> tuple[d
         callbacks=[CommunicationMonitor()],
         accumulate_grad_batches=2,
         val_check_interval=2,
+        limit_val_batches=2,
     )
     data = on_data_axis(trainer, batches(4))
     trainer.fit(module, data, data)
