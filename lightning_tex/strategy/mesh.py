@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning import Trainer
 from lightning.fabric.utilities.distributed import (
     _get_default_process_group_backend_for_device,
     _init_dist_connection,
 )
-from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 from lightning.fabric.utilities.seed import reset_seed
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -25,6 +26,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_tex.parallel.initialization import has_values
 from lightning_tex.parallel.topology import Layout, build_mesh
+from lightning_tex.resilience.elastic import store_of_this_attempt
+from lightning_tex.strategy.launcher import RankLauncher
 
 
 class MeshStrategy(ParallelStrategy):
@@ -39,7 +42,7 @@ class MeshStrategy(ParallelStrategy):
     def __init__(self, process_group_backend: str | None, timeout: timedelta | None, **lightning_options: Any) -> None:
         super().__init__(**lightning_options)
         self._process_group_backend = process_group_backend
-        self._timeout = timeout
+        self.timeout = timeout
         self._mesh: DeviceMesh | None = None
         self.num_nodes = 1
 
@@ -81,13 +84,14 @@ class MeshStrategy(ParallelStrategy):
 
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
-        if self.world_size > 1 and not self.cluster_environment.creates_processes_externally:
-            if _IS_INTERACTIVE:
-                raise MisconfigurationException(
-                    f"{type(self).__name__} starts its {self.world_size} processes by running the script again, and a "
-                    "notebook has none; legal here: devices=1; or run a script, lightning-tex or torchrun"
-                )
-            self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+        launcher = RankLauncher(self.cluster_environment, self.num_processes, self.num_nodes, self.run_frame)
+        launcher.require_script(type(self).__name__)
+        self._launcher = launcher
+
+    @contextmanager
+    def run_frame(self, trainer: Trainer) -> Iterator[None]:
+        """The context of a whole run on this rank, from before set-up until the last error has passed."""
+        yield
 
     def setup_environment(self) -> None:
         super().setup_environment()
@@ -102,7 +106,11 @@ class MeshStrategy(ParallelStrategy):
         self._process_group_backend = backend
         assert self.cluster_environment is not None
         device_id = self.root_device if self.root_device.type == "cuda" else None
-        _init_dist_connection(self.cluster_environment, backend, timeout=self._timeout, device_id=device_id)
+        store = store_of_this_attempt(self.timeout)
+        options: dict[str, Any] = {"device_id": device_id, "timeout": self.timeout}
+        if store is not None:
+            options["store"] = store
+        _init_dist_connection(self.cluster_environment, backend, **options)
         if self._mesh is None:
             self._mesh = build_mesh(layout, self.root_device.type)
         assert self.lightning_module is not None

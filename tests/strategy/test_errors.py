@@ -244,9 +244,9 @@ def test_device_mesh_and_topology_do_not_exist_before_setup() -> None:
 
 
 def test_a_notebook_that_asks_for_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_tex.strategy.mesh._IS_INTERACTIVE", True)
+    monkeypatch.setattr("lightning_tex.strategy.launcher._IS_INTERACTIVE", True)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(MisconfigurationException, match="starts its 2 processes by running the script again") as caught:
         new_trainer(2)
     assert "devices=1" in str(caught.value) and "torchrun" in str(caught.value)
-    assert new_trainer(1).strategy.launcher is None
+    assert new_trainer(1).strategy.launcher.is_interactive_compatible
