@@ -21,6 +21,7 @@ from lightning_tex.cli.options import HELP
 from lightning_tex.cli.restarts import asks_for_restarts, fit_with_restarts
 from lightning_tex.parallel.errors import UserError, UserValueError, left_by_another_rank
 from lightning_tex.recipe import DEFAULTS, TexCLI
+from lightning_tex.resilience.telling import is_told, told_in_one_line
 
 # Those that are not the Trainer's: the module whose ``main`` takes the words after the command. Imported when it is
 # called, since some take seconds.
@@ -31,6 +32,10 @@ COMMANDS = {
     "checkpoint": "lightning_tex.cli.checkpoint",
     "verify": "lightning_tex.cli.verify",
 }
+
+
+# What the user can put right.
+_USER_ERRORS = (UserError, MisconfigurationException, OSError)
 
 
 def main(args: ArgsType = None) -> None:
@@ -45,8 +50,11 @@ def main(args: ArgsType = None) -> None:
     # Lightning 2.6's own call, deprecated by torch 2.13; nothing a user could act on.
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     try:
-        _run(args)
-    except (UserError, MisconfigurationException, OSError, RuntimeError) as error:
+        with told_in_one_line(*_USER_ERRORS):
+            _run(args)
+    except (*_USER_ERRORS, RuntimeError) as error:
+        if is_told(error):
+            raise SystemExit(2 if isinstance(error, _USER_ERRORS) else 1) from None
         # Every rank tells: the fault may be one rank's own, or rank 0 already ended by its launcher.
         rank = getattr(rank_zero_only, "rank", 0)
         if left_by_another_rank(error):
@@ -54,7 +62,7 @@ def main(args: ArgsType = None) -> None:
                 f"[rank {rank}] ended: another rank has closed its connection; see that rank's error", file=sys.stderr
             )
             raise SystemExit(1) from None
-        if not isinstance(error, UserError | MisconfigurationException | OSError):
+        if not isinstance(error, _USER_ERRORS):
             raise
         print(f"[rank {rank}] error: {error}" if rank else f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None

@@ -32,9 +32,10 @@ from lightning_tex.parallel.activation_checkpointing import (
     recompute_blocks,
 )
 from lightning_tex.parallel.errors import UserRuntimeError, UserValueError
+from lightning_tex.parallel.flight_record import name_layers
 from lightning_tex.parallel.hashing import stable_hash
 from lightning_tex.parallel.requested_layout import RequestedLayout
-from lightning_tex.parallel.sharding import check_shardable, parameter_shardings, shard_module, synchronise
+from lightning_tex.parallel.sharding import TexModule, check_shardable, parameter_shardings, shard_module, synchronise
 from lightning_tex.parallel.topology import Communication, Layout, Topology
 from lightning_tex.strategy.batches import gather_numbers
 from lightning_tex.strategy.memory_check import require_memory
@@ -73,7 +74,8 @@ class TexMoEStrategy(StepStrategy):
         save_distributed_checkpoint: True: a checkpoint is a directory, each rank writing its part. False: one plain
             file that ``strategy="auto"`` and ``torch.load`` read.
         process_group_backend: ``None``: nccl on GPUs, gloo on CPUs.
-        timeout: of collectives.
+        timeout: after which a collective that has not returned is a stall: the run ends, and the ranks that the others
+            wait for are named. ``None``: 30 minutes.
         max_skipped_steps: a step with an infinite or NaN gradient on any rank is skipped on all; this many in a row end
             the training with an error that names a parameter. ``None``: such steps are taken. With a loss scale
             (16-mixed) that decides instead.
@@ -244,12 +246,15 @@ class TexMoEStrategy(StepStrategy):
         if self.communication.sequence_parallel:
             require_both_ends(self.model)
         if self._topology is None or self._topology.layout != layout:
-            self._topology = Topology.build(layout, self.root_device.type, self._mesh, self.communication)
+            self._topology = Topology.build(
+                layout, self.root_device.type, self._mesh, self.communication, self.group_timeout
+            )
         seed = self._seed = shared_seed(self.topology.world, self.root_device)
         self._require_same_model()
         synchronise(self.model, self.topology.world, self.root_device)
         shard_module(self.model, self.topology)
         self._recompute(self.model)
+        name_layers((name, layer) for name, layer in self.model.named_modules() if isinstance(layer, TexModule))
         self.model = self.precision_plugin.convert_module(self.model)
         self._move_to_device()
         initialization.materialise(self.model, self.root_device, seed)
