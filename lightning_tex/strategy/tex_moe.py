@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from datetime import timedelta
@@ -78,6 +79,7 @@ class TexMoEStrategy(StepStrategy):
         background_saving: in a fit, a checkpoint directory is written beside training from a copy of the states in host
             memory; a failure is raised at the next step. False: training waits until it is written.
         check_memory: refuse at the start a training that by its plan does not fit the GPU (``lightning-tex plan``).
+        init_from: a checkpoint, of any layout and form, whose weights a fit begins with that resumes from none.
 
     Raises:
         ValueError: a layout that the world or the model does not allow, naming the option and the legal values.
@@ -109,10 +111,12 @@ class TexMoEStrategy(StepStrategy):
         max_skipped_steps: int | None = 10,
         background_saving: bool = True,
         check_memory: bool = True,
+        init_from: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__(
             distributed=save_distributed_checkpoint,
             background=background_saving,
+            init_from=init_from,
             process_group_backend=process_group_backend,
             timeout=timeout,
             accelerator=accelerator,
@@ -210,7 +214,7 @@ class TexMoEStrategy(StepStrategy):
     def setup_environment(self) -> None:
         assert self.lightning_module is not None
         self._refuse_what_is_not_supported(self.lightning_module.trainer)
-        self.link_last_checkpoints()
+        self.link_last_checkpoints(self.lightning_module.trainer)
         super().setup_environment()
 
     def _refuse_what_is_not_supported(self, trainer: Trainer) -> None:
@@ -254,6 +258,7 @@ class TexMoEStrategy(StepStrategy):
         self.barrier()
         self.compare_batches_again()
         if trainer.state.fn == TrainerFn.FITTING:
+            self.try_folders(trainer)
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
 
