@@ -62,7 +62,7 @@ def names(search: Search) -> list[str]:
     return [state.path.name for state in search]
 
 
-@pytest.mark.parametrize("kind", (*WHOLE, *WEIGHTS))
+@pytest.mark.parametrize("kind", [*WHOLE, *WEIGHTS])
 def test_a_whole_state_is_told_from_weights(kinds: Path, kind: str) -> None:
     state = SavedState.of(kinds / f"{kind}.ckpt")
     assert state.is_whole() == (kind in WHOLE)
@@ -97,8 +97,7 @@ def test_what_is_damaged_or_leads_nowhere_is_passed_over_by_name(kinds: Path, tm
     damaged = [cut(at_step(kinds, tmp_path / "cut.ckpt", 9)), tmp_path / "dangling.ckpt", tmp_path / "empty.ckpt"]
     (tmp_path / "dangling.ckpt").symlink_to("pruned.ckpt")
     (tmp_path / "empty.ckpt").mkdir()
-    for kind in ("plain", "weights plain"):
-        damaged.append(cut(Path(shutil.copy(kinds / f"{kind}.ckpt", tmp_path))))
+    damaged += [cut(Path(shutil.copy(kinds / f"{kind}.ckpt", tmp_path))) for kind in ("plain", "weights plain")]
     at_step(kinds, tmp_path / ".step=10.ckpt.0123abcd.partial", 10)
     (tmp_path / "notes.txt").write_text("none of ours")
     (tmp_path / "logs").mkdir()
