@@ -111,7 +111,7 @@ def only(folder: str, make: Callable[[Path], None], *words: str) -> list[Any]:
     torch.distributed.barrier()
     place = Path(folder)
     on_first_rank(lambda: (place.mkdir(), make(place)))
-    return [begun(folder, 1, word) for word in words]
+    return [begun(folder, 2, word) for word in words]
 
 
 def weights(folder: str) -> dict[str, Any]:
@@ -163,6 +163,7 @@ def damaged_only(folder: str) -> dict[str, Any]:
 
 def versions(folder: str) -> list[int]:
     """A command that is given again, whose logger counts its versions."""
+    warnings.filterwarnings("ignore", "The dirpath has changed from")
     steps = []
     for epochs, word in ((1, None), (2, "auto"), (3, "last")):
         begins = Begins()
@@ -173,6 +174,7 @@ def versions(folder: str) -> list[int]:
             callbacks=[begins, ModelCheckpoint()],
             logger=CSVLogger(folder, name="logs"),
             default_root_dir=folder,
+            log_every_n_steps=1,
         )
         run.fit(Model(), Data(), ckpt_path=word)
         torch.distributed.barrier()
