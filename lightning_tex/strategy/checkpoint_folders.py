@@ -41,8 +41,8 @@ def places(trainer: Trainer) -> list[Place]:
     something in it counts too: a command that is given again gets a new version.
     """
     root = Path(trainer.default_root_dir)
-    callbacks = model_checkpoints(trainer)
-    found = [Place(Path(str(c.dirpath)), suffix=c.FILE_EXTENSION) for c in callbacks]
+    callbacks = [callback for callback in model_checkpoints(trainer) if callback.dirpath is not None]
+    found = [Place(Path(str(callback.dirpath)), suffix=callback.FILE_EXTENSION) for callback in callbacks]
     found += [earlier for place in found for earlier in _earlier_versions(place)]
     found += [Place(root / _CHECKPOINTS), Place(root, "hpc_ckpt_*")]
     found += [exactly(Path(c.ckpt_path)) for c in _on_exception(trainer)]
