@@ -9,8 +9,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers.behaviour_modules import on_ranks
 from helpers.own_modules import TwoKinds, regression
+from helpers.ranks import on_ranks
 from helpers.trainers import quiet
 from torch.utils.data import DataLoader
 
