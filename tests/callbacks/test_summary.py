@@ -13,7 +13,7 @@ from typing import Any
 
 import lightning as L
 import pytest
-from helpers.checkpoint_runs import Data, Model, trainer
+from helpers.checkpoint_runs import BATCH, Data, Model, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_tex as tex
@@ -43,7 +43,7 @@ def _cases(folder: str) -> dict[str, str | None]:
     return {
         "last": _resume(f"{folder}/last", CLI, "tex_moe", {"save_last": True}),
         "no last": _resume(f"{folder}/no last", CLI, "tex_moe", {}),
-        "steps": _resume(f"{folder}/steps", ["train.py"], "tex_moe", {"every_n_train_steps": 2}, max_steps=4),
+        "steps": _resume(f"{folder}/steps", ["train.py"], "tex_moe", {"every_n_train_steps": 2}, max_steps=2),
         "nothing": _resume(f"{folder}/nothing", CLI, "tex_moe", None),
         "weights": _resume(f"{folder}/weights", CLI, "tex_moe", {"save_weights_only": True}),
         "another's": _resume(f"{folder}/last", CLI, "tex_moe", {"save_top_k": 0}),
@@ -67,7 +67,7 @@ def _quietly(folder: str) -> dict[str, str | None]:
 def test_the_command_names_what_exists_and_is_newest(resumes: tuple[Path, dict[str, str | None]], case: str) -> None:
     folder, told = resumes
     words = shlex.split(told[case] or "")
-    name = "last.ckpt" if case == "last" else "step=6.ckpt"
+    name = "last.ckpt" if case == "last" else f"step={Data().samples // BATCH}.ckpt"
     assert words[:4] == ["lightning-tex", "fit", "--config", "r.yaml"]
     assert words[4:] == ["--ckpt_path", str(folder / case / name), "--trainer.max_epochs", "2"]
     assert (folder / case / name).exists()
@@ -75,8 +75,8 @@ def test_the_command_names_what_exists_and_is_newest(resumes: tuple[Path, dict[s
 
 def test_a_script_is_told_the_call_and_the_limit_that_is_reached(resumes: tuple[Path, dict[str, str | None]]) -> None:
     folder, told = resumes
-    path = folder / "steps" / "step=4.ckpt"
-    assert told["steps"] == f"trainer.fit(model, data, ckpt_path={str(path)!r}), after Trainer(max_steps=8)"
+    path = folder / "steps" / "step=2.ckpt"
+    assert told["steps"] == f"trainer.fit(model, data, ckpt_path={str(path)!r}), after Trainer(max_steps=4)"
 
 
 @pytest.mark.parametrize("case", ["nothing", "weights", "another's", "auto nothing"])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.checkpoint_runs import Data, Model, trainer
+from helpers.checkpoint_runs import BATCH, Data, Model, trainer
 
 import lightning_tex as tex
 from lightning_tex.cli import main
@@ -20,7 +20,7 @@ from lightning_tex.saving.contents import contents, holds_whole_state
 from lightning_tex.saving.manifest import MANIFEST, Manifest
 from lightning_tex.testing.ranks import run_ranks
 
-STEPS = 6
+STEPS = Data().samples // BATCH
 WHOLE = ("directory", "plain", "whole-of-directory")
 WEIGHTS = ("weights directory", "weights plain", "weights-of-directory", "no callbacks")
 

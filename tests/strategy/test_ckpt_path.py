@@ -14,7 +14,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers.checkpoint_runs import Data, Model, fit, trainer
+from helpers.checkpoint_runs import BATCH, Data, Model, fit, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.callbacks.on_exception_checkpoint import OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -25,7 +25,7 @@ from lightning_tex.testing.ranks import run_ranks
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 
 TED = {"tensor_parallel_size": 2}
-EPOCH = 6
+EPOCH = Data().samples // BATCH
 
 
 class Begins(L.Callback):
@@ -98,7 +98,7 @@ def everything(folder: str) -> dict[str, Any]:
         found["first run of two"] = begun(folder, 2, "auto")
         found["second run begins anew"] = begun(folder, 1, None)  # writes last-v1.ckpt, with fewer steps
         found["after both"] = begun(folder, 3, "last")
-        newest = place / "step=18.ckpt"
+        newest = place / f"step={3 * EPOCH}.ckpt"
         on_first_rank(lambda: flip(newest))
         on_first_rank(lambda: flip(place / "last.ckpt"))
         found["digests"] = begun(folder, 4, "last")
@@ -203,7 +203,7 @@ def test_last_is_an_error_where_there_is_nothing_and_auto_begins_anew(ranks: lis
     assert any("so a new run begins" in line for line in anew)
     assert not any("Restored all states" in line for line in anew)
     restored = [line.rpartition("/")[2] for line in lines if "Restored all states" in line]
-    assert restored == ["last.ckpt", "last.ckpt", "step=12.ckpt"]
+    assert restored == ["last.ckpt", "last.ckpt", f"step={2 * EPOCH}.ckpt"]
 
 
 def test_the_newest_is_found_after_second_runs_in_one_folder(ranks: list[dict[str, Any]]) -> None:
@@ -221,7 +221,7 @@ def test_damage_that_digests_tell_is_passed_over_by_name(ranks: list[dict[str, A
         assert "The newest complete whole state there is " in rank["words"]["explicit"]
     passed = [line for line in ranks[0]["words"]["lines"] if "passed over as damaged" in line]
     assert len(passed) == 1
-    assert "step=18.ckpt" in passed[0]
+    assert f"step={3 * EPOCH}.ckpt" in passed[0]
 
 
 def test_a_fit_never_goes_on_from_weights_alone_and_a_test_may_take_them(ranks: list[dict[str, Any]]) -> None:
