@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from datetime import timedelta
@@ -82,6 +83,7 @@ class TexMoEStrategy(StepStrategy):
         background_saving: in a fit, a checkpoint directory is written beside training from a copy of the states in host
             memory; a failure is raised at the next step. False: training waits until it is written.
         check_memory: refuse at the start a training that by its plan does not fit the GPU (``lightning-tex plan``).
+        init_from: a checkpoint, of any layout and form, whose weights a fit begins with that resumes from none.
         elastic: on a world that does not allow a size, as after a node was lost, take the largest divisor of it that it
             does allow, first of tensor, then of expert, and say so.
 
@@ -115,11 +117,13 @@ class TexMoEStrategy(StepStrategy):
         max_skipped_steps: int | None = 10,
         background_saving: bool = True,
         check_memory: bool = True,
+        init_from: str | os.PathLike[str] | None = None,
         elastic: bool = False,
     ) -> None:
         super().__init__(
             distributed=save_distributed_checkpoint,
             background=background_saving,
+            init_from=init_from,
             process_group_backend=process_group_backend,
             timeout=timeout,
             accelerator=accelerator,
@@ -216,7 +220,7 @@ class TexMoEStrategy(StepStrategy):
     def setup_environment(self) -> None:
         assert self.lightning_module is not None
         self._refuse_what_is_not_supported(self.lightning_module.trainer)
-        self.link_last_checkpoints()
+        self.link_last_checkpoints(self.lightning_module.trainer)
         super().setup_environment()
 
     def _refuse_what_is_not_supported(self, trainer: Trainer) -> None:
@@ -265,6 +269,7 @@ class TexMoEStrategy(StepStrategy):
         self.barrier()
         self.compare_batches_again()
         if trainer.state.fn == TrainerFn.FITTING:
+            self.try_folders(trainer)
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
 
