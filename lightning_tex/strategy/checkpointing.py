@@ -44,7 +44,7 @@ class CheckpointingStrategy(MeshStrategy):
     Args:
         distributed: directories, not files.
         background: write directories beside training.
-        process_group_backend, timeout, arguments: as for :class:`MeshStrategy`.
+        process_group_backend, timeout, arguments, lightning_options: as for :class:`MeshStrategy`.
     """
 
     def __init__(
@@ -53,9 +53,10 @@ class CheckpointingStrategy(MeshStrategy):
         background: bool,
         process_group_backend: str | None,
         timeout: timedelta | None,
+        arguments: Mapping[str, Any],
         **lightning_options: Any,
     ) -> None:
-        super().__init__(process_group_backend, timeout, **lightning_options)
+        super().__init__(process_group_backend, timeout, arguments, **lightning_options)
         self._writing_format: CheckpointFormat = DirectoryCheckpoint() if distributed else PlainCheckpoint()
         self._reading_format: CheckpointFormat = PlainCheckpoint()
         self._save_in_background = background

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning import Trainer
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.utilities.distributed import (
     _get_default_process_group_backend_for_device,
     _init_dist_connection,
@@ -18,7 +19,7 @@ from lightning.fabric.utilities.distributed import (
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from lightning_utilities.core.rank_zero import rank_zero_only as utilities_rank_zero_only
 from torch import Tensor
 from torch.distributed import ReduceOp
@@ -26,6 +27,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_tex.parallel.initialization import has_values
 from lightning_tex.parallel.topology import Layout, build_mesh
+from lightning_tex.resilience.agreement import Agreement, Comparison
+from lightning_tex.strategy import agreement
 from lightning_tex.strategy.launcher import RankLauncher
 
 
@@ -35,11 +38,20 @@ class MeshStrategy(ParallelStrategy):
     Args:
         process_group_backend: ``None``: nccl on GPUs, gloo on CPUs.
         timeout: of collectives.
-        arguments: Lightning's own.
+        arguments: of the strategy's constructor, by name, which all ranks must have alike.
+        lightning_options: Lightning's own.
     """
 
-    def __init__(self, process_group_backend: str | None, timeout: timedelta | None, **lightning_options: Any) -> None:
+    def __init__(
+        self,
+        process_group_backend: str | None,
+        timeout: timedelta | None,
+        arguments: Mapping[str, Any],
+        **lightning_options: Any,
+    ) -> None:
         super().__init__(**lightning_options)
+        self._arguments = arguments
+        self._advised: set[str] = set()
         self._process_group_backend = process_group_backend
         self._timeout = timeout
         self._mesh: DeviceMesh | None = None
@@ -93,6 +105,8 @@ class MeshStrategy(ParallelStrategy):
         yield
 
     def setup_environment(self) -> None:
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
         super().setup_environment()
         if self.root_device.type not in ("cpu", "cuda"):
             raise MisconfigurationException(
@@ -106,10 +120,20 @@ class MeshStrategy(ParallelStrategy):
         assert self.cluster_environment is not None
         device_id = self.root_device if self.root_device.type == "cuda" else None
         _init_dist_connection(self.cluster_environment, backend, timeout=self._timeout, device_id=device_id)
+        self._require_agreement(agreement.start(self._arguments, trainer, self.root_device.type))
         if self._mesh is None:
             self._mesh = build_mesh(layout, self.root_device.type)
-        assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._mesh
+
+    def _require_agreement(self, comparison: Comparison) -> None:
+        """Compare over all ranks; raises on all of them, naming ranks and values. What is advised is told once."""
+        store = dist.distributed_c10d._get_default_store()
+        timeout = self._timeout or default_pg_timeout
+        ranks = Agreement(store, self.global_rank, range(self.world_size), timeout, "world")
+        advice = ranks.require(comparison)
+        if advice and comparison.complaint not in self._advised:
+            self._advised.add(comparison.complaint)
+            rank_zero_warn(f"Ranks differ in what is usually alike: {advice}", category=UserWarning)
 
     def teardown(self) -> None:
         module = self._lightning_module
