@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_tex.parallel.hashing import stable_hash
+from lightning_tex.parallel.sharding import tex_modules
 from lightning_tex.resilience.agreement import Comparison
 from lightning_tex.resilience.facts import class_name, describe, described, public
 
@@ -73,7 +74,7 @@ def start(arguments: Mapping[str, Any], trainer: Trainer, device_type: str) -> C
     facts |= {f"the environment's {name}": os.environ.get(name, "not set") for name in _ENVIRONMENT}
     facts["the seed (seed_everything, PL_GLOBAL_SEED)"] = os.environ.get("PL_GLOBAL_SEED", "not set")
     together, others = _callbacks(trainer)
-    advised = {"the list of callbacks": ", ".join(others)} | {
+    advised = {"the list of callbacks": ", ".join(others) or "empty"} | {
         f"the environment's {name}": value
         for name, value in os.environ.items()
         if name.startswith("TORCH_NCCL_") and not name.endswith("FILE")
@@ -155,22 +156,32 @@ def _is_known(instance: object) -> bool:
 def model(module: LightningModule, trainer: Trainer) -> Comparison:
     """Names, shapes, dtypes, classes and options of a model, as they are before this stage shards anything.
 
-    Options of a user's own classes may differ by rank for a reason, and are only advised to be alike.
+    Numbers and words of a user's own classes may differ by rank for a reason, and are only advised to be alike, before
+    the first training: after it they may be what a rank has seen.
     """
     facts = {name: _tensor(tensor) for name, tensor in module.named_parameters()}
     facts |= {name: _tensor(tensor) for name, tensor in module.named_buffers()}
     advised: dict[str, str] = {}
     for name, part in module.named_modules():
+        prefix = f"{name}." if name else ""
         facts[f"the class of {name or 'the module'}"] = class_name(type(part))
-        options = public(part, f"{name}." if name else "")
-        (facts if _is_known(part) else advised).update(options)
-        facts[f"{name}.training" if name else "training"] = str(part.training)
+        facts[f"{prefix}training"] = str(part.training)
+        if _is_known(part):
+            facts |= public(part, prefix)
+        else:
+            advised |= described({n: v for n, v in vars(part).items() if _is_own_option(n, v)}, prefix)
     (facts if _is_known(module) else advised).update(described(_flat(module.hparams), "hparams."))
+    if any(part.bound for _, part in tex_modules(module)):
+        advised = {}
     remedy = (
         "Build and load alike on every rank: no condition on the rank, the same options, pretrained weights on all "
         "ranks or on none"
     )
     return Comparison(f"the set-up of {_stage(trainer)}", facts, "ranks have built different models", remedy, advised)
+
+
+def _is_own_option(name: str, value: object) -> bool:
+    return not name.startswith("_") and isinstance(value, (bool, int, float, str))
 
 
 def _tensor(tensor: Tensor) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -127,13 +127,15 @@ class MeshStrategy(ParallelStrategy):
 
     def _require_agreement(self, comparison: Comparison) -> None:
         """Compare over all ranks; raises on all of them, naming ranks and values. What is advised is told once."""
-        store = dist.distributed_c10d._get_default_store()
-        timeout = self._timeout or default_pg_timeout
-        ranks = Agreement(store, self.global_rank, range(self.world_size), timeout, "world")
-        advice = ranks.require(comparison)
+        advice = self._agreement(range(self.world_size), "world").require(comparison)
         if advice and comparison.complaint not in self._advised:
             self._advised.add(comparison.complaint)
             rank_zero_warn(f"Ranks differ in what is usually alike: {advice}", category=UserWarning)
+
+    def _agreement(self, ranks: Sequence[int], name: str) -> Agreement:
+        """What compares over some global ranks, this one among them, under a name of theirs."""
+        store = dist.distributed_c10d._get_default_store()
+        return Agreement(store, self.global_rank, ranks, self._timeout or default_pg_timeout, name)
 
     def teardown(self) -> None:
         module = self._lightning_module

@@ -254,7 +254,7 @@ class TexMoEStrategy(StepStrategy):
                 metric.process_group = self.topology.data.group
         data_rank_random_state(seed, self.topology.data)
         self.barrier()
-        self.compare_batches_again()
+        self.compare_steps_again()
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()

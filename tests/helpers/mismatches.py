@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import lightning_tex as tex
 from helpers.behaviour_modules import batches, loader, own_slices
@@ -39,7 +43,7 @@ class Small(L.LightningModule):
     def __init__(self, **options: Any) -> None:
         super().__init__()
         given = {"top_k": 2, "capacity": 2.0, "balance": 0.01, "dropout": 0.0, "eps": 1e-5, "attention": 0.0} | options
-        self.given = given
+        self._given = given
         self.embedding, self.norm = VocabParallelEmbedding(61, 16), RMSNorm(16, eps=given["eps"])
         self.attention = ParallelAttention(16, 4, dropout=given["attention"])
         self.moe = MoE(16, 16, 4, given["top_k"], given["capacity"], load_balance_coefficient=given["balance"])
@@ -56,22 +60,22 @@ class Small(L.LightningModule):
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         loss = self.loss(self(batch[0]), batch[1])
-        for name in self.given.get("logs", ()):
+        for name in self._given.get("logs", ()):
             self.log(name, loss.detach(), sync_dist=True)
-        for name in self.given.get("epoch_logs", ()):
+        for name in self._given.get("epoch_logs", ()):
             self.log(name, loss.detach(), sync_dist=True, on_step=False, on_epoch=True)
         return loss
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         loss = self.loss(self(batch[0]), batch[1])
-        for name in self.given.get("validation_logs", ()):
+        for name in self._given.get("validation_logs", ()):
             self.log(name, loss, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        kind = self.given.get("optimizer", torch.optim.AdamW)
-        optimizer = kind(self.given.get("groups", list)(self.parameters()), lr=self.given.get("lr", 0.1))
-        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=self.given.get("gamma", 0.5))
-        return [optimizer], [{"scheduler": schedule, "interval": self.given.get("interval", "epoch")}]
+        kind = self._given.get("optimizer", torch.optim.AdamW)
+        optimizer = kind(self._given.get("groups", list)(self.parameters()), lr=self._given.get("lr", 0.1))
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=self._given.get("gamma", 0.5))
+        return [optimizer], [{"scheduler": schedule, "interval": self._given.get("interval", "epoch")}]
 
 
 class Mixing(nn.Linear):
@@ -83,6 +87,35 @@ def two_groups(parameters: Any) -> list[dict[str, Any]]:
     return [{"params": others}, {"params": [first], "weight_decay": 0.5}]
 
 
+class Sentences(tex.TextDataModule):
+    """A little text in a folder of this process.
+
+    Args:
+        word: in every sentence.
+        options: of the data module.
+    """
+
+    def __init__(self, word: str = "quick", **options: Any) -> None:
+        folder = Path(tempfile.mkdtemp())
+        for n in range(40):
+            (folder / f"{n}.txt").write_text(f"The {word} fox no. {n} jumps over {n + 1} lazy dogs.")
+        super().__init__(str(folder), vocab_size=300, sequence_length=8, cache_dir=str(folder / "cache"), **options)
+
+
+class Own(L.LightningDataModule):
+    """Says what ranks must have alike."""
+
+    def __init__(self, examples: int) -> None:
+        super().__init__()
+        self.examples = examples
+
+    def alike_on_all_ranks(self) -> dict[str, Any]:
+        return {"examples": self.examples}
+
+    def train_dataloader(self) -> DataLoader:
+        return loader(batches(self.examples))
+
+
 @dataclass
 class Run:
     """What a fit is made of.
@@ -90,7 +123,7 @@ class Run:
     Args:
         strategy, trainer, module: options.
         environment: variables, set meanwhile.
-        data: in place of the usual loader.
+        data: makes a data module, in place of the usual loaders.
         before: is called first; gives back what undoes it.
         stage: the Trainer's method.
     """
@@ -119,16 +152,17 @@ class Mismatch:
     common: Run = field(default_factory=Run)
 
 
-def fit(run: Run) -> None:
+def fit(run: Run) -> L.Trainer:
     strategy = tex.TexMoEStrategy(**{"timeout": timedelta(seconds=15), **run.strategy})
     options = {"max_epochs": 1, "use_distributed_sampler": False, "num_sanity_val_steps": 0, **run.trainer}
     trainer = quiet(devices=int(os.environ["WORLD_SIZE"]), strategy=strategy, **options)
     module = Small(**run.module)
     if run.data is not None:
-        getattr(trainer, run.stage)(module, run.data())
+        getattr(trainer, run.stage)(module, datamodule=run.data())
         return
     loaders = [loader(own_slices(trainer, batches(3))) for _ in range(2 if run.stage == "fit" else 1)]
     getattr(trainer, run.stage)(module, *loaders)
+    return trainer
 
 
 @contextmanager
@@ -272,6 +306,50 @@ MODEL = {
         ("the class of mix is helpers.mismatches.Mixing on rank 1 and torch.nn.modules.linear.Linear on rank 0",),
     ),
     "frozen": Mismatch(Run(module={"frozen": True}), ("head.weight is (61, 16) torch.float32 frozen on rank 1",)),
+}
+
+# .. other data.
+DATA = {
+    "global batch": Mismatch(
+        Run(data=partial(Sentences, global_batch_size=16)),
+        ("different data", "global_batch_size is 16 on rank 1 and 8 on rank 0"),
+        Run(data=Sentences),
+    ),
+    "text": Mismatch(
+        Run(data=partial(Sentences, word="brown")),
+        ("tokenizer_fingerprint is", "dataset_fingerprint is", "on rank 1 and"),
+        Run(data=Sentences),
+    ),
+    "one's own": Mismatch(
+        Run(data=partial(Own, 4)), ("examples is 4 on rank 1 and 3 on rank 0",), Run(data=partial(Own, 3))
+    ),
+}
+
+# .. another name in the log.
+LOGGED = {
+    "one name more": Mismatch(
+        Run(module={"logs": ["loss", "more"]}),
+        ("self.log('more', sync_dist=True) in training_step on rank 1 and the end of a step on rank 0",),
+        Run(module={"logs": ["loss"]}),
+    ),
+    "the only name": Mismatch(
+        Run(module={"logs": ["loss"]}), ("self.log('loss', sync_dist=True) in training_step on rank 1",)
+    ),
+    "another name": Mismatch(
+        Run(module={"logs": ["ours"]}),
+        ("self.log('ours', sync_dist=True) in training_step on rank 1 and self.log('theirs', sync_dist=True)",),
+        Run(module={"logs": ["theirs"]}),
+    ),
+    "another order over an epoch": Mismatch(
+        Run(module={"epoch_logs": ["a", "b"]}),
+        ("training_step.a, training_step.b on rank 1 and training_step.b, training_step.a on rank 0",),
+        Run(module={"epoch_logs": ["b", "a"]}),
+    ),
+    "validation": Mismatch(
+        Run(module={"validation_logs": ["loss", "more"]}, stage="validate"),
+        ("validation_step.loss, validation_step.more on rank 1 and validation_step.loss on rank 0",),
+        Run(module={"validation_logs": ["loss"]}, stage="validate"),
+    ),
 }
 
 # .. another optimizer.
