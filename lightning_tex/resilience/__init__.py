@@ -1,1 +1,5 @@
-"""What keeps a run of many ranks honest: what they must have alike is compared, and what differs is named."""
+"""What keeps a run trustworthy: ranks that agree, signals that lose nothing, failures that are named."""
+
+from lightning_tex.resilience.signals import exit_code
+
+__all__ = ["exit_code"]

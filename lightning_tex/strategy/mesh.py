@@ -28,6 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from lightning_tex.parallel.initialization import has_values
 from lightning_tex.parallel.topology import Layout, build_mesh
 from lightning_tex.resilience.agreement import Agreement, Comparison
+from lightning_tex.resilience.elastic import store_of_this_attempt
 from lightning_tex.strategy import agreement
 from lightning_tex.strategy.launcher import RankLauncher
 
@@ -53,7 +54,7 @@ class MeshStrategy(ParallelStrategy):
         self._arguments = arguments
         self._advised: set[str] = set()
         self._process_group_backend = process_group_backend
-        self._timeout = timeout
+        self.timeout = timeout
         self._mesh: DeviceMesh | None = None
         self.num_nodes = 1
 
@@ -119,7 +120,11 @@ class MeshStrategy(ParallelStrategy):
         self._process_group_backend = backend
         assert self.cluster_environment is not None
         device_id = self.root_device if self.root_device.type == "cuda" else None
-        _init_dist_connection(self.cluster_environment, backend, timeout=self._timeout, device_id=device_id)
+        store = store_of_this_attempt(self.timeout)
+        options: dict[str, Any] = {"device_id": device_id, "timeout": self.timeout}
+        if store is not None:
+            options["store"] = store
+        _init_dist_connection(self.cluster_environment, backend, **options)
         self._require_agreement(agreement.start(self._arguments, trainer, self.root_device.type))
         if self._mesh is None:
             self._mesh = build_mesh(layout, self.root_device.type)
@@ -135,7 +140,7 @@ class MeshStrategy(ParallelStrategy):
     def _agreement(self, ranks: Sequence[int], name: str) -> Agreement:
         """What compares over some global ranks, this one among them, under a name of theirs."""
         store = dist.distributed_c10d._get_default_store()
-        return Agreement(store, self.global_rank, ranks, self._timeout or default_pg_timeout, name)
+        return Agreement(store, self.global_rank, ranks, self.timeout or default_pg_timeout, name)
 
     def teardown(self) -> None:
         module = self._lightning_module

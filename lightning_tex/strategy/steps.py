@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
+from lightning import Trainer
 from lightning.fabric.utilities.seed import pl_worker_init_function
 
 from lightning_tex.moe import auxiliary_loss
@@ -15,6 +16,7 @@ from lightning_tex.parallel.errors import UserRuntimeError
 from lightning_tex.strategy.batches import agreed_loader, evaluation_loader, require_same_batch
 from lightning_tex.strategy.checkpointing import CheckpointingStrategy
 from lightning_tex.strategy.logged_names import LoggedNames
+from lightning_tex.strategy.stopping import AgreedSignals, Stopping
 from lightning_tex.strategy.uneven_evaluation import run_until_all_are_done
 
 # Steps whose batches are compared over the tensor axis, and logged names over data, from the start of every stage.
@@ -32,6 +34,16 @@ class StepStrategy(CheckpointingStrategy):
         super().__init__(**options)
         self._compared: Counter[Any] = Counter()
         self._logged_names: LoggedNames | None = None
+        self._stopping: Stopping | None = None
+
+    @contextmanager
+    def run_frame(self, trainer: Trainer) -> Iterator[None]:
+        """The context of a whole run: signals stop all ranks together."""
+        if self._stopping is None or self._stopping.trainer is not trainer:
+            self._stopping = Stopping(self, trainer)
+        trainer._signal_connector = AgreedSignals(trainer, self._stopping)
+        with super().run_frame(trainer):
+            yield
 
     def compare_steps_again(self) -> None:
         """Compare the first batches of every stage over tensor and logged names over data, as at the start."""
@@ -74,7 +86,10 @@ class StepStrategy(CheckpointingStrategy):
         return self._evaluate(super().predict_step, *args, **kwargs)
 
     def _evaluate(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        def compared_step() -> Any:  # a rank that repeats its last batch takes part in the comparison, too
+        def compared_step() -> Any:  # a rank that repeats its last batch takes part in votes and comparison, too
+            assert self._stopping is not None
+            self._stopping.evaluation_boundary()
+            self.continue_random_streams()
             with self._compared_step(args, kwargs):
                 return step(*args, **kwargs)
 
