@@ -82,6 +82,11 @@ def start(arguments: Mapping[str, Any], trainer: Trainer, device_type: str) -> C
     return Comparison(f"the start of {_stage(trainer)}", facts | together, "ranks do not agree", _REMEDY, advised)
 
 
+def place(occasion: str) -> Comparison:
+    """That all ranks are there, in one place of a run."""
+    return Comparison(occasion, {}, "ranks do not agree", _REMEDY, {})
+
+
 def _stage(trainer: Trainer) -> str:
     return f"trainer.{trainer.state.fn.value}" if trainer.state.fn is not None else "the Trainer"
 
@@ -99,7 +104,6 @@ def _trainer_options(trainer: Trainer) -> dict[str, str]:
         for name in path.split("."):
             value = getattr(value, name)
         options[f"the Trainer's {path.rsplit('.')[-1].lstrip('_')}"] = describe(value) or class_name(type(value))
-    options["the Trainer's ckpt_path"] = "not given" if trainer.ckpt_path is None else "given"
     return options
 
 
@@ -114,16 +118,21 @@ def _torch_flags() -> dict[str, Any]:
     return {
         "torch.get_default_dtype()": torch.get_default_dtype(),
         "torch.are_deterministic_algorithms_enabled()": torch.are_deterministic_algorithms_enabled(),
-        # By the attribute that may always be read, however the precision was set.
-        "torch.backends.cuda.matmul.fp32_precision": matmul.fp32_precision,
+        "torch.backends.cuda.matmul.fp32_precision": _fp32_precision(matmul),
         "torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction": describe(
             matmul.allow_bf16_reduced_precision_reduction
         ),
-        "torch.backends.cudnn.conv.fp32_precision": cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
+        "torch.backends.cudnn.conv.fp32_precision": _fp32_precision(cudnn.conv),  # type: ignore[attr-defined]
         "torch.backends.cudnn.benchmark": cudnn.benchmark,
         "torch.backends.cudnn.deterministic": cudnn.deterministic,
         "the debug level of torch.distributed": dist.get_debug_level().name,
     }
+
+
+def _fp32_precision(operation: Any) -> str:
+    """Which precision is in force, by the attributes that may always be read, however it was set."""
+    chosen = [operation.fp32_precision, torch.backends.fp32_precision]  # type: ignore[attr-defined]
+    return next((precision for precision in chosen if precision != "none"), "ieee")
 
 
 def _callbacks(trainer: Trainer) -> tuple[dict[str, str], list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -20,7 +21,7 @@ from helpers.mismatches import (
     Run,
     Small,
     circumstances,
-    fit,
+    prepared,
     what_was_said,
 )
 from helpers.trainers import quiet
@@ -29,6 +30,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import lightning_tex as tex
+from lightning_tex.errors import UserRuntimeError
 
 # Seconds within which a difference is to be named.
 _SOON = 10
@@ -45,6 +47,41 @@ def test_a_rank_that_differs_is_named_on_all_ranks(mismatches: dict[str, Mismatc
             text, seconds = said[name]
             assert all(words in text for words in mismatch.words), (name, text)
             assert seconds < _SOON, (name, seconds)
+
+
+class Sentences(tex.TextDataModule):
+    """A little text, prepared already.
+
+    Args:
+        folder: to write it to.
+        word: in every sentence.
+        global_batch_size: of the data module.
+    """
+
+    def __init__(self, folder: Path, word: str, global_batch_size: int) -> None:
+        folder.mkdir()
+        for n in range(40):
+            (folder / f"{n}.txt").write_text(f"The {word} fox no. {n} jumps over {n + 1} lazy dogs.")
+        options = {"vocab_size": 300, "sequence_length": 8, "cache_dir": str(folder / "cache")}
+        super().__init__(str(folder), global_batch_size=global_batch_size, **options)
+        self.setup()
+
+    def prepare_data(self) -> None:
+        """Nothing: the constructor has done it."""
+
+
+def fit_text(by_rank: list[Sentences]) -> str:
+    trainer = quiet(devices=2, strategy=tex.TexMoEStrategy(), max_steps=1)
+    with pytest.raises(UserRuntimeError) as caught:
+        trainer.fit(Small(), by_rank[int(os.environ["RANK"])])
+    return str(caught.value)
+
+
+def test_text_that_differs_is_named_on_all_ranks(tmp_path: Path) -> None:
+    by_rank = [Sentences(tmp_path / "quick", "quick", 8), Sentences(tmp_path / "brown", "brown", 16)]
+    for text in on_ranks(2, fit_text, by_rank):
+        assert text.startswith("ranks have different data: global_batch_size is 16 on rank 1 and 8 on rank 0; ")
+        assert "tokenizer_fingerprint is" in text and "dataset_fingerprint is" in text
 
 
 class Prints(L.Callback):
@@ -64,7 +101,8 @@ def fit_with_legal_differences() -> tuple[list[str], int]:
     )
     with warnings.catch_warnings(record=True) as caught, circumstances(run):
         warnings.simplefilter("always")
-        trainer = fit(run)
+        trainer, start = prepared(run)
+        start()
     return [str(w.message) for w in caught if "Ranks" in str(w.message)], trainer.global_step
 
 
