@@ -140,7 +140,7 @@ def _callbacks(trainer: Trainer) -> tuple[dict[str, str], list[str]]:
     facts: dict[str, str] = {}
     others: list[str] = []
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if not isinstance(callback, _TOGETHER) and not _is_known(callback):
+        if not isinstance(callback, _TOGETHER) and not _is_known(type(callback)):
             others.append(type(callback).__name__)
             continue
         name = type(callback).__name__
@@ -157,9 +157,9 @@ def _constructor_options(callback: Callback) -> dict[str, Any]:
     return {name: vars(callback)[attribute] for name, attribute in kept}
 
 
-def _is_known(instance: object) -> bool:
-    """Whether what the attributes of its class mean is known here."""
-    return type(instance).__module__.startswith(("torch.nn.", "lightning_tex."))
+def _is_known(kind: type) -> bool:
+    """Whether what the attributes of a class mean is known here."""
+    return kind.__module__.startswith(("torch.nn.", "lightning_tex.")) and kind is not nn.Module
 
 
 def model(module: LightningModule, trainer: Trainer) -> Comparison:
@@ -175,11 +175,14 @@ def model(module: LightningModule, trainer: Trainer) -> Comparison:
         prefix = f"{name}." if name else ""
         facts[f"the class of {name or 'the module'}"] = class_name(type(part))
         facts[f"{prefix}training"] = str(part.training)
-        if _is_known(part):
+        if _is_known(type(part)):
             facts |= public(part, prefix)
         else:
-            advised |= described({n: v for n, v in vars(part).items() if _is_own_option(n, v)}, prefix)
-    (facts if _is_known(module) else advised).update(described(_flat(module.hparams), "hparams."))
+            known = _inherited_options(type(part))
+            facts |= described({n: v for n, v in vars(part).items() if n in known}, prefix)
+            own = {n: v for n, v in vars(part).items() if n not in known and _is_own_option(n, v)}
+            advised |= described(own, prefix)
+    (facts if _is_known(type(module)) else advised).update(described(_flat(module.hparams), "hparams."))
     if any(part.bound for _, part in tex_modules(module)):
         advised = {}
     remedy = (
@@ -187,6 +190,12 @@ def model(module: LightningModule, trainer: Trainer) -> Comparison:
         "ranks or on none"
     )
     return Comparison(f"the set-up of {_stage(trainer)}", facts, "ranks have built different models", remedy, advised)
+
+
+def _inherited_options(kind: type) -> set[str]:
+    """What a user's class has of the options of a known layer that it extends."""
+    layer = next((base for base in kind.__mro__ if _is_known(base)), None)
+    return set() if layer is None else set(inspect.signature(layer).parameters)
 
 
 def _is_own_option(name: str, value: object) -> bool:

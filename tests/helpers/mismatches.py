@@ -42,7 +42,7 @@ class Small(L.LightningModule):
         super().__init__()
         given = {"top_k": 2, "capacity": 2.0, "balance": 0.01, "dropout": 0.0, "eps": 1e-5, "attention": 0.0} | options
         self._given = given
-        self.embedding, self.norm = VocabParallelEmbedding(61, 16), RMSNorm(16, eps=given["eps"])
+        self.embedding, self.norm = VocabParallelEmbedding(61, 16), given.get("norm", RMSNorm)(16, eps=given["eps"])
         self.attention = ParallelAttention(16, 4, dropout=given["attention"])
         self.moe = MoE(16, 16, 4, given["top_k"], given["capacity"], load_balance_coefficient=given["balance"])
         self.dropout, self.loss = nn.Dropout(given["dropout"]), VocabParallelCrossEntropy()
@@ -74,6 +74,10 @@ class Small(L.LightningModule):
         optimizer = kind(self._given.get("groups", list)(self.parameters()), lr=self._given.get("lr", 0.1))
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=self._given.get("gamma", 0.5))
         return [optimizer], [{"scheduler": schedule, "interval": self._given.get("interval", "epoch")}]
+
+
+class OwnNorm(RMSNorm):
+    """A layer that extends one of this package's."""
 
 
 class Mixing(nn.Linear):
@@ -291,6 +295,11 @@ MODEL = {
     "dropout": Mismatch(Run(module={"dropout": 0.1}), ("dropout.p is 0.1 on rank 1 and 0.0 on rank 0",)),
     "attention's dropout": Mismatch(Run(module={"attention": 0.1}), ("attention.dropout is 0.1 on rank 1",)),
     "norm": Mismatch(Run(module={"eps": 1e-6}), ("norm.eps is 1e-06 on rank 1 and 1e-05 on rank 0",)),
+    "norm of one's own": Mismatch(
+        Run(module={"norm": OwnNorm, "eps": 1e-6}),
+        ("norm.eps is 1e-06 on rank 1 and 1e-05 on rank 0",),
+        Run(module={"norm": OwnNorm}),
+    ),
     "class": Mismatch(
         Run(module={"mix": Mixing}),
         ("the class of mix is helpers.mismatches.Mixing on rank 1 and torch.nn.modules.linear.Linear on rank 0",),
