@@ -53,7 +53,7 @@ class CheckpointingStrategy(MeshStrategy):
         distributed: directories, not files.
         background: write directories beside training.
         init_from: a checkpoint whose weights a fit begins with that resumes from nothing.
-        process_group_backend, timeout, arguments: as for :class:`MeshStrategy`.
+        process_group_backend, timeout, arguments, lightning_options: as for :class:`MeshStrategy`.
     """
 
     def __init__(
@@ -63,9 +63,10 @@ class CheckpointingStrategy(MeshStrategy):
         init_from: str | os.PathLike[str] | None,
         process_group_backend: str | None,
         timeout: timedelta | None,
+        arguments: Mapping[str, Any],
         **lightning_options: Any,
     ) -> None:
-        super().__init__(process_group_backend, timeout, **lightning_options)
+        super().__init__(process_group_backend, timeout, arguments, **lightning_options)
         self._writing_format: CheckpointFormat = DirectoryCheckpoint() if distributed else PlainCheckpoint()
         self._reading_format: CheckpointFormat = PlainCheckpoint()
         self._save_in_background = background
