@@ -82,9 +82,9 @@ def start(arguments: Mapping[str, Any], trainer: Trainer, device_type: str) -> C
     return Comparison(f"the start of {_stage(trainer)}", facts | together, "ranks do not agree", _REMEDY, advised)
 
 
-def place(occasion: str) -> Comparison:
-    """That all ranks are there, in one place of a run."""
-    return Comparison(occasion, {}, "ranks do not agree", _REMEDY, {})
+def resuming(ckpt_path: str | None) -> Comparison:
+    """What a run resumes from: a word, or any path, which may read otherwise on another host; ``None``: nothing."""
+    return Comparison("the loading of a checkpoint", {"ckpt_path": str(ckpt_path)}, "ranks do not agree", _REMEDY, {})
 
 
 def _stage(trainer: Trainer) -> str:

@@ -36,6 +36,7 @@ from lightning_tex.saving import (
     require_writable,
 )
 from lightning_tex.saving.random_streams import restore_random_streams
+from lightning_tex.strategy import agreement
 from lightning_tex.strategy.checkpoint_folders import model_checkpoints, saving_folders
 from lightning_tex.strategy.ckpt_path import CheckpointConnector
 from lightning_tex.strategy.mesh import MeshStrategy
@@ -242,6 +243,10 @@ class CheckpointingStrategy(MeshStrategy):
         loaded = self._reading_format.load(run, path, weights_only, self.lightning_module.strict_loading)
         self._random_at_first_step = loaded.random_streams
         return loaded.trainer_state
+
+    def agree_to_resume(self, ckpt_path: str | None) -> None:
+        """Refuse, on all ranks, that they resume from different things; collective."""
+        self._require_agreement(agreement.resuming(ckpt_path))
 
     def begin_from_weights(self) -> None:
         """Load ``init_from``'s weights, from either form and any layout, if this is the beginning; collective."""

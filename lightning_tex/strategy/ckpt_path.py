@@ -37,6 +37,9 @@ class Resuming(Protocol):
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """Rank 0's object."""
 
+    def agree_to_resume(self, ckpt_path: str | None) -> None:
+        """Called first, with a word, "a path" or ``None``; collective."""
+
     def begin_from_weights(self) -> None:
         """Called when a fit resumes from nothing; collective."""
 
@@ -87,8 +90,11 @@ class CheckpointConnector(_CheckpointConnector):
             FileNotFoundError: there is nothing to resume from.
             CorruptCheckpointError: what there is is damaged.
             ValueError: a fit would resume from weights alone.
+            RuntimeError: ranks would resume from different things.
         """
-        if checkpoint_path in (LAST, AUTO):
+        word = checkpoint_path in (LAST, AUTO)
+        self._strategy.agree_to_resume("a path" if checkpoint_path and not word else checkpoint_path)
+        if word:
             resume = self._resume_newest if self._is_searchable() else self._resume_lightnings_last
             resume(checkpoint_path, weights_only)
         elif checkpoint_path:

@@ -14,7 +14,6 @@ from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning_tex.moe import auxiliary_loss
 from lightning_tex.parallel.errors import UserRuntimeError
 from lightning_tex.parallel.flight_record import TRAINING
-from lightning_tex.strategy import agreement
 from lightning_tex.strategy.batches import agreed_loader, evaluation_loader, require_same_batch
 from lightning_tex.strategy.checkpointing import CheckpointingStrategy
 from lightning_tex.strategy.logged_names import LoggedNames
@@ -23,9 +22,6 @@ from lightning_tex.strategy.uneven_evaluation import run_until_all_are_done
 
 # Steps whose batches are compared over the tensor axis, and logged names over data, from the start of every stage.
 _COMPARED_STEPS = 3
-
-# Lightning's barrier after a checkpoint was loaded, or was not.
-_NOTHING_TO_LOAD = "_CheckpointConnector.resume_end"
 
 
 class StepStrategy(CheckpointingStrategy):
@@ -55,17 +51,6 @@ class StepStrategy(CheckpointingStrategy):
         self._compared.clear()
         data = self.topology.data
         self._logged_names = LoggedNames(self._agreement(data.ranks, f"logged/{data.ranks[0]}"))
-
-    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As :meth:`CheckpointingStrategy.load_checkpoint`; refuses a ``ckpt_path`` that only some ranks have."""
-        self._require_agreement(agreement.place("the loading of a checkpoint"))
-        return super().load_checkpoint(*args, **kwargs)
-
-    def barrier(self, name: str | None = None) -> None:
-        """As :meth:`MeshStrategy.barrier`; ranks that load no checkpoint meet those that do."""
-        if name == _NOTHING_TO_LOAD:
-            self._require_agreement(agreement.place("the end of set-up, with no checkpoint to load any more"))
-        super().barrier(name)
 
     def process_dataloader(self, dataloader: object) -> object:
         """Seed workers by data rank, and let training loaders end together."""

@@ -273,7 +273,7 @@ TRAINER = {
     "matmul precision": Mismatch(Run(before=high_precision), ("fp32_precision is", "on rank 1")),
     "checkpoint": Mismatch(
         Run(ckpt_path="/tmp/of_one_rank"),
-        ("it is the loading of a checkpoint on rank 1 and the end of set-up, with no checkpoint to load any more on",),
+        ("ckpt_path is a path on rank 1 and None on rank 0",),
     ),
     "stage": Mismatch(
         Run(stage="validate"),
