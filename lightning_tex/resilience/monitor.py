@@ -141,7 +141,7 @@ class Monitor(threading.Thread):
         if self._ends or not self._depth:
             return
         self._verdict = verdict
-        if verdict.kind == "together":
+        if not verdict.ends_others:
             self._told.set()
             return
         blamed = self._rank in verdict.ranks
@@ -160,7 +160,7 @@ class Monitor(threading.Thread):
 
     @property
     def _ends(self) -> bool:
-        return self._verdict is not None and self._verdict.kind != "together"
+        return self._verdict is not None and self._verdict.ends_others
 
     def _give_up_first(self) -> None:
         """Rank 0 does not answer."""
@@ -195,13 +195,15 @@ def current_monitor() -> Monitor | None:
     return _monitor if _monitor is not None and _monitor.serves(dist.group.WORLD) else None
 
 
-def join_monitor(address: str, child_ending: ChildEnding) -> Monitor | None:
-    """Connect this rank, once for each process group; ``None`` in a world of one process, or of pretended ones.
+def join_monitor(address: str, one_host: bool, child_ending: ChildEnding) -> Monitor | None:
+    """Connect this rank, once for each process group.
 
-    Called by all ranks; the server's place and token travel through the process group's store.
+    Called by all ranks; the server's place and token travel through the process group's store. ``None`` in a world of
+    one process, or of pretended ones, and where rank 0's host cannot be reached: training goes on without.
 
     Args:
         address: of rank 0's host.
+        one_host: whether all ranks are there.
         child_ending: on rank 0, how a process that it has started has ended.
     """
     global _monitor, _joined
@@ -214,11 +216,15 @@ def join_monitor(address: str, child_ending: ChildEnding) -> Monitor | None:
     store = PrefixStore(f"lightning_tex/monitor/{_joined}", _get_default_store())
     if rank == 0:
         token = secrets.token_hex(16)
-        server = MonitorServer(world, address, token, child_ending)
+        server = MonitorServer(world, address, one_host, token, child_ending)
         server.start()
         store.set("address", json.dumps({"port": server.address[1], "token": token}))
     place = json.loads(store.get("address"))
-    lines = connected((address, place["port"]))
+    try:
+        lines = connected((address, place["port"]))
+    except OSError as error:
+        say(f"[rank {rank}] cannot reach {address}:{place['port']}, so failures of this rank will not be told: {error}")
+        return None
     lines.send({"token": place["token"], "rank": rank, "process": ProcessId.current()})
     _monitor = Monitor(lines, rank)
     _monitor.start()

@@ -8,7 +8,8 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from time import monotonic
+from ipaddress import ip_address
+from time import monotonic, sleep
 from typing import Any
 
 from lightning_tex.parallel.flight_record import TRAINING
@@ -57,14 +58,15 @@ class MonitorServer(threading.Thread):
     Args:
         world: ranks.
         address: to listen at; any free port.
+        one_host: whether all ranks are on this host.
         token: what ranks prove themselves by.
         child_ending: of processes that this one has started.
     """
 
-    def __init__(self, world: int, address: str, token: str, child_ending: ChildEnding) -> None:
+    def __init__(self, world: int, address: str, one_host: bool, token: str, child_ending: ChildEnding) -> None:
         super().__init__(name="lightning_tex monitor of all ranks", daemon=True)
         self._world, self._token, self._child_ending = world, token, child_ending
-        self._listener = _listener(address)
+        self._listener = _listener(address, one_host)
         keep_from_children(self._listener)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
@@ -96,13 +98,16 @@ class MonitorServer(threading.Thread):
     # --- what ranks say
 
     def _accept(self) -> None:
-        with suppress(OSError):
+        try:
             connection, _ = self._listener.accept()
-            connection.settimeout(1.0)  # a rank that does not read must not keep the others waiting
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            peer = _Peer(Lines(connection))
-            self._strangers.add(peer)
-            self._selector.register(connection, selectors.EVENT_READ, peer)
+        except OSError:  # no file descriptors are left
+            sleep(0.1)
+            return
+        connection.settimeout(1.0)  # a rank that does not read must not keep the others waiting
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        peer = _Peer(Lines(connection))
+        self._strangers.add(peer)
+        self._selector.register(connection, selectors.EVENT_READ, peer)
 
     def _hear(self, peer: _Peer) -> None:
         try:
@@ -190,9 +195,9 @@ class MonitorServer(threading.Thread):
             if now >= case.asked_until or None not in case.answers.values():
                 self._judge_answers(run, case)
         elif now >= case.deliberation.due:
-            together, cause = case.deliberation.together(), case.deliberation.cause
-            if together is not None:
-                self._pronounce(run, case, together)
+            of_all, cause = case.deliberation.of_all(), case.deliberation.cause
+            if of_all is not None:
+                self._pronounce(run, case, of_all)
             elif cause is not None and cause.kind == "error":
                 self._judge_error(run, case, cause)
             else:
@@ -245,7 +250,7 @@ class MonitorServer(threading.Thread):
     def _pronounce(self, run: int, case: _Case, verdict: Verdict) -> None:
         """Tell the run's ranks; one whose error it is first, so that it is the first to print."""
         case.verdict = verdict
-        if verdict.kind == "together":  # what they do about it, together, may fail on one of them
+        if not verdict.ends_others:  # what they do about it, together, may fail on one of them
             self._cases[run] = _Case(self._world)
         if verdict.kind != "error":
             self._tell(run, {"verdict": verdict.to_message()})
@@ -271,12 +276,17 @@ def _due(case: _Case) -> float:
     return case.asked_until if case.asked_until is not None else case.deliberation.due
 
 
-def _listener(address: str) -> socket.socket:
-    """At the interface of the run's main address; at all of them where that address is not one of this host's."""
+def _listener(address: str, one_host: bool) -> socket.socket:
+    """At the interface of the run's main address.
+
+    At all of them where that address is not one of this host's, or is one that other hosts do not reach: many a host
+    calls itself 127.0.1.1.
+    """
     family, _, _, _, sockaddr = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
     listener = socket.socket(family, socket.SOCK_STREAM)
+    reachable = one_host or not ip_address(str(sockaddr[0])).is_loopback
     try:
-        listener.bind(sockaddr)
+        listener.bind(sockaddr if reachable else ("", 0))
     except OSError:
         listener.bind(("", 0))
     listener.listen(1024)

@@ -118,7 +118,11 @@ class MeshStrategy(ParallelStrategy):
         _init_dist_connection(self.cluster_environment, backend, timeout=self.group_timeout, device_id=device_id)
         assert isinstance(self._launcher, RankLauncher)
         self._guarded_run.connect(
-            self.cluster_environment.main_address, self._launcher.child_ending, self._timeout, self._device_waits
+            self.cluster_environment.main_address,
+            self.num_nodes == 1,
+            self._launcher.child_ending,
+            self._timeout,
+            self._device_waits,
         )
         if self._mesh is None:
             self._mesh = build_mesh(layout, self.root_device.type, self.group_timeout)
