@@ -1,4 +1,8 @@
-"""What keeps a run of many processes honest when one of them fails: who failed first, who stalls, and that all end.
+"""What keeps a run of many processes honest: ranks that agree, signals that lose nothing, failures that are named.
 
 Knows no Lightning.
 """
+
+from lightning_tex.resilience.signals import exit_code
+
+__all__ = ["exit_code"]

@@ -125,5 +125,8 @@ def _read_random(source: Directory, world: Axis) -> dict[str, Tensor]:
 
 def _within_epoch(trainer_state: Mapping[str, Any]) -> bool:
     """Whether a run that was not interrupted would take its next step without a new iterator of its data."""
-    progress = trainer_state.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
-    return bool(progress and progress["current"]["ready"] and not progress["is_last_batch"])
+    loops = trainer_state.get("loops", {}).get("fit_loop", {})
+    training, validation = (loops.get(f"epoch_loop.{loop}batch_progress") for loop in ("", "val_loop."))
+    if validation and validation["current"]["ready"] > validation["current"]["processed"]:
+        return True
+    return bool(training and training["current"]["ready"] and not training["is_last_batch"])

@@ -124,6 +124,14 @@ class CheckpointingStrategy(MeshStrategy):
         group = self._side_group
         self._after_saves(lambda: save.finish(group))
 
+    def save_complete(self, trainer: Trainer, path: Path) -> None:
+        """Write the whole state, and return when it is on disk and read back; collective."""
+        in_fit, self._training = self._training, False
+        try:
+            trainer.save_checkpoint(path)
+        finally:
+            self._training = in_fit
+
     def _is_written_again(self, filepath: Any) -> bool:
         stem = Path(filepath).stem
         names = [c.CHECKPOINT_NAME_LAST for c in self._model_checkpoints() if c.save_last]
@@ -164,9 +172,13 @@ class CheckpointingStrategy(MeshStrategy):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         self._background.check()
+        self.continue_random_streams()
+        return super().training_step(*args, **kwargs)
+
+    def continue_random_streams(self) -> None:
+        """In the first step after a checkpoint was read, and its batch is there: continue its random streams."""
         restore_random_streams(self._random_at_first_step)
         self._random_at_first_step = {}
-        return super().training_step(*args, **kwargs)
 
     def on_train_start(self) -> None:
         super().on_train_start()

@@ -18,6 +18,7 @@ from lightning_tex.resilience.processes import failing, say
 from lightning_tex.resilience.telling import described, mark_told, tell
 from lightning_tex.resilience.verdict import Report, Verdict
 from lightning_tex.saving import paths
+from lightning_tex.strategy.stopping import StoppedTogether
 
 
 class GuardedRun:
@@ -39,6 +40,10 @@ class GuardedRun:
         self._enter(current_monitor())
         try:
             yield
+        except StoppedTogether:
+            self._inside = False
+            self.leave()
+            raise
         except BaseException as error:
             self._inside = False
             if self._monitor is not None and not self._monitor.nested:

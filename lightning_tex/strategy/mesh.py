@@ -28,6 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from lightning_tex.parallel.flight_record import EVERY_RANK, TRAINING
 from lightning_tex.parallel.initialization import has_values
 from lightning_tex.parallel.topology import Axis, Layout, build_mesh
+from lightning_tex.resilience.elastic import store_of_this_attempt
 from lightning_tex.resilience.nccl import record_flights
 from lightning_tex.strategy.guarded_run import GuardedRun
 from lightning_tex.strategy.launcher import RankLauncher
@@ -49,7 +50,7 @@ class MeshStrategy(ParallelStrategy):
     def __init__(self, process_group_backend: str | None, timeout: timedelta | None, **lightning_options: Any) -> None:
         super().__init__(**lightning_options)
         self._process_group_backend = process_group_backend
-        self._timeout = timeout or default_pg_timeout
+        self.timeout = timeout or default_pg_timeout
         self._guarded_run = GuardedRun()
         self._mesh: DeviceMesh | None = None
         self.num_nodes = 1
@@ -115,13 +116,17 @@ class MeshStrategy(ParallelStrategy):
         if "nccl" in backend:
             record_flights(Path(self.lightning_module.trainer.default_root_dir))
         device_id = self.root_device if self.root_device.type == "cuda" else None
-        _init_dist_connection(self.cluster_environment, backend, timeout=self.group_timeout, device_id=device_id)
+        store = store_of_this_attempt(self.timeout)
+        options: dict[str, Any] = {"device_id": device_id, "timeout": self.group_timeout}
+        if store is not None:
+            options["store"] = store
+        _init_dist_connection(self.cluster_environment, backend, **options)
         assert isinstance(self._launcher, RankLauncher)
         self._guarded_run.connect(
             self.cluster_environment.main_address,
             self.num_nodes == 1,
             self._launcher.child_ending,
-            self._timeout,
+            self.timeout,
             self._device_waits,
         )
         if self._mesh is None:
@@ -131,7 +136,7 @@ class MeshStrategy(ParallelStrategy):
     @property
     def group_timeout(self) -> timedelta:
         """Of process groups: later than the watchdog's."""
-        return self._timeout + _MARGIN.get(self._process_group_backend or "", _USUAL_MARGIN)
+        return self.timeout + _MARGIN.get(self._process_group_backend or "", _USUAL_MARGIN)
 
     def _device_waits(self) -> bool:
         """Whether the GPU has work left; asked only when nothing has happened for a long time."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
+from lightning import Trainer
 from lightning.fabric.utilities.seed import pl_worker_init_function
 
 from lightning_tex.moe import auxiliary_loss
@@ -15,6 +16,7 @@ from lightning_tex.parallel.errors import UserRuntimeError
 from lightning_tex.parallel.flight_record import TRAINING
 from lightning_tex.strategy.batches import agreed_loader, evaluation_loader, require_same_batch
 from lightning_tex.strategy.checkpointing import CheckpointingStrategy
+from lightning_tex.strategy.stopping import AgreedSignals, Stopping
 from lightning_tex.strategy.uneven_evaluation import run_until_all_are_done
 
 # Steps whose batches are compared over the tensor axis, from the start of every stage.
@@ -31,6 +33,16 @@ class StepStrategy(CheckpointingStrategy):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._compared: Counter[Any] = Counter()
+        self._stopping: Stopping | None = None
+
+    @contextmanager
+    def run_frame(self, trainer: Trainer) -> Iterator[None]:
+        """The context of a whole run: signals stop all ranks together."""
+        if self._stopping is None or self._stopping.trainer is not trainer:
+            self._stopping = Stopping(self, trainer)
+        trainer._signal_connector = AgreedSignals(trainer, self._stopping)
+        with super().run_frame(trainer):
+            yield
 
     def compare_batches_again(self) -> None:
         """Compare the first batches of every stage over tensor, as at the start."""
@@ -71,7 +83,10 @@ class StepStrategy(CheckpointingStrategy):
         return self._evaluate(super().predict_step, *args, **kwargs)
 
     def _evaluate(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        def compared_step() -> Any:  # a rank that repeats its last batch takes part in the comparison, too
+        def compared_step() -> Any:  # a rank that repeats its last batch takes part in votes and comparison, too
+            assert self._stopping is not None
+            self._stopping.evaluation_boundary()
+            self.continue_random_streams()
             self._compare_batch(args, kwargs)
             return step(*args, **kwargs)
 

@@ -18,6 +18,7 @@ from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -33,6 +34,7 @@ from lightning_tex.parallel.activation_checkpointing import (
 from lightning_tex.parallel.errors import UserRuntimeError, UserValueError
 from lightning_tex.parallel.flight_record import name_layers
 from lightning_tex.parallel.hashing import stable_hash
+from lightning_tex.parallel.requested_layout import RequestedLayout
 from lightning_tex.parallel.sharding import TexModule, check_shardable, parameter_shardings, shard_module, synchronise
 from lightning_tex.parallel.topology import Communication, Layout, Topology
 from lightning_tex.strategy.batches import gather_numbers
@@ -80,6 +82,8 @@ class TexMoEStrategy(StepStrategy):
         background_saving: in a fit, a checkpoint directory is written beside training from a copy of the states in host
             memory; a failure is raised at the next step. False: training waits until it is written.
         check_memory: refuse at the start a training that by its plan does not fit the GPU (``lightning-tex plan``).
+        elastic: on a world that does not allow a size, as after a node was lost, take the largest divisor of it that it
+            does allow, first of tensor, then of expert, and say so.
 
     Raises:
         ValueError: a layout that the world or the model does not allow, naming the option and the legal values.
@@ -111,6 +115,7 @@ class TexMoEStrategy(StepStrategy):
         max_skipped_steps: int | None = 10,
         background_saving: bool = True,
         check_memory: bool = True,
+        elastic: bool = False,
     ) -> None:
         super().__init__(
             distributed=save_distributed_checkpoint,
@@ -123,14 +128,13 @@ class TexMoEStrategy(StepStrategy):
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
         )
-        self._sizes = partial(
-            Layout.resolve,
+        self._requested = RequestedLayout(
             tensor_parallel_size=tensor_parallel_size,
             expert_parallel_size=expert_parallel_size,
             expert_tensor_parallel_size=expert_tensor_parallel_size,
             duplicate_token_dropping=duplicate_token_dropping,
+            elastic=elastic,
         )
-        self._expert_size_given = expert_parallel_size != "auto"
         self.communication = Communication(
             duplicate_token_dropping=duplicate_token_dropping, sequence_parallel=sequence_parallel
         )
@@ -174,11 +178,11 @@ class TexMoEStrategy(StepStrategy):
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Samplers split data over the data axis: ranks of one tensor group see one batch."""
-        layout = self._topology.layout if self._topology else self._sizes(self.world_size)
+        layout = self._topology.layout if self._topology else self._requested.resolve(self.world_size)
         return {"num_replicas": layout.data, "rank": layout.coordinates(self.global_rank)["data"]}
 
     def resolve_layout(self) -> Layout:
-        return self._sizes(self.world_size, num_experts=self._num_experts())
+        return self._requested.resolve(self.world_size, self._num_experts())
 
     @property
     def precision_plugin(self) -> TrainStep:
@@ -232,8 +236,10 @@ class TexMoEStrategy(StepStrategy):
         assert self.accelerator is not None and self.model is not None
         self.accelerator.setup(trainer)
         layout = self.resolve_layout()
-        if self._expert_size_given:
+        if self._requested.expert_parallel_size != "auto":
             layout.require_experts(self._num_experts())
+        if departures := self._requested.departures(layout):
+            rank_zero_info(f"elastic: the world has {self.world_size} ranks; {', '.join(departures)}")
         check_shardable(self.model, layout)
         if trainer.state.fn == TrainerFn.FITTING:
             self._require_memory(layout)

@@ -1,4 +1,4 @@
-"""Small fits for :mod:`helpers.stops`; as a script, of an incident in JSON."""
+"""Fits for :mod:`helpers.stops`; as a script, of an incident in JSON."""
 
 from __future__ import annotations
 

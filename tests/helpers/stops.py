@@ -184,6 +184,8 @@ def run_to_its_end(
         if supervisor == 0:
             _become_a_session(output.fileno(), folder)
             _supervise(world, port, launcher, function, args)
+        while os.getsid(supervisor) != supervisor:
+            time.sleep(0.001)
         return _watched(supervisor, folder, within, start, meanwhile)
 
 

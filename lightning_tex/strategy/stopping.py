@@ -1,0 +1,308 @@
+"""Stopping together: a signal to a rank, or a limit of time, ends all ranks at one step, with a complete checkpoint.
+
+At the boundary of every step ranks vote (:class:`~lightning_tex.resilience.vote.Vote`). What one was asked meanwhile is
+then asked of all; they save and leave, so that no rank waits for one that has gone.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning import Trainer
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, Timer
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lightning_tex.resilience.signals import StopSignals, exit_code
+from lightning_tex.resilience.vote import Vote
+from lightning_tex.saving.random_streams import random_streams, restore_random_streams
+
+if TYPE_CHECKING:
+    from lightning_tex.strategy.checkpointing import CheckpointingStrategy
+
+# A vote is the number of the signal that a rank was sent, or this one.
+_TIME_LIMIT = int(max(signal.Signals)) + 1
+
+# Left of SLURM's end time when the run stops, besides what a step and a save take.
+_BEFORE_THE_END = 30.0  # s
+
+
+class StoppedTogether(SIGTERMException):
+    """All ranks stop here, as one of them was asked to; nothing went wrong.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(exit_code(number))
+
+
+class Stopping:
+    """Notes signals while a stage of the Trainer runs, lets ranks agree at every boundary, and saves before they leave.
+
+    Args:
+        strategy: of the run.
+        trainer: whose fit, validation, test or prediction it is.
+    """
+
+    def __init__(self, strategy: CheckpointingStrategy, trainer: Trainer) -> None:
+        self._strategy, self.trainer = strategy, trainer
+        self._environment: Any = strategy.cluster_environment
+        name = f"[rank {strategy.global_rank}]"
+        self._signals = StopSignals(self._stop_signals(), name, self._end_at_once)
+        self._vote: Vote | None = None
+        self._in_stage = False
+        self._limits = _TimeLimits(trainer)
+        self._random_in_validation: dict[str, Any] = {}
+
+    def _stop_signals(self) -> set[signal.Signals]:
+        requeue = self._environment.requeue_signal if self._requeues else signal.SIGUSR1
+        return {signal.SIGTERM, signal.SIGINT, requeue}
+
+    @property
+    def _requeues(self) -> bool:
+        environment = self._environment
+        return isinstance(environment, SLURMEnvironment) and environment.auto_requeue
+
+    # --- around a stage
+
+    def begin(self) -> None:
+        """A stage begins: note signals, and vote at its boundaries."""
+        if self._vote is None:
+            self._vote = Vote(self._strategy.topology.world, self._strategy.timeout)
+        self._in_stage = True
+        loop: Any = self.trainer.fit_loop.epoch_loop
+        advance = loop.advance
+
+        def advance_together(data_fetcher: Any) -> None:
+            self.step_boundary()
+            advance(data_fetcher)
+
+        # There is no hook between two batches. In Lightning's own vote only rank 0 counts, and it waits for the device.
+        loop.advance = advance_together
+        loop._broadcast_sigterm_tensor = _no_vote
+        self._signals.install()
+
+    def end(self) -> None:
+        """The stage has ended, in whatever way."""
+        self._signals.restore()
+        self._in_stage = False
+        loop = self.trainer.fit_loop.epoch_loop
+        for name in ("advance", "_broadcast_sigterm_tensor"):
+            vars(loop).pop(name, None)
+
+    def _end_at_once(self, number: int) -> None:
+        launcher: Any = self._strategy.launcher
+        if launcher is not None:
+            launcher.kill(signal.SIGKILL)
+        os._exit(128 + number)
+
+    # --- boundaries
+
+    def step_boundary(self) -> None:
+        """Between two batches of a fit; collective.
+
+        Raises:
+            StoppedTogether: a rank was sent a signal; a complete checkpoint is written.
+            StopIteration: the time is up; a complete checkpoint is written, and the fit ends as Lightning ends it.
+        """
+        if not self._in_stage or self.trainer.fit_loop._should_accumulate():
+            return
+        assert self._vote is not None
+        self._random_in_validation = {}
+        self._limits.step_begins()
+        number, rank = self._vote.highest(self._asked())
+        if number == _TIME_LIMIT:
+            self._limits.reached = True
+            if self._requeues:
+                self._save_and_leave(self._environment.requeue_signal, "the end of the job's time")
+            self._save(f"the time is up on rank {rank}")
+            self.trainer.should_stop = True
+            raise StopIteration
+        if number:
+            self._save_and_leave(number, f"{signal.Signals(number).name} on rank {rank}")
+
+    def evaluation_boundary(self) -> None:
+        """Before an evaluation step, which all ranks take equally often; collective.
+
+        Raises:
+            StoppedTogether: a rank was sent a signal; inside a fit, a complete checkpoint is written: validation is run
+                again by a run that goes on from it.
+        """
+        if not self._in_stage:
+            return
+        assert self._vote is not None
+        within_fit = self.trainer.state.fn == TrainerFn.FITTING and self.trainer.validating
+        if within_fit and not self._random_in_validation:
+            self._random_in_validation = random_streams()
+        number, rank = self._vote.highest(self._signals.requested or 0)
+        if not number:
+            return
+        why = f"{signal.Signals(number).name} on rank {rank}"
+        if not within_fit:
+            self._say(f"stopping: {why}")
+            self._leave(number)
+        with self._as_validation_began():
+            self._save_and_leave(number, why)
+
+    def _asked(self) -> int:
+        if self._signals.requested:
+            return int(self._signals.requested)
+        return _TIME_LIMIT if self._limits.near() else 0
+
+    # --- what a stop does
+
+    def _save_and_leave(self, number: int, why: str) -> None:
+        if self._requeues:
+            self._save_for_requeue(number, why)
+        else:
+            self._save(why)
+        self._leave(number)
+
+    def _leave(self, number: int) -> None:
+        self.trainer._signal_connector.received_sigterm = number == signal.SIGTERM
+        self._signals.forget()
+        raise StoppedTogether(number)
+
+    def _save(self, why: str) -> None:
+        """Write a complete checkpoint beside the run's other ones; collective."""
+        step, folder = self.trainer.global_step, self._folder()
+        if folder is None:
+            self._say(f"stopping after step {step}: {why}; the Trainer has checkpoints switched off, so none is saved")
+            return
+        self._say(f"stopping after step {step}: {why}; saving")
+        path = folder / f"{STOPPED}{step}.ckpt"
+        self._write(path)
+        self._remove_older(path)
+        self._say(f"saved {path}; ckpt_path='last' goes on from it")
+
+    def _write(self, path: Path) -> None:
+        began = time.monotonic()
+        self._strategy.save_complete(self.trainer, path)
+        self._limits.save_took(time.monotonic() - began)
+
+    def _remove_older(self, path: Path) -> None:
+        if self._strategy.is_global_zero:
+            for older in path.parent.glob(f"{STOPPED}*.ckpt"):
+                if older != path:
+                    self._strategy.remove_checkpoint(older)
+
+    def _folder(self) -> Path | None:
+        trainer = self.trainer
+        callbacks = [c for c in trainer.callbacks if isinstance(c, Checkpoint)]  # type: ignore[attr-defined]
+        if not callbacks or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return None
+        for callback in callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath:
+                return Path(callback.dirpath)
+        return Path(trainer.default_root_dir) / "checkpoints"
+
+    def _save_for_requeue(self, number: int, why: str) -> None:
+        """Save where Lightning looks for it in a requeued job, and requeue it, if the signal asks for that."""
+        trainer = self.trainer
+        path = Path(trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir))
+        self._say(f"stopping after step {trainer.global_step}: {why}; saving {path}")
+        self._write(path)
+        if number == self._environment.requeue_signal and self._strategy.is_global_zero:
+            _requeue(self._say)
+
+    @contextmanager
+    def _as_validation_began(self) -> Iterator[None]:
+        """Save what a validation at its first step would leave, so that who goes on runs it whole."""
+        progress = self.trainer.fit_loop.epoch_loop.val_loop.batch_progress
+        done: int = progress.current.completed
+        trackers: list[Any] = [progress.total, progress.current]
+        for tracker in trackers:
+            tracker.ready, tracker.started = tracker.ready - done, tracker.started - done
+            tracker.processed, tracker.completed = tracker.processed - done, tracker.completed - done
+        now = random_streams()
+        restore_random_streams(self._random_in_validation)
+        try:
+            yield
+        finally:
+            restore_random_streams(now)
+
+    def _say(self, text: str) -> None:
+        if self._strategy.is_global_zero:
+            print(f"lightning_tex: {text}", file=sys.stderr, flush=True)
+
+
+# A checkpoint of a stop; the number of optimizer steps follows. A later one replaces it.
+STOPPED = "stopped-step="
+
+
+def _no_vote() -> None:
+    """Lightning's vote about SIGTERM, which :meth:`Stopping.step_boundary` replaces."""
+
+
+def _requeue(say: Any) -> None:
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    job = f"{array}_{task}" if array is not None else os.environ["SLURM_JOB_ID"]
+    try:
+        result = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+    except OSError as error:
+        say(f"job {job} is not requeued: {error}")
+        return
+    say(f"job {job} is requeued" if result.returncode == 0 else f"job {job} is not requeued: {result.stderr.strip()}")
+
+
+class _TimeLimits:
+    """``Trainer(max_time=)`` and SLURM's end time: near when a step and a save would pass them."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        end = os.environ.get("SLURM_JOB_END_TIME", "")
+        self._end = float(end) if end.isdigit() else None
+        self._step_began: float | None = None
+        self._step = self._save = 0.0
+        self.reached = False
+
+    def step_begins(self) -> None:
+        """A boundary: measures how long the step before it took, what belongs to it included."""
+        now = time.monotonic()
+        if self._step_began is not None:
+            self._step = now - self._step_began
+        self._step_began = now
+
+    def save_took(self, seconds: float) -> None:
+        """A save, in seconds."""
+        self._save = seconds
+
+    def near(self) -> bool:
+        """Whether one more step and a save might end too late. Never before the run's first step."""
+        if self.reached or not self._step or not self._trainer.fit_loop._can_stop_early:
+            return False
+        needed = self._step + 1.5 * self._save
+        if self._end is not None and self._end - time.time() < needed + _BEFORE_THE_END:
+            return True
+        timers = [c for c in self._trainer.callbacks if isinstance(c, Timer)]  # type: ignore[attr-defined]
+        left = [timer.time_remaining() for timer in timers]
+        return any(seconds is not None and seconds < needed for seconds in left)
+
+
+class AgreedSignals(_SignalConnector):
+    """In place of Lightning's: its handlers communicate inside a signal, which hangs ranks that were not sent one."""
+
+    def __init__(self, trainer: Trainer, stopping: Stopping) -> None:
+        super().__init__(trainer)
+        self._stopping = stopping
+
+    def register_signal_handlers(self) -> None:
+        """A stage begins."""
+        self.received_sigterm = False
+        self._stopping.begin()
+
+    def teardown(self) -> None:
+        """It has ended."""
+        self._stopping.end()

@@ -1,0 +1,55 @@
+"""A limit of time, Lightning's or SLURM's: a complete checkpoint in time, and on from it as if nothing had been."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.signalled_runs import resumed_fit, slurm_fit, timed_fit
+
+from lightning_tex.testing.ranks import run_ranks
+
+pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_ranks(4, resumed_fit, str(tmp_path_factory.mktemp("undisturbed")))
+
+
+def longer_fit(folder: str, path: str) -> Any:
+    return resumed_fit(folder, path, max_time={"hours": 1})
+
+
+def test_max_time_saves_before_it_is_over(tmp_path: Path, undisturbed: list[dict[str, Any]]) -> None:
+    timed = run_ranks(4, timed_fit, str(tmp_path), 1.5, 0.3)
+    (stopped,) = tmp_path.glob("stopped-step=*.ckpt")
+    done = len(timed[0]["losses"])
+    assert 0 < done < 12 and stopped.name == f"stopped-step={done}.ckpt"
+    resumed = run_ranks(4, longer_fit, str(tmp_path), str(stopped))
+    for before, after, whole in zip(timed, resumed, undisturbed, strict=True):
+        assert before["losses"] + after["losses"] == whole["losses"]
+        assert torch.equal(after["own"], whole["own"])
+
+
+def fake_scontrol(folder: Path, code: int = 0) -> Path:
+    """A command that writes down what it is asked for."""
+    called = folder / "called"
+    command = folder / "scontrol"
+    command.write_text(f"#!/bin/sh\necho $@ >> {called}\nexit {code}\n")
+    command.chmod(0o755)
+    return called
+
+
+def test_slurm_signals_one_node_and_requeues(tmp_path: Path, undisturbed: list[dict[str, Any]]) -> None:
+    called = fake_scontrol(tmp_path)
+    first = run_ranks(4, slurm_fit, str(tmp_path), 3)
+    assert [own["code"] for own in first] == [138] * 4
+    assert called.read_text() == "requeue 4711\n", "once, by one rank"
+    second = run_ranks(4, slurm_fit, str(tmp_path), -1)
+    for before, after, whole in zip(first, second, undisturbed, strict=True):
+        assert after["code"] == 0
+        assert before["losses"] + after["losses"] == whole["losses"]
+        assert torch.equal(after["own"], whole["own"])
