@@ -22,10 +22,10 @@ from torch.distributed.distributed_c10d import _get_default_store
 from lightning_tex.parallel.flight_record import RECORDS, TRAINING
 from lightning_tex.resilience.nccl import write_flights
 from lightning_tex.resilience.processes import ProcessId, end_process, say, stacks
-from lightning_tex.resilience.server import ChildEnding, MonitorServer, connected
+from lightning_tex.resilience.server import ChildEnding, MonitorServer
 from lightning_tex.resilience.verdict import Report, Verdict
 from lightning_tex.resilience.where import Where
-from lightning_tex.resilience.wire import Lines, Message
+from lightning_tex.resilience.wire import Lines, Message, connected
 
 # Seconds: for a rank that others have left to end by itself; for hooks after an error of its own; for rank 0 to answer
 # one that stands still, and one that has raised.
@@ -221,7 +221,7 @@ def join_monitor(address: str, one_host: bool, child_ending: ChildEnding) -> Mon
         store.set("address", json.dumps({"port": server.address[1], "token": token}))
     place = json.loads(store.get("address"))
     try:
-        lines = connected((address, place["port"]))
+        lines = connected(address, place["port"])
     except OSError as error:
         say(f"[rank {rank}] cannot reach {address}:{place['port']}, so failures of this rank will not be told: {error}")
         return None

@@ -8,16 +8,14 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from ipaddress import ip_address
 from time import monotonic, sleep
-from typing import Any
 
 from lightning_tex.parallel.flight_record import TRAINING
 from lightning_tex.resilience.processes import ProcessId, say
 from lightning_tex.resilience.stall import different_collectives, stalled_ranks, table
 from lightning_tex.resilience.verdict import Deliberation, Report, Verdict
 from lightning_tex.resilience.where import Where
-from lightning_tex.resilience.wire import Lines, Message, keep_from_children
+from lightning_tex.resilience.wire import Lines, Message, keep_from_children, listener
 
 # Seconds that a rank has to say where it is, and one to print its error before the others hear of it.
 _ANSWER_S, _PRINT_S = 1.0, 1.0
@@ -66,7 +64,7 @@ class MonitorServer(threading.Thread):
     def __init__(self, world: int, address: str, one_host: bool, token: str, child_ending: ChildEnding) -> None:
         super().__init__(name="lightning_tex monitor of all ranks", daemon=True)
         self._world, self._token, self._child_ending = world, token, child_ending
-        self._listener = _listener(address, one_host)
+        self._listener = listener(address, one_host)
         keep_from_children(self._listener)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
@@ -274,32 +272,3 @@ def _due(case: _Case) -> float:
     if case.verdict is not None:
         return case.untold_until if case.untold_until is not None else float("inf")
     return case.asked_until if case.asked_until is not None else case.deliberation.due
-
-
-def _listener(address: str, one_host: bool) -> socket.socket:
-    """At the interface of the run's main address.
-
-    At all of them where that address is not one of this host's, or is one that other hosts do not reach: many a host
-    calls itself 127.0.1.1.
-    """
-    family, _, _, _, sockaddr = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    reachable = one_host or not ip_address(str(sockaddr[0])).is_loopback
-    try:
-        listener.bind(sockaddr if reachable else ("", 0))
-    except OSError:
-        listener.bind(("", 0))
-    listener.listen(1024)
-    return listener
-
-
-def connected(message: Any) -> Lines:
-    """A connection to the server.
-
-    Args:
-        message: host and port.
-    """
-    connection = socket.create_connection(tuple(message), timeout=10.0)
-    connection.settimeout(1.0)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return Lines(connection)
