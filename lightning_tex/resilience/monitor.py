@@ -21,15 +21,17 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from lightning_tex.parallel.flight_record import RECORDS, TRAINING
 from lightning_tex.resilience.nccl import write_flights
-from lightning_tex.resilience.processes import ProcessId, end_process, say, stacks
+from lightning_tex.resilience.processes import ProcessId, end_process, end_process_at_the_latest, say, stacks
 from lightning_tex.resilience.server import ChildEnding, MonitorServer
 from lightning_tex.resilience.verdict import Report, Verdict
-from lightning_tex.resilience.where import Where
+from lightning_tex.resilience.where import Entry, Where
 from lightning_tex.resilience.wire import Lines, Message, connected
 
 # Seconds: for a rank that others have left to end by itself; for hooks after an error of its own; for rank 0 to answer
 # one that stands still, and one that has raised.
 FOLLOWER_S, HOOKS_S, ANSWER_S, JUDGEMENT_S = 2.0, 20.0, 1.2, 4.0
+# Seconds that the end of what this process has started may take.
+REAP_S = 2.0
 
 
 class Monitor(threading.Thread):
@@ -155,7 +157,9 @@ class Monitor(threading.Thread):
             process.kill()
         own_error = verdict.kind == "error" and blamed
         # Rank 0 tells the others, and may have started them.
-        self._end_at = monotonic() + (HOOKS_S if own_error else FOLLOWER_S + 0.5 * (self._rank == 0))
+        seconds = HOOKS_S if own_error else FOLLOWER_S + 0.5 * (self._rank == 0)
+        self._end_at = monotonic() + seconds
+        end_process_at_the_latest(seconds + REAP_S)
         self._told.set()
 
     @property
@@ -164,12 +168,11 @@ class Monitor(threading.Thread):
 
     def _give_up_first(self) -> None:
         """Rank 0 does not answer."""
-        state, waits_for = self._first_state, TRAINING.waiting_for
-        where = f" in {waits_for.operation} over {waits_for.axis.name}" if waits_for else ""
+        state = self._first_state
         text = (
             f"the run stands still: rank 0 ({self._first_process.host}) does not answer"
             + (f": its process is {state}" if state else "")
-            + f"; this rank waits{where} at step {TRAINING.step}"
+            + _waiting_here()
         )
         self._heed(Verdict("stall", (0,), text, 1))
         sleep(0.5)  # the other ranks, too, are to see that it is there
@@ -179,11 +182,16 @@ class Monitor(threading.Thread):
         """Rank 0's process is gone."""
         if not self._ends and self._depth and self._first_has_left < self._run:
             process = self._first_process
-            text = f"rank 0 ({process.host}, process {process.pid}, step {TRAINING.step}) died"
+            text = f"rank 0 ({process.host}, process {process.pid}, step {TRAINING.step}) died{_waiting_here()}"
             self._heed(Verdict("death", (0,), text, 1))
         while self._end_at is not None:
             sleep(max(0.0, self._end_at - monotonic()))
             self._watch(monotonic())
+
+
+def _waiting_here() -> str:
+    call = TRAINING.waiting_for
+    return f"; this rank waits in {Entry.of(call)}" if call else ""
 
 
 _monitor: Monitor | None = None

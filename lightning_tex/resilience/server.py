@@ -209,8 +209,8 @@ class MonitorServer(threading.Thread):
         process = self._peers[rank].process
         how = self._child_ending(process.pid)
         text = f"rank {rank} ({process.host}, process {process.pid}, step {TRAINING.step}) {how or 'died'}"
-        if "SIGABRT" in how:
-            different = different_collectives(case.answers)
+        different = different_collectives(case.answers)
+        if "SIGABRT" in how or different:
             say(f"[rank 0] {text}\n{_MISMATCH}\n{table(case.answers, self._hosts(), different)}")
             text += "".join(f"; {self._named(rank)} {reason}" for rank, reason in different)
         self._pronounce(run, case, Verdict("death", (rank,), text, self._speaker(rank)))
@@ -225,7 +225,9 @@ class MonitorServer(threading.Thread):
                 self._judge_error(run, case, cause)
             return
         silent = [self._peers[rank] for rank, where in case.answers.items() if where is None]
-        stalled = stalled_ranks(case.answers, {peer.rank: peer.process.state() for peer in silent})
+        stalled = stalled_ranks(
+            case.answers, {peer.rank: peer.process.state() for peer in silent}, case.deliberation.reported
+        )
         if not stalled and first is not None:  # all are alive and together, so its error is what there is to say
             self._judge_error(run, case, first)
             return

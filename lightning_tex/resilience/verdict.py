@@ -104,6 +104,11 @@ class Deliberation:
         """The first of all."""
         return next(iter(self._reports.values()), None)
 
+    @property
+    def reported(self) -> set[int]:
+        """The ranks that reports are of."""
+        return set(self._reports)
+
     def of_all(self) -> Verdict | None:
         """What there is to say where all ranks have raised errors of their own."""
         reports = self._reports.values()
