@@ -92,7 +92,9 @@ class Monitor(threading.Thread):
     def printed(self) -> None:
         """What ended this rank has been printed: wait until the others have been told, lest rank 0 ends before."""
         self._lines.send({"told": True})
-        self._heard.wait(ANSWER_S)
+        self._heard.wait(JUDGEMENT_S)
+        if self._rank == 0:
+            sleep(0.2)  # a connection that closes with something unread loses what was sent
 
     # --- the thread
 
