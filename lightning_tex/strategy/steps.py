@@ -15,13 +15,18 @@ from lightning_tex.data.workers import named_worker_errors
 from lightning_tex.moe import auxiliary_loss
 from lightning_tex.parallel.errors import UserRuntimeError
 from lightning_tex.parallel.flight_record import TRAINING
+from lightning_tex.strategy import agreement
 from lightning_tex.strategy.batches import agreed_loader, evaluation_loader, require_same_batch
 from lightning_tex.strategy.checkpointing import CheckpointingStrategy
+from lightning_tex.strategy.logged_names import LoggedNames
 from lightning_tex.strategy.stopping import AgreedSignals, Stopping
 from lightning_tex.strategy.uneven_evaluation import run_until_all_are_done
 
-# Steps whose batches are compared over the tensor axis, from the start of every stage.
+# Steps whose batches are compared over the tensor axis, and logged names over data, from the start of every stage.
 _COMPARED_STEPS = 3
+
+# Lightning's barrier after a checkpoint was loaded, or was not.
+_NOTHING_TO_LOAD = "_CheckpointConnector.resume_end"
 
 
 class StepStrategy(CheckpointingStrategy):
@@ -34,6 +39,7 @@ class StepStrategy(CheckpointingStrategy):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._compared: Counter[Any] = Counter()
+        self._logged_names: LoggedNames | None = None
         self._stopping: Stopping | None = None
 
     @contextmanager
@@ -45,9 +51,22 @@ class StepStrategy(CheckpointingStrategy):
         with super().run_frame(trainer), named_worker_errors(self.global_rank):
             yield
 
-    def compare_batches_again(self) -> None:
-        """Compare the first batches of every stage over tensor, as at the start."""
+    def compare_steps_again(self) -> None:
+        """Compare the first batches of every stage over tensor and logged names over data, as at the start."""
         self._compared.clear()
+        data = self.topology.data
+        self._logged_names = LoggedNames(self._agreement(data.ranks, f"logged/{data.ranks[0]}"))
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As :meth:`CheckpointingStrategy.load_checkpoint`; refuses a ``ckpt_path`` that only some ranks have."""
+        self._require_agreement(agreement.place("the loading of a checkpoint"))
+        return super().load_checkpoint(*args, **kwargs)
+
+    def barrier(self, name: str | None = None) -> None:
+        """As :meth:`MeshStrategy.barrier`; ranks that load no checkpoint meet those that do."""
+        if name == _NOTHING_TO_LOAD:
+            self._require_agreement(agreement.place("the end of set-up, with no checkpoint to load any more"))
+        super().barrier(name)
 
     def process_dataloader(self, dataloader: object) -> object:
         """Seed workers by data rank, and let training loaders end together."""
@@ -63,9 +82,9 @@ class StepStrategy(CheckpointingStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         assert self.model is not None and self.lightning_module is not None
         TRAINING.step = self.lightning_module.trainer.global_step
-        self._compare_batch(args, kwargs)
-        auxiliary_loss(self.model)  # what an aborted step left behind
-        output = super().training_step(*args, **kwargs)
+        with self._compared_step(args, kwargs):
+            auxiliary_loss(self.model)  # what an aborted step left behind
+            output = super().training_step(*args, **kwargs)
         if output is None and self.lightning_module.automatic_optimization and self.topology.world.size > 1:
             raise UserRuntimeError(
                 f"training_step returned None on rank {self.global_rank}: without a backward of its own it would leave "
@@ -88,8 +107,8 @@ class StepStrategy(CheckpointingStrategy):
             assert self._stopping is not None
             self._stopping.evaluation_boundary()
             self.continue_random_streams()
-            self._compare_batch(args, kwargs)
-            return step(*args, **kwargs)
+            with self._compared_step(args, kwargs):
+                return step(*args, **kwargs)
 
         output = compared_step()
         assert self.lightning_module is not None
@@ -97,12 +116,24 @@ class StepStrategy(CheckpointingStrategy):
         run_until_all_are_done(self.lightning_module, compared_step, loader, self.topology.world, self.root_device)
         return output
 
-    def _compare_batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        assert self.lightning_module is not None
+    @contextmanager
+    def _compared_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """One of the first steps of a stage refuses another batch over tensor, and another name logged over data."""
+        assert self.lightning_module is not None and self._logged_names is not None
         stage = self.lightning_module.trainer.state.stage
-        if self._compared[stage] < _COMPARED_STEPS and self.topology.tensor.size > 1:
-            self._compared[stage] += 1
+        compared = self._compared[stage] < _COMPARED_STEPS
+        self._compared[stage] += compared
+        if compared and self.topology.tensor.size > 1:
             require_same_batch((args, kwargs), self.topology.tensor, self.topology.world, self.root_device)
+        yield
+        if compared:
+            self._logged_names.step_ends()
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """As :meth:`MeshStrategy.reduce`; refuses names that only some ranks log."""
+        if group is None and self._logged_names is not None and self._trainer is not None:
+            self._logged_names.reduction_begins(self._trainer)
+        return super().reduce(tensor, group, reduce_op)
 
 
 def _seed_worker(worker_id: int, rank: int) -> None:

@@ -185,6 +185,8 @@ def run_to_its_end(
         if supervisor == 0:
             _become_a_session(output.fileno(), folder)
             _supervise(world, port, launcher, function, args)
+        while os.getsid(supervisor) != supervisor:
+            time.sleep(0.001)
         return _watched(supervisor, folder, within, start, meanwhile)
 
 
@@ -209,7 +211,9 @@ def run_command(
             start_new_session=True,
         )
         (folder / f"rank.{process.pid}").write_text("0")
-        return _watched(process.pid, folder, within, start, meanwhile)
+        ending = _watched(process.pid, folder, within, start, meanwhile)
+        process.wait()  # it has ended, which Popen does not know yet
+        return ending
 
 
 def _watched(

@@ -16,7 +16,7 @@ from helpers.checkpoint_runs import EPOCH, Data, Model, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_tex as tex
-from lightning_tex.saving import archive, latest, paths, writing
+from lightning_tex.saving import archive, latest, newest, paths, writing
 from lightning_tex.saving.background import Background
 from lightning_tex.saving.reading import Directory
 from lightning_tex.testing.ranks import run_ranks
@@ -193,10 +193,10 @@ def test_what_was_cut_off_between_two_names_is_found(tmp_path: Path) -> None:
     run_ranks(1, _saved_twice, str(path))
     version = path.resolve()
     path.unlink()
-    assert paths.find(path) == version
-    assert paths.latest(tmp_path) == version
-    with pytest.raises(FileNotFoundError, match=f"the newest complete checkpoint there is {version}"):
-        paths.find(tmp_path / "b.ckpt")
+    assert newest.find(path) == version
+    assert latest(tmp_path) == version
+    with pytest.raises(FileNotFoundError, match=f"the newest complete whole state there is {version}"):
+        newest.find(tmp_path / "b.ckpt")
 
 
 def _saved_twice(path: str) -> None:
