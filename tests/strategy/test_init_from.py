@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from helpers.cases import in_full, selected
-from helpers.checkpoint_runs import fit, whole_weights
+from helpers.checkpoint_runs import fit
+from helpers.trainers import gathered
 from torch import Tensor
 
 from lightning_tex.cli import main
@@ -28,7 +29,7 @@ FEW = ("split",)
 
 def _masters(run: Any, module: Any) -> dict[str, Tensor]:
     """Every element's exact value as one process would hold it: the master where there is one."""
-    return whole_weights(run, module) | {
+    return gathered(module, run) | {
         name: value
         for name, value in run.strategy.lightning_module_state_dict().items()
         if isinstance(value, Tensor) and name in dict(module.named_parameters())
