@@ -27,6 +27,7 @@ class Buffer:
     Args:
         expert: its parameters are experts', replicated over expert_data; else over data.
         partial: tensor ranks hold equal copies, whose gradients are partial sums under sequence parallelism.
+        declared_partial: they are partial sums without it, too.
         replicas: ranks that hold copies.
         owners: ranks that own a part each: replicas, or 1 under ZeRO 0.
         part: elements of one owner's part.
@@ -41,6 +42,7 @@ class Buffer:
     part: int
     used: int
     element_bytes: int
+    declared_partial: bool = False
 
     @property
     def elements(self) -> int:
@@ -95,10 +97,11 @@ class FlatBuffers:
                 frozen[expert] += elements * dtype.itemsize
                 continue
             vector = two_groups and len(parameter.shape) == 1
-            key = vector, sharding.replicas.name, sharding.repeated, dtype
+            key = vector, sharding.replicas.name, sharding.repeated, sharding.declared_partial, dtype
             partial = not parameter.shard_dims and layout.tensor > 1
+            declared = sharding.declared_partial
             kinds.setdefault(key, []).append(
-                _Member(elements, place, expert, partial, sharding.replicas.size, dtype.itemsize)
+                _Member(elements, place, expert, partial, sharding.replicas.size, dtype.itemsize, declared)
             )
         buffers, first, last = [], [], []
         same: dict[Buffer, Buffer] = {}  # blocks repeat their buffers: one object for all
@@ -106,11 +109,11 @@ class FlatBuffers:
             kinds.items(), key=lambda kind: bool(kind[0][0])
         ):  # the group of vectors is the second
             lengths = [member.elements for member in members]
-            _, _, expert, partial, replicas, element_bytes = members[0]
+            _, _, expert, partial, replicas, element_bytes, declared = members[0]
             owners = replicas if sharded else 1
             for span in bucketed(lengths, replicas):
                 part = part_length(lengths[span], owners)
-                buffer = Buffer(expert, partial, replicas, owners, part, sum(lengths[span]), element_bytes)
+                buffer = Buffer(expert, partial, replicas, owners, part, sum(lengths[span]), element_bytes, declared)
                 buffers.append(same.setdefault(buffer, buffer))
                 first.append(members[span][0].place)
                 last.append(members[span][-1].place)
@@ -131,6 +134,7 @@ class _Member(NamedTuple):
     partial: bool
     replicas: int
     element_bytes: int
+    declared_partial: bool
 
 
 @dataclass(frozen=True)
