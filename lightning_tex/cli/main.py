@@ -20,11 +20,12 @@ COMMANDS = {
     "bench": "lightning_tex.cli.bench",
     "checkpoint": "lightning_tex.cli.checkpoint",
     "verify": "lightning_tex.cli.verify",
+    "replay": "lightning_tex.cli.replay",
 }
 
 
 def main(args: ArgsType = None) -> None:
-    """Run ``lightning-tex fit|validate|test|predict|plan|verify|bench|checkpoint``.
+    """Run ``lightning-tex fit|validate|test|predict|plan|verify|bench|checkpoint|replay``.
 
     What the user can put right (a wrong option, layout or file) ends in one line per failing rank and exit code 2, as
     the parser's own errors do; everything else keeps its traceback. A rank that another one left says only that.

@@ -25,16 +25,14 @@ from lightning_tex.layers.vocab import require_both_ends
 from lightning_tex.moe import MoE
 from lightning_tex.optim import OptimizerStateConfig, OptimizerStateFormat, TiledOptimizer, ZeroStage
 from lightning_tex.parallel import initialization
-from lightning_tex.parallel.activation_checkpointing import (
-    ACTIVATION_CHECKPOINTING,
-    ActivationCheckpointing,
-    recompute_blocks,
-)
-from lightning_tex.parallel.errors import UserRuntimeError, UserValueError
+from lightning_tex.parallel.activation_checkpointing import ActivationCheckpointing, recompute_blocks, require_legal
+from lightning_tex.parallel.errors import UserRuntimeError
 from lightning_tex.parallel.hashing import stable_hash
 from lightning_tex.parallel.sharding import check_shardable, parameter_shardings, shard_module, synchronise
 from lightning_tex.parallel.topology import Communication, Layout, Topology
+from lightning_tex.resilience.spikes import SpikeRule
 from lightning_tex.strategy.batches import gather_numbers
+from lightning_tex.strategy.loss_spikes import OnSpike
 from lightning_tex.strategy.memory_check import require_memory
 from lightning_tex.strategy.precision import tex_precision
 from lightning_tex.strategy.random_state import data_rank_random_state, shared_seed
@@ -77,6 +75,10 @@ class TexMoEStrategy(StepStrategy):
             (16-mixed) that decides instead.
         background_saving: in a fit, a checkpoint directory is written beside training from a copy of the states in host
             memory; a failure is raised at the next step. False: training waits until it is written.
+        check_replicas_every_n_steps: compare what ranks hold alike, such as norms, after steps 1, 2, 4, .., then every
+            so many, and before saves; where copies differ, training ends, naming tensor, ranks, remedy. 0: never.
+        on_spike, spike_rule: at a loss far above the last ones (:class:`SpikeRule`) ``"warn"``, ``"skip"`` the step, or
+            ``"rewind"`` to the newest checkpoint's weights and states, data going on. ``None``: nothing is looked at.
         check_memory: refuse at the start a training that by its plan does not fit the GPU (``lightning-tex plan``).
 
     Raises:
@@ -109,8 +111,14 @@ class TexMoEStrategy(StepStrategy):
         max_skipped_steps: int | None = 10,
         background_saving: bool = True,
         check_memory: bool = True,
+        check_replicas_every_n_steps: int = 100,
+        on_spike: OnSpike = None,
+        spike_rule: SpikeRule | None = None,
     ) -> None:
         super().__init__(
+            check_replicas_every_n_steps=check_replicas_every_n_steps,
+            on_spike=on_spike,
+            spike_rule=spike_rule,
             distributed=save_distributed_checkpoint,
             background=background_saving,
             process_group_backend=process_group_backend,
@@ -138,18 +146,11 @@ class TexMoEStrategy(StepStrategy):
             tile_size=tile_size,
             max_skipped_steps=max_skipped_steps,
         )
-        if activation_checkpointing not in ACTIVATION_CHECKPOINTING:
-            legal = ", ".join(map(repr, ACTIVATION_CHECKPOINTING))
-            raise UserValueError(f"activation_checkpointing={activation_checkpointing!r}; legal: {legal}")
-        if activation_checkpointing is None and activation_checkpointing_policy is not None:
-            legal = ", ".join(repr(mode) for mode in ACTIVATION_CHECKPOINTING if mode is not None)
-            raise UserValueError(
-                "activation_checkpointing_policy has no effect with activation_checkpointing=None; "
-                f"legal with it: {legal}"
-            )
+        require_legal(activation_checkpointing, activation_checkpointing_policy)
         self._recompute = partial(
             recompute_blocks, mode=activation_checkpointing, policy=activation_checkpointing_policy
         )
+        self.activation_checkpointing = activation_checkpointing
         self._check_memory = check_memory
         self._topology: Topology | None = None
         self._seed = 0
