@@ -64,13 +64,12 @@ def last_line(command: list[str]) -> dict[str, Any]:
 def train(name: str, steps: int) -> None:
     """Train for a few steps; Lightning starts the other ranks by this same command."""
     from lightning_tex.bench.stopwatch import Stopwatch
-    from lightning_tex.recipe import Recipe
+    from lightning_tex.recipe import BARE_TRAINER, Recipe
 
     sizes = ["--data.init_args.global_batch_size", "8", "--trainer.gradient_clip_val", "1.0"]
     watch = Stopwatch(WARMUP, steps)
-    quiet = {"logger": False, "callbacks": [], "enable_progress_bar": False, "enable_model_summary": False}
-    length = {"max_steps": WARMUP + steps, "max_epochs": -1, "limit_val_batches": 0, "enable_checkpointing": False}
-    fit = Recipe(str(HERE / "slow_network.yaml"), sizes).instantiate(RUNS[name], {**quiet, **length})
+    length = {"max_steps": WARMUP + steps, "max_epochs": -1, "limit_val_batches": 0}
+    fit = Recipe(str(HERE / "slow_network.yaml"), sizes).instantiate(RUNS[name], {**BARE_TRAINER, **length})
     fit.trainer.callbacks = [watch]  # and nothing that writes the configuration here
     fit.trainer.fit(fit.model, fit.datamodule)
     if fit.trainer.is_global_zero:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from difflib import get_close_matches
 from functools import partial, update_wrapper
 from types import MethodType
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonargparse import Namespace
 from lightning import LightningDataModule, LightningModule
@@ -38,6 +40,37 @@ def public_path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__name__}"
 
 
+class OptionParser(LightningArgumentParser):
+    """Takes options by their whole names only, and tells of one that does not exist the nearest that does.
+
+    A class's own options are read by a parser of this kind for itself, whose message comes to the outer one.
+    """
+
+    _REFUSED = re.compile(
+        r"unrecognized arguments: --([^\s=]+)|Option '(.+)' is not accepted|Group '(.+)' does not accept option '(.+)'"
+        r"|Subcommand '.+' does not accept option '(.+)'"
+    )
+    _UNKNOWN = re.compile(r"unknown option --(\S+?)(?:; nearest: --(\S+))?$", re.MULTILINE)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        key = re.search(r'Parser key "([\w.]+)"', message)
+        prefix = f"{key[1]}." if key else ""
+        if unknown := self._UNKNOWN.search(message):
+            name, nearest = unknown.groups()
+        elif refused := self._REFUSED.search(message):
+            name = ".".join(filter(None, refused.groups()))
+            parser = getattr(ex, "subcommand_parser", self)
+            legal = [option.removeprefix("--") for option in parser._option_string_actions]
+            nearest = next(iter(get_close_matches(name, legal, 1)), None)
+        else:
+            super().error(message, ex)
+        told = f"unknown option --{prefix}{name}" + (f"; nearest: --{prefix}{nearest}" if nearest else "")
+        super().error(told, ex)
+
+
 class TexCLI(LightningCLI):
     """LightningCLI with this package's defaults.
 
@@ -51,6 +84,10 @@ class TexCLI(LightningCLI):
         # The list of all options belongs to --help: printed before every error it hides the error.
         usage = f"lightning-tex {subcommand} [--config RECIPE] [--OPTION VALUE ...]"
         return super()._prepare_subcommand_parser(klass, subcommand, usage=usage, **kwargs)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        _check_devices(self.config.get(str(self.config.get("subcommand")), self.config).trainer)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for name, default in (("model", LanguageModel), ("data", TextDataModule)):
@@ -93,6 +130,21 @@ def _name_publicly(config: Namespace) -> None:
             config[part].class_path = public_path(getattr(sys.modules[module], name))
 
 
+def _check_devices(trainer: Namespace) -> None:
+    """Refuse what is no number of devices, of which Lightning does not say what is legal.
+
+    Raises:
+        UserValueError: with what is.
+    """
+    on_cpu = trainer.accelerator == "cpu"
+    gpus = r"|-1|\d+,(\d+,?)*|\[\d+(,\d+)*\]"
+    if not re.fullmatch(r"auto|0*[1-9]\d*" + ("" if on_cpu else gpus), str(trainer.devices).replace(" ", "")):
+        also = "" if on_cpu else "; -1 for all GPUs; GPUs by their numbers, such as 0,1"
+        raise UserValueError(
+            f"--trainer.devices {trainer.devices}; legal: auto; a whole number of at least 1, such as 4{also}"
+        )
+
+
 def _configure_optimizers(module: LightningModule, optimizer: Any, scheduler: Any) -> Any:
     built = instantiate_class(module.parameters(), optimizer)
     if not scheduler:
@@ -112,10 +164,21 @@ def _default_loggers(root: str) -> list[Any]:
 
 DEFAULTS: dict[str, Any] = {
     "model_class": LightningModule,
+    "parser_class": OptionParser,
     "subclass_mode_model": True,
     "save_config_kwargs": {"overwrite": True},
     "trainer_defaults": {"strategy": TexMoEStrategy.strategy_name},
     "seed_everything_default": True,
+}
+
+
+# The Trainer's arguments, of one that writes and prints nothing.
+BARE_TRAINER: dict[str, Any] = {
+    "logger": False,
+    "callbacks": [],
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
 }
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,8 @@ from lightning_tex.optim.state_config import OptimizerStateFormat
 from lightning_tex.parallel.sharding import check_shardable, parameter_shardings, shard_module
 from lightning_tex.parallel.topology import Topology
 
-OPTIMIZERS: dict[str, dict[str, Any]] = {
+OptimizerName = Literal["AdamW", "Adam", "SGD", "Adagrad"]
+OPTIMIZERS: dict[OptimizerName, dict[str, Any]] = {
     "AdamW": {"lr": 1e-4},
     "Adam": {"lr": 1e-4},
     "SGD": {"lr": 1e-4, "momentum": 0.9},
@@ -52,7 +53,7 @@ class Workload:
     width: int
     dtype: torch.dtype
     device: torch.device
-    optimizer: str
+    optimizer: OptimizerName
     topology: Topology
 
     def module(self) -> nn.Module:

@@ -14,7 +14,7 @@ from lightning_tex.bench.combinations import Combination
 from lightning_tex.bench.stopwatch import Measured, Stopwatch
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.topology import Layout, Topology
-from lightning_tex.recipe import Recipe, quiet
+from lightning_tex.recipe import BARE_TRAINER, Recipe, quiet
 from lightning_tex.strategy import TexMoEStrategy
 
 
@@ -56,16 +56,12 @@ class CommunicationBench:
             fit = self.recipe.instantiate(
                 strategy=combination.options(tensor, expert),
                 trainer={
+                    **BARE_TRAINER,
                     "max_steps": self.warmup + self.steps,
                     "max_epochs": -1,
                     "limit_train_batches": 1.0,
                     "limit_val_batches": 0,
                     "num_sanity_val_steps": 0,
-                    "logger": False,
-                    "callbacks": [],
-                    "enable_checkpointing": False,
-                    "enable_progress_bar": False,
-                    "enable_model_summary": False,
                 },
             )
         strategy = fit.trainer.strategy

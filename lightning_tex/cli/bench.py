@@ -1,4 +1,4 @@
-"""``lightning-tex bench``: measure where it runs."""
+"""``lightning-tex bench``: measure communication, the optimizer's step or the machine, where it runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from jsonargparse.typing import PositiveFloat
 
 from lightning_tex.bench import calibrate, optimizer
-from lightning_tex.bench.candidates import Build, Workload
+from lightning_tex.bench.candidates import Build, OptimizerName, Workload
 from lightning_tex.bench.combinations import COMBINATIONS
 from lightning_tex.bench.communication import CommunicationBench
 from lightning_tex.cli.bench_tables import LEGEND, draw_steps, show_communication, show_profile, show_steps
@@ -92,7 +92,7 @@ class OptimizerOptions:
     width: Count = Count(256)
     dtype: list[Literal["float32", "bfloat16"]] = field(default_factory=lambda: ["float32", "bfloat16"])
     formats: list[OptimizerStateFormat] = field(default_factory=lambda: ["fp32"])
-    optimizer: Literal["AdamW", "Adam", "SGD", "Adagrad"] = "AdamW"
+    optimizer: OptimizerName = "AdamW"
     tile_size: Count | None = None
     tensor_parallel_size: Count = Count(1)
     expert_parallel_size: Count = Count(1)

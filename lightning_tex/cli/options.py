@@ -10,8 +10,9 @@ import inspect
 import json
 import re
 from argparse import ArgumentError
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -22,7 +23,7 @@ from jsonargparse.typing import PositiveFloat, register_type
 from lightning_tex.cli.tables import print_json
 from lightning_tex.parallel.errors import UserValueError
 
-_HELP = {"-h", "--help"}
+HELP = {"-h", "--help"}
 _MISSING = "the following arguments are required:"  # argparse's words
 
 
@@ -105,6 +106,12 @@ class Command:
             print_json(report)
         return report
 
+    def unknown(self, words: Sequence[str]) -> str:
+        """What is said of words that are none of its options, with the option nearest to the first of them."""
+        legal = [option for kind in (*self.options, _Output) for option in get_type_hints(kind)]
+        nearest = "".join(f"nearest: --{option}; " for option in get_close_matches(_name(words[0]), legal, 1))
+        return f"unknown: {' '.join(words)}; {nearest}`lightning-tex {self.name} --help` lists the options"
+
     def parse(self, words: Sequence[str]) -> tuple[list[Any], list[str]]:
         """An object of each dataclass, what is printed, and the words that are the recipe's."""
         kinds = (*self.options, _Output)
@@ -115,11 +122,14 @@ class Command:
             parser.add_class_arguments(kind, as_positional=self.takes_path)
             hints |= get_type_hints(kind)
         given, rest = _split(words, hints)
-        if _HELP & set(rest):
+        if HELP & set(rest):
             parser.parse_args(["--help"])
-        unknown = [word for word in rest if word.startswith("-") or not self.takes_path]
-        if unknown and not self.takes_recipe:
-            raise UserValueError(f"unknown: {' '.join(unknown)}; `lightning-tex {self.name} --help` lists the options")
+        if self.takes_recipe:  # whose options have dots: a word without is nearly one of these, or one of few
+            unknown = [word for word in rest if _is_nearly_one_of(word, hints)]
+        else:
+            unknown = [word for word in rest if word.startswith("-") or not self.takes_path]
+        if unknown:
+            raise UserValueError(self.unknown(unknown))
         plain = rest if self.takes_path else []
         try:
             parsed = parser.parse_args([*plain, *(_word(name, values, hints[name]) for name, values in given)])
@@ -144,7 +154,7 @@ def _split(words: Sequence[str], hints: Mapping[str, Any]) -> tuple[list[tuple[s
     while left:
         word = left.pop(0)
         flag, equals, value = word.partition("=")
-        name = flag.removeprefix("--").removesuffix("+").replace("-", "_")
+        name = _name(word)
         if not flag.startswith("--") or name not in hints:
             rest.append(word)
             continue
@@ -156,6 +166,15 @@ def _split(words: Sequence[str], hints: Mapping[str, Any]) -> tuple[list[tuple[s
             values.append(left.pop(0))
         given.append((name, [*dict(given).get(name, []), *values] if flag.endswith("+") else values))
     return given, rest
+
+
+def _name(word: str) -> str:
+    """Of an option, underscored."""
+    return word.partition("=")[0].removeprefix("--").removesuffix("+").replace("-", "_")
+
+
+def _is_nearly_one_of(word: str, names: Iterable[str]) -> bool:
+    return word.startswith("--") and "." not in word and bool(get_close_matches(_name(word), names, 1, cutoff=0.85))
 
 
 def _word(name: str, values: list[str], hint: Any) -> str:
@@ -212,7 +231,7 @@ def run_one_of(name: str, commands: Sequence[Command], words: Sequence[str]) -> 
     """
     by_name = {command.name.split()[-1]: command for command in commands}
     first = words[0] if words else ""
-    if first in _HELP:
+    if first in HELP:
         print(f"usage: lightning-tex {name} {{{','.join(by_name)}}} [--OPTION VALUE ...]\n")
         for word, command in by_name.items():
             print(f"  {word:15} {command.description.partition('. ')[0].removesuffix('.')}")

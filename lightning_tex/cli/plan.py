@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, make_dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -16,12 +18,13 @@ from lightning_tex.cli.tables import require_matplotlib
 from lightning_tex.models import DecoderConfig
 from lightning_tex.optim.state_config import OPTIMIZER_STATE_FORMATS, ZERO_STAGES, OptimizerStateFormat, ZeroStage
 from lightning_tex.parallel.activation_checkpointing import ACTIVATION_CHECKPOINTING
-from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.parallel.errors import UserFileError, UserValueError
 from lightning_tex.planner.cluster import CLUSTERS, Cluster
 from lightning_tex.planner.describe import describe_decoder
 from lightning_tex.planner.layouts import Choices, Job
 from lightning_tex.planner.search import largest_base, plan, plan_all
 
+_BENCHMARKS = Path(__file__).parents[2] / "benchmarks"  # beside the package in a clone
 _RECOMPUTE = {value or "none": value for value in ACTIVATION_CHECKPOINTING}
 # Of what neither options nor recipe say.
 _SEQUENCE_LENGTH, _PRECISION, _ACTIVATION = 2048, "bf16-mixed", "gelu"
@@ -86,7 +89,7 @@ class ChoiceOptions:
     zero_stage: list[ZeroStage] = field(default_factory=lambda: list(ZERO_STAGES))
     sequence_parallel: list[bool] = field(default_factory=lambda: [False, True])
     activation_checkpointing: list[Literal["none", "full", "communication_aware"]] = field(
-        default_factory=lambda: ["none", "full", "communication_aware"]
+        default_factory=lambda: list(_RECOMPUTE)
     )
     optimizer_state_format: list[OptimizerStateFormat] | None = None
 
@@ -133,7 +136,7 @@ def foresee(
     further options are the recipe's own, such as --trainer.num_nodes 16.
     """
     if more and wanted.config is None:
-        raise UserValueError(f"unknown: {' '.join(more)}; `lightning-tex plan --help` lists the options")
+        raise UserValueError(PLAN.unknown(more))
     require_matplotlib(shown.plot)
     if shown.reproduce_paper:
         return _paper(shown)
@@ -155,14 +158,20 @@ def main(words: Sequence[str]) -> None:
 
 
 def _paper(shown: ShowOptions) -> dict[str, Any]:
-    from lightning_tex.cli import plan_paper
-
     if shown.plot is not None:
         raise UserValueError(
             "--plot draws layouts, and --reproduce_paper has none; legal: no --plot, or "
             "benchmarks/paper_figures.py --plot"
         )
-    return plan_paper.reproduce()
+    if not (_BENCHMARKS / "paper_figures.py").is_file():
+        raise UserFileError(
+            "--reproduce_paper runs benchmarks/paper_figures.py, which is in the project's repository and not in what "
+            "is installed; legal: an installation from a clone, `pip install -e .`, or without one `python "
+            "benchmarks/paper_figures.py` in a clone"
+        )
+    sys.path.insert(0, str(_BENCHMARKS))  # as if that script were run
+    report: dict[str, Any] = import_module("paper_figures").reproduce()
+    return report
 
 
 def _plan(

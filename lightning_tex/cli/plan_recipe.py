@@ -127,19 +127,19 @@ def own_candidate(job: Job, own: dict[str, Any]) -> Candidate | None:
     if accumulation is None:
         return None
     sizes = "tensor_parallel_size", "expert_parallel_size", "expert_tensor_parallel_size", "duplicate_token_dropping"
-    given = {name: own[name] for name in sizes if name in own}
     try:
-        layout = Layout.resolve(job.world, **given, num_experts=job.model.experts)
+        layout = Layout.resolve(job.world, **_given(own, *sizes), num_experts=job.model.experts)
         job.model.check(layout)
     except ValueError:
         return None
     micro_batch = job.global_batch_size // (accumulation * layout.data)
     if micro_batch * accumulation * layout.data != job.global_batch_size:
         return None
-    how = Communication(
-        own.get("duplicate_token_dropping", True), sequence_parallel=own.get("sequence_parallel", False)
-    )
-    return Candidate(
-        layout, micro_batch, accumulation, own.get("zero_stage", 1), own.get("activation_checkpointing"),
-        own.get("optimizer_state_format", "fp32"), how,
-    )  # fmt: skip
+    communication = Communication(**_given(own, "duplicate_token_dropping", "sequence_parallel"))
+    options = _given(own, "zero_stage", "activation_checkpointing", "optimizer_state_format")
+    return Candidate(layout, micro_batch, accumulation, communication=communication, **options)
+
+
+def _given(own: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """Of these arguments those that are given; the others have their defaults."""
+    return {name: own[name] for name in names if name in own}

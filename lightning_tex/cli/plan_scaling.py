@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightning_tex.cli.plan_tables import row
-from lightning_tex.cli.tables import console, figure, save, seconds, stack, table
+from lightning_tex.cli.plan_tables import row, waiting_seconds
+from lightning_tex.cli.tables import console, figure, parts_in, save, seconds, stack, table
 from lightning_tex.planner import scaling
 from lightning_tex.planner.cluster import GIB, Cluster
 from lightning_tex.planner.layouts import Choices, Job
@@ -56,12 +56,11 @@ def show(found: Mapping[str, Any]) -> None:
         headings = ("t x e x et", "ZeRO, micro", "memory", "sent", "step", "waiting", "tokens/s of a rank", "MFU")
         listed = table(name, *headings)
         for p in points:
-            waiting = sum(t for part, t in p["step_seconds_by_part"].items() if " over " in part or "hidden" in part)
             axes = " x ".join(str(p[f"{axis}_parallel_size"]) for axis in ("tensor", "expert", "expert_tensor"))
             listed.add_row(
                 str(p["at"]), axes, f"{p['zero_stage']}, {p['micro_batch']}",
                 size(p["peak_bytes"]) + ("" if p["fits"] else " !"), size(sum(p["sent_bytes_by_axis"].values())),
-                seconds(p["step_seconds"]), f"{100 * waiting / p['step_seconds']:.0f} %",
+                seconds(p["step_seconds"]), f"{100 * waiting_seconds(p) / p['step_seconds']:.0f} %",
                 f"{p['tokens_per_second_of_a_rank']:,.0f}", f"{100 * p['mfu']:.1f} %",
             )  # fmt: skip
         out.print(listed)
@@ -86,8 +85,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
         points = [p for p in found["series"][name] if p["fits"] or name != "width"]
         labels = [f"{name} {p['at']}" for p in points]
         for panel, (key, unit, label) in zip(panels, columns, strict=True):
-            every = [p[key] for n in names for p in found["series"][n]]
-            parts = list(dict.fromkeys(part for each in every for part, value in each.items() if value))
+            parts = parts_in(p[key] for n in names for p in found["series"][n])
             stack(panel, labels, [p[key] for p in points], parts, unit)
             panel.invert_yaxis()
             panel.set_xlabel(label)

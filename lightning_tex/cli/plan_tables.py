@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lightning_tex.cli.tables import console, figure, save, seconds, stack, table
+from lightning_tex.cli.tables import console, figure, parts_in, save, seconds, stack, table
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.planner.cluster import GIB, Cluster
 from lightning_tex.planner.describe import describe_decoder
@@ -124,8 +124,12 @@ def show(found: Mapping[str, Any], rows: int) -> None:
     out.print(found["flops"])
 
 
+def waiting_seconds(planned: Mapping[str, Any]) -> float:
+    """Of a layout's step: what its computation waits for others."""
+    return sum(t for part, t in planned["step_seconds_by_part"].items() if " over " in part or "hidden" in part)
+
+
 def _cells(each: Mapping[str, Any]) -> list[str]:
-    communication = sum(t for part, t in each["step_seconds_by_part"].items() if " over " in part or "hidden" in part)
     recompute = {None: "no", "communication_aware": "comm.-aware"}.get(each["activation_checkpointing"], "full")
     return [
         str(each["tensor_parallel_size"]),
@@ -138,7 +142,7 @@ def _cells(each: Mapping[str, Any]) -> list[str]:
         str(each["micro_batch"]),
         size(each["peak_bytes"]) + ("" if each["fits"] else " !"),
         seconds(each["step_seconds"]),
-        seconds(communication),
+        seconds(waiting_seconds(each)),
         f"{each['tokens_per_second']:,.0f}",
         f"{100 * each['mfu']:.1f} %",
     ]
@@ -209,8 +213,8 @@ def draw(found: Mapping[str, Any], path: Path, rows: int) -> None:
         (memory, "memory_bytes", GIB, "GiB of a rank; dashed: what tensors can use"),
         (time, "step_seconds_by_part", 1, "seconds of a step"),
     ):
-        parts = list(dict.fromkeys(part for each in shown for part, value in each[key].items() if value))
-        stack(axes, names, [each[key] for each in shown], parts, unit)
+        rows_drawn = [each[key] for each in shown]
+        stack(axes, names, rows_drawn, parts_in(rows_drawn), unit)
         axes.set_xlabel(label)
         axes.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
     memory.invert_yaxis()

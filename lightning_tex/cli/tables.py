@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -79,6 +79,11 @@ def figure(width: float, height: float) -> Figure:
 def save(drawn: Figure, path: Path, dpi: int = 120) -> None:
     """Write a figure, in the format that the file's name says."""
     drawn.savefig(path, dpi=dpi)
+
+
+def parts_in(rows: Iterable[Mapping[str, float]]) -> list[str]:
+    """The parts that some row has any of, in their order."""
+    return list(dict.fromkeys(part for row in rows for part, value in row.items() if value))
 
 
 def stack(

@@ -14,7 +14,7 @@ from lightning_tex.cli.options import Command, Count
 from lightning_tex.cli.plan_recipe import read_recipe
 from lightning_tex.cli.tables import console, table
 from lightning_tex.parallel.errors import UserValueError
-from lightning_tex.recipe import Recipe, quiet
+from lightning_tex.recipe import BARE_TRAINER, Recipe, quiet
 from lightning_tex.strategy import TexMoEStrategy
 from lightning_tex.testing import Verdict, compare_layouts
 from lightning_tex.testing.runs import sgd
@@ -150,14 +150,12 @@ _ONE_RANK: dict[str, Any] = {
 }
 # A Trainer that is made and not run: only the model and the data are wanted.
 _ALONE: dict[str, Any] = {
+    **BARE_TRAINER,
     "accelerator": "cpu",
     "devices": 1,
     "num_nodes": 1,
     "precision": "32-true",
-    "logger": False,
-    "callbacks": [],
     "plugins": None,
-    "enable_checkpointing": False,
 }
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_tex.moe.expert_axes import ExpertAxes
 from lightning_tex.moe.permute import pick
 from lightning_tex.parallel.collectives import all_gather, all_to_all, own_slice
+from lightning_tex.parallel.flight_record import TRAINING
 from lightning_tex.parallel.replay import replayable
 
 # t own tokens, k choices per token, E experts, e experts held here, P = E/e ranks on the expert axis, C capacity,
@@ -105,11 +106,12 @@ class DroplessExchange(Exchange):
 class _ToExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange = exchange
+        ctx.exchange, ctx.layer = exchange, TRAINING.layer
         return replayable("exchange to experts", x, lambda: exchange.to_experts(x, exchange.slot.shape[1]))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        TRAINING.layer = ctx.layer
         rows = ctx.exchange.from_experts(grad)
         top_k = ctx.exchange.slot.shape[1]
         return rows if top_k == 1 else rows.unflatten(0, (-1, top_k)).sum(1), None
@@ -118,11 +120,12 @@ class _ToExperts(torch.autograd.Function):
 class _FromExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange = exchange
+        ctx.exchange, ctx.layer = exchange, TRAINING.layer
         return replayable("exchange from experts", y, lambda: exchange.from_experts(y))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        TRAINING.layer = ctx.layer
         return ctx.exchange.to_experts(grad, 1), None
 
 

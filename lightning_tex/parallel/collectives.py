@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_tex.parallel import in_place_collectives
+from lightning_tex.parallel.flight_record import TRAINING
 from lightning_tex.parallel.replay import count_sent, replayable
 from lightning_tex.parallel.topology import Axis
 
@@ -31,7 +32,9 @@ def all_reduce(x: Tensor, axis: Axis, op: str = "sum", operation: str = "all_red
 
     def run() -> Tensor:
         out = x.clone(memory_format=torch.contiguous_format)
+        TRAINING.enter("all_reduce", axis, x)
         dist.all_reduce(out, op=getattr(dist.ReduceOp, op.upper()), group=axis.group)
+        TRAINING.leave()
         count_sent(operation, axis, 2 * (axis.size - 1) * x.nbytes)
         return out
 
@@ -45,7 +48,9 @@ def broadcast(x: Tensor, axis: Axis) -> Tensor:
 
     def run() -> Tensor:
         out = x.clone(memory_format=torch.contiguous_format)
+        TRAINING.enter("broadcast", axis, x)
         dist.broadcast(out, src=axis.ranks[0], group=axis.group)
+        TRAINING.leave()
         count_sent("broadcast", axis, (axis.size - 1) * x.nbytes)
         return out
 
@@ -67,7 +72,9 @@ def all_gather(
         along = dim % x.dim()
         padded = (x if sizes is None else _padded(x, along, max(sizes))).contiguous()
         parts = padded.new_empty((axis.size, *padded.shape))
+        TRAINING.enter("all_gather", axis, padded)
         in_place_collectives.all_gather_single(parts.flatten(0, 1), padded, group=axis.group)
+        TRAINING.leave()
         count_sent(operation, axis, (axis.size - 1) * parts.nbytes)
         if sizes is not None and min(sizes) < max(sizes):
             return torch.cat([part.narrow(along, 0, n) for part, n in zip(parts, sizes, strict=True)], along)
@@ -92,7 +99,9 @@ def reduce_scatter(x: Tensor, dim: int, axis: Axis, sizes: Sequence[int] | None 
         else:
             parts = x.unflatten(along, (axis.size, x.shape[along] // axis.size)).movedim(along, 0).contiguous()
         out = parts.new_empty(parts.shape[1:])
+        TRAINING.enter("reduce_scatter", axis, parts)
         in_place_collectives.reduce_scatter_single(out, parts.flatten(0, 1), group=axis.group)
+        TRAINING.leave()
         count_sent("reduce_scatter", axis, (axis.size - 1) * parts.nbytes)
         return out if sizes is None else out.narrow(along, 0, sizes[axis.rank])
 
@@ -130,7 +139,9 @@ def all_to_all(
         rows = x.shape[0] if received is None else sum(received)
         out = x.new_empty((rows, *x.shape[1:]))
         to_here, from_here = (None if counts is None else list(counts) for counts in (received, sent))
+        TRAINING.enter("all_to_all", axis, x)
         dist.all_to_all_single(out, x.contiguous(), to_here, from_here, group=axis.group)
+        TRAINING.leave()
         own = x.shape[0] // axis.size if sent is None else sent[axis.rank]
         row_bytes = x[:1].numel() * x.element_size() if x.shape[0] else 0
         count_sent(operation, axis, axis.size * (x.shape[0] - own) * row_bytes)
@@ -145,11 +156,13 @@ def all_to_all(
 class _Enter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.layer = TRAINING.layer
         ctx.axis = axis
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        TRAINING.layer = ctx.layer
         return all_reduce(grad, ctx.axis), None
 
 
@@ -177,22 +190,26 @@ class _SumOver(torch.autograd.Function):
 class _EnterSplit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, axis: Axis) -> Tensor:
+        ctx.layer = TRAINING.layer
         ctx.arguments = dim, axis
         return all_gather(x, dim, axis)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        TRAINING.layer = ctx.layer
         return reduce_scatter(grad, *ctx.arguments), None, None
 
 
 class _ReduceSplit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, axis: Axis) -> Tensor:
+        ctx.layer = TRAINING.layer
         ctx.arguments = dim, axis
         return reduce_scatter(x, dim, axis)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        TRAINING.layer = ctx.layer
         return all_gather(grad, *ctx.arguments), None, None
 
 
@@ -210,11 +227,13 @@ class _Gather(torch.autograd.Function):
 class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, sizes: tuple[int, ...] | None, axis: Axis) -> Tensor:
+        ctx.layer = TRAINING.layer
         ctx.arguments = dim, axis, sizes
         return own_slice(x, dim, axis, sizes).contiguous()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        TRAINING.layer = ctx.layer
         return all_gather(grad, *ctx.arguments), None, None, None
 
 

@@ -7,6 +7,8 @@ any other exception is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+import torch.distributed as dist
+
 
 class UserError(Exception):
     """What is wrong, with the option, the numbers, and what is legal."""
@@ -35,3 +37,17 @@ def left_by_another_rank(error: Exception) -> bool:
     """
     text = str(error)
     return isinstance(error, RuntimeError) and ("losed by peer" in text or "reset by peer" in text)
+
+
+def is_consequence(error: BaseException) -> bool:
+    """Whether an error, or one it came from, only says that other ranks have gone or do not answer."""
+    seen: BaseException | None = error
+    while seen is not None:
+        text = str(seen)
+        network = isinstance(seen, dist.DistNetworkError | dist.DistStoreError | dist.DistBackendError)
+        if network or (isinstance(seen, Exception) and left_by_another_rank(seen)) or "gloo/transport" in text:
+            return True
+        if isinstance(seen, UserRuntimeError) and "another rank has gone" in text:
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False

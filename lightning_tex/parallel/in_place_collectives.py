@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_tex.parallel.device import device_type
+from lightning_tex.parallel.flight_record import TRAINING
 from lightning_tex.parallel.replay import count_sent
 from lightning_tex.parallel.topology import Axis
 
@@ -47,6 +48,18 @@ class _SummedOnArrival(NamedTuple):
         torch.sum(self.parts, 0, out=self.out)
 
 
+class _Recorded(NamedTuple):
+    """A collective whose waiting is in the flight record."""
+
+    under_way: Started
+    entry: tuple[Any, ...]
+
+    def wait(self) -> None:
+        TRAINING.wait(self.entry)
+        self.under_way.wait()
+        TRAINING.leave()
+
+
 def reduce_scatter_single(out: Tensor, x: Tensor, group: dist.ProcessGroup | None, async_op: bool = False) -> Any:
     """Torch's own, or what costs less of the same."""
     if device_type(x) != "cpu":
@@ -63,7 +76,9 @@ def gather_in_place(buffer: Tensor, axis: Axis) -> Started:
     if axis.size == 1:
         return _DONE
     count_sent("all_gather", axis, (axis.size - 1) * buffer.nbytes)
-    return all_gather_single(buffer, own_part(buffer, axis), group=axis.group, async_op=True)
+    part = own_part(buffer, axis)
+    entry = TRAINING.begin("all_gather", axis, part)
+    return _Recorded(all_gather_single(buffer, part, group=axis.group, async_op=True), entry)
 
 
 def reduce_scatter_in_place(buffer: Tensor, axis: Axis) -> Started:
@@ -74,7 +89,8 @@ def reduce_scatter_in_place(buffer: Tensor, axis: Axis) -> Started:
     if axis.size == 1:
         return _DONE
     count_sent("reduce_scatter", axis, (axis.size - 1) * buffer.nbytes)
-    return reduce_scatter_single(own_part(buffer, axis), buffer, group=axis.group, async_op=True)
+    entry = TRAINING.begin("reduce_scatter", axis, buffer)
+    return _Recorded(reduce_scatter_single(own_part(buffer, axis), buffer, group=axis.group, async_op=True), entry)
 
 
 def sum_in_place(x: Tensor, axis: Axis) -> Started:
@@ -82,7 +98,8 @@ def sum_in_place(x: Tensor, axis: Axis) -> Started:
     if axis.size == 1:
         return _DONE
     count_sent("all_reduce", axis, 2 * (axis.size - 1) * x.nbytes)
-    return dist.all_reduce(x, group=axis.group, async_op=True)
+    entry = TRAINING.begin("all_reduce", axis, x)
+    return _Recorded(dist.all_reduce(x, group=axis.group, async_op=True), entry)
 
 
 def own_part(buffer: Tensor, axis: Axis) -> Tensor:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from lightning_tex.parallel.byte_meter import ByteMeter
 from lightning_tex.parallel.errors import UserValueError
@@ -246,6 +249,7 @@ class Topology:
         device_type: str,
         mesh: DeviceMesh | None = None,
         communication: Communication | None = None,
+        timeout: timedelta | None = None,
     ) -> Topology:
         """Make the process groups of a layout. Collective: every rank of the world calls it.
 
@@ -254,10 +258,11 @@ class Topology:
             device_type: ``"cpu"`` or ``"cuda"``.
             mesh: the (data, tensor) mesh if it exists already; the expert mesh is built beside it.
             communication: what is done to communicate less; ``None``: the defaults.
+            timeout: of collectives; ``None``: torch's.
         """
-        mesh = mesh or build_mesh(layout, device_type)
+        mesh = mesh or build_mesh(layout, device_type, timeout)
         ranks = torch.arange(layout.world).view(layout.expert_data, layout.expert, layout.expert_tensor)
-        expert_mesh = DeviceMesh(device_type, ranks, mesh_dim_names=("expert_data", "expert", "expert_tensor"))
+        expert_mesh = _mesh(device_type, ranks, ("expert_data", "expert", "expert_tensor"), timeout)
         rank = dist.get_rank()
         meter = ByteMeter()
 
@@ -281,10 +286,24 @@ class Topology:
         )
 
 
-def build_mesh(layout: Layout, device_type: str) -> DeviceMesh:
-    """The (data, tensor) mesh of a layout. Collective over the world."""
+def build_mesh(layout: Layout, device_type: str, timeout: timedelta | None = None) -> DeviceMesh:
+    """The (data, tensor) mesh of a layout. Collective over the world.
+
+    Args:
+        layout: the checked sizes.
+        device_type: ``"cpu"`` or ``"cuda"``.
+        timeout: of collectives; ``None``: torch's.
+    """
     ranks = torch.arange(layout.world).view(layout.data, layout.tensor)
-    return DeviceMesh(device_type, ranks, mesh_dim_names=("data", "tensor"))
+    return _mesh(device_type, ranks, ("data", "tensor"), timeout)
+
+
+def _mesh(device_type: str, ranks: Tensor, names: tuple[str, ...], timeout: timedelta | None) -> DeviceMesh:
+    mesh = DeviceMesh(device_type, ranks, mesh_dim_names=names)
+    if timeout is not None and dist.get_backend() != "fake":
+        for group in mesh.get_all_groups():  # which no argument of a mesh reaches
+            _set_pg_timeout(timeout, group)
+    return mesh
 
 
 def divisors(n: int) -> list[int]:

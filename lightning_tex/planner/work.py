@@ -257,8 +257,3 @@ def _multiplications(layer: Layer, length: int) -> int:
         case ColumnLinear() | RowLinear() | Linear():
             return layer.in_features * layer.out_features
     return 0
-
-
-def paper_flops(batch: float, length: float, layers: float, width: float, vocabulary: float) -> float:
-    """F = 96 B s l h^2 (1 + s/6h + V/16lh): FLOPs of a batch with full recomputation (the paper, after Megatron-LM)."""
-    return 96 * batch * length * layers * width**2 * (1 + length / (6 * width) + vocabulary / (16 * layers * width))

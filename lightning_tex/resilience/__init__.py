@@ -1,1 +1,8 @@
-"""What keeps a run trustworthy: ranks that agree, signals that lose nothing, failures that are named."""
+"""What keeps a run of many processes honest: ranks that agree, signals that lose nothing, failures that are named.
+
+Knows no Lightning.
+"""
+
+from lightning_tex.resilience.signals import exit_code
+
+__all__ = ["exit_code"]

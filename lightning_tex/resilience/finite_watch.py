@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_tex.parallel.flight_record import TRAINING
 from lightning_tex.parallel.replay import recomputing
 from lightning_tex.parallel.topology import Axis
 
@@ -126,5 +127,6 @@ def of_all_ranks(value: Any, world: Axis) -> list[Any]:
     if world.size == 1:
         return [value]
     values = [None] * world.size
-    dist.all_gather_object(values, value, group=world.group)
+    with TRAINING.inside("all_gather of an object", world):
+        dist.all_gather_object(values, value, group=world.group)
     return values

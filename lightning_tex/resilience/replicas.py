@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_tex.parallel import collectives
 from lightning_tex.parallel.errors import UserRuntimeError
+from lightning_tex.parallel.flight_record import TRAINING
 from lightning_tex.parallel.hashing import scrambled
 from lightning_tex.parallel.topology import Axis, Topology
 
@@ -129,10 +130,12 @@ def differing(replicas: Sequence[Replica], topology: Topology) -> list[int]:
         indices = torch.tensor(places, device=digests.device)
         own = digests[indices]
         extremes = torch.cat([own, ~own])  # the largest, and the complement of the smallest
-        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=axis.group)
+        with TRAINING.inside("all_reduce", axis, extremes):
+            dist.all_reduce(extremes, dist.ReduceOp.MAX, group=axis.group)
         largest, smallest = extremes.split(len(places))
         differ[indices] |= (largest != ~smallest).long()
-    dist.all_reduce(differ, dist.ReduceOp.MAX, group=topology.world.group)
+    with TRAINING.inside("all_reduce", topology.world, differ):
+        dist.all_reduce(differ, dist.ReduceOp.MAX, group=topology.world.group)
     return [place for place, found in enumerate(differ.tolist()) if found]
 
 

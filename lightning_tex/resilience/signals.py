@@ -13,6 +13,9 @@ from typing import Any
 # A launcher may pass on what its processes got from the terminal already: the same signal so soon is one.
 _ONE_GESTURE = 0.05  # s
 
+# Set by who starts runs again: there Ctrl-C and a failure need different exit codes.
+SUPERVISED = "LIGHTNING_TEX_SUPERVISED"
+
 # A third signal of one process ends it without waiting.
 _AT_ONCE = 3
 
@@ -84,3 +87,8 @@ class StopSignals:
     def _say(self, text: str) -> None:
         # Not through a buffer: the signal may have come in the middle of another write to it.
         os.write(2, f"{self._name} {text}\n".encode())
+
+
+def exit_code(number: int) -> int:
+    """Of a run that a signal stopped: 1 after Ctrl-C, as Lightning's, else 128 and the number, as a shell's."""
+    return 1 if number == signal.SIGINT and SUPERVISED not in os.environ else 128 + number

@@ -12,6 +12,7 @@ from lightning_tex.optim import TiledOptimizer
 from lightning_tex.optim.formats import MASTER, SavedState
 from lightning_tex.optim.shard import Piece
 from lightning_tex.parallel import collectives
+from lightning_tex.parallel.flight_record import TRAINING
 from lightning_tex.parallel.sharding import ParameterSharding
 from lightning_tex.parallel.topology import Topology
 from lightning_tex.saving.model_state import shardings_by_identity, state_dict_tensors
@@ -85,7 +86,8 @@ def _agreed_keys(optimizer: TiledOptimizer, topology: Topology) -> dict[str, dic
     every: list[Any] = [own]
     if topology.world.size > 1:
         every = [None] * topology.world.size
-        dist.all_gather_object(every, own)
+        with TRAINING.inside("all_gather of an object", topology.world):
+            dist.all_gather_object(every, own)
     agreed: dict[str, dict[str, Any]] = {}
     for kept in every:
         for name, kinds in kept.items():

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_tex.parallel.extent import Extent
+from lightning_tex.parallel.flight_record import TRAINING
 from lightning_tex.parallel.topology import Axis
 from lightning_tex.saving import paths
 from lightning_tex.saving.archive import read_elements
@@ -148,7 +149,8 @@ def _agreed(problems: list[str], world: Axis) -> list[str]:
     if world.size == 1:
         return problems
     every: list[list[str]] = [[]] * world.size
-    dist.all_gather_object(every, problems, group=world.group)
+    with TRAINING.inside("all_gather of an object", world):
+        dist.all_gather_object(every, problems, group=world.group)
     return list(dict.fromkeys(problem for own in every for problem in own))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from lightning_tex.parallel.errors import UserRuntimeError
+from lightning_tex.parallel.flight_record import SAVING
 from lightning_tex.parallel.topology import Axis
 
 
@@ -18,10 +19,10 @@ class SideGroup:
 
     Args:
         world: all ranks.
-        timeout: how long a rank may take to write its files.
+        timeout: how long the others may wait for a rank that writes its files.
     """
 
-    def __init__(self, world: Axis, timeout: timedelta = timedelta(hours=2)) -> None:
+    def __init__(self, world: Axis, timeout: timedelta) -> None:
         self._world = world
         self._group = dist.new_group(backend="gloo", timeout=timeout) if world.size > 1 else None
 
@@ -35,7 +36,9 @@ class SideGroup:
             return [value]
         values: list[Any] | None = [None] * self._world.size if self._world.rank == 0 else None
         with self._closed_on_error() as group:
+            SAVING.enter("gather of an object", self._world)
             dist.gather_object(value, values, dst=0, group=group)
+            SAVING.leave()
         return values
 
     def broadcast(self, value: Any) -> Any:
@@ -48,7 +51,9 @@ class SideGroup:
             return value
         values = [value]
         with self._closed_on_error() as group:
+            SAVING.enter("broadcast of an object", self._world)
             dist.broadcast_object_list(values, src=0, group=group)
+            SAVING.leave()
         return values[0]
 
     @contextmanager

@@ -120,7 +120,7 @@ class CheckpointingStrategy(MeshStrategy):
         if save is None:
             return
         if self._side_group is None:
-            self._side_group = SideGroup(self.topology.world)
+            self._side_group = SideGroup(self.topology.world, self.group_timeout)
         group = self._side_group
         self._after_saves(lambda: save.finish(group))
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning import Trainer
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.utilities.distributed import (
     _get_default_process_group_backend_for_device,
     _init_dist_connection,
@@ -24,9 +25,17 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 from torch.distributed.device_mesh import DeviceMesh
 
+from lightning_tex.parallel.flight_record import EVERY_RANK, TRAINING
 from lightning_tex.parallel.initialization import has_values
-from lightning_tex.parallel.topology import Layout, build_mesh
+from lightning_tex.parallel.topology import Axis, Layout, build_mesh
+from lightning_tex.resilience.elastic import store_of_this_attempt
+from lightning_tex.resilience.nccl import record_flights
+from lightning_tex.strategy.guarded_run import GuardedRun
 from lightning_tex.strategy.launcher import RankLauncher
+
+# By how much longer process groups wait than the watchdog, which says more than they do. NCCL's aborts the process.
+_MARGIN = {"nccl": timedelta(seconds=60)}
+_USUAL_MARGIN = timedelta(seconds=3)
 
 
 class MeshStrategy(ParallelStrategy):
@@ -34,14 +43,15 @@ class MeshStrategy(ParallelStrategy):
 
     Args:
         process_group_backend: ``None``: nccl on GPUs, gloo on CPUs.
-        timeout: of collectives.
+        timeout: after which a collective that has not returned is a stall, which ends the run; ``None``: 30 minutes.
         arguments: Lightning's own.
     """
 
     def __init__(self, process_group_backend: str | None, timeout: timedelta | None, **lightning_options: Any) -> None:
         super().__init__(**lightning_options)
         self._process_group_backend = process_group_backend
-        self.timeout = timeout
+        self.timeout = timeout or default_pg_timeout
+        self._guarded_run = GuardedRun()
         self._mesh: DeviceMesh | None = None
         self.num_nodes = 1
 
@@ -87,10 +97,9 @@ class MeshStrategy(ParallelStrategy):
         launcher.require_script(type(self).__name__)
         self._launcher = launcher
 
-    @contextmanager
-    def run_frame(self, trainer: Trainer) -> Iterator[None]:
+    def run_frame(self, trainer: Trainer) -> AbstractContextManager[None]:
         """The context of a whole run on this rank, from before set-up until the last error has passed."""
-        yield
+        return self._guarded_run.frame(trainer)
 
     def setup_environment(self) -> None:
         super().setup_environment()
@@ -103,13 +112,31 @@ class MeshStrategy(ParallelStrategy):
         layout = self.resolve_layout()
         backend = self._process_group_backend or _get_default_process_group_backend_for_device(self.root_device)
         self._process_group_backend = backend
-        assert self.cluster_environment is not None
+        assert self.cluster_environment is not None and self.lightning_module is not None
+        if "nccl" in backend:
+            record_flights(Path(self.lightning_module.trainer.default_root_dir))
         device_id = self.root_device if self.root_device.type == "cuda" else None
-        _init_dist_connection(self.cluster_environment, backend, timeout=self.timeout, device_id=device_id)
+        store = store_of_this_attempt(self.timeout)
+        options: dict[str, Any] = {"device_id": device_id, "timeout": self.group_timeout}
+        if store is not None:
+            options["store"] = store
+        _init_dist_connection(self.cluster_environment, backend, **options)
+        assert isinstance(self._launcher, RankLauncher)
+        self._guarded_run.connect(
+            self.cluster_environment.main_address, self._launcher.child_ending, self.timeout, self._device_waits
+        )
         if self._mesh is None:
-            self._mesh = build_mesh(layout, self.root_device.type)
-        assert self.lightning_module is not None
+            self._mesh = build_mesh(layout, self.root_device.type, self.group_timeout)
         self.lightning_module._device_mesh = self._mesh
+
+    @property
+    def group_timeout(self) -> timedelta:
+        """Of process groups: later than the watchdog's."""
+        return self.timeout + _MARGIN.get(self._process_group_backend or "", _USUAL_MARGIN)
+
+    def _device_waits(self) -> bool:
+        """Whether the GPU has work left; asked only when nothing has happened for a long time."""
+        return self.root_device.type == "cuda" and not torch.cuda.default_stream(self.root_device).query()
 
     def teardown(self) -> None:
         module = self._lightning_module
@@ -118,18 +145,22 @@ class MeshStrategy(ParallelStrategy):
             self._lightning_module = None
         super().teardown()
         self._lightning_module = module
+        self._guarded_run.leave()
 
     # --- communication for Lightning
 
     def barrier(self, name: str | None = None) -> None:
         if dist.is_initialized():
-            dist.barrier(device_ids=[self.root_device.index] if dist.get_backend() == "nccl" else None)
+            devices = [self.root_device.index] if dist.get_backend() == "nccl" else None
+            with TRAINING.inside("barrier", EVERY_RANK):
+                dist.barrier(device_ids=devices)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         if not dist.is_initialized():
             return obj
         objects = [obj]
-        dist.broadcast_object_list(objects, src)
+        with TRAINING.inside("broadcast of an object", EVERY_RANK):
+            dist.broadcast_object_list(objects, src)
         return objects[0]
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
@@ -142,17 +173,23 @@ class MeshStrategy(ParallelStrategy):
         group = group or self._data_group()
         mean = reduce_op in ("mean", "avg")
         op = reduce_op if isinstance(reduce_op, ReduceOp) else getattr(ReduceOp, "SUM" if mean else reduce_op.upper())
+        axis = Axis(
+            "data" if group is self._data_group() else "world", ranks=tuple(dist.get_process_group_ranks(group))
+        )
         if not mean:
-            dist.all_reduce(tensor, op=op, group=group)
+            with TRAINING.inside("all_reduce", axis, tensor):
+                dist.all_reduce(tensor, op=op, group=group)
             return tensor
         if not tensor.is_floating_point():  # a mean of counts, such as Lightning's batch sizes, is no whole number
             tensor = tensor.to(torch.get_default_dtype())
-        dist.all_reduce(tensor, op=op, group=group)
+        with TRAINING.inside("all_reduce", axis, tensor):
+            dist.all_reduce(tensor, op=op, group=group)
         return tensor.div_(dist.get_world_size(group))
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         """Gather over the data axis: [..] -> [data, ..]."""
-        return super().all_gather(tensor, group or self._data_group(), sync_grads)
+        with TRAINING.inside("all_gather", EVERY_RANK):
+            return super().all_gather(tensor, group or self._data_group(), sync_grads)
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         votes = self.reduce(torch.tensor(int(decision), device=self.root_device), dist.group.WORLD, "sum")

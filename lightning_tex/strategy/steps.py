@@ -13,6 +13,7 @@ from lightning.fabric.utilities.seed import pl_worker_init_function
 
 from lightning_tex.moe import auxiliary_loss
 from lightning_tex.parallel.errors import UserRuntimeError
+from lightning_tex.parallel.flight_record import TRAINING
 from lightning_tex.resilience.spikes import SpikeRule
 from lightning_tex.strategy.batches import agreed_loader, evaluation_loader, require_same_batch
 from lightning_tex.strategy.checkpointing import CheckpointingStrategy
@@ -96,13 +97,13 @@ class StepStrategy(CheckpointingStrategy):
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        assert self.model is not None
+        assert self.model is not None and self.lightning_module is not None
+        TRAINING.step = self.lightning_module.trainer.global_step
         self._compare_batch(args, kwargs)
         self.continue_random_streams()
         self.skipped_steps.batch_begins(args[0])
         auxiliary_loss(self.model)  # what an aborted step left behind
         output = super().training_step(*args, **kwargs)
-        assert self.lightning_module is not None
         if output is None and self.lightning_module.automatic_optimization and self.topology.world.size > 1:
             raise UserRuntimeError(
                 f"training_step returned None on rank {self.global_rank}: without a backward of its own it would leave "

@@ -23,7 +23,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lightning_tex.resilience.signals import StopSignals
+from lightning_tex.resilience.signals import StopSignals, exit_code
 from lightning_tex.resilience.vote import Vote
 from lightning_tex.saving.random_streams import random_streams, restore_random_streams
 
@@ -40,14 +40,12 @@ _BEFORE_THE_END = 30.0  # s
 class StoppedTogether(SIGTERMException):
     """All ranks stop here, as one of them was asked to; nothing went wrong.
 
-    The exit code is 1 after Ctrl-C, as Lightning's, and else 128 and the signal's number, as a shell's.
-
     Args:
         number: of the signal.
     """
 
     def __init__(self, number: int) -> None:
-        super().__init__(1 if number == signal.SIGINT else 128 + number)
+        super().__init__(exit_code(number))
 
 
 class Stopping:

@@ -18,6 +18,7 @@ from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -27,8 +28,10 @@ from lightning_tex.optim import OptimizerStateConfig, OptimizerStateFormat, Tile
 from lightning_tex.parallel import initialization
 from lightning_tex.parallel.activation_checkpointing import ActivationCheckpointing, recompute_blocks, require_legal
 from lightning_tex.parallel.errors import UserRuntimeError
+from lightning_tex.parallel.flight_record import name_layers
 from lightning_tex.parallel.hashing import stable_hash
-from lightning_tex.parallel.sharding import check_shardable, parameter_shardings, shard_module, synchronise
+from lightning_tex.parallel.requested_layout import RequestedLayout
+from lightning_tex.parallel.sharding import TexModule, check_shardable, parameter_shardings, shard_module, synchronise
 from lightning_tex.parallel.topology import Communication, Layout, Topology
 from lightning_tex.resilience.spikes import SpikeRule
 from lightning_tex.strategy.batches import gather_numbers
@@ -69,7 +72,8 @@ class TexMoEStrategy(StepStrategy):
         save_distributed_checkpoint: True: a checkpoint is a directory, each rank writing its part. False: one plain
             file that ``strategy="auto"`` and ``torch.load`` read.
         process_group_backend: ``None``: nccl on GPUs, gloo on CPUs.
-        timeout: of collectives.
+        timeout: after which a collective that has not returned is a stall: the run ends, and the ranks that the others
+            wait for are named. ``None``: 30 minutes.
         max_skipped_steps: a step with an infinite or NaN gradient on any rank is skipped on all; this many in a row end
             the training with an error that names a parameter. ``None``: such steps are taken. With a loss scale
             (16-mixed) that decides instead.
@@ -80,6 +84,8 @@ class TexMoEStrategy(StepStrategy):
         on_spike, spike_rule: at a loss far above the last ones (:class:`SpikeRule`) ``"warn"``, ``"skip"`` the step, or
             ``"rewind"`` to the newest checkpoint's weights and states, data going on. ``None``: nothing is looked at.
         check_memory: refuse at the start a training that by its plan does not fit the GPU (``lightning-tex plan``).
+        elastic: on a world that does not allow a size, as after a node was lost, take the largest divisor of it that it
+            does allow, first of tensor, then of expert, and say so.
 
     Raises:
         ValueError: a layout that the world or the model does not allow, naming the option and the legal values.
@@ -114,6 +120,7 @@ class TexMoEStrategy(StepStrategy):
         check_replicas_every_n_steps: int = 100,
         on_spike: OnSpike = None,
         spike_rule: SpikeRule | None = None,
+        elastic: bool = False,
     ) -> None:
         super().__init__(
             check_replicas_every_n_steps=check_replicas_every_n_steps,
@@ -129,14 +136,13 @@ class TexMoEStrategy(StepStrategy):
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
         )
-        self._sizes = partial(
-            Layout.resolve,
+        self._requested = RequestedLayout(
             tensor_parallel_size=tensor_parallel_size,
             expert_parallel_size=expert_parallel_size,
             expert_tensor_parallel_size=expert_tensor_parallel_size,
             duplicate_token_dropping=duplicate_token_dropping,
+            elastic=elastic,
         )
-        self._expert_size_given = expert_parallel_size != "auto"
         self.communication = Communication(
             duplicate_token_dropping=duplicate_token_dropping, sequence_parallel=sequence_parallel
         )
@@ -173,11 +179,11 @@ class TexMoEStrategy(StepStrategy):
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Samplers split data over the data axis: ranks of one tensor group see one batch."""
-        layout = self._topology.layout if self._topology else self._sizes(self.world_size)
+        layout = self._topology.layout if self._topology else self._requested.resolve(self.world_size)
         return {"num_replicas": layout.data, "rank": layout.coordinates(self.global_rank)["data"]}
 
     def resolve_layout(self) -> Layout:
-        return self._sizes(self.world_size, num_experts=self._num_experts())
+        return self._requested.resolve(self.world_size, self._num_experts())
 
     @property
     def precision_plugin(self) -> TrainStep:
@@ -231,20 +237,25 @@ class TexMoEStrategy(StepStrategy):
         assert self.accelerator is not None and self.model is not None
         self.accelerator.setup(trainer)
         layout = self.resolve_layout()
-        if self._expert_size_given:
+        if self._requested.expert_parallel_size != "auto":
             layout.require_experts(self._num_experts())
+        if departures := self._requested.departures(layout):
+            rank_zero_info(f"elastic: the world has {self.world_size} ranks; {', '.join(departures)}")
         check_shardable(self.model, layout)
         if trainer.state.fn == TrainerFn.FITTING:
             self._require_memory(layout)
         if self.communication.sequence_parallel:
             require_both_ends(self.model)
         if self._topology is None or self._topology.layout != layout:
-            self._topology = Topology.build(layout, self.root_device.type, self._mesh, self.communication)
+            self._topology = Topology.build(
+                layout, self.root_device.type, self._mesh, self.communication, self.group_timeout
+            )
         seed = self._seed = shared_seed(self.topology.world, self.root_device)
         self._require_same_model()
         synchronise(self.model, self.topology.world, self.root_device)
         shard_module(self.model, self.topology)
         self._recompute(self.model)
+        name_layers((name, layer) for name, layer in self.model.named_modules() if isinstance(layer, TexModule))
         self.model = self.precision_plugin.convert_module(self.model)
         self._move_to_device()
         initialization.materialise(self.model, self.root_device, seed)

@@ -6,6 +6,7 @@ import gc
 import os
 import pickle
 import random
+import signal
 import socket
 import tempfile
 import traceback
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from lightning_tex.resilience.orphans import end_with_parent
 
 
 class RanksFailed(AssertionError):
@@ -56,7 +59,7 @@ def run_ranks(
     context = mp.get_context("fork")
     with reserved_port() as port, tempfile.TemporaryDirectory() as folder:
         ranks = [
-            context.Process(target=_rank, args=(rank, world, port, folder, detail, function, args))
+            context.Process(target=_rank, args=(os.getpid(), rank, world, port, folder, detail, function, args))
             for rank in range(world)
         ]
         for process in ranks:
@@ -106,9 +109,12 @@ def _outcome(path: Path) -> tuple[bool, Any]:
     return pickle.loads(path.read_bytes())
 
 
-def _rank(rank: int, world: int, port: int, folder: str, detail: bool, function: Callable[..., Any], args: Any) -> None:
+def _rank(
+    parent: int, rank: int, world: int, port: int, folder: str, detail: bool, function: Callable[..., Any], args: Any
+) -> None:
     # A collection that walked what was there before the fork would copy all of its pages: half of a small fit's time.
     gc.freeze()
+    end_with_parent(signal.SIGKILL, parent)
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

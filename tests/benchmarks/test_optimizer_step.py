@@ -8,9 +8,9 @@ import json
 import sys
 from typing import Any
 
+import optimizer_step
 import pytest
 import torch
-from helpers.scripts import benchmark
 
 from lightning_tex.bench.candidates import Workload
 from lightning_tex.bench.memory import live_bytes
@@ -25,7 +25,7 @@ PEER = "ZeroRedundancyOptimizer"
 def bench(*options: str) -> list[dict[str, Any]]:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        benchmark("optimizer_step").main(["--turns", "2", "--json", *options])
+        optimizer_step.main(["--turns", "2", "--json", *options])
     return json.loads(printed.getvalue().strip().splitlines()[-1])["cases"]
 
 
@@ -44,7 +44,7 @@ def left_alive() -> int:
     """Bytes that outlive the peer."""
     cpu = torch.device("cpu")
     before = live_bytes(cpu)
-    peer = benchmark("optimizer_step").ZeroRedundancy
+    peer = optimizer_step.ZeroRedundancy
     stepped(peer(Workload(ELEMENTS, None, 1, torch.bfloat16, cpu, "AdamW", Topology.single()))).close()
     return live_bytes(cpu) - before
 
@@ -62,5 +62,5 @@ def test_a_peer_that_is_not_there_is_skipped_with_the_reason(monkeypatch: pytest
 
 def test_a_wrong_option_is_one_line() -> None:
     with pytest.raises(SystemExit) as ended:
-        benchmark("optimizer_step").main(["--faster", "1"])
+        optimizer_step.main(["--faster", "1"])
     assert str(ended.value.code).startswith("error: unknown: --faster 1")

@@ -90,7 +90,8 @@ def test_what_is_no_option_is_the_recipes() -> None:
         (["--names", "fp7"], "--names fp7; legal: fp32, int8; one or more"),
         (["--switch=maybe"], "--switch maybe; legal: true, false"),
         (["--count_of_all"], "--count_of_all; legal: a whole number"),
-        (["--colour", "red"], "unknown: --colour red"),
+        (["--colour", "red"], "unknown: --colour red; `lightning-tex some --help`"),
+        (["--count-of-al", "2"], "unknown: --count-of-al 2; nearest: --count_of_all; "),
         (["fp32"], "unknown: fp32"),
     ],
 )
@@ -105,6 +106,11 @@ def report_of(words: str, capfd: pytest.CaptureFixture[str]) -> dict[str, Any]:
     report = json.loads(capfd.readouterr().out.strip().splitlines()[-1])
     assert isinstance(report, dict)
     return report
+
+
+def test_what_is_nearly_an_option_is_not_the_recipes() -> None:
+    with pytest.raises(UserValueError, match=r"unknown: --switc; nearest: --switch"):
+        parsed("--trainer.devices", "2", "--switc", takes_recipe=True)
 
 
 @pytest.mark.parametrize("words", REPORTING.values(), ids=REPORTING.keys())

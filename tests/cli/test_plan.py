@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import paper
 import pytest
 
-from lightning_tex.cli import main, tables
-from lightning_tex.planner import paper
+from lightning_tex.cli import main, plan, tables
 from lightning_tex.planner.memory import size
 
 # Lightning 2.6's own calls.
@@ -123,6 +123,16 @@ def test_the_papers_figures_are_shown(capsys, monkeypatch: pytest.MonkeyPatch) -
     for word in ("38.9", "4.52", "34.37", "30.30", "17.00", "10.3", "2.92", "4.29*", "21 %", "26 %", "20 -> 27 %"):
         assert word in printed, word
     assert json.loads(printed.strip().splitlines()[-1])["states"][0]["paper_gb"] == 30.3
+
+
+def test_where_the_papers_figures_are_is_told_where_there_is_no_clone(
+    capsys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "_BENCHMARKS", tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "--reproduce_paper"])
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert ended.value.code == 2 and "benchmarks/paper_figures.py" in line and "clone" in line
 
 
 @pytest.mark.parametrize(

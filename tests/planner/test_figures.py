@@ -1,4 +1,4 @@
-"""The planner's time and search against brute force, and the paper's figures."""
+"""The planner's time and search against brute force."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from lightning_tex.models import DecoderConfig
 from lightning_tex.parallel.topology import AXES, Layout
-from lightning_tex.planner import paper
 from lightning_tex.planner.cluster import CLUSTERS, Cluster
 from lightning_tex.planner.describe import describe_decoder
 from lightning_tex.planner.layouts import Candidate, Choices, Job, candidates
@@ -22,7 +21,7 @@ from lightning_tex.planner.model import ModelDescription
 from lightning_tex.planner.search import base_parameters, family, largest_base, plan, plan_all
 from lightning_tex.planner.step_time import step_time
 from lightning_tex.planner.traffic import Collective
-from lightning_tex.planner.work import computation, model_flops, paper_flops
+from lightning_tex.planner.work import computation, model_flops
 
 SMALL = DecoderConfig(1000, 256, 4, 4, num_experts=8, capacity_factor=1.0, activation="gelu")
 H100 = CLUSTERS["h100"]
@@ -174,36 +173,6 @@ def test_the_largest_base_model_fits_and_the_next_does_not() -> None:
     following = models[models.index(largest.config) + 1]
     larger = replace(job, model=describe_decoder(following))
     assert min(memory(larger, candidate).peak for candidate in candidates(larger, choices)) > 4e9
-
-
-def test_the_papers_figures() -> None:
-    gpt = paper.gpt_parameters(32, 4096, 51200, 2048, 16)
-    assert round(gpt["non_expert"] / 1e9, 2) == 4.52 and round(sum(gpt.values()) / 1e9, 1) == 38.9
-    assert gpt["expert"] == pytest.approx(34.37e9, rel=2e-4)
-    for tensor, gigabytes in ((1, 30.3), (2, 17.0), (4, 10.3)):
-        assert round(paper.states_bytes(gpt["non_expert"], gpt["expert"], 128, tensor, 16) / 1e9, 1) == gigabytes
-    assert round(paper.base_ratio(128, 16, 4), 1) == 2.9 and round(paper.base_ratio(128, 16, 8), 1) == 4.3
-    assert paper_flops(1024, 2048, 32, 4096, 51200) == pytest.approx(1.197e17, rel=1e-3)
-
-
-def test_the_papers_spike_is_between_four_and_six_bytes_an_element_and_flat_with_tiles() -> None:
-    rows = paper._spike()
-    papers = next(row for row in rows if row["experts"] == 32)
-    assert papers["shard_elements"] == pytest.approx(0.895e9, rel=2e-3)
-    low, high = papers["untiled_gb"]
-    assert low < paper.PAPER_SPIKE_GB < high
-    assert papers["own_untiled_gb"] == pytest.approx(low, rel=1e-3)
-    assert rows[-1]["own_untiled_gb"] > 3.5 * low and max(row["own_tiled_gb"] for row in rows) <= 0.25 * 2**30 / 1e9
-
-
-def test_simulated_savings_on_summit_are_the_models_own() -> None:
-    for machine in paper._times()["machines"]:
-        rows = machine["variants"]
-        assert rows["baseline"]["time_saved"] == 0
-        assert rows["+DTD +CAC"]["time_saved"] > max(rows["+DTD"]["time_saved"], rows["+CAC"]["time_saved"]) > 0.1
-        by_part = {name: row["by_part"]["all_to_all over expert"] for name, row in rows.items()}
-        assert by_part["+CAC"] == pytest.approx(2 / 3 * by_part["baseline"], rel=1e-6)  # two passes of three
-        assert by_part["+DTD"] < 0.3 * by_part["baseline"]  # a share of four; latencies stay
 
 
 def test_planning_for_16384_ranks_is_a_matter_of_seconds() -> None:

@@ -27,14 +27,15 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]
 def stops_and_goes_on(
     folder: Path, undisturbed: list[dict[str, Any]], ranks: list[int], point: str, numbers: list[int], step: int = 4
 ) -> None:
-    ended = run_ranks(4, stopped_fit, str(folder), ranks, point, step, numbers)
-    assert [own["code"] for own in ended] == [CODES[numbers[0]]] * 4
+    world = len(undisturbed)
+    ended = run_ranks(world, stopped_fit, str(folder), ranks, point, step, numbers)
+    assert [own["code"] for own in ended] == [CODES[numbers[0]]] * world
     assert all(own["restored"] for own in ended)
     done = len(ended[0]["losses"])
     assert step <= done <= step + 1, "stopped at the end of the step"
     stopped = f"stopped-step={done}.ckpt"
     assert stopped in ended[0]["left"]
-    resumed = run_ranks(4, resumed_fit, str(folder), str(folder / stopped))
+    resumed = run_ranks(world, resumed_fit, str(folder), str(folder / stopped))
     for before, after, whole in zip(ended, resumed, undisturbed, strict=True):
         assert before["losses"] + after["losses"] == whole["losses"]
         assert torch.equal(after["own"], whole["own"])
@@ -66,3 +67,8 @@ def test_every_signal_at_every_point(
 @pytest.mark.parametrize("step", [6])
 def test_at_the_validation_that_ends_an_epoch(tmp_path: Path, undisturbed: list[dict[str, Any]], step: int) -> None:
     stops_and_goes_on(tmp_path, undisturbed, [3], "validation", [TERM], step)
+
+
+def test_in_one_process(tmp_path: Path) -> None:
+    undisturbed = run_ranks(1, resumed_fit, str(tmp_path / "undisturbed"))
+    stops_and_goes_on(tmp_path / "stopped", undisturbed, [0], "backward", [INT])

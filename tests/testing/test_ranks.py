@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -45,6 +47,30 @@ def test_a_failure_has_the_traceback_the_hung_ranks_and_what_others_returned():
     assert failure.value.outcomes == {0: "rank 0"}
     assert failure.value.hung == [2]
     assert "ended without a result" not in str(failure.value)
+
+
+CALLER = """
+import os, sys, time
+from lightning_tex.testing import run_ranks
+
+def tell_and_sleep():
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+
+run_ranks(2, tell_and_sleep)
+"""
+
+
+def test_ranks_end_with_their_caller():
+    caller = subprocess.Popen([sys.executable, "-c", CALLER], stdout=subprocess.PIPE, text=True)
+    assert caller.stdout is not None
+    with caller.stdout as output:
+        assert all(output.readline().strip().isdigit() for _ in range(2))
+        began = time.monotonic()
+        caller.terminate()
+        caller.wait(timeout=10)
+        assert output.read() == "", "both have closed it"
+    assert time.monotonic() - began < 30, "they would have slept for a minute"
 
 
 def test_a_result_that_cannot_be_pickled_is_that_ranks_failure():

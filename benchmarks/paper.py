@@ -1,4 +1,4 @@
-"""The figures of the TED paper (arXiv 2303.06318, v1 and ICS'23) from this planner's formulas: ``--reproduce-paper``.
+"""The figures of the TED paper (arXiv 2303.06318, v1 and ICS'23) from the planner's formulas.
 
 The paper's model is a GPT with biases, LayerNorms and learned positions; ours has none of them, so both are counted.
 """
@@ -20,7 +20,6 @@ from lightning_tex.planner.model import ModelDescription
 from lightning_tex.planner.search import largest_base
 from lightning_tex.planner.states import FlatBuffers, state_bytes, tile_bytes, untiled_bytes
 from lightning_tex.planner.step_time import StepTime, step_time
-from lightning_tex.planner.work import paper_flops
 
 VOCABULARY, LENGTH, BATCH = 51200, 2048, 1024
 
@@ -76,6 +75,11 @@ def base_ratio(world: int, experts: int, tensor: int) -> float:
     """
     x = (experts + 2) / world
     return (1 + x) / (1 / tensor + x)
+
+
+def paper_flops(batch: float, length: float, layers: float, width: float, vocabulary: float) -> float:
+    """F = 96 B s l h^2 (1 + s/6h + V/16lh): FLOPs of a batch with full recomputation (the paper, after Megatron-LM)."""
+    return 96 * batch * length * layers * width**2 * (1 + length / (6 * width) + vocabulary / (16 * layers * width))
 
 
 def reproduce() -> dict[str, Any]:

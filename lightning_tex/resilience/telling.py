@@ -1,0 +1,64 @@
+"""An error is printed once: by the rank it is of, under a heading, before the others say that they follow."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+from lightning_tex.resilience.processes import say
+
+_MARK = "_lightning_tex_told"
+_in_one_line: tuple[type[BaseException], ...] = ()
+
+
+@contextmanager
+def told_in_one_line(*kinds: type[BaseException]) -> Iterator[None]:
+    """Errors of these kinds are what the user can put right: one line and no traceback."""
+    global _in_one_line
+    before, _in_one_line = _in_one_line, kinds
+    try:
+        yield
+    finally:
+        _in_one_line = before
+
+
+def described(error: BaseException) -> str:
+    """Its type and the first line of its message."""
+    message = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {message[0]}" if message else type(error).__name__
+
+
+def tell(error: BaseException, rank: int, host: str, step: int) -> None:
+    """Print an error of this rank, and see to it that nobody prints it again."""
+    if isinstance(error, _in_one_line):
+        say(f"[rank {rank}] error: {error}" if rank else f"error: {error}")
+    elif isinstance(error, KeyboardInterrupt | SystemExit):
+        say(f"[rank {rank}] ({host}, step {step}) {described(error)}")
+    else:
+        lines = "".join(traceback.format_exception(error)).rstrip()
+        say(f"[rank {rank}] failed ({host}, step {step}):\n{lines}")
+    mark_told(error)
+
+
+def mark_told(error: BaseException) -> None:
+    """Python's own report of an uncaught error leaves it out."""
+    setattr(error, _MARK, True)
+    if sys.excepthook is not _excepthook:
+        global _before
+        _before, sys.excepthook = sys.excepthook, _excepthook
+
+
+def is_told(error: BaseException) -> bool:
+    """Whether it has been printed, or is a consequence of one that has."""
+    return getattr(error, _MARK, False)
+
+
+_before = sys.__excepthook__
+
+
+def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if not is_told(error):
+        _before(kind, error, trace)

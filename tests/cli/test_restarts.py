@@ -1,0 +1,92 @@
+"""A command that begins again after a failure: how often, with which words, and when not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lightning_tex.cli import restarts
+from lightning_tex.cli.main import main
+
+# Ends with the next of the exit codes it is given.
+COMMAND = """
+import pathlib, sys
+begun = pathlib.Path(sys.argv[1])
+attempt = len(begun.read_text()) if begun.exists() else 0
+begun.write_text("x" * (attempt + 1))
+raise SystemExit(int(sys.argv[2 + attempt]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("codes", "allowed", "ends", "attempts"),
+    [
+        ([1, 1, 0], 5, 0, 3),
+        ([1, 9, 1], 2, 1, 3),
+        ([2, 0], 5, 2, 1),  # wrong options stay wrong
+        ([143, 0], 5, 143, 1),  # asked to stop
+        ([130, 0], 5, 1, 1),
+    ],
+)
+def test_attempts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codes: list[int], allowed: int, ends: int, attempts: int
+) -> None:
+    monkeypatch.setattr(restarts, "_PAUSE", 0.0)
+    begun = tmp_path / "begun"
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        command = [sys.executable, "-c", COMMAND, str(begun), *map(str, codes)]
+        assert restarts._Attempts(command, allowed).run() == ends
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert len(begun.read_text()) == attempts
+
+
+def test_a_signal_ends_the_attempt_and_all_of_it(tmp_path: Path) -> None:
+    waits = "import sys, time; print('waits', flush=True); time.sleep(60)"
+    script = (
+        "from lightning_tex.cli.restarts import _Attempts\n"
+        f"raise SystemExit(_Attempts([{sys.executable!r}, '-c', {waits!r}], 5).run())"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    with process.stdout as output:
+        assert output.readline() == "waits\n"
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    assert time.monotonic() - began < 10
+
+
+def test_the_first_attempt_goes_on_from_what_is_there() -> None:
+    assert restarts._from_newest(["fit", "--config", "r.yaml"])[-2:] == ["--ckpt_path", "auto"]
+    assert restarts._from_newest(["fit", "--ckpt_path=last"]) == ["fit", "--ckpt_path=last"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--restarts", "many"], "--restarts many; legal: a whole number"),
+        (["--restarts"], "legal: a whole number"),
+        (["--restarts=2", "--ckpt_path", "runs/a.ckpt"], "--restarts with --ckpt_path runs/a.ckpt"),
+    ],
+)
+def test_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", *words])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_under_a_launcher(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(os.environ, "TORCHELASTIC_RUN_ID", "run")
+    with pytest.raises(SystemExit):
+        main(["fit", "--restarts", "2"])
+    assert "torchrun --max-restarts" in capsys.readouterr().err
