@@ -19,6 +19,7 @@ from lightning_tex.strategy.batches import agreed_loader, evaluation_loader, req
 from lightning_tex.strategy.checkpointing import CheckpointingStrategy
 from lightning_tex.strategy.loss_spikes import LossSpikes, OnSpike
 from lightning_tex.strategy.nonfinite_steps import SkippedSteps
+from lightning_tex.strategy.out_of_memory import named_out_of_memory
 from lightning_tex.strategy.replica_checks import ReplicaChecks
 from lightning_tex.strategy.stopping import AgreedSignals, Stopping
 from lightning_tex.strategy.uneven_evaluation import run_until_all_are_done
@@ -52,7 +53,7 @@ class StepStrategy(CheckpointingStrategy):
         if self._stopping is None or self._stopping.trainer is not trainer:
             self._stopping = Stopping(self, trainer)
         trainer._signal_connector = AgreedSignals(trainer, self._stopping)
-        with super().run_frame(trainer):
+        with super().run_frame(trainer), named_out_of_memory(self, trainer):
             yield
 
     def compare_batches_again(self) -> None:

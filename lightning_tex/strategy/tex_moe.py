@@ -272,18 +272,19 @@ class TexMoEStrategy(StepStrategy):
     def _require_memory(self, layout: Layout) -> None:
         device_bytes = self._device_bytes()
         if self._check_memory and device_bytes is not None:
-            assert self.lightning_module is not None
-            plugin = self.precision_plugin
-            require_memory(
-                self.lightning_module,
-                layout,
-                self.communication,
-                plugin.state_config(self._state_config),
-                self._recompute.keywords["mode"],
-                str(plugin.precision),
-                device_bytes,
-                self._recompute.keywords["policy"],
-            )
+            require_memory(**self.memory_options(layout), device_bytes=device_bytes)
+
+    def memory_options(self, layout: Layout) -> dict[str, Any]:
+        """What a plan of a rank's memory is made of (:class:`~lightning_tex.strategy.memory_check.MemoryPlan`)."""
+        return {
+            "module": self.lightning_module,
+            "layout": layout,
+            "communication": self.communication,
+            "state_config": self.precision_plugin.state_config(self._state_config),
+            "recompute": self.activation_checkpointing,
+            "precision": str(self.precision_plugin.precision),
+            "policy": self._recompute.keywords["policy"],
+        }
 
     def _device_bytes(self) -> int | None:
         """Memory of this rank's GPU; ``None`` on CPU, where ranks share what there is."""
