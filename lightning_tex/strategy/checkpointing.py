@@ -70,6 +70,11 @@ class CheckpointingStrategy(MeshStrategy):
         """All axes of the run."""
 
     @property
+    def saves_directories(self) -> bool:
+        """Whether checkpoints are directories, not plain files."""
+        return isinstance(self._writing_format, DirectoryCheckpoint)
+
+    @property
     def tiled_optimizer(self) -> TiledOptimizer | None:
         """The optimizer; ``None`` before a fit has set it up, and where ``configure_optimizers`` returned none."""
         return next((o for o in self.optimizers if isinstance(o, TiledOptimizer)), None)

@@ -40,6 +40,11 @@ class LossSpikes:
             raise UserValueError(f"on_spike={action!r}; legal: {', '.join(map(repr, _LEGAL))}")
         if action is None and rule is not None:
             raise UserValueError("spike_rule has no effect with on_spike=None; legal with it: 'warn', 'skip', 'rewind'")
+        if action == "rewind" and not strategy.saves_directories:
+            raise UserValueError(
+                "on_spike='rewind' goes back to a checkpoint directory, and save_distributed_checkpoint=False writes "
+                "none; legal: on_spike='skip', or save_distributed_checkpoint=True"
+            )
         self._strategy, self._action = strategy, action
         self._detector = SpikeDetector(rule or SpikeRule())
         self._loss: Tensor | None = None

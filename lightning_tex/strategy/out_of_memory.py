@@ -41,7 +41,7 @@ def named_out_of_memory(strategy: Any, trainer: Trainer) -> Iterator[None]:
         if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
             raise
         kind = DeviceOutOfMemory if isinstance(error, torch.OutOfMemoryError) else OutOfMemory
-        raise kind(_explained(error, strategy, trainer)) from error
+        raise kind(_explained(error, strategy, trainer)).with_traceback(error.__traceback__) from None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
