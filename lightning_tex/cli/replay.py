@@ -37,15 +37,18 @@ def replay(options: ReplayOptions) -> dict[str, Any] | None:
     with quiet():
         # The run's callbacks are not wanted here.
         warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
+        warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no `val_dataloader`")
         module, trainer = _built(dump)
         found = None
         try:
             trainer.fit(module, dump.data(), ckpt_path=str(dump.state), weights_only=False)
         except NonFiniteSteps as error:
-            found = str(error)
+            found = error.origin
     if not trainer.is_global_zero:
         return None
-    console().print(found or f"step {dump.about['step']} is finite here", soft_wrap=True)
+    step = f"step {dump.about['step']}"
+    said = f"{step} is finite here" if found is None else f"{step}: infinite or NaN is first {found}"
+    console().print(said, soft_wrap=True, highlight=False, markup=False)
     return {"dump": str(dump.path), "said": dump.about["said"], "found": found}
 
 
@@ -57,7 +60,7 @@ def _built(dump: Dump) -> tuple[LightningModule, Trainer]:
         "num_nodes": about["num_nodes"],
         "precision": about["precision"],
         "accumulate_grad_batches": about["accumulate_grad_batches"],
-        "callbacks": [_AsItWas(dump)],
+        "callbacks": [],
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
@@ -73,9 +76,11 @@ def _built(dump: Dump) -> tuple[LightningModule, Trainer]:
     strategy = {**about["strategy"], "max_skipped_steps": 1, "check_memory": False}
     if dump.recipe is not None:
         made = Recipe(str(dump.recipe)).instantiate(strategy, flags)
-        return made.model, made.trainer
-    module = dump.module()
-    return module, Trainer(strategy=TexMoEStrategy(**strategy), **flags)
+        module, trainer = made.model, made.trainer
+    else:
+        module, trainer = dump.module(), Trainer(strategy=TexMoEStrategy(**strategy), **flags)
+    trainer.callbacks.append(_AsItWas(dump))  # type: ignore[attr-defined]
+    return module, trainer
 
 
 class _AsItWas(Callback):
@@ -90,8 +95,9 @@ class _AsItWas(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         strategy = TexMoEStrategy.of(trainer)
-        strategy.skipped_steps.watch_every_step()
-        strategy.draw_as(self._dump.random(strategy.topology.data.rank))
+        rank = strategy.topology.data.rank
+        strategy.skipped_steps.replay(self._dump.indices(rank))
+        strategy.draw_as(self._dump.random(rank))
 
 
 COMMAND = Command("replay", replay, (ReplayOptions,), takes_path=True)

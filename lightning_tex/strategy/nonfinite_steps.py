@@ -30,7 +30,16 @@ _BETWEEN = 30.0
 
 
 class NonFiniteSteps(UserRuntimeError):
-    """So many steps in a row had an infinity or NaN that training ends; raised on all ranks."""
+    """So many steps in a row had an infinity or NaN that training ends; raised on all ranks.
+
+    Args:
+        said: all of it.
+        origin: what was first not finite in the last step.
+    """
+
+    def __init__(self, said: str, origin: str = "") -> None:
+        super().__init__(said)
+        self.origin = origin
 
 
 @dataclass(frozen=True)
@@ -68,16 +77,21 @@ class SkippedSteps:
         self._strategy = strategy
         self._most: int | None = None
         self._watch: FiniteWatch | None = None
-        self._always = False
+        self._replayed: list[int] = []
         self._kept = KeptStep()
         self._batch_index = 0
         self._step = -1
         self._said, self._unsaid, self._said_last = 0, 0, 0.0
         self._ending: str | None = None
+        self._origin = ""
 
-    def watch_every_step(self) -> None:
-        """Watch from the first step on."""
-        self._always = True
+    def replay(self, indices: list[int]) -> None:
+        """Watch from the first step on, and say nothing before the end.
+
+        Args:
+            indices: of the step's batches in the epoch that they are of.
+        """
+        self._replayed = indices
 
     def attend(self, optimizer: TiledOptimizer) -> None:
         """Be told of the steps that an optimizer skips because of what is not finite."""
@@ -100,7 +114,7 @@ class SkippedSteps:
         loop = self._strategy.lightning_module.trainer.fit_loop  # type: ignore[union-attr]
         index, step = loop.batch_idx, loop.epoch_loop.global_step
         self._batch_index = index
-        watched = self._always or optimizer.skipped.in_a_row > 0
+        watched = bool(self._replayed) or optimizer.skipped.in_a_row > 0
         if step != self._step:
             self._step, self._kept = step, KeptStep()
             if watched:
@@ -111,7 +125,8 @@ class SkippedSteps:
         if watched or self._most == 1:
             if not self._kept.batches:
                 self._kept = KeptStep(random=random_streams())
-            self._kept.batches.append(KeptBatch(batch, index))
+            known = self._replayed[len(self._kept.batches) :]
+            self._kept.batches.append(KeptBatch(batch, known[0] if known else index))
 
     def _watched(self) -> FiniteWatch:
         if self._watch is None:
@@ -128,9 +143,11 @@ class SkippedSteps:
         what = _told(reports) or f"the gradient of {optimizer.culprit()} after its reduction"
         trainer = self._strategy.lightning_module.trainer  # type: ignore[union-attr]
         step, in_a_row = trainer.global_step + 1, optimizer.skipped.in_a_row
-        self._say(f"step {step} is not taken: infinite or NaN was first {what}")
+        if not self._replayed:
+            self._say(f"step {step} is not taken: infinite or NaN was first {what}")
         assert self._most is not None
         if in_a_row >= self._most:
+            self._origin = what
             times = f"each of the last {in_a_row} steps" if in_a_row > 1 else f"step {step}"
             self._ending = (
                 f"{times} had an infinity or NaN in a gradient or loss, and none was taken; in step {step} it was "
@@ -184,7 +201,7 @@ class SkippedSteps:
         dump = self._dump(said)
         if dump is not None:
             said = f"{said}. `lightning-tex replay {dump}` takes that step again"
-        raise NonFiniteSteps(said)
+        raise NonFiniteSteps(said, self._origin)
 
     def _dump(self, said: str) -> Path | None:
         strategy = self._strategy
@@ -224,7 +241,7 @@ def _told(reports: list[RankReport]) -> str | None:
         if report.parameter is not None:
             return f"the parameter {report.parameter} on rank {rank}; {report.batch}"
     ranks = [rank for rank, report in enumerate(reports) if not report.loss_is_finite]
-    if not ranks or len(ranks) == len(reports) > 1:
+    if not ranks:
         return None
     return f"the loss on rank(s) {', '.join(map(str, ranks))}; {reports[ranks[0]].batch}"
 

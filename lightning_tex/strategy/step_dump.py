@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 # A dump's folder; the number of optimizer steps follows.
 DUMPED = "nonfinite-step="
 _ABOUT, _STATE, _RECIPE, _HPARAMS = "about.json", "state.ckpt", "recipe.yaml", "hparams.pt"
+
+
+_OF_A_RECIPE = ("seed_everything", "trainer", "model", "data", "optimizer", "lr_scheduler")
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,12 @@ def write_dump(strategy: CheckpointingStrategy, trainer: Trainer, path: Path, ke
         said: what went wrong.
     """
     topology = strategy.topology
+    # Collective: the Trainer asks rank 0 for it.
+    log_dir = trainer.log_dir if trainer.loggers else trainer.default_root_dir
     if strategy.is_global_zero:
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
-        _write_about(strategy, trainer, path, said)
+        _write_about(strategy, trainer, path, said, Path(log_dir or ".", "config.yaml"))
     strategy.barrier()
     if topology.tensor.rank == 0:
         batches = [apply_to_collection(each.batch, Tensor, lambda t: t.detach().cpu()) for each in kept.batches]
@@ -68,12 +74,12 @@ def write_dump(strategy: CheckpointingStrategy, trainer: Trainer, path: Path, ke
     strategy.save_complete(trainer, path / _STATE)
 
 
-def _write_about(strategy: CheckpointingStrategy, trainer: Trainer, path: Path, said: str) -> None:
+def _write_about(strategy: CheckpointingStrategy, trainer: Trainer, path: Path, said: str, recipe: Path) -> None:
     module: Any = trainer.lightning_module
-    log_dir = trainer.log_dir if trainer.loggers else trainer.default_root_dir
-    recipe = Path(log_dir, "config.yaml") if log_dir else None
-    if recipe is not None and recipe.is_file():
-        shutil.copyfile(recipe, path / _RECIPE)
+    if recipe.is_file():
+        run = yaml.safe_load(recipe.read_text())
+        # The rest are arguments of the command, such as ckpt_path.
+        (path / _RECIPE).write_text(yaml.safe_dump({name: run[name] for name in _OF_A_RECIPE if name in run}))
     cls = type(module)
     about = {
         "said": said,
@@ -176,6 +182,11 @@ class Dump:
         """The random states of before the step."""
         streams: dict[str, Tensor] = self._of(data_rank)["random"]
         return streams
+
+    def indices(self, data_rank: int) -> list[int]:
+        """The batches' places in the epoch."""
+        kept: list[int] = self._of(data_rank)["indices"]
+        return kept
 
     def batches(self, data_rank: int) -> list[Any]:
         """A data rank's batches, in their order."""

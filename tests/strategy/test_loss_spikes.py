@@ -41,9 +41,9 @@ def fit(folder: str, action: Any) -> dict[str, Any]:
     silence()
     module = Jumps()
     strategy = TexMoEStrategy(tensor_parallel_size=2, on_spike=action, spike_rule=RULE)
-    saves = ModelCheckpoint(folder, "{step}", every_n_train_steps=5, save_top_k=-1)
+    saves = [ModelCheckpoint(folder, "{step}", every_n_train_steps=5)] if action == "rewind" else []
     trainer = quiet(
-        devices=4, strategy=strategy, max_steps=10, max_epochs=-1, use_distributed_sampler=False, callbacks=[saves]
+        devices=4, strategy=strategy, max_steps=10, max_epochs=-1, use_distributed_sampler=False, callbacks=saves
     )
     trainer.fit(module, Data())
     return {"states": module.after, "lr": module.learning_rates, "seen": int(module.seen), "steps": trainer.global_step}
