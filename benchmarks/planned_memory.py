@@ -50,7 +50,7 @@ def main() -> None:
     planned_recipe = read_recipe(options.config, more)
     numbers = planned_recipe.numbers
     world, length, batch = (numbers[name] for name in ("gpus", "sequence_length", "global_batch_size"))
-    job = Job(planned_recipe.model, world, length, batch, numbers["precision"], two_groups=numbers["two_groups"])
+    job = Job(planned_recipe.model, world, length, batch, numbers["precision"], optimizer=numbers["optimizer"])
     candidate = own_candidate(job, planned_recipe.strategy)
     if candidate is None:
         sys.exit(f"{options.config} cannot run on {world} ranks as it is")

@@ -115,7 +115,7 @@ def plan(config: Path, given: dict[str, Any], cluster: Cluster) -> dict[str, Any
     recipe = read_recipe(str(config), ON_RANKS)
     numbers = recipe.numbers
     job = Job(recipe.model, WORLD, numbers["sequence_length"], numbers["global_batch_size"],
-              numbers["precision"], two_groups=numbers["two_groups"])  # fmt: skip
+              numbers["precision"], optimizer=numbers["optimizer"])  # fmt: skip
     candidate = own_candidate(job, {**recipe.strategy, **given})
     assert candidate is not None
     time = step_time(job, candidate, cluster)

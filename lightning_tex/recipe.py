@@ -25,6 +25,7 @@ from lightning_tex.data import TextDataModule
 from lightning_tex.models import LanguageModel
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.strategy import TexMoEStrategy
+from lightning_tex.strategy.ckpt_path import AUTO
 
 
 def public_path(cls: type) -> str:
@@ -106,6 +107,15 @@ class TexCLI(LightningCLI):
             self.parser.add_instantiator(lambda *_, **__: data, LightningDataModule, prepend=True)
         super().instantiate_classes()
 
+    def before_fit(self) -> None:
+        """Refuse what only our strategy knows."""
+        other = self.trainer.strategy
+        if self._get(self.config, "ckpt_path") == AUTO and not isinstance(other, TexMoEStrategy):
+            raise UserValueError(
+                f"ckpt_path='auto' needs TexMoEStrategy, and the strategy is {type(other).__name__}; legal with it: "
+                "ckpt_path='last' or a path"
+            )
+
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         given = self._get(self.config_init, "trainer")
         if given.get("logger") in (None, True):
@@ -181,6 +191,9 @@ BARE_TRAINER: dict[str, Any] = {
     "enable_model_summary": False,
 }
 
+# What a recipe may say that is for fit alone.
+_OF_FIT = ("ckpt_path", "weights_only")
+
 
 class _Parsed(TexCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -188,6 +201,12 @@ class _Parsed(TexCLI):
 
     def _set_seed(self) -> None:
         pass
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """What a recipe may say to ``fit`` alone is read as well, and then left out."""
+        super().add_arguments_to_parser(parser)
+        for name in _OF_FIT:
+            parser.add_argument(f"--{name}", default=None)
 
     def instantiate_classes(self) -> None:
         """Nothing: only the configuration is wanted."""
@@ -210,7 +229,8 @@ class Recipe:
             config = _without_run(_Parsed, ["--config", path, *options]).config
         except ArgumentError as error:
             raise UserValueError(f"recipe {path}: {' '.join(str(error).split())}") from None
-        config.pop("config", None)
+        for name in ("config", *_OF_FIT):
+            config.pop(name, None)
         self._config = config
 
     @property
@@ -219,10 +239,12 @@ class Recipe:
         return deepcopy(self._config)
 
     def strategy_options(self) -> dict[str, Any]:
-        """The arguments that the recipe gives the strategy."""
+        """The arguments that the recipe gives the strategy, but for the weights to begin with."""
         strategy = self._config.trainer.strategy
         given = strategy.get("init_args") if isinstance(strategy, (Namespace, dict)) else None
-        return dict(given.as_dict() if isinstance(given, Namespace) else given or {})
+        options = dict(given.as_dict() if isinstance(given, Namespace) else given or {})
+        options.pop("init_from", None)  # what is planned or measured does not depend on them
+        return options
 
     def world_size(self) -> int:
         """Processes in all that the recipe asks for.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -56,7 +58,7 @@ class RunSummary(Callback):
             *_skipped(trainer),
             *_losses(trainer),
             *_places(trainer),
-            ("resume", _resume_command(trainer)),
+            *_resuming(trainer),
         ]
         table = Table(title="Training finished", show_header=False, title_justify="left", box=None, padding=(0, 2))
         table.add_column(style="bold", no_wrap=True)
@@ -126,14 +128,48 @@ def _places(trainer: Trainer) -> list[tuple[str, str]]:
     return rows
 
 
-def _resume_command(trainer: Trainer) -> str:
+def _resuming(trainer: Trainer) -> list[tuple[str, str]]:
+    """How to go on from what this run saved; nothing where it saved no whole state."""
+    saved = _saved_state(trainer)
+    if saved is None:
+        return []
+    path = os.path.relpath(saved) if saved.absolute().is_relative_to(Path.cwd()) else str(saved)
     program = Path(sys.argv[0]).name
     if program not in ("lightning-tex", "__main__.py"):
-        return "trainer.fit(model, data, ckpt_path='last')"
-    words = sys.argv[1:] + ([] if "--ckpt_path" in sys.argv else ["--ckpt_path", "last"])
-    # A later word wins: as it stands, the command would find nothing left to do.
+        limits = "".join(f", after Trainer({name}={limit})" for name, limit in _larger_limit(trainer))
+        return [("resume", f"trainer.fit(model, data, ckpt_path={path!r}){limits}")]
+    words = [*_without_option(sys.argv[1:], "--ckpt_path"), "--ckpt_path", path]
+    for name, limit in _larger_limit(trainer):
+        words += [f"--trainer.{name}", str(limit)]  # a later word wins
+    name = "lightning-tex" if program == "lightning-tex" else "python -m lightning_tex"
+    return [("resume", f"{name} {shlex.join(words)}")]
+
+
+def _saved_state(trainer: Trainer) -> Path | None:
+    newest_saved_here = getattr(trainer.strategy, "newest_saved_here", None)
+    if newest_saved_here is not None:
+        saved: Path | None = newest_saved_here()
+        return saved
+    # Another strategy than TexMoEStrategy: what Lightning's callbacks say they saved.
+    callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and not c.save_weights_only]
+    paths = [Path(path) for c in callbacks for path in (c.last_model_path, c.best_model_path) if path]
+    return next((path for path in paths if path.exists()), None)
+
+
+def _larger_limit(trainer: Trainer) -> list[tuple[str, int]]:
+    """The option without which a resumed run would find nothing left to do."""
     if trainer.max_steps > 0 and trainer.global_step >= trainer.max_steps:
-        words += ["--trainer.max_steps", str(2 * trainer.max_steps)]
-    elif trainer.max_epochs and trainer.max_epochs > 0:
-        words += ["--trainer.max_epochs", str(trainer.max_epochs + 1)]
-    return f"{'lightning-tex' if program == 'lightning-tex' else 'python -m lightning_tex'} {shlex.join(words)}"
+        return [("max_steps", 2 * trainer.max_steps)]
+    if trainer.max_epochs and 0 < trainer.max_epochs <= trainer.current_epoch:
+        return [("max_epochs", trainer.max_epochs + 1)]
+    return []
+
+
+def _without_option(words: Sequence[str], option: str) -> list[str]:
+    """The words but for this option and its value, ``--option value`` or ``--option=value``."""
+    kept, skip = [], False
+    for word in words:
+        if not skip and word != option and not word.startswith(f"{option}="):
+            kept.append(word)
+        skip = word == option
+    return kept

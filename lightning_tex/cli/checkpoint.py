@@ -12,8 +12,9 @@ from typing import Any
 from lightning_tex.cli.options import Command, run_one_of
 from lightning_tex.cli.tables import console, table, tell_line
 from lightning_tex.saving import CorruptCheckpointError, paths
-from lightning_tex.saving.consolidate import checkpoints_in, consolidate
+from lightning_tex.saving.consolidate import checkpoints_in, consolidate, default_output
 from lightning_tex.saving.model_state import MODEL, OPTIMIZER
+from lightning_tex.saving.newest import find, latest
 from lightning_tex.saving.reading import Directory
 
 
@@ -44,7 +45,7 @@ class ConsolidateOptions(CheckpointOptions):
     """Which checkpoint.
 
     Args:
-        output: the file to write; left out: PATH without its suffix, .whole.ckpt.
+        output: the file to write; left out: beside PATH, whole-of-NAME or weights-of-NAME.
         weights_only: leave optimizer states out.
     """
 
@@ -54,7 +55,7 @@ class ConsolidateOptions(CheckpointOptions):
 
 def inspect(options: InspectOptions) -> dict[str, Any]:
     """Show what a checkpoint holds, or which checkpoints a folder holds."""
-    path = paths.find(options.path)
+    path = find(options.path)
     if path.is_dir() and not paths.has_manifest(path) and (checkpoints := checkpoints_in(path)):
         return _inspect_folder(path, checkpoints)
     manifest = paths.manifest_of(path)
@@ -98,13 +99,13 @@ def _inspect_folder(folder: Path, checkpoints: Sequence[tuple[Path, str | None]]
         listed.add_row(path.name, "" if step is None else str(step), problem or "yes")
         facts.append({"path": str(path), "step": step, "problem": problem})
     console().print(listed)
-    newest = paths.latest(folder)
+    newest = latest(folder)
     return {"checkpoints": facts, "latest": newest and str(newest)}
 
 
 def verify(options: CheckpointOptions) -> dict[str, Any]:
     """Compare every file with the digest in the manifest."""
-    path = paths.find(options.path)
+    path = find(options.path)
     if not path.is_dir():
         raise CorruptCheckpointError(f"{path} is a plain file, which has no digests; legal: a checkpoint directory")
     manifest = Directory.verified(path).manifest
@@ -117,7 +118,7 @@ def verify(options: CheckpointOptions) -> dict[str, Any]:
 
 def consolidate_to_file(options: ConsolidateOptions) -> dict[str, Any]:
     """Write one file that torch.load and strategy='auto' read."""
-    output = options.output or options.path.with_suffix(".whole.ckpt")
+    output = options.output or default_output(options.path, options.weights_only)
     consolidate(options.path, output, options.weights_only)
     size = output.stat().st_size
     tell_line(f"{output}: {size:,} bytes")

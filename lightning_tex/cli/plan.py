@@ -22,7 +22,10 @@ from lightning_tex.parallel.errors import UserFileError, UserValueError
 from lightning_tex.planner.cluster import CLUSTERS, Cluster
 from lightning_tex.planner.describe import describe_decoder
 from lightning_tex.planner.layouts import Choices, Job
+from lightning_tex.planner.optimizers import LANGUAGE_MODELS_OWN
 from lightning_tex.planner.search import largest_base, plan, plan_all
+from lightning_tex.planner.states_only import StatesOnly
+from lightning_tex.planner.traced import UntraceableError
 
 _BENCHMARKS = Path(__file__).parents[2] / "benchmarks"  # beside the package in a clone
 _RECOMPUTE = {value or "none": value for value in ACTIVATION_CHECKPOINTING}
@@ -197,13 +200,21 @@ def _plan(
         if shown.plot:
             plan_scaling.draw(report, shown.plot)
         return report
-    plans = plan_all(job, cluster, choices)
-    candidate = own_candidate(job, own)
-    report = plan_tables.report(job, cluster, plans, None if candidate is None else plan(job, candidate, cluster))
+    report = _report(job, cluster, choices, own, shown.rows)
     plan_tables.show(report, shown.rows)
     if shown.plot:
         plan_tables.draw(report, shown.plot, shown.rows)
     return report
+
+
+def _report(job: Job, cluster: Cluster, choices: Choices, own: dict[str, Any], rows: int) -> dict[str, Any]:
+    candidate = own_candidate(job, own)
+    try:
+        plans = plan_all(job, cluster, choices, wanted=rows)
+        planned = None if candidate is None else plan(job, candidate, cluster)
+    except UntraceableError as error:
+        return _report(replace(job, activations=StatesOnly(str(error))), cluster, choices, own, rows)
+    return plan_tables.report(job, cluster, plans, planned)
 
 
 def _job(wanted: JobOptions, given: dict[str, Any], more: list[str]) -> tuple[Job, dict[str, Any]]:
@@ -231,4 +242,5 @@ def _job(wanted: JobOptions, given: dict[str, Any], more: list[str]) -> tuple[Jo
         raise UserValueError("--global_batch_size is needed: sequences of one optimizer step over all ranks")
     length = wanted.sequence_length or defaults["sequence_length"]
     precision = wanted.precision or defaults["precision"]
-    return Job(model, gpus, length, batch, precision, wanted.imbalance, defaults.get("two_groups", True)), own
+    optimizer, activations = defaults.get("optimizer", LANGUAGE_MODELS_OWN), defaults.get("activations")
+    return Job(model, gpus, length, batch, precision, wanted.imbalance, optimizer, activations), own

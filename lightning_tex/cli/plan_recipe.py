@@ -10,15 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jsonargparse import Namespace
-from lightning import LightningModule
-from lightning.pytorch.cli import LightningArgumentParser
+from lightning import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningArgumentParser, instantiate_class
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_tex.data import TextDataModule
 from lightning_tex.models import DecoderConfig, LanguageModel
 from lightning_tex.parallel.errors import UserValueError
-from lightning_tex.parallel.topology import Communication, Layout
+from lightning_tex.parallel.topology import Axis, Communication, Layout
+from lightning_tex.planner.batches import Batches, TokenBlocks, batches_of
 from lightning_tex.planner.describe import describe, describe_decoder
-from lightning_tex.planner.layouts import Candidate, Job
+from lightning_tex.planner.layouts import ActivationSource, Candidate, Job
 from lightning_tex.planner.model import ModelDescription
+from lightning_tex.planner.optimizer_trial import describe_optimizer, read_optimizer
+from lightning_tex.planner.optimizers import LANGUAGE_MODELS_OWN, OptimizerDescription, one_group
+from lightning_tex.planner.pretended_trainer import PretendedTrainer
+from lightning_tex.planner.states_only import StatesOnly
+from lightning_tex.planner.traced import TracedActivations
 
 if TYPE_CHECKING:
     from lightning_tex.recipe import Recipe
@@ -75,8 +83,8 @@ def read_recipe(path: str, more: Sequence[str] = (), sizes: Mapping[str, Any] | 
     numbers: dict[str, Any] = {
         "sequence_length": data.get("sequence_length") or length,
         "precision": str(trainer.get("precision") or "32-true"),
-        # A language model's own optimizer has matrices and vectors apart; of others one group is assumed.
-        "two_groups": (module is None or isinstance(module, LanguageModel)) and not config.get("optimizer"),
+        "optimizer": _optimizer(module, config.get("optimizer")),
+        "activations": None if module is None or model.declared else _traced(module, recipe),
     }
     if data.get("global_batch_size"):  # of a micro-step over all ranks
         numbers["global_batch_size"] = data["global_batch_size"] * accumulation
@@ -84,6 +92,39 @@ def read_recipe(path: str, more: Sequence[str] = (), sizes: Mapping[str, Any] | 
     if devices.isdigit():
         numbers["gpus"] = int(devices) * int(trainer.get("num_nodes") or 1)
     return PlannedRecipe(model, numbers, {**recipe.strategy_options(), "accumulate_grad_batches": accumulation})
+
+
+def _optimizer(module: LightningModule | None, given: Any) -> OptimizerDescription:
+    """The recipe's optimizer, over all parameters, or its model's own."""
+    if module is not None:
+        return read_optimizer(module, None if not given else lambda own: instantiate_class(own.parameters(), given))
+    if not given:
+        return LANGUAGE_MODELS_OWN
+    return describe_optimizer(instantiate_class([torch.nn.Parameter(torch.zeros(1))], given), one_group)
+
+
+def _traced(module: LightningModule, recipe: Recipe) -> ActivationSource:
+    """The module's own training step on batches of the recipe's data."""
+    try:
+        return TracedActivations(module, _policy(recipe), _batches(module, recipe.config))
+    except Exception as error:
+        return StatesOnly(f"no batch of its data: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+
+
+def _batches(module: LightningModule, config: Namespace) -> Batches:
+    trainer: Any = PretendedTrainer(Axis("data"), 1)
+    if not config.get("data") or is_overridden("train_dataloader", module):
+        module.trainer = trainer
+        return batches_of(module.train_dataloader(), may_iterate=True)
+    parser = LightningArgumentParser()
+    parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
+    data = parser.instantiate_classes(Namespace(data=config.data)).data
+    if isinstance(data, TextDataModule):
+        return TokenBlocks(data.vocab_size)
+    data.trainer = trainer
+    data.prepare_data()
+    data.setup("fit")
+    return batches_of(data.train_dataloader(), may_iterate=True)
 
 
 def _is_language_model(recipe: Recipe) -> bool:

@@ -10,11 +10,13 @@ from typing import Any
 from lightning_tex.cli.tables import console, figure, parts_in, save, seconds, stack, table
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.planner.cluster import GIB, Cluster
+from lightning_tex.planner.declared import DeclaredFormulas
 from lightning_tex.planner.describe import describe_decoder
 from lightning_tex.planner.layouts import Job
-from lightning_tex.planner.memory import size
-from lightning_tex.planner.model import ActivationSource
+from lightning_tex.planner.memory import activation_source, size
 from lightning_tex.planner.search import LargestBase, Planned, Plans, decoder_config
+from lightning_tex.planner.states_only import StatesOnly
+from lightning_tex.planner.traced import TracedActivations
 from lightning_tex.planner.traffic import sent_bytes, step_collectives
 
 FLOPS = (
@@ -25,11 +27,13 @@ FLOPS = (
 )
 
 
-# Where the activations of a plan come from.
-ACTIVATIONS: dict[ActivationSource, str] = {
-    "formulas": "Activations: formulas, which are exact for this package's decoder.",
-    "states only": "Activations: states only. What forwards keep for backwards is not in the memory, and the time is "
-    "that of the package's layers and of torch.nn.Linear: `lightning-tex plan --trace` runs the recipe and sees all.",
+# What the sources of activations mean for a plan.
+ACTIVATIONS = {
+    DeclaredFormulas.name: "what this package's layers are known to keep, for its decoder.",
+    TracedActivations.name: "one micro-step of the module's own training_step, run without its memory; times are those "
+    "of the package's layers and of torch.nn.Linear.",
+    StatesOnly.name: "what forwards keep for backwards is not in the memory, and the time is that of the package's "
+    "layers and of torch.nn.Linear. `lightning-tex plan --trace` runs the recipe and sees all.",
 }
 
 
@@ -42,6 +46,7 @@ def row(planned: Planned) -> dict[str, Any]:
         "fits": planned.fits,
         "peak_bytes": memory.peak,
         "memory_bytes": memory.parts(),
+        "at_least": memory.at_least,
         "step_seconds": time.total,
         "step_seconds_by_part": time.parts(),
         "hidden_seconds": time.hidden,
@@ -51,10 +56,17 @@ def row(planned: Planned) -> dict[str, Any]:
 
 
 def _job(job: Job, cluster: Cluster) -> dict[str, Any]:
+    activations = activation_source(job)
     return {
         "sizes": None if job.model.config is None else asdict(job.model.config),
         "parameters": job.model.counts(),
-        "activations": job.model.activations,
+        "activations": activations.name,
+        "activations_reason": activations.reason,
+        "optimizer": {
+            "class": job.optimizer.name,
+            "groups": len(job.optimizer.grouping(job.model)),
+            "assumed": job.optimizer.assumed,
+        },
         "gpus": job.world,
         "sequence_length": job.sequence_length,
         "global_batch_size": job.global_batch_size,
@@ -78,6 +90,7 @@ def report(job: Job, cluster: Cluster, plans: Plans, own: Planned | None) -> dic
     found: dict[str, Any] = {
         **_job(job, cluster),
         "considered": plans.considered,
+        "left_out": plans.left_out,
         "fitting": len(plans.fitting),
         "layouts": rows,
         "recommended": None,
@@ -108,6 +121,8 @@ def show(found: Mapping[str, Any], rows: int) -> None:
     out.print(ways)
     fitting = found["fitting"]
     out.print(f"{fitting} of {len(found['layouts'])} ways fit ({found['considered']} with their micro-batches).")
+    if found["left_out"]:
+        out.print(f"Of these {found['left_out']} were not traced, being slower than the {fitting} that fit.")
     if found["recipe"] is not None:
         own = found["recipe"]
         out.print(
@@ -120,8 +135,16 @@ def show(found: Mapping[str, Any], rows: int) -> None:
         out.print(f"Nothing fits: the least that any layout needs is {size(least)}.")
     else:
         _break_down(best)
-    out.print(ACTIVATIONS[found["activations"]])
+    reason = f" ({found['activations_reason']})" if found["activations_reason"] else ""
+    out.print(f"Activations: {found['activations']}{reason}: {ACTIVATIONS[found['activations']]}")
+    out.print(_optimizer(found["optimizer"]))
     out.print(found["flops"])
+
+
+def _optimizer(described: Mapping[str, Any]) -> str:
+    if described["assumed"]:
+        return f"Optimizer: {described['class']} over all parameters is assumed ({described['assumed']})."
+    return f"Optimizer: {described['class']}, {described['groups']} parameter group(s)."
 
 
 def waiting_seconds(planned: Mapping[str, Any]) -> float:
@@ -140,7 +163,7 @@ def _cells(each: Mapping[str, Any]) -> list[str]:
         recompute,
         each["optimizer_state_format"],
         str(each["micro_batch"]),
-        size(each["peak_bytes"]) + ("" if each["fits"] else " !"),
+        (">" if each["at_least"] else "") + size(each["peak_bytes"]) + ("" if each["fits"] else " !"),
         seconds(each["step_seconds"]),
         seconds(waiting_seconds(each)),
         f"{each['tokens_per_second']:,.0f}",

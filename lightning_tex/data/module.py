@@ -219,6 +219,15 @@ class TextDataModule(LightningDataModule):
         if self.trainer is None or self.trainer.state.fn in (None, TrainerFn.FITTING):
             self._loaded = dict(state_dict)
 
+    def alike_on_all_ranks(self) -> dict[str, Any]:
+        """What every rank of a run must have alike, for the strategy's comparison; a module of your own may say it."""
+        return {
+            **self._identity(),
+            "vocab_size": self.vocab_size,
+            "shuffle_buffer": self.shuffle_buffer,
+            "streaming": self.streaming,
+        }
+
     def _identity(self) -> dict[str, Any]:
         return {
             "global_batch_size": self.global_batch_size,

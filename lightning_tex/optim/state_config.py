@@ -93,7 +93,7 @@ class OptimizerStateConfig:
 
                 def trial(own: Tensor, tile_size: int) -> StateFormat:
                     largest = max(buffer.entries, key=lambda entry: entry.stop - entry.start)
-                    return self._states(
+                    return self.states(
                         own, tile_size, probed, Rounding(rounding_seed, [largest], largest.start, own.device)
                     )
 
@@ -102,7 +102,7 @@ class OptimizerStateConfig:
                 anywhere = self.optimizer_state_format != "int8" and not fastest(optimizer, group).get("fused")
                 tiles[dtype] = tile if anywhere else -(-tile // ALIGNMENT) * ALIGNMENT
             rounding = Rounding(rounding_seed, buffer.entries, buffer.own_start, buffer.parameters.device)
-            return self._states(buffer.own, tiles[dtype], probed, rounding)
+            return self.states(buffer.own, tiles[dtype], probed, rounding)
 
         return states
 
@@ -115,7 +115,17 @@ class OptimizerStateConfig:
                 f"optimizer_state_format={self.optimizer_state_format!r} is for floating-point numbers; legal: 'fp32'"
             )
 
-    def _states(self, own: Tensor, tile_size: int, probed: Probed, rounding: Rounding) -> StateFormat:
+    def states(self, own: Tensor, tile_size: int, probed: Probed, rounding: Rounding) -> StateFormat:
+        """How the states of a shard are kept.
+
+        Args:
+            own, tile_size: see :class:`StateFormat`.
+            probed: of the optimizer.
+            rounding: random bits for the shard's elements.
+
+        Raises:
+            ValueError: a format that is not made for the parameters.
+        """
         if own.dtype not in LOW_PRECISION:
             return PlainStates(own, tile_size, master=False)
         if self.optimizer_state_format == "fp32":

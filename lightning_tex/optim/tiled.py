@@ -22,8 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, NoReturn, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +34,7 @@ from lightning_tex.optim.gradient_reducer import GradientReducer, ReductionStage
 from lightning_tex.optim.overlap import optimizer_pass
 from lightning_tex.optim.rounding import RoundingSeed
 from lightning_tex.optim.shard import Piece, Shard
+from lightning_tex.optim.stand_in import StandIn
 from lightning_tex.optim.state_config import OptimizerStateConfig
 from lightning_tex.parallel.errors import UserRuntimeError, UserValueError
 from lightning_tex.parallel.sharding import ParameterSharding
@@ -49,7 +49,7 @@ class Skipped:
     in_a_row: int = 0
 
 
-class TiledOptimizer(Optimizer):
+class TiledOptimizer(StandIn):
     """An elementwise torch optimizer, with its states sharded over replicas and stepped tile by tile.
 
     Non-expert states are sharded over the data axis, expert states over expert_data (paper section 2). Group dicts
@@ -69,9 +69,6 @@ class TiledOptimizer(Optimizer):
 
     A call out of this order is an error that says what is legal.
 
-    Its class is a subclass that goes by the name of the user's, because monitors and messages name an optimizer by its
-    class: ``TiledOptimizer(AdamW(..), ..)`` logs ``lr-AdamW``.
-
     Args:
         optimizer: the user's optimizer over the sharded model's parameters.
         shardings: parameter -> sharding.
@@ -88,10 +85,6 @@ class TiledOptimizer(Optimizer):
         ValueError: the optimizer is not elementwise, or holds a parameter that is not the model's.
     """
 
-    def __new__(cls, optimizer: Optimizer, *arguments: Any, **options: Any) -> Self:
-        named = _named_after(type(optimizer).__name__) if cls is TiledOptimizer else cls
-        return object.__new__(named)  # type: ignore[return-value]
-
     def __init__(
         self,
         optimizer: Optimizer,
@@ -100,7 +93,7 @@ class TiledOptimizer(Optimizer):
         state_config: OptimizerStateConfig | None = None,
         communication: Communication | None = None,
     ) -> None:
-        self.inner, self.world, self.shardings = optimizer, world, shardings
+        self.world, self.shardings = world, shardings
         self.state_config = state_config or OptimizerStateConfig()
         self.rounding_seed = RoundingSeed(self.state_config.seed)
         self.engine = Engine(optimizer)
@@ -111,10 +104,7 @@ class TiledOptimizer(Optimizer):
         self._reducer = GradientReducer(
             shardings, world, communication or Communication(), at_once=self.state_config.zero_stage == 2
         )
-        super().__init__(optimizer.param_groups, optimizer.defaults)
-        self.param_groups = optimizer.param_groups
-        for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
-            setattr(self, hooks, getattr(optimizer, hooks))
+        super().__init__(optimizer)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as ``torch.optim.Optimizer`` does, and lay its parameters out in buffers."""
@@ -267,8 +257,7 @@ class TiledOptimizer(Optimizer):
 
     def _step_is_over(self) -> None:
         self._reducer.step_is_over()
-        # Schedulers look here, to warn about being stepped before the optimizer.
-        self.inner._opt_called = self._opt_called = True  # type: ignore[attr-defined]
+        self.tell_schedulers()
 
     def skip(self) -> None:
         """Do nothing instead of a step.
@@ -300,54 +289,10 @@ class TiledOptimizer(Optimizer):
             shard.keep()
             shard.buffer.gather().wait()
 
-    # --- state, in pieces
-
-    def state_dict(self) -> dict[str, Any]:
-        """Refused: this rank has a part of the states, and a checkpoint has them all.
-
-        Raises:
-            RuntimeError: always, saying what to call.
-        """
-        raise UserRuntimeError(
-            "the states of this optimizer are sharded over ranks; trainer.save_checkpoint(..) saves all of them, and "
-            "TexMoEStrategy(save_distributed_checkpoint=False) in torch's own form"
-        )
-
-    def load_state_dict(self, state_dict: Any) -> None:
-        """Refused, as :meth:`state_dict` is.
-
-        Raises:
-            RuntimeError: always, saying what to call.
-        """
-        raise UserRuntimeError("the states of this optimizer are sharded over ranks; give the Trainer a ckpt_path")
-
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        """Refused: a copy would have neither the states nor the buffers that parameters are views of.
-
-        Raises:
-            RuntimeError: always, saying what to do.
-        """
-        raise UserRuntimeError(
-            "the tiled optimizer holds this rank's part of the states and can be neither copied nor pickled; "
-            "trainer.save_checkpoint(..) saves all of them"
-        )
-
     def pieces(self) -> Iterator[Piece]:
         """Every piece of every parameter that this rank's windows hold."""
         for shard in self.shards:
             yield from shard.pieces()
-
-
-@cache
-def _named_after(name: str) -> type[TiledOptimizer]:
-    """The class of tiled optimizers that go by a name."""
-    members = {
-        "__module__": TiledOptimizer.__module__,
-        "__doc__": TiledOptimizer.__doc__,
-        # As that of a local class: command lines that look for optimizers by name must find the user's alone.
-        "__qualname__": f"{_named_after.__name__}.<locals>.{name}",
-    }
-    return type(name, (TiledOptimizer,), members)
 
 
 # Schedulers are told of our step as they are of one they wrapped themselves.

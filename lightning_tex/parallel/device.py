@@ -1,7 +1,7 @@
 """Whether a GPU's or a CPU's code path is taken where they differ: the one room where a trace may pretend a device.
 
-What differs by device asks :func:`device_type`, never ``tensor.device``. Only :mod:`lightning_tex.planner_trace`
-pretends, for as long as its trace lasts; in a training the answer is where the tensor lies.
+What differs by device asks :func:`device_type`, never ``tensor.device``. Only traces (``planner``, ``planner_trace``)
+pretend one, for as long as they last; in a training the answer is where the tensor lies.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def describe(
     return ModelDescription(
         tuple(walk.parameters),
         layers,
-        "formulas" if _formulas_hold(root, list(blocks.values()), layers) else "states only",
+        _formulas_hold(root, list(blocks.values()), layers),
         walk.tied,
         lambda layout: check_sizes(root, layout),
     )
@@ -61,30 +61,47 @@ def describe_decoder(config: DecoderConfig) -> ModelDescription:
     return _describe_decoder(astuple(config))
 
 
+def decoder_parameters(config: DecoderConfig) -> int:
+    """Parameters of a whole :class:`Decoder`."""
+    shallow = _shallow(config)
+    blocks = min(config.num_layers, config.moe_every)
+    total = 0
+    for parameter in shallow.parameters:
+        block = shallow.layers[parameter.layer].block
+        total += parameter.numel * (1 if block is None else len(range(block, config.num_layers, blocks)))
+    return total
+
+
 @lru_cache(maxsize=512)
 def _describe_decoder(values: tuple[Any, ...]) -> ModelDescription:
     config = DecoderConfig(*values)
-    with torch.device("meta"):
-        shallow = describe(Decoder(replace(config, num_layers=min(config.num_layers, config.moe_every))))
-    deep = _repeated(shallow, config.num_layers)
+    deep = _repeated(_shallow(config), config.num_layers)
     return replace(deep, layers=(*deep.layers, PlacedLayer(CrossEntropy())), config=config)
+
+
+def _shallow(config: DecoderConfig) -> ModelDescription:
+    """A decoder of one block of each kind."""
+    with torch.device("meta"):
+        return describe(Decoder(replace(config, num_layers=min(config.num_layers, config.moe_every))))
 
 
 def _repeated(shallow: ModelDescription, blocks: int) -> ModelDescription:
     """A decoder's description with its blocks in turn, until there are so many."""
+    of_layer: list[list[Parameter]] = [[] for _ in shallow.layers]
+    for parameter in shallow.parameters:
+        of_layer[parameter.layer].append(parameter)
     layers: list[PlacedLayer] = []
     parameters: list[Parameter] = []
 
     def copy(places: Iterable[int], block: int | None = None) -> None:
         for place in places:
-            placed = shallow.layers[place]
-            name = f"blocks.{placed.block}.", f"blocks.{block}."
-            parameters.extend(
-                parameter._replace(name=parameter.name.replace(*name), layer=len(layers))
-                for parameter in shallow.parameters
-                if parameter.layer == place
-            )
-            layers.append(placed._replace(block=block))
+            layer, shown, ends_block, input_gradient = shallow.layers[place]
+            first = 0 if block is None else len(f"blocks.{shown}.")
+            prefix = "" if block is None else f"blocks.{block}."
+            for name, shape, shard_dims, full_precision, requires_grad, _, declared in of_layer[place]:
+                renamed, here = prefix + name[first:], len(layers)
+                parameters.append(Parameter(renamed, shape, shard_dims, full_precision, requires_grad, here, declared))
+            layers.append(PlacedLayer(layer, block, ends_block, input_gradient))
 
     of_block: dict[int | None, list[int]] = {}
     for place, placed in enumerate(shallow.layers):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from lightning_tex.optim.state_config import OPTIMIZER_STATE_FORMATS, ZERO_STAGES
 from lightning_tex.parallel.activation_checkpointing import ACTIVATION_CHECKPOINTING, ActivationCheckpointing
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.precision import PRECISIONS, StoredDtypes
 from lightning_tex.parallel.topology import Communication, Layout, divisors
+from lightning_tex.planner.instants import Instant
 from lightning_tex.planner.model import ModelDescription
+from lightning_tex.planner.optimizers import LANGUAGE_MODELS_OWN, OptimizerDescription
 
 
 @dataclass(frozen=True)
@@ -24,8 +28,8 @@ class Job:
         global_batch_size: sequences of one optimizer step over all ranks.
         precision: the Trainer's.
         imbalance: rows at the fullest expert rank over their mean, in dropless routing; 1: balanced.
-        two_groups: the optimizer has matrices and vectors in groups of their own, as ``LanguageModel`` builds it; else
-            all in one, as the command line's ``--optimizer`` does.
+        optimizer: its groups, and what it keeps.
+        activations: where activations are known from; ``None``: from formulas, where the model's layers declare them.
 
     Raises:
         ValueError: naming the option and what is legal.
@@ -37,7 +41,8 @@ class Job:
     global_batch_size: int
     precision: str = "bf16-mixed"
     imbalance: float = 1.0
-    two_groups: bool = True
+    optimizer: OptimizerDescription = LANGUAGE_MODELS_OWN
+    activations: ActivationSource | None = None
 
     def __post_init__(self) -> None:
         for name in ("world", "sequence_length", "global_batch_size"):
@@ -98,6 +103,29 @@ class Candidate:
             "micro_batch": self.micro_batch,
             "accumulate_grad_batches": self.accumulation,
         }
+
+
+class ActivationSource(ABC):
+    """Where a plan has it from what forwards keep for backwards.
+
+    Attributes:
+        name: as a report names it.
+        reason: why it is not a better one.
+        costly: asking takes longer than everything else that is foreseen of a candidate.
+    """
+
+    name: ClassVar[str]
+    reason: str = ""
+    costly: ClassVar[bool] = False
+
+    @abstractmethod
+    def instants(self, job: Job, candidate: Candidate, device: str) -> Iterator[Instant]:
+        """The instants of a micro-step at which a rank may be fullest, without gradients on their way.
+
+        Args:
+            job, candidate: what is trained, and how.
+            device: ``cuda`` or ``cpu``.
+        """
 
 
 @dataclass(frozen=True)
@@ -189,7 +217,7 @@ def _micro_batches(job: Job, layout: Layout, choices: Choices) -> Iterator[tuple
         return
     share = job.global_batch_size // layout.data
     sizes = {1 << i for i in range(share.bit_length())} if choices.micro_batch is None else {choices.micro_batch}
-    for micro in sorted(sizes):
+    for micro in sorted(sizes, reverse=True):
         if micro <= share and share % micro == 0:
             yield micro, share // micro
 

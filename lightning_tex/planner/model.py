@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
@@ -18,8 +18,6 @@ from lightning_tex.parallel.sharding import Box, ParameterSharding
 from lightning_tex.parallel.topology import Layout, Topology
 from lightning_tex.planner.layers import CrossEntropy, Embedding, Head, Layer, Moe, Norm
 
-# How much is foreseen of what forwards keep for backwards: everything, by the formulas of ``activations``; or nothing.
-ActivationSource = Literal["formulas", "states only"]
 Kind = Literal["sharded", "replicated", "expert"]
 # Layers that a backward passes together, each with whether it is in a block.
 BackwardPart = tuple[tuple[Layer, bool], ...]
@@ -109,7 +107,7 @@ class ModelDescription:
     Args:
         parameters: each once, in the order of ``module.parameters()``.
         layers: in the order of their definition, which is taken for that of a forward; losses last.
-        activations: whether the formulas for activations are exact, or only states are foreseen.
+        declared: whether the formulas that layers declare for activations hold for it.
         tied: embedding and head share one matrix.
         config: the sizes of a decoder, if it is one: what a search can vary.
         check: refuses a layout that some layer cannot be sharded for.
@@ -118,7 +116,7 @@ class ModelDescription:
 
     parameters: tuple[Parameter, ...]
     layers: tuple[PlacedLayer, ...]
-    activations: ActivationSource
+    declared: bool
     tied: bool
     check: Callable[[Layout], None]
     config: DecoderConfig | None = None
@@ -201,7 +199,3 @@ class ModelDescription:
             if key not in alike:
                 alike[key] = parameter.sharding(topology)
         return tuple(alike[parameter.shape, parameter.shard_dims] for parameter in self.parameters)
-
-    def without_activations(self) -> ModelDescription:
-        """The same, of which only states are foreseen."""
-        return replace(self, activations="states only")

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import inf
+from typing import Any
 
 from lightning_tex.models.decoder import DecoderConfig
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.planner.cluster import Cluster
-from lightning_tex.planner.describe import describe_decoder
+from lightning_tex.planner.describe import decoder_parameters, describe_decoder
 from lightning_tex.planner.layouts import Candidate, Choices, Job, candidates
-from lightning_tex.planner.memory import Memory, memory
+from lightning_tex.planner.memory import Memory, activation_source, memory
 from lightning_tex.planner.states import FlatBuffers
 from lightning_tex.planner.step_time import StepTime, step_time
 
@@ -45,10 +46,12 @@ class Plans:
         found: of each layout and set of strategy's arguments, the fastest micro-batch that fits; if none does, the one
             that needs least.
         considered: how many candidates there were.
+        left_out: of the candidates so many were not looked at: others that fit were found before.
     """
 
     found: list[Planned]
     considered: int
+    left_out: int = 0
 
     @property
     def fitting(self) -> list[Planned]:
@@ -72,35 +75,84 @@ class Plans:
         return sorted(self.found, key=lambda each: each.memory.peak)[:count]
 
 
-def plan_all(job: Job, cluster: Cluster, choices: Choices | None = None) -> Plans:
+def plan_all(
+    job: Job,
+    cluster: Cluster,
+    choices: Choices | None = None,
+    wanted: int = 12,
+    first: Callable[[Candidate], Any] = lambda candidate: 0,
+) -> Plans:
     """Foresee all candidates of a job.
 
-    Time is worked out for candidates that fit, and for one of each other group.
+    Time is worked out for candidates that fit, and for one of each other group. Where activations are costly to know
+    (traced), candidates are looked at one after another, the fastest first, until so many groups fit.
+
+    Args:
+        job, cluster, choices: what is planned.
+        wanted: groups to find, where activations are costly.
+        first: what candidates are ordered by before time, where activations are costly.
 
     Raises:
         ValueError: nothing is legal.
     """
-    considered = 0
-    best: dict[Candidate, Planned] = {}
-    least: dict[Candidate, tuple[Candidate, Memory]] = {}
+    if activation_source(job).costly:
+        return _best_first(job, cluster, choices, wanted, first)
+    search, considered = _Search(job, cluster), 0
     for candidate in candidates(job, choices):
         considered += 1
-        group = replace(candidate, micro_batch=0, accumulation=0)
+        search.look_at(candidate)
+    return Plans(search.found(), considered)
+
+
+def _best_first(
+    job: Job, cluster: Cluster, choices: Choices | None, wanted: int, first: Callable[[Candidate], Any]
+) -> Plans:
+    timed = [(step_time(job, candidate, cluster), candidate) for candidate in candidates(job, choices)]
+    timed.sort(key=lambda pair: (first(pair[1]), pair[0].total))
+    search, looked_at = _Search(job, cluster), 0
+    for _, candidate in timed:
+        if len(search.best) >= wanted:
+            break
+        looked_at += 1
+        if _group(candidate) not in search.best:
+            search.look_at(candidate)
+    return Plans(search.found(), len(timed), len(timed) - looked_at)
+
+
+def _group(candidate: Candidate) -> Candidate:
+    """What a candidate has in common with those of other micro-batches."""
+    return replace(candidate, micro_batch=0, accumulation=0)
+
+
+class _Search:
+    """The best candidate of each group that fits, and of the others the one that needs least."""
+
+    def __init__(self, job: Job, cluster: Cluster) -> None:
+        self.job, self.cluster = job, cluster
+        self.best: dict[Candidate, Planned] = {}
+        self.least: dict[Candidate, tuple[Candidate, Memory]] = {}
+
+    def look_at(self, candidate: Candidate) -> None:
+        """Foresee one more."""
+        job, cluster, group = self.job, self.cluster, _group(candidate)
         flat = FlatBuffers.of(job, candidate)
-        needed = memory(job, candidate, cluster.device, flat=flat)
+        needed = memory(job, candidate, cluster.device, flat=flat, enough=cluster.usable_bytes)
         if needed.peak <= cluster.usable_bytes:
             time = step_time(job, candidate, cluster, flat)
-            if group not in best or time.total < best[group].time.total:
-                best[group] = Planned(candidate, needed, time, True)
-        elif group not in least or needed.peak < least[group][1].peak:
-            least[group] = candidate, needed
-    rest = [
-        Planned(candidate, needed, step_time(job, candidate, cluster), False)
-        for group, (candidate, needed) in least.items()
-        if group not in best
-    ]
-    found = [*sorted(best.values(), key=lambda p: p.time.total), *sorted(rest, key=lambda p: p.memory.peak)]
-    return Plans(found, considered)
+            if group not in self.best or time.total < self.best[group].time.total:
+                self.best[group] = Planned(candidate, needed, time, True)
+        elif group not in self.least or needed.peak < self.least[group][1].peak:
+            self.least[group] = candidate, needed
+
+    def found(self) -> list[Planned]:
+        """One of each group: those that fit by speed, then the others by need."""
+        rest = [
+            Planned(candidate, needed, step_time(self.job, candidate, self.cluster), False)
+            for group, (candidate, needed) in self.least.items()
+            if group not in self.best
+        ]
+        fitting = sorted(self.best.values(), key=lambda planned: planned.time.total)
+        return [*fitting, *sorted(rest, key=lambda planned: planned.memory.peak)]
 
 
 # --- the largest base model
@@ -161,7 +213,7 @@ def _layers(width: int) -> int:
 
 def base_parameters(config: DecoderConfig) -> int:
     """Parameters of the base model: the same without experts, every block dense."""
-    return sum(describe_decoder(replace(config, num_experts=1, top_k=1)).counts().values())
+    return decoder_parameters(replace(config, num_experts=1, top_k=1))
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,15 @@ from functools import cached_property, lru_cache
 from math import prod
 from typing import NamedTuple
 
+import torch
+
 from lightning_tex.optim.flat_sizes import ALIGNMENT, bucketed, most_elements, part_length
 from lightning_tex.parallel.precision import PRECISIONS
+from lightning_tex.parallel.sharding import ParameterSharding
 from lightning_tex.parallel.topology import Layout
 from lightning_tex.planner.layouts import Candidate, Job
-from lightning_tex.planner.model import ModelDescription
-
-# Temporaries of a step in bytes per element, by what is kept, as a trial of fused AdamW shows them (optim/probe.py).
-TEMPORARY_BYTES = {"plain": 0, "fp32": 4, "split": 8, "int8": 24 + 4 / 64, "stochastic": 20}
-_SCALAR_BYTES = 4  # AdamW's step, one a tile
+from lightning_tex.planner.model import ModelDescription, Parameter
+from lightning_tex.planner.optimizers import ADAMW, OptimizerDescription, StateCosts
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,7 @@ class Buffer:
         part: elements of one owner's part.
         used: elements of the buffer that are parameters'.
         element_bytes: of its parameters.
+        costs: what the optimizer keeps and takes of its elements.
     """
 
     expert: bool
@@ -42,6 +43,7 @@ class Buffer:
     part: int
     used: int
     element_bytes: int
+    costs: StateCosts
     declared_partial: bool = False
 
     @property
@@ -58,12 +60,13 @@ class FlatBuffers:
     """The flat buffers of one rank, laid out once; those of all ranks are of equal sizes. Compared by identity.
 
     Args:
-        buffers: in the optimizer's order: with two groups matrices first, then vectors.
+        buffers: in the optimizer's order, group by group.
         first_members: of each buffer, the place of its first parameter among the model's: a backward reaches that one
             last.
         last_members: likewise of its last, which a backward reaches first.
         precision: the Trainer's.
-        frozen_dense, frozen_expert: bytes of parameters that are not trained and in no buffer.
+        frozen_dense, frozen_expert: bytes of parameters that are in no buffer.
+        loose_gradients: bytes of gradients of such parameters, which are trained, but by no optimizer.
     """
 
     buffers: tuple[Buffer, ...]
@@ -72,11 +75,12 @@ class FlatBuffers:
     precision: str
     frozen_dense: int
     frozen_expert: int
+    loose_gradients: int
 
     @classmethod
     def of(cls, job: Job, candidate: Candidate) -> FlatBuffers:
         """Those of a rank of a candidate; one object for all candidates that differ in other things."""
-        key = candidate.layout, job.precision, candidate.zero_stage > 0, job.two_groups
+        key = candidate.layout, job.precision, candidate.zero_stage > 0, job.optimizer
         if key not in job.model.laid_out:
             job.model.laid_out[key] = cls._lay_out(job.model, *key)
         laid_out = job.model.laid_out[key]
@@ -85,39 +89,40 @@ class FlatBuffers:
 
     @classmethod
     def _lay_out(
-        cls, model: ModelDescription, layout: Layout, precision: str, sharded: bool, two_groups: bool
+        cls, model: ModelDescription, layout: Layout, precision: str, sharded: bool, optimizer: OptimizerDescription
     ) -> FlatBuffers:
-        dtypes = PRECISIONS[precision]
-        frozen = {False: 0, True: 0}
-        kinds: dict[tuple[object, ...], list[_Member]] = {}
-        for place, (parameter, sharding) in enumerate(zip(model.parameters, model.shardings(layout), strict=True)):
-            dtype = dtypes.full if parameter.full_precision else dtypes.usual
-            elements, expert = prod(sharding.box.stored), parameter.kind == "expert"
-            if not parameter.requires_grad:
-                frozen[expert] += elements * dtype.itemsize
-                continue
-            vector = two_groups and len(parameter.shape) == 1
-            key = vector, sharding.replicas.name, sharding.repeated, sharding.declared_partial, dtype
-            partial = not parameter.shard_dims and layout.tensor > 1
-            declared = sharding.declared_partial
-            kinds.setdefault(key, []).append(
-                _Member(elements, place, expert, partial, sharding.replicas.size, dtype.itemsize, declared)
-            )
-        buffers, first, last = [], [], []
+        members = _members(model, layout, precision)
+        buffers: list[Buffer] = []
+        first: list[int] = []
+        last: list[int] = []
         same: dict[Buffer, Buffer] = {}  # blocks repeat their buffers: one object for all
-        for _, members in sorted(
-            kinds.items(), key=lambda kind: bool(kind[0][0])
-        ):  # the group of vectors is the second
-            lengths = [member.elements for member in members]
-            _, _, expert, partial, replicas, element_bytes, declared = members[0]
-            owners = replicas if sharded else 1
-            for span in bucketed(lengths, replicas):
-                part = part_length(lengths[span], owners)
-                buffer = Buffer(expert, partial, replicas, owners, part, sum(lengths[span]), element_bytes, declared)
-                buffers.append(same.setdefault(buffer, buffer))
-                first.append(members[span][0].place)
-                last.append(members[span][-1].place)
-        return cls(tuple(buffers), tuple(first), tuple(last), precision, frozen[False], frozen[True])
+        groups = optimizer.grouping(model)
+        for number, places in enumerate(groups):
+            costs = optimizer.costs_of(number)
+            kinds: dict[_Kind, list[int]] = {}
+            for place in places:
+                if model.parameters[place].requires_grad:
+                    kinds.setdefault(members[place].kind, []).append(place)
+            for kind, of_kind in kinds.items():
+                owners = kind.replicas if sharded else 1
+                lengths = [members[place].elements for place in of_kind]
+                for span in bucketed(lengths, kind.replicas):
+                    part = part_length(lengths[span], owners)
+                    buffer = Buffer(
+                        kind.expert, kind.partial, kind.replicas, owners, part, sum(lengths[span]), kind.element_bytes,
+                        costs, kind.declared_partial,
+                    )  # fmt: skip
+                    buffers.append(same.setdefault(buffer, buffer))
+                    first.append(of_kind[span.start])
+                    last.append(of_kind[span.stop - 1])
+        kept = set().union(*groups)
+        frozen, loose = {False: 0, True: 0}, 0
+        for place, (parameter, member) in enumerate(zip(model.parameters, members, strict=True)):
+            if place not in kept or not parameter.requires_grad:
+                size = member.elements * member.kind.element_bytes
+                frozen[member.kind.expert] += size
+                loose += size * parameter.requires_grad
+        return cls(tuple(buffers), tuple(first), tuple(last), precision, frozen[False], frozen[True], loose)
 
     @cached_property
     def distinct(self) -> Mapping[Buffer, int]:
@@ -125,16 +130,45 @@ class FlatBuffers:
         return Counter(self.buffers)
 
 
-class _Member(NamedTuple):
-    """A parameter on its way into a buffer; ``elements`` are those that a rank stores."""
+class _Kind(NamedTuple):
+    """What parameters of one buffer have in common."""
 
-    elements: int
-    place: int
     expert: bool
+    repeated: bool
+    dtype: torch.dtype
     partial: bool
     replicas: int
     element_bytes: int
     declared_partial: bool
+
+
+class _Member(NamedTuple):
+    """A parameter on its way into a buffer; ``elements`` are those that a rank stores."""
+
+    elements: int
+    kind: _Kind
+
+
+def _members(model: ModelDescription, layout: Layout, precision: str) -> list[_Member]:
+    """What a rank stores of each parameter of a model."""
+    dtypes = PRECISIONS[precision]
+    alike: dict[tuple[object, ...], _Member] = {}  # blocks repeat their parameters
+
+    def member(parameter: Parameter, sharding: ParameterSharding) -> _Member:
+        dtype = dtypes.full if parameter.full_precision else dtypes.usual
+        partial = not parameter.shard_dims and layout.tensor > 1
+        expert = sharding.replicas.name == "expert_data"
+        replicas, declared = sharding.replicas.size, sharding.declared_partial
+        kind = _Kind(expert, sharding.repeated, dtype, partial, replicas, dtype.itemsize, declared)
+        return _Member(prod(sharding.box.stored), kind)
+
+    members = []
+    for parameter, sharding in zip(model.parameters, model.shardings(layout), strict=True):
+        key = parameter.shape, parameter.shard_dims, parameter.full_precision, parameter.declared_partial
+        if key not in alike:
+            alike[key] = member(parameter, sharding)
+        members.append(alike[key])
+    return members
 
 
 @dataclass(frozen=True)
@@ -143,10 +177,10 @@ class StateBytes:
 
     Args:
         dense_parameters, expert_parameters: in the flat buffers, their padding included, and frozen ones.
-        gradients: likewise; under ZeRO 2 the own parts in fp32.
+        gradients: likewise; under ZeRO 2 the own parts in fp32; and of what is trained by no optimizer.
         master: fp32 copies, or the 16 bits that ``split`` keeps beside the parameters.
-        moments: the two states of Adam per element, with the scales of ``int8``.
-        scalars: one number a tile.
+        moments: the optimizer's states per element, with the scales of ``int8``.
+        scalars: what it has one of for each tile.
     """
 
     dense_parameters: int
@@ -169,7 +203,7 @@ def state_bytes(
     tile_size: int | None = None,
     device: str = "cuda",
 ) -> StateBytes:
-    """What the tiled optimizer allocates for AdamW, exactly.
+    """What the tiled optimizer allocates, exactly.
 
     Args:
         flat: the flat buffers.
@@ -177,7 +211,7 @@ def state_bytes(
         tile_size: elements, as the strategy's; ``None``: the device's budget over the temporaries.
         device: ``cuda`` or ``cpu``.
     """
-    gradients = master = moments = scalars = 0
+    gradients, master, moments, scalars = flat.loose_gradients, 0, 0, 0
     for buffer, times in flat.distinct.items():
         own = buffer.part * times
         gradients += own * max(4, buffer.element_bytes) if zero_stage == 2 else buffer.bytes * times
@@ -190,10 +224,13 @@ def state_bytes(
             "stochastic": (0, 2),
         }[kept]
         master += per_master * own
-        moments += 2 * per_moment * own
+        states = buffer.costs.states
+        moments += states * per_moment * own
         if kept == "int8":
-            moments += 2 * 4 * (own // ALIGNMENT)
-        scalars += _SCALAR_BYTES * times * -(-buffer.part // tile_elements(kept, tile_size, device))
+            moments += states * 4 * (own // ALIGNMENT)
+        scalars += (
+            buffer.costs.number_bytes * times * -(-buffer.part // tile_elements(kept, tile_size, device, buffer.costs))
+        )
     dense = flat.frozen_dense + sum(buffer.bytes for buffer in flat.buffers if not buffer.expert)
     expert = flat.frozen_expert + sum(buffer.bytes for buffer in flat.buffers if buffer.expert)
     return StateBytes(dense, expert, gradients, master, moments, scalars)
@@ -206,10 +243,10 @@ def kept_format(precision: str, optimizer_state_format: str, element_bytes: int)
     return optimizer_state_format
 
 
-def tile_elements(kept: str, tile_size: int | None, device: str) -> int:
-    """Elements of a tile: the strategy's ``tile_size``, or as many as the budget allows; then aligned."""
-    tile = tile_size or most_elements(TEMPORARY_BYTES[kept], device)
-    return -(-tile // ALIGNMENT) * ALIGNMENT
+def tile_elements(kept: str, tile_size: int | None, device: str, costs: StateCosts = ADAMW) -> int:
+    """Elements of a tile: the strategy's ``tile_size``, or as many as the budget allows; then aligned, if need be."""
+    tile = tile_size or most_elements(costs.temporaries.of(kept), device)
+    return -(-tile // ALIGNMENT) * ALIGNMENT if costs.aligned or kept == "int8" else tile
 
 
 def tile_bytes(
@@ -219,8 +256,8 @@ def tile_bytes(
     most = 0
     for buffer in flat.distinct:
         kept = kept_format(flat.precision, optimizer_state_format, buffer.element_bytes)
-        tile = min(buffer.part, tile_elements(kept, tile_size, device))
-        most = max(most, int(tile * TEMPORARY_BYTES[kept]))
+        tile = min(buffer.part, tile_elements(kept, tile_size, device, buffer.costs))
+        most = max(most, int(tile * buffer.costs.temporaries.of(kept)))
     return most
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_tex.data import TextDataModule
 from lightning_tex.data.order import Share
+from lightning_tex.planner.batches import token_blocks
 
 
 class MadeUpBlocks(LightningDataModule):
@@ -47,6 +47,4 @@ class _Endless(IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         while True:
-            tokens = torch.arange(self.rows * (self.length + 1)).view(self.rows, -1) % self.vocab_size
-            inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-            yield {"input_ids": inputs, "labels": labels, "sample": torch.arange(self.rows)}
+            yield token_blocks(self.vocab_size, self.rows, self.length)

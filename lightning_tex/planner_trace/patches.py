@@ -1,10 +1,11 @@
 """Everything that a trace changes from outside so that a real run goes through without values and without others.
 
-Four changes, undone or gone when the trace ends:
+Five changes, undone or gone when the trace ends:
 
 - :func:`torch.nn.Module._apply`: ``module.to(..)`` sets ``.data``. Of parameters without values torch makes new ones
   and swaps them, which fails where anything refers to the old ones.
 - ``strategy.broadcast`` gives back what it is given: nobody else has sent anything.
+- ``strategy._agreement`` is that of one rank: nobody else has anything else.
 - ``trainer._data_connector.prepare_data`` prepares without a gloo group in which to wait for the others.
 - :func:`~lightning_tex.parallel.device.pretend_device`: what differs by device takes the pretended one's code path.
 
@@ -17,14 +18,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from lightning import Trainer
 from torch import Tensor, nn
 
 from lightning_tex.parallel.device import pretend_device
+from lightning_tex.resilience.agreement import Agreement
 
 
 @contextmanager
@@ -46,6 +50,7 @@ def patched_for_a_trace(device: Literal["cpu", "cuda"]) -> Iterator[None]:
 def patch_trainer(trainer: Trainer) -> None:
     """What is patched of a Trainer and its strategy, which live no longer than the trace."""
     trainer.strategy.broadcast = _broadcast  # type: ignore[method-assign]
+    trainer.strategy._agreement = _alone  # type: ignore[attr-defined]
     trainer._data_connector.prepare_data = partial(_prepare_data, trainer)  # type: ignore[method-assign]
 
 
@@ -64,6 +69,10 @@ def _apply_in_place(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bo
 
 def _broadcast(obj: Any, src: int = 0) -> Any:
     return obj
+
+
+def _alone(ranks: object, name: str) -> Agreement:
+    return Agreement(dist.HashStore(), 0, (0,), timedelta(0), name)
 
 
 def _prepare_data(trainer: Trainer) -> None:

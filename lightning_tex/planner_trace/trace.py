@@ -17,11 +17,11 @@ from lightning_tex.parallel.byte_meter import Sent
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.sharding import parameter_shardings
 from lightning_tex.parallel.topology import Layout
+from lightning_tex.planner.fake_values import Routing, ShapesOnly
 from lightning_tex.planner_trace.batches import MadeUpBlocks
 from lightning_tex.planner_trace.patches import patch_trainer, patched_for_a_trace
 from lightning_tex.planner_trace.states import state_bytes, states
 from lightning_tex.planner_trace.tracker import Tracker
-from lightning_tex.planner_trace.values import Routing, ShapesOnly
 from lightning_tex.planner_trace.world import one_of_many
 from lightning_tex.recipe import Recipe, quiet
 from lightning_tex.strategy import TexMoEStrategy

@@ -2,16 +2,18 @@
 
 Public is what this module offers: for users :func:`load_from_checkpoint`, :func:`latest`, :func:`consolidate`,
 :func:`consolidated` and :class:`CorruptCheckpointError`; for a strategy the seam :class:`CheckpointFormat` with its two
-forms, and what saves beside training. All other modules are this room's own.
+forms, what saves beside training, and the :class:`Search` for what to resume from. All other modules are this room's
+own.
 """
 
 from lightning_tex.saving.background import Background
 from lightning_tex.saving.checkpoint_format import CheckpointFormat, ShardedRun
 from lightning_tex.saving.consolidate import consolidate, consolidated
 from lightning_tex.saving.directory import DirectoryCheckpoint
+from lightning_tex.saving.disk import require_writable
 from lightning_tex.saving.loading import load_from_checkpoint, located, reading_format
-from lightning_tex.saving.manifest import CorruptCheckpointError
-from lightning_tex.saving.paths import latest
+from lightning_tex.saving.manifest import CorruptCheckpointError, RefusedCheckpointError
+from lightning_tex.saving.newest import Place, SavedState, Search, exactly, find, latest
 from lightning_tex.saving.plain import PlainCheckpoint
 from lightning_tex.saving.side_group import SideGroup
 
@@ -20,13 +22,20 @@ __all__ = [
     "CheckpointFormat",
     "CorruptCheckpointError",
     "DirectoryCheckpoint",
+    "Place",
     "PlainCheckpoint",
+    "RefusedCheckpointError",
+    "SavedState",
+    "Search",
     "ShardedRun",
     "SideGroup",
     "consolidate",
     "consolidated",
+    "exactly",
+    "find",
     "latest",
     "load_from_checkpoint",
     "located",
     "reading_format",
+    "require_writable",
 ]

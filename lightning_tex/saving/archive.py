@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,23 +34,37 @@ from lightning_tex.saving.model_state import TensorPath
 
 
 class NewFile(io.RawIOBase):
-    """A file that is written once, digested while it is, and on disk for good when closed."""
+    """A file that is written once, digested while it is, and on disk for good when finished.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file = path.open("xb")
-        self._digest = xxhash.xxh3_128()
+    Args:
+        path: where nothing is yet.
+        expected_bytes: how much is going to be written, about; for messages.
+    """
+
+    def __init__(self, path: Path, expected_bytes: int) -> None:
+        self.path, self._expected_bytes = path, expected_bytes
         self.position = 0
+        self._failure: OSError | None = None
+        self._digest = xxhash.xxh3_128()
+        self._file = path.open("xb")
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        super().__exit__(kind, error, trace)
+        # torch.save makes an error of its own of what went wrong in here.
+        if isinstance(error, RuntimeError) and self._failure is not None:
+            raise self._failure from None
 
     def write(self, data: Any) -> int:
-        self._digest.update(data)
-        self._file.write(data)
+        with self._told():
+            self._digest.update(data)
+            self._file.write(data)
         self.position += len(data)
         return len(data)
 
     def flush(self) -> None:
         if not self._file.closed:
-            self._file.flush()
+            with self._told():
+                self._file.flush()
 
     def finish(self) -> FileRecord:
         """Bring it to disk, read it back, and give what it is.
@@ -57,27 +73,46 @@ class NewFile(io.RawIOBase):
             OSError: it cannot be written.
             CorruptCheckpointError: what is read back is something else.
         """
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with self._told():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
         written = FileRecord(self.position, self._digest.hexdigest())
         if problem := difference(self.path, written, file_record(self.path)):
             raise CorruptCheckpointError(f"{problem}, right after it was written")
         return written
 
     def close(self) -> None:
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError:  # what is in its buffer has no room either
+            if self._failure is None:
+                raise
         super().close()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._failure = with_room(error, self.path, self._expected_bytes)
+            raise self._failure from None
+
+
+def with_room(error: OSError, path: Path, needed_bytes: int) -> OSError:
+    """The error of a write, with what was to be written and what room there is."""
+    try:
+        free = f"{shutil.disk_usage(path.parent).free:,} are free there"
+    except OSError:
+        free = "how many are free there is not known"
+    return OSError(error.errno, f"{error.strerror}; {path} needs {needed_bytes:,} bytes, {free}")
 
 
 def write_file(path: Path, content: bytes) -> FileRecord:
     """Write a whole file for good."""
-    file = NewFile(path)
-    try:
+    with NewFile(path, len(content)) as file:
         file.write(content)
         return file.finish()
-    finally:
-        file.close()
 
 
 def write_tensors(path: Path, tensors: Mapping[TensorPath, GlobalTensor]) -> tuple[FileRecord, list[TensorRecord]]:
@@ -89,16 +124,13 @@ def write_tensors(path: Path, tensors: Mapping[TensorPath, GlobalTensor]) -> tup
     Returns:
         the file's record, and for each tensor the extents that lie in it.
     """
-    file = NewFile(path)
-    try:
-        with path.open("rb") as again:
-            records = []
-            for name, tensor in tensors.items():
-                extents = [_write_part(file, again, part) for part in tensor.parts]
-                records.append(TensorRecord(name, tensor.shape, tensor.dtype, extents))
+    size = sum(part.extent.numel * tensor.dtype.itemsize for tensor in tensors.values() for part in tensor.parts)
+    with NewFile(path, size) as file, path.open("rb") as again:
+        records = []
+        for name, tensor in tensors.items():
+            extents = [_write_part(file, again, part) for part in tensor.parts]
+            records.append(TensorRecord(name, tensor.shape, tensor.dtype, extents))
         return file.finish(), records
-    finally:
-        file.close()
 
 
 def _write_part(file: NewFile, again: IO[bytes], part: Part) -> StoredExtent:
@@ -109,7 +141,7 @@ def _write_part(file: NewFile, again: IO[bytes], part: Part) -> StoredExtent:
     end = file.position
     data = elements(tensor)
     chunks = tuple(digest(data[at : at + CHUNK_BYTES]) for at in range(0, len(data), CHUNK_BYTES))
-    start = begin + _elements_position(_Window(again, begin, end))
+    start = begin + stored_entry(_Window(again, begin, end), "/data/0")[0]
     return StoredExtent(part.extent, file.path.name, start, (begin, end - begin), chunks)
 
 
@@ -118,13 +150,18 @@ def elements(tensor: Tensor) -> memoryview:
     return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def _elements_position(archive: io.RawIOBase) -> int:
-    """The first byte of the elements in a ``torch.save`` archive of one tensor, which holds them uncompressed."""
+def stored_entry(archive: IO[bytes] | io.RawIOBase, ending: str) -> tuple[int, int]:
+    """First byte and length of the one entry of a ``torch.save`` archive with such a name; it is not compressed.
+
+    Raises:
+        zipfile.BadZipFile: it is no archive, or a cut one.
+        ValueError: it has no such entry, or several.
+    """
     with zipfile.ZipFile(archive) as entries:
-        (entry,) = (info for info in entries.infolist() if info.filename.endswith("/data/0"))
+        (entry,) = (info for info in entries.infolist() if info.filename.endswith(ending))
     archive.seek(entry.header_offset + 26)
     name, extra = struct.unpack("<HH", archive.read(4) or b"")
-    return int(entry.header_offset + 30 + name + extra)
+    return int(entry.header_offset + 30 + name + extra), entry.file_size
 
 
 class _Window(io.RawIOBase):

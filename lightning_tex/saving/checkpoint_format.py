@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor, nn
@@ -54,6 +54,8 @@ class Loaded:
 class CheckpointFormat(ABC):
     """One form of a checkpoint. Whatever form and layout it was written in, a checkpoint loads on any layout."""
 
+    writes_on_all_ranks: ClassVar[bool]
+
     @abstractmethod
     def check_io(self, checkpoint_io: CheckpointIO) -> None:
         """Raise ``MisconfigurationException`` if writing would pass the plugin over."""
@@ -92,6 +94,16 @@ class CheckpointFormat(ABC):
     @abstractmethod
     def load_model(self, run: ShardedRun, checkpoint: Mapping[str, Any], strict: bool) -> None:
         """Take the weights of a loaded ``trainer_state``, after ``on_load_checkpoint`` hooks may have changed it."""
+
+    @abstractmethod
+    def load_weights(self, run: ShardedRun, filepath: str, strict: bool) -> None:
+        """Read the weights alone, of a whole state or of a file with nothing else; collective.
+
+        Where 16-bit parameters have fp32 masters, these are set too, as exactly as they were saved.
+
+        Raises:
+            ValueError: it is damaged, of a version that is not known, or does not fit the model.
+        """
 
     @abstractmethod
     def for_one_process(self, path: Path) -> Path | IO[bytes]:

@@ -12,11 +12,14 @@ from torch import Tensor
 
 from lightning_tex.optim.formats import MASTER
 from lightning_tex.saving import paths, plain_form
+from lightning_tex.saving.archive import NewFile
 from lightning_tex.saving.checkpoint_format import OWN_ENTRY
 from lightning_tex.saving.manifest import CorruptCheckpointError
 from lightning_tex.saving.model_state import MODEL, OPTIMIZER, TIES, TensorPath
+from lightning_tex.saving.newest import find
 from lightning_tex.saving.optimizer_loading import OptimizerStates
 from lightning_tex.saving.reading import Directory
+from lightning_tex.saving.whole_tensors import tensor_bytes
 
 
 def consolidated(path: str | os.PathLike[str], weights_only: bool = False) -> dict[str, Any]:
@@ -32,7 +35,7 @@ def consolidated(path: str | os.PathLike[str], weights_only: bool = False) -> di
         FileNotFoundError: there is none.
         CorruptCheckpointError: a file is not what was written; all files are checked first.
     """
-    directory = Directory.verified(paths.find(Path(path)))
+    directory = Directory.verified(find(Path(path)))
     trainer_state = directory.trainer_state()
     own = trainer_state.pop(OWN_ENTRY)
     tensors = dict(directory.whole(lambda name: name[0] == MODEL or name[-1] == MASTER or not weights_only))
@@ -75,10 +78,17 @@ def consolidate(path: str | os.PathLike[str], output: str | os.PathLike[str], we
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = paths.partial_name(target)
     try:
-        torch.save(checkpoint, partial)
+        with NewFile(partial, tensor_bytes(checkpoint)) as file:
+            torch.save(checkpoint, file)  # type: ignore[arg-type]
+            file.finish()
         paths.replace_by_file(partial, target)
     finally:
         paths.remove(partial)
+
+
+def default_output(path: Path, weights_only: bool) -> Path:
+    """A name beside ``path`` that says what it is; Lightning takes every name that begins with *last* for the last."""
+    return path.with_name(f"{'weights' if weights_only else 'whole'}-of-{path.name.removesuffix('.ckpt')}.ckpt")
 
 
 def checkpoints_in(folder: Path) -> list[tuple[Path, str | None]]:

@@ -32,6 +32,8 @@ from lightning_tex.saving.writing import Save, begin
 class DirectoryCheckpoint(CheckpointFormat):
     """Every rank writes its part; written beside training, verified before anything is loaded."""
 
+    writes_on_all_ranks = True
+
     def check_io(self, checkpoint_io: CheckpointIO) -> None:
         if type(checkpoint_io) is not TorchCheckpointIO:
             raise MisconfigurationException(
@@ -94,6 +96,12 @@ class DirectoryCheckpoint(CheckpointFormat):
 
     def load_model(self, run: ShardedRun, checkpoint: Mapping[str, Any], strict: bool) -> None:
         """Nothing: :meth:`load` has put the weights in their place."""
+
+    def load_weights(self, run: ShardedRun, filepath: str, strict: bool) -> None:
+        source = Directory.verified(Path(filepath), run.topology.world)
+        model_state.load_model(run.module, run.topology, source, strict)
+        if run.optimizer is not None:
+            load_masters(run.optimizer, source)
 
     def for_one_process(self, path: Path) -> Path | IO[bytes]:
         buffer = io.BytesIO()

@@ -10,22 +10,22 @@ from lightning import LightningModule
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 
-from lightning_tex.saving import paths
 from lightning_tex.saving.checkpoint_format import CheckpointFormat
 from lightning_tex.saving.directory import DirectoryCheckpoint
+from lightning_tex.saving.newest import find
 from lightning_tex.saving.plain import PlainCheckpoint
 
 _Module = TypeVar("_Module", bound=LightningModule)
 
 
 def located(filepath: str, checkpoint_io: CheckpointIO) -> str:
-    """The checkpoint that a name stands for (:func:`paths.find`); a plugin of the user's looks for itself.
+    """The checkpoint that a name stands for, as :func:`find` has it; a plugin of the user's looks for itself.
 
     Raises:
         FileNotFoundError: there is none.
     """
     if type(checkpoint_io) is TorchCheckpointIO and _is_local_file_protocol(filepath):
-        return str(paths.find(Path(filepath)))
+        return str(find(Path(filepath)))
     return filepath
 
 
@@ -50,5 +50,5 @@ def load_from_checkpoint(module: type[_Module], path: str | os.PathLike[str], **
         CorruptCheckpointError: a file of it is not what was written.
     """
     arguments.setdefault("weights_only", True)  # said explicitly, an environment variable cannot turn it off
-    checkpoint = paths.find(Path(path))
+    checkpoint = find(Path(path))
     return module.load_from_checkpoint(reading_format(checkpoint).for_one_process(checkpoint), **arguments)

@@ -31,6 +31,19 @@ class CorruptCheckpointError(UserValueError):
     """A checkpoint is incomplete, or not what was written: which file, what was expected and what is there."""
 
 
+class RefusedCheckpointError(CorruptCheckpointError):
+    """Damage that all ranks heard of before anything was loaded.
+
+    Args:
+        message: for the user.
+        problems: what is wrong, file by file.
+    """
+
+    def __init__(self, message: str, problems: list[str]) -> None:
+        super().__init__(message)
+        self.problems = problems
+
+
 class FileRecord(NamedTuple):
     """What a file must be."""
 

@@ -1,4 +1,4 @@
-"""Where checkpoints lie: names, what replaces what by one rename, and which of a folder's are complete.
+"""Where checkpoints lie: names, what replaces what by one rename, and which directories are complete.
 
 A checkpoint directory is written under a hidden name and renamed when it is complete, so its name never stands for half
 of one. A name that is written again and again (``last.ckpt``) is a link to the newest, swapped by a rename.
@@ -13,7 +13,6 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from lightning_tex.parallel.errors import UserFileError
 from lightning_tex.saving.manifest import MANIFEST, CorruptCheckpointError, Manifest
 
 # Being written, perhaps by another run in the same folder; and given up, whosever it was.
@@ -30,6 +29,17 @@ def partial_name(path: Path) -> Path:
     return hidden(path, _PARTIAL)
 
 
+def is_partial(path: Path) -> bool:
+    """Whether this is the name of what is being written, or was given up."""
+    return path.name.endswith((_PARTIAL, _REMOVED))
+
+
+def stands_for(version: Path) -> Path | None:
+    """The name that a hidden version was, or was to be, the content of; ``None``: it is no hidden version."""
+    match = re.fullmatch(r"\.(.+)\.[0-9a-f]{8}", version.name)
+    return version.parent / match[1] if match else None
+
+
 def _is_version(entry: Path, path: Path) -> bool:
     pattern = rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}({re.escape(_PARTIAL)})?"
     return re.fullmatch(pattern, entry.name) is not None
@@ -41,7 +51,8 @@ def require_replaceable(path: Path) -> None:
         raise IsADirectoryError(f"{path} is a directory, and not a checkpoint that could be replaced")
 
 
-def _versions(path: Path) -> list[Path]:
+def versions(path: Path) -> list[Path]:
+    """Hidden versions of what ``path`` stands for, partial ones too."""
     with suppress(FileNotFoundError, NotADirectoryError):
         return [entry for entry in path.parent.iterdir() if _is_version(entry, path)]
     return []
@@ -53,7 +64,7 @@ def remove_leftovers(path: Path) -> None:
     for gone in path.parent.glob(f".*{_REMOVED}"):
         if re.search(rf"\.[0-9a-f]{{8}}{re.escape(_REMOVED)}$", gone.name):
             shutil.rmtree(gone, ignore_errors=True)
-    for version in _versions(path):
+    for version in versions(path):
         if version.name.endswith(_PARTIAL) or (os.path.lexists(path) and version.resolve() != current):
             remove(version)
 
@@ -148,18 +159,27 @@ def has_manifest(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
-def manifest_of(path: Path) -> Manifest:
-    """The manifest of a checkpoint directory.
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a checkpoint directory, whose files are not looked at.
 
     Raises:
-        CorruptCheckpointError: there is none, or it is damaged, or a file is missing or of another size.
+        CorruptCheckpointError: there is none, or it is damaged.
     """
     try:
-        manifest = Manifest.from_bytes((path / MANIFEST).read_bytes(), path / MANIFEST)
+        return Manifest.from_bytes((path / MANIFEST).read_bytes(), path / MANIFEST)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CorruptCheckpointError(
             f"{path / MANIFEST}: expected the manifest of a complete checkpoint, found none"
         ) from error
+
+
+def manifest_of(path: Path) -> Manifest:
+    """The manifest of a checkpoint directory that is complete by it.
+
+    Raises:
+        CorruptCheckpointError: there is none, or it is damaged, or a file is missing or of another size.
+    """
+    manifest = read_manifest(path)
     for name, record in manifest.files.items():
         file = path / name
         size = file.stat().st_size if file.is_file() else None
@@ -167,40 +187,3 @@ def manifest_of(path: Path) -> Manifest:
             found = "none" if size is None else f"{size}"
             raise CorruptCheckpointError(f"{file}: expected {record.bytes} bytes, found {found}")
     return manifest
-
-
-def latest(folder: str | os.PathLike[str]) -> Path | None:
-    """The newest complete checkpoint directory in a folder: of most steps, and of these the last written.
-
-    Digests are not checked here; loading does. ``None``: there is none.
-    """
-    newest: tuple[int, float, Path] | None = None
-    with suppress(FileNotFoundError, NotADirectoryError):
-        for entry in sorted(Path(folder).iterdir()):
-            if entry.name.endswith((_PARTIAL, _REMOVED)) or not entry.is_dir():
-                continue
-            with suppress(CorruptCheckpointError):
-                manifest = manifest_of(entry)
-                newest = max(newest or (-1, 0.0, entry), (manifest.step, manifest.written, entry))
-    return newest[2] if newest else None
-
-
-def find(path: Path) -> Path:
-    """What ``path`` stands for: itself, or the newest complete version if a save was cut off while replacing it.
-
-    Raises:
-        FileNotFoundError: there is neither; the newest complete checkpoint beside it is named.
-    """
-    if path.exists():
-        return path
-    complete: list[tuple[int, float, Path]] = []
-    for version in _versions(path):
-        with suppress(CorruptCheckpointError):
-            if not version.name.endswith(_PARTIAL):
-                manifest = manifest_of(version)
-                complete.append((manifest.step, manifest.written, version))
-    if complete:
-        return max(complete)[2]
-    other = latest(path.parent)
-    hint = f"; the newest complete checkpoint there is {other}" if other else ""
-    raise UserFileError(f"there is no checkpoint {path}{hint}")

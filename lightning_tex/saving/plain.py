@@ -10,17 +10,21 @@ from typing import IO, Any
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.saving import gathering, paths, plain_form
+from lightning_tex.saving.archive import with_room
 from lightning_tex.saving.checkpoint_format import CheckpointFormat, Loaded, ShardedRun
 from lightning_tex.saving.model_state import load_model
 from lightning_tex.saving.optimizer_loading import load_masters, load_optimizer
 from lightning_tex.saving.trainer_state import plain_data, restricted_load
-from lightning_tex.saving.whole_tensors import WholeTensors
+from lightning_tex.saving.whole_tensors import WholeTensors, tensor_bytes
 from lightning_tex.saving.writing import on_first_rank
 
 
 class PlainCheckpoint(CheckpointFormat):
     """Whole tensors, gathered and written on rank 0, by the user's plugin if there is one."""
+
+    writes_on_all_ranks = False
 
     def check_io(self, checkpoint_io: CheckpointIO) -> None:
         """Nothing: any plugin writes plain files."""
@@ -42,12 +46,7 @@ class PlainCheckpoint(CheckpointFormat):
 
     def load(self, run: ShardedRun, filepath: str, weights_only: bool | None, strict: bool) -> Loaded:
         """Read the optimizer states; the weights follow in :meth:`load_model`."""
-        if type(run.checkpoint_io) is TorchCheckpointIO and Path(filepath).is_file():
-            # Mapped, not read: each rank touches only its parts.
-            checkpoint = restricted_load(Path(filepath), filepath, weights_only, mmap=True)
-        else:
-            checkpoint = run.checkpoint_io.load_checkpoint(filepath, weights_only=weights_only)
-        plain_form.version_of(checkpoint)
+        checkpoint = _read(run.checkpoint_io, filepath, weights_only)
         if run.optimizer is not None and checkpoint.get("optimizer_states"):
             load_optimizer(run.optimizer, plain_form.optimizer_states(checkpoint, run.optimizer))
         return Loaded(checkpoint)
@@ -59,8 +58,28 @@ class PlainCheckpoint(CheckpointFormat):
         if run.optimizer is not None:
             load_masters(run.optimizer, weights)
 
+    def load_weights(self, run: ShardedRun, filepath: str, strict: bool) -> None:
+        checkpoint = _read(run.checkpoint_io, filepath, weights_only=None)
+        if "state_dict" not in checkpoint:
+            raise UserValueError(
+                f"{filepath} has no 'state_dict', so no weights are found in it; legal: a checkpoint of a Trainer, or "
+                "torch.save({'state_dict': module.state_dict()}, PATH)"
+            )
+        self.load_model(run, checkpoint, strict)
+
     def for_one_process(self, path: Path) -> Path | IO[bytes]:
         return path
+
+
+def _read(checkpoint_io: CheckpointIO, filepath: str, weights_only: bool | None) -> dict[str, Any]:
+    checkpoint: dict[str, Any]
+    if type(checkpoint_io) is TorchCheckpointIO and Path(filepath).is_file():
+        # Mapped, not read: each rank touches only its parts.
+        checkpoint = restricted_load(Path(filepath), filepath, weights_only, mmap=True)
+    else:
+        checkpoint = checkpoint_io.load_checkpoint(filepath, weights_only=weights_only)
+    plain_form.version_of(checkpoint)
+    return checkpoint
 
 
 def _write(checkpoint_io: CheckpointIO, checkpoint: dict[str, Any], filepath: Any) -> None:
@@ -73,5 +92,7 @@ def _write(checkpoint_io: CheckpointIO, checkpoint: dict[str, Any], filepath: An
     try:
         checkpoint_io.save_checkpoint(plain_data(checkpoint), partial)
         paths.replace_by_file(partial, path)
+    except OSError as error:
+        raise with_room(error, path, tensor_bytes(checkpoint)) from None
     finally:
         paths.remove(partial)

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_tex.parallel.extent import Extent
 from lightning_tex.parallel.flight_record import TRAINING
 from lightning_tex.parallel.topology import Axis
-from lightning_tex.saving import paths
+from lightning_tex.saving import newest, paths
 from lightning_tex.saving.archive import read_elements
 from lightning_tex.saving.global_tensor import GlobalTensor, Part
 from lightning_tex.saving.manifest import (
@@ -22,6 +22,7 @@ from lightning_tex.saving.manifest import (
     CorruptCheckpointError,
     FileRecord,
     Manifest,
+    RefusedCheckpointError,
     StoredExtent,
     TensorRecord,
     difference,
@@ -54,7 +55,7 @@ class Directory:
         """Open a checkpoint after every file's digest was compared. Files are spread over ranks; collective.
 
         Raises:
-            CorruptCheckpointError: on all ranks, naming every file that any rank found to be something else.
+            RefusedCheckpointError: on all ranks, naming every file that any rank found to be something else.
         """
         world = world or Axis("world")
         problems: list[str] = []
@@ -65,9 +66,9 @@ class Directory:
             directory = cls(path, manifest)
         except (CorruptCheckpointError, OSError) as error:
             problems.append(str(error))
-        problems = _agreed(problems, world)
+        problems = all_problems(problems, world)
         if problems:
-            raise CorruptCheckpointError(_refusal(path, problems))
+            raise RefusedCheckpointError(_refusal(path, problems), problems)
         assert directory is not None
         return directory
 
@@ -145,7 +146,8 @@ def damages(path: Path, manifest: Manifest, world: Axis) -> list[str]:
     return found
 
 
-def _agreed(problems: list[str], world: Axis) -> list[str]:
+def all_problems(problems: list[str], world: Axis) -> list[str]:
+    """What any rank has to tell, on all ranks; collective."""
     if world.size == 1:
         return problems
     every: list[list[str]] = [[]] * world.size
@@ -156,7 +158,7 @@ def _agreed(problems: list[str], world: Axis) -> list[str]:
 
 def _refusal(path: Path, problems: list[str], most: int = 8) -> str:
     more = f"\n  and {len(problems) - most} more" if len(problems) > most else ""
-    other = paths.latest(path) or paths.latest(path.parent)
-    hint = f"\nThe newest complete checkpoint there is {other}" if other and other.resolve() != path.resolve() else ""
+    other = newest.latest(path) or newest.latest(path.parent, without=path)
+    hint = f"\nThe newest complete whole state there is {other}" if other else ""
     listed = "".join(f"\n  {problem}" for problem in problems[:most])
     return f"the checkpoint {path} is refused, and nothing of it was loaded:{listed}{more}{hint}"

@@ -46,3 +46,11 @@ class WholeTensors:
             require_same_shape(path, whole, wanted)
             for part in wanted.parts:
                 part.read().copy_(whole[part.extent.slices])
+
+
+def tensor_bytes(content: Any) -> int:
+    """Bytes of all tensors in nested dicts and lists, which are nearly all of a file."""
+    if isinstance(content, Tensor):
+        return content.nbytes
+    parts = content.values() if isinstance(content, Mapping) else content if isinstance(content, list) else ()
+    return sum(map(tensor_bytes, parts))

@@ -10,10 +10,12 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.utils.data import DistributedSampler
 
 from lightning_tex.parallel import collectives
 from lightning_tex.parallel.errors import UserRuntimeError
 from lightning_tex.parallel.topology import Axis
+from lightning_tex.resilience.agreement import rank_list
 
 
 def gather_numbers(numbers: list[int], axis: Axis, device: torch.device) -> list[list[int]]:
@@ -21,13 +23,32 @@ def gather_numbers(numbers: list[int], axis: Axis, device: torch.device) -> list
     return collectives.all_gather(torch.tensor([numbers], device=device), 0, axis).tolist()
 
 
+# What is known of a loader on every rank: -1 where it is not.
+_TRAITS = ("number of batches", "batch_size", "number of samples in the whole data set")
+
+
 def _lengths(loader: Any, world: Axis, device: torch.device) -> list[int]:
-    """Every rank's number of batches, -1 where it is not known."""
+    """Every rank's number of batches, -1 where it is not known; collective. Warns of loaders that differ otherwise."""
+    lengths, *others = zip(*gather_numbers(_traits(loader), world, device), strict=True)
+    for trait, numbers in zip(_TRAITS[1:], others, strict=True):
+        if len(set(numbers)) > 1:
+            values = [str(n) if n >= 0 else "not known" for n in numbers]
+            held = [(rank_list(r for r, v in enumerate(values) if v == value), value) for value in sorted(set(values))]
+            rank_zero_warn(
+                f"Ranks' data loaders differ: {trait} is {' and '.join(f'{value} on {who}' for who, value in held)}"
+            )
+    return list(lengths)
+
+
+def _traits(loader: Any) -> list[int]:
     try:
         length = len(loader)
     except (TypeError, NotImplementedError):
         length = -1
-    return [n for (n,) in gather_numbers([length], world, device)]
+    batch_size, sampler = getattr(loader, "batch_size", None), getattr(loader, "sampler", None)
+    # Without such a sampler, ranks may have data sets of their own.
+    samples = len(loader.dataset) if isinstance(sampler, DistributedSampler) else -1
+    return [length, batch_size if isinstance(batch_size, int) else -1, samples]
 
 
 def evaluation_loader(loader: Any, world: Axis, device: torch.device) -> Any:

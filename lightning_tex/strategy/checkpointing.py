@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 from lightning import Trainer
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -23,13 +26,19 @@ from lightning_tex.saving import (
     CheckpointFormat,
     DirectoryCheckpoint,
     PlainCheckpoint,
+    Search,
     ShardedRun,
     SideGroup,
+    exactly,
     located,
     paths,
     reading_format,
+    require_writable,
 )
 from lightning_tex.saving.random_streams import restore_random_streams
+from lightning_tex.strategy import agreement
+from lightning_tex.strategy.checkpoint_folders import model_checkpoints, saving_folders
+from lightning_tex.strategy.ckpt_path import CheckpointConnector
 from lightning_tex.strategy.mesh import MeshStrategy
 
 _log = logging.getLogger(__name__)
@@ -44,18 +53,21 @@ class CheckpointingStrategy(MeshStrategy):
     Args:
         distributed: directories, not files.
         background: write directories beside training.
-        process_group_backend, timeout, arguments: as for :class:`MeshStrategy`.
+        init_from: a checkpoint whose weights a fit begins with that resumes from nothing.
+        process_group_backend, timeout, arguments, lightning_options: as for :class:`MeshStrategy`.
     """
 
     def __init__(
         self,
         distributed: bool,
         background: bool,
+        init_from: str | os.PathLike[str] | None,
         process_group_backend: str | None,
         timeout: timedelta | None,
+        arguments: Mapping[str, Any],
         **lightning_options: Any,
     ) -> None:
-        super().__init__(process_group_backend, timeout, **lightning_options)
+        super().__init__(process_group_backend, timeout, arguments, **lightning_options)
         self._writing_format: CheckpointFormat = DirectoryCheckpoint() if distributed else PlainCheckpoint()
         self._reading_format: CheckpointFormat = PlainCheckpoint()
         self._save_in_background = background
@@ -63,6 +75,14 @@ class CheckpointingStrategy(MeshStrategy):
         self._training = False
         self._side_group: SideGroup | None = None
         self._random_at_first_step: dict[str, Tensor] = {}
+        self._init_from = init_from
+        self._saved_here: set[Path] = set()
+
+    @contextmanager
+    def run_frame(self, trainer: Trainer) -> Iterator[None]:
+        CheckpointConnector.take_over(trainer, self)
+        with super().run_frame(trainer):
+            yield
 
     @property
     @abstractmethod
@@ -101,6 +121,12 @@ class CheckpointingStrategy(MeshStrategy):
 
     # --- saving
 
+    def try_folders(self, trainer: Trainer) -> None:
+        """Refuse folders in which the run's checkpoints could not be written; collective."""
+        folders = [Path(folder) for folder in saving_folders(trainer) if _is_local_file_protocol(folder)]
+        writes = self._writing_format.writes_on_all_ranks or self.is_global_zero
+        require_writable(folders, writes, self.topology.world, self.broadcast)
+
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Weights for a checkpoint: described globally, or whole on rank 0 and empty elsewhere; collective."""
         return self._writing_format.model_state(self._run())
@@ -122,6 +148,8 @@ class CheckpointingStrategy(MeshStrategy):
             )
         self._background.wait()  # one copy of the states at a time
         save = self._writing_format.begin(self._run(), checkpoint, filepath, linked=self._is_written_again(filepath))
+        if _is_local_file_protocol(str(filepath)):
+            self._saved_here.add(Path(filepath).absolute())
         if save is None:
             return
         if self._side_group is None:
@@ -142,12 +170,9 @@ class CheckpointingStrategy(MeshStrategy):
 
     def _is_written_again(self, filepath: Any) -> bool:
         stem = Path(filepath).stem
-        names = [c.CHECKPOINT_NAME_LAST for c in self._model_checkpoints() if c.save_last]
+        callbacks = model_checkpoints(self._trainer) if self._trainer is not None else []
+        names = [callback.CHECKPOINT_NAME_LAST for callback in callbacks if callback.save_last]
         return any(stem == name or stem.startswith(f"{name}-v") for name in names)
-
-    def _model_checkpoints(self) -> list[ModelCheckpoint]:
-        callbacks = getattr(self._trainer, "callbacks", [])
-        return [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
 
     @property
     def _trainer(self) -> Trainer | None:
@@ -161,14 +186,24 @@ class CheckpointingStrategy(MeshStrategy):
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Remove a checkpoint, but not before those that were saved after it are on disk and read back."""
+        self._saved_here.discard(Path(filepath).absolute())
         if self.is_global_zero:
             local = _is_local_file_protocol(str(filepath))
             remove = paths.remove if local else self.checkpoint_io.remove_checkpoint
             self._after_saves(lambda: remove(Path(filepath) if local else filepath))
 
-    def link_last_checkpoints(self) -> None:
+    @property
+    def saved_here(self) -> frozenset[Path]:
+        """What this Trainer has saved and not removed, links resolved."""
+        return frozenset(path.resolve() for path in self._saved_here)
+
+    def newest_saved_here(self) -> Path | None:
+        """The whole state that this Trainer would go on from; ``None``: it has saved none."""
+        return next((state.path for state in Search(list(map(exactly, self._saved_here)))), None)
+
+    def link_last_checkpoints(self, trainer: Trainer) -> None:
         """Let ``ModelCheckpoint(save_last="link")`` swap its link by one rename, once what it leads to is complete."""
-        for callback in self._model_checkpoints():
+        for callback in model_checkpoints(trainer):
             if type(callback)._link_checkpoint is ModelCheckpoint._link_checkpoint:
                 callback._link_checkpoint = self._link_checkpoint  # type: ignore[method-assign]
 
@@ -244,6 +279,21 @@ class CheckpointingStrategy(MeshStrategy):
             group.update(kept)
         assert self.lightning_module is not None
         self.lightning_module.on_load_checkpoint(trainer_state)
+
+    def agree_to_resume(self, ckpt_path: str | None) -> None:
+        """Refuse, on all ranks, that they resume from different things; collective."""
+        self._require_agreement(agreement.resuming(ckpt_path))
+
+    def begin_from_weights(self) -> None:
+        """Load ``init_from``'s weights, from either form and any layout, if this is the beginning; collective."""
+        trainer = self._trainer
+        if self._init_from is None or (trainer is not None and trainer.global_step):
+            return
+        assert self.lightning_module is not None
+        run = self._run()
+        path = located(self.broadcast(str(self._init_from)), run.checkpoint_io)
+        reading_format(path).load_weights(run, path, self.lightning_module.strict_loading)
+        rank_zero_info(f"A new run begins with the weights of {path}")
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Shard the weights of a plain file; those of a directory are in place already."""

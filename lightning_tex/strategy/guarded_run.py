@@ -17,7 +17,8 @@ from lightning_tex.resilience.monitor import Monitor, current_monitor, join_moni
 from lightning_tex.resilience.processes import failing, say
 from lightning_tex.resilience.telling import described, mark_told, tell
 from lightning_tex.resilience.verdict import Report, Verdict
-from lightning_tex.saving import paths
+from lightning_tex.saving import Search
+from lightning_tex.strategy.checkpoint_folders import places
 from lightning_tex.strategy.stopping import StoppedTogether
 
 
@@ -122,17 +123,14 @@ class _Refusal:
     """
 
     def __init__(self, trainer: Trainer, rank: int, silent: bool) -> None:
-        folders = (getattr(callback, "dirpath", None) for callback in _callbacks(trainer))
-        self._folders = {str(folder) for folder in folders if folder is not None}
-        self._rank, self._said = rank, silent
+        self._trainer, self._rank, self._said = trainer, rank, silent
 
     def __call__(self, *_: Any, **__: Any) -> None:
         if self._said:
             return
         self._said = True
-        complete = [path for folder in self._folders if (path := paths.latest(folder)) is not None]
-        newest = max(complete, key=lambda path: paths.manifest_of(path).step, default=None)
-        there = "there is no complete one yet" if newest is None else f"the newest complete one is {newest}"
+        newest = next(iter(Search(places(self._trainer))), None)
+        there = "there is no complete one yet" if newest is None else f"the newest complete one is {newest.path}"
         say(
             f"[rank {self._rank}] no checkpoint is saved on this error: that takes all ranks, and not all raised it; "
             f"{there}"

@@ -6,18 +6,23 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning import LightningModule
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
-from lightning_tex.models import LanguageModel
+from lightning_tex.data import TextDataModule
 from lightning_tex.optim import OptimizerStateConfig
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.precision import PRECISIONS
 from lightning_tex.parallel.topology import Communication, Layout
+from lightning_tex.planner.batches import Batches, GrownBatch, TokenBlocks, batches_of
 from lightning_tex.planner.cluster import CLUSTERS
 from lightning_tex.planner.describe import describe
 from lightning_tex.planner.layouts import ActivationCheckpointing, Candidate, Choices, Job
-from lightning_tex.planner.memory import Memory, memory, size
+from lightning_tex.planner.memory import Memory, activation_source, memory, size
+from lightning_tex.planner.optimizer_trial import read_optimizer
 from lightning_tex.planner.search import Planned, plan_all
+from lightning_tex.planner.states_only import StatesOnly
+from lightning_tex.planner.traced import TracedActivations, UntraceableError
 
 # Plans and steps agree within this share (docs/planner.md): less than that over the memory may fit.
 MARGIN = 0.05
@@ -36,9 +41,10 @@ def require_memory(
 ) -> None:
     """Refuse a training whose plan needs more memory than a rank's device has.
 
-    States are those of any module. Activations are foreseen of a decoder, where the data module says how long and how
-    many its sequences are; else states alone are compared. Nothing is foreseen for a precision
-    plugin of the user's own.
+    States are those of the module and its optimizer. Activations are foreseen by formulas, where the module trains a
+    decoder and its data module says how long and how many its sequences are; else by tracing one micro-step on the
+    Trainer's data; where that is not possible, states alone are compared. Nothing is foreseen for a precision plugin
+    of the user's own.
 
     Args:
         module: the model, built (on the meta device or not).
@@ -82,35 +88,79 @@ class MemoryPlan:
         recompute: ActivationCheckpointing,
         precision: str,
         policy: set[type[nn.Module]] | None = None,
+        trace: bool = True,
     ) -> MemoryPlan | None:
-        """That of a training; ``None`` for a precision of the user's own. Arguments: :func:`require_memory`."""
+        """That of a training; ``None`` for a precision of the user's own.
+
+        Args:
+            module, layout, communication, state_config, recompute, precision, policy: as of :func:`require_memory`.
+            trace: whether activations that no formula gives may be found by a dry run of a micro-step.
+        """
         if precision not in PRECISIONS:
             return None
         job = _job(module, layout, precision, policy)
+        if not trace and job.activations is not None:
+            job = replace(job, activations=StatesOnly("no formula has them"))
         share = job.global_batch_size // layout.data
         candidate = Candidate(
             layout, share, 1, state_config.zero_stage, recompute, state_config.optimizer_state_format, communication
         )
-        return cls(job, candidate, memory(job, candidate, tile_size=state_config.tile_size))
+        try:
+            needed = memory(job, candidate, tile_size=state_config.tile_size)
+        except UntraceableError as error:
+            job = replace(job, activations=StatesOnly(str(error)))
+            needed = memory(job, candidate, tile_size=state_config.tile_size)
+        return cls(job, candidate, needed)
 
     def breakdown(self) -> str:
-        """What takes how much, and of which batches."""
+        """What takes how much, and what that rests on."""
         parts = ", ".join(f"{name} {size(taken)}" for name, taken in self.needed.parts().items() if taken)
-        counted = (
-            f"micro-batches of {self.candidate.micro_batch} x {self.job.sequence_length} tokens"
-            if self.job.model.activations == "formulas"
-            else "without activations, which are not foreseen for this module and its data"
-        )
-        return f"{parts} ({counted})"
+        return f"{parts} ({_counted(self.job, self.candidate.micro_batch)})"
+
+
+def _counted(job: Job, share: int) -> str:
+    """What the plan rests on, in words."""
+    source, optimizer = activation_source(job), job.optimizer
+    states = f"states of {optimizer.name}" + (f", assumed since {optimizer.assumed}" if optimizer.assumed else "")
+    if source.name == StatesOnly.name:
+        return f"{states}; without activations: {source.reason}"
+    return f"{states}; activations of micro-batches of {share}: {source.name}"
 
 
 def _job(module: LightningModule, layout: Layout, precision: str, policy: set[type[nn.Module]] | None) -> Job:
-    model = describe(module, policy)
+    model, optimizer = describe(module, policy), read_optimizer(module)
     data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
     length, batch = getattr(data, "sequence_length", None), getattr(data, "global_batch_size", None)
-    if not isinstance(length, int) or not isinstance(batch, int) or batch % layout.data:
-        model, length, batch = model.without_activations(), layout.tensor, layout.data
-    return Job(model, layout.world, length, batch, precision, two_groups=isinstance(module, LanguageModel))
+    job = Job(model, layout.world, layout.tensor, layout.data, precision, optimizer=optimizer)
+    told = False
+    if isinstance(length, int) and isinstance(batch, int) and batch % layout.data == 0:
+        told, job = True, replace(job, sequence_length=length, global_batch_size=batch)
+        if model.declared:
+            return job
+    try:
+        if isinstance(data, TextDataModule):
+            batches: Batches = TokenBlocks(data.vocab_size)
+        else:
+            loader = _train_loader(module)
+            batches = batches_of(loader, may_iterate=False)
+            job = job if told else replace(job, global_batch_size=_samples(loader, batches) * layout.data)
+    except Exception as error:
+        said = (str(error).splitlines() or [""])[0]
+        return replace(job, activations=StatesOnly(f"no batch of its data: {type(error).__name__}: {said}"))
+    return replace(job, activations=TracedActivations(module, policy, batches))
+
+
+def _train_loader(module: LightningModule) -> Any:
+    """The loader of the fit that begins."""
+    trainer: Any = module.trainer
+    with isolate_rng():
+        return trainer.fit_loop._data_source.dataloader()
+
+
+def _samples(loader: Any, batches: GrownBatch) -> int:
+    """Samples of one batch of a loader."""
+    size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
+    return size if isinstance(size, int) else batches.samples
 
 
 def _nearest(job: Job, candidate: Candidate, device_bytes: int) -> str:
@@ -120,17 +170,22 @@ def _nearest(job: Job, candidate: Candidate, device_bytes: int) -> str:
     wanted = candidate.options()
 
     def distance(planned: Planned) -> tuple[int, float]:
-        options = planned.candidate.options()
-        return sum(options[key] != value for key, value in wanted.items()), planned.memory.peak
+        return _changed(planned.candidate, wanted), planned.memory.peak
 
     try:
-        fitting = plan_all(job, cluster, choices).fitting
-    except ValueError:
+        fitting = plan_all(job, cluster, choices, _NEAREST, lambda other: _changed(other, wanted)).fitting
+    except (ValueError, UntraceableError):
         fitting = []
     if not fitting:
         return "No layout of so many ranks fits"
     told = [_told(planned.candidate, planned.memory, wanted) for planned in sorted(fitting, key=distance)[:_NEAREST]]
     return f"What fits, nearest first: {'; '.join(told)}"
+
+
+def _changed(candidate: Candidate, wanted: dict[str, object]) -> int:
+    """How many options are others than wanted."""
+    options = candidate.options()
+    return sum(options[key] != value for key, value in wanted.items())
 
 
 def _told(candidate: Candidate, needed: Memory, wanted: dict[str, object]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +20,7 @@ from lightning.fabric.utilities.distributed import (
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from lightning_utilities.core.rank_zero import rank_zero_only as utilities_rank_zero_only
 from torch import Tensor
 from torch.distributed import ReduceOp
@@ -28,8 +29,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from lightning_tex.parallel.flight_record import EVERY_RANK, TRAINING
 from lightning_tex.parallel.initialization import has_values
 from lightning_tex.parallel.topology import Axis, Layout, build_mesh
+from lightning_tex.resilience.agreement import Agreement, Comparison
 from lightning_tex.resilience.elastic import store_of_this_attempt
 from lightning_tex.resilience.nccl import record_flights
+from lightning_tex.strategy import agreement
 from lightning_tex.strategy.guarded_run import GuardedRun
 from lightning_tex.strategy.launcher import RankLauncher
 
@@ -44,11 +47,20 @@ class MeshStrategy(ParallelStrategy):
     Args:
         process_group_backend: ``None``: nccl on GPUs, gloo on CPUs.
         timeout: after which a collective that has not returned is a stall, which ends the run; ``None``: 30 minutes.
-        arguments: Lightning's own.
+        arguments: of the strategy's constructor, by name, which all ranks must have alike.
+        lightning_options: Lightning's own.
     """
 
-    def __init__(self, process_group_backend: str | None, timeout: timedelta | None, **lightning_options: Any) -> None:
+    def __init__(
+        self,
+        process_group_backend: str | None,
+        timeout: timedelta | None,
+        arguments: Mapping[str, Any],
+        **lightning_options: Any,
+    ) -> None:
         super().__init__(**lightning_options)
+        self._arguments = arguments
+        self._advised: set[str] = set()
         self._process_group_backend = process_group_backend
         self.timeout = timeout or default_pg_timeout
         self._guarded_run = GuardedRun()
@@ -102,6 +114,8 @@ class MeshStrategy(ParallelStrategy):
         return self._guarded_run.frame(trainer)
 
     def setup_environment(self) -> None:
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
         super().setup_environment()
         if self.root_device.type not in ("cpu", "cuda"):
             raise MisconfigurationException(
@@ -125,9 +139,22 @@ class MeshStrategy(ParallelStrategy):
         self._guarded_run.connect(
             self.cluster_environment.main_address, self._launcher.child_ending, self.timeout, self._device_waits
         )
+        self._require_agreement(agreement.start(self._arguments, trainer, self.root_device.type))
         if self._mesh is None:
             self._mesh = build_mesh(layout, self.root_device.type, self.group_timeout)
         self.lightning_module._device_mesh = self._mesh
+
+    def _require_agreement(self, comparison: Comparison) -> None:
+        """Compare over all ranks; raises on all of them, naming ranks and values. What is advised is told once."""
+        advice = self._agreement(range(self.world_size), "world").require(comparison)
+        if advice and comparison.complaint not in self._advised:
+            self._advised.add(comparison.complaint)
+            rank_zero_warn(f"Ranks differ in what is usually alike: {advice}", category=UserWarning)
+
+    def _agreement(self, ranks: Sequence[int], name: str) -> Agreement:
+        """What compares over some global ranks, this one among them, under a name of theirs."""
+        store = dist.distributed_c10d._get_default_store()
+        return Agreement(store, self.global_rank, ranks, self.timeout, name)
 
     @property
     def group_timeout(self) -> timedelta:

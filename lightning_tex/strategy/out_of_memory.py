@@ -69,7 +69,7 @@ def _known(fact: Callable[[Any], str | None], strategy: Any) -> str | None:
 
 def _planned(strategy: Any) -> str | None:
     layout = strategy.topology.layout
-    plan = MemoryPlan.of(**strategy.memory_options(layout))
+    plan = MemoryPlan.of(**strategy.memory_options(layout), trace=False)
     if plan is None:
         return None
     return f"planned: about {size(plan.needed.peak)} on each rank of {layout}: {plan.breakdown()}"

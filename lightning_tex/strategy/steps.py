@@ -17,6 +17,7 @@ from lightning_tex.parallel.flight_record import TRAINING
 from lightning_tex.resilience.spikes import SpikeRule
 from lightning_tex.strategy.batches import agreed_loader, evaluation_loader, require_same_batch
 from lightning_tex.strategy.checkpointing import CheckpointingStrategy
+from lightning_tex.strategy.logged_names import LoggedNames
 from lightning_tex.strategy.loss_spikes import LossSpikes, OnSpike
 from lightning_tex.strategy.nonfinite_steps import SkippedSteps
 from lightning_tex.strategy.out_of_memory import named_out_of_memory
@@ -24,7 +25,7 @@ from lightning_tex.strategy.replica_checks import ReplicaChecks
 from lightning_tex.strategy.stopping import AgreedSignals, Stopping
 from lightning_tex.strategy.uneven_evaluation import run_until_all_are_done
 
-# Steps whose batches are compared over the tensor axis, from the start of every stage.
+# Steps whose batches are compared over the tensor axis, and logged names over data, from the start of every stage.
 _COMPARED_STEPS = 3
 
 
@@ -45,6 +46,7 @@ class StepStrategy(CheckpointingStrategy):
         self.skipped_steps = SkippedSteps(self)
         self.spikes = LossSpikes(self, on_spike, spike_rule)
         self._compared: Counter[Any] = Counter()
+        self._logged_names: LoggedNames | None = None
         self._stopping: Stopping | None = None
 
     @contextmanager
@@ -56,9 +58,11 @@ class StepStrategy(CheckpointingStrategy):
         with super().run_frame(trainer), named_out_of_memory(self, trainer):
             yield
 
-    def compare_batches_again(self) -> None:
-        """Compare the first batches of every stage over tensor, as at the start."""
+    def compare_steps_again(self) -> None:
+        """Compare the first batches of every stage over tensor and logged names over data, as at the start."""
         self._compared.clear()
+        data = self.topology.data
+        self._logged_names = LoggedNames(self._agreement(data.ranks, f"logged/{data.ranks[0]}"))
 
     def process_dataloader(self, dataloader: object) -> object:
         """Seed workers by data rank, and let training loaders end together."""
@@ -100,11 +104,11 @@ class StepStrategy(CheckpointingStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         assert self.model is not None and self.lightning_module is not None
         TRAINING.step = self.lightning_module.trainer.global_step
-        self._compare_batch(args, kwargs)
-        self.continue_random_streams()
-        self.skipped_steps.batch_begins(args[0])
-        auxiliary_loss(self.model)  # what an aborted step left behind
-        output = super().training_step(*args, **kwargs)
+        with self._compared_step(args, kwargs):
+            self.continue_random_streams()
+            self.skipped_steps.batch_begins(args[0])
+            auxiliary_loss(self.model)  # what an aborted step left behind
+            output = super().training_step(*args, **kwargs)
         if output is None and self.lightning_module.automatic_optimization and self.topology.world.size > 1:
             raise UserRuntimeError(
                 f"training_step returned None on rank {self.global_rank}: without a backward of its own it would leave "
@@ -127,8 +131,8 @@ class StepStrategy(CheckpointingStrategy):
             assert self._stopping is not None
             self._stopping.evaluation_boundary()
             self.continue_random_streams()
-            self._compare_batch(args, kwargs)
-            return step(*args, **kwargs)
+            with self._compared_step(args, kwargs):
+                return step(*args, **kwargs)
 
         output = compared_step()
         assert self.lightning_module is not None
@@ -136,12 +140,24 @@ class StepStrategy(CheckpointingStrategy):
         run_until_all_are_done(self.lightning_module, compared_step, loader, self.topology.world, self.root_device)
         return output
 
-    def _compare_batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        assert self.lightning_module is not None
+    @contextmanager
+    def _compared_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """One of the first steps of a stage refuses another batch over tensor, and another name logged over data."""
+        assert self.lightning_module is not None and self._logged_names is not None
         stage = self.lightning_module.trainer.state.stage
-        if self._compared[stage] < _COMPARED_STEPS and self.topology.tensor.size > 1:
-            self._compared[stage] += 1
+        compared = self._compared[stage] < _COMPARED_STEPS
+        self._compared[stage] += compared
+        if compared and self.topology.tensor.size > 1:
             require_same_batch((args, kwargs), self.topology.tensor, self.topology.world, self.root_device)
+        yield
+        if compared:
+            self._logged_names.step_ends()
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """As :meth:`MeshStrategy.reduce`; refuses names that only some ranks log."""
+        if group is None and self._logged_names is not None and self._trainer is not None:
+            self._logged_names.reduction_begins(self._trainer)
+        return super().reduce(tensor, group, reduce_op)
 
 
 def _seed_worker(worker_id: int, rank: int) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning import Trainer
 from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -26,15 +26,13 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_tex.resilience.signals import StopSignals, exit_code
 from lightning_tex.resilience.vote import Vote
 from lightning_tex.saving.random_streams import random_streams, restore_random_streams
+from lightning_tex.strategy.time_limits import TimeLimits
 
 if TYPE_CHECKING:
     from lightning_tex.strategy.checkpointing import CheckpointingStrategy
 
 # A vote is the number of the signal that a rank was sent, or this one.
 _TIME_LIMIT = int(max(signal.Signals)) + 1
-
-# Left of SLURM's end time when the run stops, besides what a step and a save take.
-_BEFORE_THE_END = 30.0  # s
 
 
 class StoppedTogether(SIGTERMException):
@@ -63,7 +61,7 @@ class Stopping:
         self._signals = StopSignals(self._stop_signals(), name, self._end_at_once)
         self._vote: Vote | None = None
         self._in_stage = False
-        self._limits = _TimeLimits(trainer)
+        self._limits = TimeLimits(trainer)
         self._random_in_validation: dict[str, Any] = {}
 
     def _stop_signals(self) -> set[signal.Signals]:
@@ -257,40 +255,6 @@ def _requeue(say: Any) -> None:
         say(f"job {job} is not requeued: {error}")
         return
     say(f"job {job} is requeued" if result.returncode == 0 else f"job {job} is not requeued: {result.stderr.strip()}")
-
-
-class _TimeLimits:
-    """``Trainer(max_time=)`` and SLURM's end time: near when a step and a save would pass them."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-        end = os.environ.get("SLURM_JOB_END_TIME", "")
-        self._end = float(end) if end.isdigit() else None
-        self._step_began: float | None = None
-        self._step = self._save = 0.0
-        self.reached = False
-
-    def step_begins(self) -> None:
-        """A boundary: measures how long the step before it took, what belongs to it included."""
-        now = time.monotonic()
-        if self._step_began is not None:
-            self._step = now - self._step_began
-        self._step_began = now
-
-    def save_took(self, seconds: float) -> None:
-        """A save, in seconds."""
-        self._save = seconds
-
-    def near(self) -> bool:
-        """Whether one more step and a save might end too late. Never before the run's first step."""
-        if self.reached or not self._step or not self._trainer.fit_loop._can_stop_early:
-            return False
-        needed = self._step + 1.5 * self._save
-        if self._end is not None and self._end - time.time() < needed + _BEFORE_THE_END:
-            return True
-        timers = [c for c in self._trainer.callbacks if isinstance(c, Timer)]  # type: ignore[attr-defined]
-        left = [timer.time_remaining() for timer in timers]
-        return any(seconds is not None and seconds < needed for seconds in left)
 
 
 class AgreedSignals(_SignalConnector):

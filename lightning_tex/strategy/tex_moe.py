@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from datetime import timedelta
@@ -27,14 +28,12 @@ from lightning_tex.moe import MoE
 from lightning_tex.optim import OptimizerStateConfig, OptimizerStateFormat, TiledOptimizer, ZeroStage
 from lightning_tex.parallel import initialization
 from lightning_tex.parallel.activation_checkpointing import ActivationCheckpointing, recompute_blocks, require_legal
-from lightning_tex.parallel.errors import UserRuntimeError
 from lightning_tex.parallel.flight_record import name_layers
-from lightning_tex.parallel.hashing import stable_hash
 from lightning_tex.parallel.requested_layout import RequestedLayout
 from lightning_tex.parallel.sharding import TexModule, check_shardable, parameter_shardings, shard_module, synchronise
 from lightning_tex.parallel.topology import Communication, Layout, Topology
 from lightning_tex.resilience.spikes import SpikeRule
-from lightning_tex.strategy.batches import gather_numbers
+from lightning_tex.strategy import agreement
 from lightning_tex.strategy.loss_spikes import OnSpike
 from lightning_tex.strategy.memory_check import require_memory
 from lightning_tex.strategy.precision import tex_precision
@@ -84,6 +83,7 @@ class TexMoEStrategy(StepStrategy):
         on_spike, spike_rule: at a loss far above the last ones (:class:`SpikeRule`) ``"warn"``, ``"skip"`` the step, or
             ``"rewind"`` to the newest checkpoint's weights and states, data going on. ``None``: nothing is looked at.
         check_memory: refuse at the start a training that by its plan does not fit the GPU (``lightning-tex plan``).
+        init_from: a checkpoint, of any layout and form, whose weights a fit begins with that resumes from none.
         elastic: on a world that does not allow a size, as after a node was lost, take the largest divisor of it that it
             does allow, first of tensor, then of expert, and say so.
 
@@ -120,14 +120,18 @@ class TexMoEStrategy(StepStrategy):
         check_replicas_every_n_steps: int = 100,
         on_spike: OnSpike = None,
         spike_rule: SpikeRule | None = None,
+        init_from: str | os.PathLike[str] | None = None,
         elastic: bool = False,
     ) -> None:
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__(
             check_replicas_every_n_steps=check_replicas_every_n_steps,
             on_spike=on_spike,
             spike_rule=spike_rule,
+            arguments=arguments,
             distributed=save_distributed_checkpoint,
             background=background_saving,
+            init_from=init_from,
             process_group_backend=process_group_backend,
             timeout=timeout,
             accelerator=accelerator,
@@ -217,7 +221,7 @@ class TexMoEStrategy(StepStrategy):
     def setup_environment(self) -> None:
         assert self.lightning_module is not None
         self._refuse_what_is_not_supported(self.lightning_module.trainer)
-        self.link_last_checkpoints()
+        self.link_last_checkpoints(self.lightning_module.trainer)
         super().setup_environment()
 
     def _refuse_what_is_not_supported(self, trainer: Trainer) -> None:
@@ -234,7 +238,9 @@ class TexMoEStrategy(StepStrategy):
 
     def setup(self, trainer: Trainer) -> None:
         """Shard the model for this rank, give it its memory and its optimizer. Idempotent over stages."""
-        assert self.accelerator is not None and self.model is not None
+        assert self.accelerator is not None and self.model is not None and self.lightning_module is not None
+        self._require_agreement(agreement.model(self.lightning_module, trainer))
+        self._require_agreement(agreement.data(trainer))
         self.accelerator.setup(trainer)
         layout = self.resolve_layout()
         if self._requested.expert_parallel_size != "auto":
@@ -251,7 +257,6 @@ class TexMoEStrategy(StepStrategy):
                 layout, self.root_device.type, self._mesh, self.communication, self.group_timeout
             )
         seed = self._seed = shared_seed(self.topology.world, self.root_device)
-        self._require_same_model()
         synchronise(self.model, self.topology.world, self.root_device)
         shard_module(self.model, self.topology)
         self._recompute(self.model)
@@ -264,8 +269,9 @@ class TexMoEStrategy(StepStrategy):
                 metric.process_group = self.topology.data.group
         data_rank_random_state(seed, self.topology.data)
         self.barrier()
-        self.compare_batches_again()
+        self.compare_steps_again()
         if trainer.state.fn == TrainerFn.FITTING:
+            self.try_folders(trainer)
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
 
@@ -292,30 +298,20 @@ class TexMoEStrategy(StepStrategy):
             return None
         return int(torch.cuda.get_device_properties(self.root_device).total_memory)
 
-    def _require_same_model(self) -> None:
-        assert self.model is not None
-        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        described = [(name, t.is_meta, tuple(t.shape), t.dtype) for name, t in tensors.items()]
-        own = stable_hash(*described)
-        if len({n for (n,) in gather_numbers([own], self.topology.world, self.root_device)}) > 1:
-            raise UserRuntimeError(
-                "ranks have built different models: names, shapes, dtypes and what is on the meta device must be alike "
-                "(pretrained weights are loaded on every rank, or on none)"
-            )
-
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Build the user's optimizer over the sharded model and put the sharded, tiled one in its place."""
         if self.tiled_optimizer is not None:
             self.tiled_optimizer.release()
         self._reset_optimizers_and_schedulers()
         super().setup_optimizers(trainer)
+        assert self.model is not None
+        parameters = dict(self.model.named_parameters())
+        self._require_agreement(agreement.optimization(self.optimizers, self.lr_scheduler_configs, parameters, trainer))
         if len(self.optimizers) > 1:
             raise MisconfigurationException(
                 f"configure_optimizers returned {len(self.optimizers)} optimizers; TexMoEStrategy drives exactly one: "
                 "give it one parameter group for each set of options"
             )
-        assert self.model is not None
-        parameters = dict(self.model.named_parameters())
         by_name = parameter_shardings(self.model, self.topology)
         shardings = {parameters[name]: sharding for name, sharding in by_name.items()}
         if not isinstance(self.optimizers[0], _MockOptimizer):  # configure_optimizers returned None

@@ -4,39 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
-from helpers.behaviour_modules import DictLogger, batches, gathered, new_trainer, on_data_axis, together
+from helpers.behaviour_modules import DictLogger, SmallDecoder, batches, new_trainer, on_data_axis
+from helpers.ranks import together
+from helpers.trainers import gathered
 from torch import Tensor
 
 from lightning_tex.callbacks import CommunicationMonitor
-from lightning_tex.layers import VocabParallelCrossEntropy
-from lightning_tex.models import Block, Decoder, DecoderConfig
+from lightning_tex.models import Block
 
 TED = {"tensor_parallel_size": 2, "expert_parallel_size": 2}
 FOLDED = {"tensor_parallel_size": 2, "expert_parallel_size": 4, "expert_tensor_parallel_size": 1}
 
 
-class Small(L.LightningModule):
+class Validated(SmallDecoder):
     def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.decoder = Decoder(DecoderConfig(61, 16, 2, 4, hidden_dim=24, num_experts=8, top_k=2, dropout=0.1))
-        self.loss = VocabParallelCrossEntropy()
-
-    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
-        return self.loss(self.decoder(batch[0]), batch[1])
+        super().__init__(num_experts=8, dropout=0.1)
 
     def validation_step(self, batch: list[Tensor], _: int) -> None:
-        self.log("val_loss", self.loss(self.decoder(batch[0]), batch[1]), sync_dist=True)
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+        self.log("val_loss", self.cross_entropy(self.decoder(batch[0]), batch[1]), sync_dist=True)
 
 
 def fit(layout: dict[str, Any], mode: str | None, policy: Any = None) -> tuple[dict[str, Tensor], dict[str, float]]:
-    module, logger = Small(), DictLogger()
+    module, logger = Validated(), DictLogger()
     options = {"activation_checkpointing": mode, "activation_checkpointing_policy": policy}
     trainer = new_trainer(
         {**layout, **options},
@@ -45,6 +36,7 @@ def fit(layout: dict[str, Any], mode: str | None, policy: Any = None) -> tuple[d
         callbacks=[CommunicationMonitor()],
         accumulate_grad_batches=2,
         val_check_interval=2,
+        limit_val_batches=2,
     )
     data = on_data_axis(trainer, batches(4))
     trainer.fit(module, data, data)

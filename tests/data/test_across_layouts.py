@@ -11,14 +11,13 @@ import datasets  # noqa: F401  (once here, not in every forked rank)
 import lightning as L
 import pytest
 import torch
-from helpers.trainers import quiet
+from helpers.trainers import gathered, quiet
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lightning_tex import LanguageModel, TexMoEStrategy
 from lightning_tex.data import TextDataModule
 from lightning_tex.models import DecoderConfig
-from lightning_tex.parallel.sharding import parameter_shardings
 from lightning_tex.testing.ranks import run_ranks
 
 EPOCH = 5  # steps
@@ -78,12 +77,11 @@ def fit(
     strategy = TexMoEStrategy(**layout)
     trainer = quiet(devices=devices, strategy=strategy, limit_val_batches=0, num_sanity_val_steps=0, **how)
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
-    placed = parameter_shardings(module, trainer.strategy.topology)
     return {
         "data rank": trainer.distributed_sampler_kwargs["rank"],
         "samples": module.samples,
         "losses": trainer.strategy.reduce(torch.stack(module.losses), reduce_op="mean").double(),
-        "weights": {name: placed[name].gather(p.detach()).clone() for name, p in module.named_parameters()},
+        "weights": gathered(module, trainer),
     }
 
 

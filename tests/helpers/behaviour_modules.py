@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import lightning as L
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_tex as tex
-from helpers.cases import case
 from helpers.layout_errors import distance
-from helpers.trainers import quiet, silence
+from helpers.ranks import on_ranks
+from helpers.trainers import quiet
 from lightning_tex.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -24,10 +25,9 @@ from lightning_tex.layers import (
     VocabParallelEmbedding,
     VocabParallelHead,
 )
+from lightning_tex.models import Decoder, DecoderConfig
 from lightning_tex.moe import MoE, auxiliary_loss
 from lightning_tex.parallel import collectives
-from lightning_tex.parallel.sharding import parameter_shardings
-from lightning_tex.testing.ranks import run_ranks
 
 TED = {"tensor_parallel_size": 2, "expert_parallel_size": 2}
 FOLDED = {"tensor_parallel_size": 2, "expert_parallel_size": 4, "expert_tensor_parallel_size": 1}
@@ -71,6 +71,26 @@ class PublicNames(L.LightningModule):
 
     def whole_logits(self, ids: Tensor) -> Tensor:
         return collectives.all_gather(self(ids), -1, self.head.tensor)[..., : self.head.size]
+
+
+class SmallDecoder(L.LightningModule):
+    """A decoder with experts that keeps its losses; ``sizes`` override those of its configuration."""
+
+    def __init__(self, **sizes: Any) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        usual = {"vocab_size": 61, "dim": 16, "num_layers": 2, "num_heads": 4, "hidden_dim": 24, "num_experts": 4}
+        self.decoder = Decoder(DecoderConfig(**{**usual, "top_k": 2, **sizes}))
+        self.cross_entropy = VocabParallelCrossEntropy()
+        self.losses: list[Tensor] = []
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = self.cross_entropy(self.decoder(batch[0]), batch[1])
+        self.losses.append(loss.detach())
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 class DictLogger(Logger):
@@ -131,43 +151,15 @@ def new_trainer(layout: dict[str, Any] | None, **flags: Any) -> L.Trainer:
     return quiet(**{**fixed, "max_epochs": 1, "precision": "64-true", **flags})
 
 
-def gathered(module: L.LightningModule, trainer: L.Trainer) -> dict[str, Tensor]:
-    """All parameters, whole."""
-    if not isinstance(trainer.strategy, tex.TexMoEStrategy):
-        return {name: p.detach().clone() for name, p in module.named_parameters()}
-    parameters = dict(module.named_parameters())
-    shardings = parameter_shardings(module, trainer.strategy.topology)
-    return {name: sharding.gather(parameters[name].detach()).clone() for name, sharding in shardings.items()}
-
-
-def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """``function(*args)`` by rank, without Lightning's advice in the output."""
-    return run_ranks(world, _quietly, function, args)
-
-
-def together(world: int, runs: dict[Any, tuple[Any, ...]]) -> dict[Any, list[Any]]:
-    """Some (function, arguments), one after the other on the same processes: by key, then by rank."""
-    by_rank = on_ranks(world, _one_by_one, list(runs.values()))
-    return {key: [found[i] for found in by_rank] for i, key in enumerate(runs)}
-
-
-def _one_by_one(runs: list[tuple[Any, ...]]) -> list[Any]:
-    launched, results = dict(os.environ), []
-    for function, *args in runs:
-        os.environ.update(launched)  # a Trainer ends with what told it that its processes exist
-        with case(function.__name__, *args):
-            results.append(function(*args))
-    return results
-
-
-def _quietly(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    silence()
-    return function(*args)
+@cache
+def in_one_process(function: Callable[..., Any], *args: Any) -> Any:
+    """``function(None, *args)`` under ``strategy="auto"``, once."""
+    return on_ranks(1, function, None, *args)[0]
 
 
 def assert_equal_to_one_process(function: Callable[..., dict[str, Tensor]], *args: Any, layout: Any = TED) -> None:
     """``function(layout, *args)`` gives named tensors; on four ranks the same ones as under ``strategy="auto"``."""
-    (reference,) = on_ranks(1, function, None, *args)
+    reference = in_one_process(function, *args)
     for rank, got in enumerate(on_ranks(4, function, layout, *args)):
         assert got.keys() == reference.keys()
         for name, value in reference.items():

@@ -17,16 +17,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import lightning_tex as tex
-from helpers.trainers import quiet
+from helpers.trainers import gathered, quiet
 from lightning_tex.layers import VocabParallelCrossEntropy
 from lightning_tex.models import Decoder, DecoderConfig
-from lightning_tex.parallel.sharding import parameter_shardings
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 VOCABULARY = 61  # no tensor size divides it
-SAMPLES = 48
 BATCH = 8  # over all data ranks
+EPOCH = 3  # steps
 
 
 class Model(L.LightningModule):
@@ -102,14 +101,18 @@ class Resumable(DataLoader):
 
 
 class Data(L.LightningDataModule):
-    """The same samples in the same global batches whatever the number of data ranks."""
+    """The same samples in the same global batches whatever the number of data ranks: ``steps`` of them."""
+
+    def __init__(self, steps: int = EPOCH) -> None:
+        super().__init__()
+        self.samples = steps * BATCH
 
     def _loader(self) -> Resumable:
-        ids = torch.randint(0, VOCABULARY, (SAMPLES, 7), generator=torch.Generator().manual_seed(0))
+        ids = torch.randint(0, VOCABULARY, (self.samples, 7), generator=torch.Generator().manual_seed(0))
         spread = self.trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
         own = BATCH // spread["num_replicas"]
         first = spread["rank"] * own
-        indices = [i for batch in range(0, SAMPLES, BATCH) for i in range(batch + first, batch + first + own)]
+        indices = [i for batch in range(0, self.samples, BATCH) for i in range(batch + first, batch + first + own)]
         return Resumable(Subset(TensorDataset(ids[:, :-1], ids[:, 1:]), indices), batch_size=own)
 
     def train_dataloader(self) -> Resumable:
@@ -145,6 +148,7 @@ def fit(
     then: Callable[[L.Trainer, Model], Any] | None = None,
     seed: int = 5,
     callbacks: list[L.Callback] | None = None,
+    epoch_steps: int = EPOCH,
     **options: Any,
 ) -> dict[str, Any]:
     """Fit, perhaps from a checkpoint, perhaps saving one at the end; what the run can be compared by.
@@ -162,13 +166,13 @@ def fit(
         callbacks=callbacks or [],
         **options,
     )
-    run.fit(module, Data(), ckpt_path=ckpt_path)
+    run.fit(module, Data(epoch_steps), ckpt_path=ckpt_path)
     if save is not None:
         run.save_checkpoint(save)
     return {
         "losses": mean_over_data(module.losses),
         "learning_rates": module.learning_rates,
-        "weights": whole_weights(run, module),
+        "weights": gathered(module, run),
         "seen": int(module.seen),
         "own": torch.cat([p.detach().flatten().double() for p in module.parameters()]),
         "then": then(run, module) if then is not None else None,
@@ -182,15 +186,6 @@ def mean_over_data(losses: list[float]) -> list[float]:
         torch.distributed.all_reduce(total)
         total /= torch.distributed.get_world_size()
     return total.tolist()
-
-
-def whole_weights(run: L.Trainer, module: Model) -> dict[str, Tensor]:
-    """Parameters as one process would hold them."""
-    parameters = dict(module.named_parameters())
-    if isinstance(run.strategy, tex.TexMoEStrategy):
-        shardings = parameter_shardings(module, run.strategy.topology)
-        return {name: shardings[name].gather(p.detach()).clone() for name, p in parameters.items()}
-    return {name: p.detach().clone() for name, p in parameters.items()}
 
 
 def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:

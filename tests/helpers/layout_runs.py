@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -13,20 +13,31 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_tex as tex
-from helpers.cases import case
 from helpers.layout_errors import Record, errors
 from helpers.layout_grid import Case, Options, Sizes
-from helpers.trainers import quiet, silence
+from helpers.trainers import gathered, quiet
 from lightning_tex.layers import VocabParallelCrossEntropy
 from lightning_tex.models import Decoder, DecoderConfig
 from lightning_tex.moe import Router, auxiliary_loss
 from lightning_tex.moe.experts import Experts
-from lightning_tex.parallel.sharding import parameter_shardings
 from lightning_tex.testing.sliced_capacity import decide_overflow_as
 
 STEPS = 20
+FEWER_STEPS = 8  # where collectives, of four and eight ranks on two cores, take all the time
 SAMPLES = 8  # of one micro-step over the whole data axis, whatever its size
 LENGTH = 6  # tokens of a sample that are predicted from
+
+
+class Run(NamedTuple):
+    """A case, and how it is trained."""
+
+    case: Case
+    precision: str
+    steps: int = STEPS  # of the optimizer
+
+    def __str__(self) -> str:
+        steps = "" if self.steps == STEPS else f"-{self.steps}steps"
+        return f"{self.case}-fp{self.precision[:2]}{steps}"
 
 
 def small(sizes: Sizes) -> dict[str, int]:
@@ -101,17 +112,11 @@ class Recorded(L.LightningModule):
     def on_train_end(self) -> None:
         losses = torch.tensor(self.record.losses, dtype=torch.float64)
         self.record.losses = self.trainer.strategy.reduce(losses, reduce_op="mean").tolist()
-        self.record.parameters = self.whole(dict(self.named_parameters()))
+        self.record.parameters = gathered(self, self.trainer)
         # Steps as the last dim, which no axis shards: one gather for all of them.
-        self.record.gradients = self.whole({name: torch.stack(g, -1) for name, g in self.own_gradients.items()})
-
-    def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors shaped as the parameters of these names, but for dims added at the end, whole."""
-        strategy = self.trainer.strategy
-        if not isinstance(strategy, tex.TexMoEStrategy):
-            return {name: t.detach().clone() for name, t in tensors.items()}
-        shardings = parameter_shardings(self, strategy.topology)
-        return {name: sharding.gather(tensors[name].detach()).clone() for name, sharding in shardings.items()}
+        self.record.gradients = gathered(
+            self, self.trainer, {name: torch.stack(g, -1) for name, g in self.own_gradients.items()}
+        )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         if self.adamw:
@@ -168,9 +173,9 @@ def trainer(options: Options, precision: str, devices: int, strategy: Any, **cha
     return quiet(**{**flags, **changes})
 
 
-def train_case(case: Case, precision: str) -> Record:
-    """One case on this rank of its world."""
-    options, sizes = case.options, case.sizes
+def train_case(run: Run) -> Record:
+    """One run on this rank of its world."""
+    options, sizes = run.case.options, run.case.sizes
     strategy = tex.TexMoEStrategy(
         tensor_parallel_size=sizes.tensor,
         expert_parallel_size=sizes.expert,
@@ -179,43 +184,40 @@ def train_case(case: Case, precision: str) -> Record:
         tile_size=64 if options.small_tiles else None,
     )
     module = Recorded(decoder_config(options, **small(sizes)), options.adamw, options.collect)
-    fit = trainer(options, precision, sizes.world, strategy)
-    fit.fit(module, SlicedData(STEPS * fit.accumulate_grad_batches))
+    fit = trainer(options, run.precision, sizes.world, strategy)
+    fit.fit(module, SlicedData(run.steps * fit.accumulate_grad_batches))
     return module.record
 
 
-def train_reference(options: Options, slices: int, precision: str, changes: tuple[tuple[str, int], ...]) -> Record:
+def train_reference(
+    options: Options, slices: int, precision: str, steps: int, changes: tuple[tuple[str, int], ...]
+) -> Record:
     """The same in one process without the strategy, whole micro-steps of all data ranks at a time."""
     module = Recorded(decoder_config(options, **dict(changes)), options.adamw, collect=True)
     decide_overflow_as(module, slices)
     fit = trainer(options, precision, 1, "auto")
-    fit.fit(module, SlicedData(STEPS * fit.accumulate_grad_batches))
+    fit.fit(module, SlicedData(steps * fit.accumulate_grad_batches))
     return module.record
 
 
-def errors_of_cases(runs: list[tuple[Case, str]], references: list[Record]) -> list[dict[str, float]]:
-    """Several cases of one world, one after the other on the same processes: this rank's errors of each."""
-    silence()
-    found = []
-    for (run, precision), reference in zip(runs, references, strict=True):
-        with case(run, precision):
-            found.append(errors(train_case(run, precision), reference, kinds(run)))
-    return found
+def errors_of_run(run: Run, reference: Record) -> dict[str, float]:
+    """A run of this world: this rank's errors."""
+    return errors(train_case(run), reference, kinds(run.case))
 
 
 def train_references(wanted: list[tuple[Any, ...]]) -> list[Record]:
     """This worker's share of some references."""
-    silence()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE"):
         os.environ.pop(name)
     return [train_reference(*each) for each in wanted[rank::world]]
 
 
-def reference_of(case: Case, precision: str) -> tuple[Any, ...]:
-    """What a case's reference depends on: the arguments of ``train_reference``."""
-    slices = case.sizes.data if case.options.capacity else 1
-    return case.options.mathematics(), slices, precision, tuple(small(case.sizes).items())
+def reference_of(run: Run) -> tuple[Any, ...]:
+    """What a run's reference depends on: the arguments of ``train_reference``."""
+    options, sizes = run.case.options, run.case.sizes
+    slices = sizes.data if options.capacity else 1
+    return options.mathematics(), slices, run.precision, run.steps, tuple(small(sizes).items())
 
 
 def kinds(case: Case) -> dict[str, str]:

@@ -27,6 +27,9 @@ KINDS = {
 }
 
 
+COMPACT = ("split", "int8", "stochastic")
+
+
 def network(dtype=torch.float64):
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(7, 19), nn.Tanh(), nn.LayerNorm(19), nn.Linear(19, 23, bias=False)).to(dtype)
@@ -71,3 +74,14 @@ class SignDescent(Optimizer):
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 p.sub_((0.9 * momentum + 0.1 * p.grad).sign(), alpha=group["lr"])
                 momentum.lerp_(p.grad, 1 - group["beta"])
+
+
+def adamw(model, **options):
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, **options)
+
+
+def set_gradients(model, step, factor=1.0):
+    generator = torch.Generator().manual_seed(step)
+    for p in model.parameters():
+        gradient = torch.randn(p.shape, generator=generator) * factor
+        p.grad = gradient.to(p.dtype) if p.grad is None else p.grad.copy_(gradient)

@@ -65,10 +65,20 @@ class Pair:
             assert q[0] == name
             gathered = self.shardings[name].gather(p.detach())
             torch.testing.assert_close(gathered, q[1].detach(), rtol=tolerance, atol=tolerance)
-            alike = all_reduce(p.detach(), self.shardings[name].replicas, "max")
-            assert torch.equal(alike, p.detach()), f"{name} differs between replicas"
             box = self.shardings[name].box
             assert torch.equal(box.shard(gathered), p.detach()), f"padding of {name} is not zero"
+        self.assert_replicas_equal()
+
+    def assert_replicas_equal(self):
+        by_axis = {}
+        for name, p in self.parted.named_parameters():
+            by_axis.setdefault(self.shardings[name].replicas, {})[name] = p.detach().flatten()
+        for axis, parameters in by_axis.items():  # one collective for all of an axis
+            largest = all_reduce(torch.cat([*parameters.values()]), axis, "max").split(
+                [len(p) for p in parameters.values()]
+            )
+            for (name, p), most in zip(parameters.items(), largest, strict=True):
+                assert torch.equal(most, p), f"{name} differs between replicas"
 
 
 def by_group(model):

@@ -107,7 +107,7 @@ def resumed_fit(folder: str, path: str | None = None, **options: Any) -> Any:
 
 
 # Validation in the middle of an epoch and at its end.
-VALIDATES: dict[str, Any] = {"limit_val_batches": 3, "val_check_interval": 2}
+VALIDATES: dict[str, Any] = {"limit_val_batches": 3, "val_check_interval": 2, "epoch_steps": STEPS // EPOCHS}
 
 
 class Slow(L.Callback):

@@ -1,4 +1,4 @@
-"""Fits for :mod:`helpers.stops`; as a script: ``python -m helpers.stopped_runs "{\"deed\": .., \"rank\": 1}"``."""
+"""Fits for :mod:`helpers.stops`; as a script: an incident as JSON, and the seconds that a step takes at least."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_tex as tex
 from helpers.behaviour_modules import PublicNames, batches, loader, own_slices
+from helpers.signalled_runs import Slow
 from helpers.stops import Incident
 from helpers.trainers import quiet, silence
 
@@ -65,4 +66,4 @@ def fit(incident: dict[str, Any] | None, timeout: float = 60.0, callbacks: tuple
 
 
 if __name__ == "__main__":
-    fit(json.loads(sys.argv[1]))
+    fit(json.loads(sys.argv[1]), callbacks=(Slow(float(sys.argv[2])),))

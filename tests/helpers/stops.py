@@ -77,6 +77,7 @@ DEEDS: dict[str, Callable[[L.Trainer], None]] = {
     "MemoryError": _out_of_memory,
     "exit": lambda _: os._exit(3),
     "busy": _say,
+    "goes on": lambda _: None,
     "skip": _skip_a_collective,
     "shape": _other_shape,
     **{name: _signal(signal.Signals[name]) for name in ("SIGKILL", "SIGSTOP", "SIGTERM", "SIGINT", "SIGUSR1")},
@@ -184,6 +185,8 @@ def run_to_its_end(
         if supervisor == 0:
             _become_a_session(output.fileno(), folder)
             _supervise(world, port, launcher, function, args)
+        while os.getsid(supervisor) != supervisor:
+            time.sleep(0.001)
         return _watched(supervisor, folder, within, start, meanwhile)
 
 
@@ -208,7 +211,9 @@ def run_command(
             start_new_session=True,
         )
         (folder / f"rank.{process.pid}").write_text("0")
-        return _watched(process.pid, folder, within, start, meanwhile)
+        ending = _watched(process.pid, folder, within, start, meanwhile)
+        process.wait()  # it has ended, which Popen does not know yet
+        return ending
 
 
 def _watched(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch.distributed as dist
 
 from lightning_tex.parallel.topology import Communication, Layout, Topology
 
 
+@cache
 def join(
     tensor: int = 1,
     expert: int = 1,

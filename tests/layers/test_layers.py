@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.cases import case
 from torch import nn
 
 from lightning_tex.layers import (
@@ -32,10 +33,10 @@ def agree(ours, theirs, inputs, parameters, rtol=1e-12):
     a, b = ours(*inputs), theirs(*inputs)
     torch.testing.assert_close(a, b, rtol=rtol, atol=rtol)
     upstream = torch.randn_like(a)
-    for mine, reference in zip(
-        torch.autograd.grad(a, leaves, upstream), torch.autograd.grad(b, leaves, upstream), strict=True
-    ):
-        torch.testing.assert_close(mine, reference, rtol=rtol, atol=rtol)
+    gradients = (torch.autograd.grad(out, leaves, upstream) for out in (a, b))
+    for number, (mine, reference) in enumerate(zip(*gradients, strict=True)):
+        with case("gradient of an input, then of the parameters", number):
+            torch.testing.assert_close(mine, reference, rtol=rtol, atol=rtol)
 
 
 # --- linear, embedding, head
@@ -304,4 +305,5 @@ def test_check_accepts_what_divides_and_any_vocabulary():
         VocabParallelHead(3, 61),
         VocabParallelCrossEntropy(),
     ):
-        layer.check("layer", FOUR)
+        with case(type(layer).__name__):
+            layer.check("layer", FOUR)

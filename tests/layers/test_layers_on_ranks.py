@@ -64,7 +64,8 @@ def both(topology, layer, x, upstream, part_in=False, part_out=False, call=None,
         same(own_x.grad, own(whole_x.grad, tensor) if part_in else whole_x.grad)
     found = parameter_shardings(parted, topology)
     for (name, p), (_, reference) in zip(parted.named_parameters(), layer.named_parameters(), strict=True):
-        same(found[name].gather(p.grad), reference.grad)
+        with case(gradient=name):
+            same(found[name].gather(p.grad), reference.grad)
 
 
 def padded_part(fill):
@@ -87,7 +88,8 @@ def linear_layers():
                 )
                 both(topology, RowParallelLinear(8, 6, bias), randn(1, 2, 3, 8), randn(2, 2, 3, 6), part_in=True)
                 for activation in ("gelu", "swiglu"):
-                    both(topology, ParallelMLP(6, 8, activation, bias), randn(1, 2, 3, 6), randn(2, 2, 3, 6))
+                    with case(activation=activation):
+                        both(topology, ParallelMLP(6, 8, activation, bias), randn(1, 2, 3, 6), randn(2, 2, 3, 6))
 
 
 def test_linear_layers_and_mlp():
@@ -159,12 +161,13 @@ def cross_entropy():
                     ours.backward(torch.ones_like(ours))
                     theirs.backward(torch.ones_like(theirs))
                     same(part.grad, padded_part(0.0)(whole.grad, topology.tensor))
-        loss = VocabParallelCrossEntropy()
-        loss.bind(topology)
-        part = randn(1, 2, 5, 16).requires_grad_()
-        nothing = loss(part, torch.full((2, 5), -100))
-        nothing.backward()
-        assert nothing == 0 and not part.grad.any()
+        with case("no target counts", tensor=tensor):
+            loss = VocabParallelCrossEntropy()
+            loss.bind(topology)
+            part = randn(1, 2, 5, 16).requires_grad_()
+            nothing = loss(part, torch.full((2, 5), -100))
+            nothing.backward()
+            assert nothing == 0 and not part.grad.any()
 
 
 def test_cross_entropy():
@@ -238,11 +241,12 @@ class collectives_identity:
 
 def test_masks_differ_over_tensor_and_the_state_afterwards_is_equal():
     results = run_ranks(4, random_states)
-    for a, b in ((0, 1), (2, 3)):  # one tensor group
-        inside, after, disabled, heads, after_attention = zip(results[a], results[b], strict=True)
-        assert inside[0] != inside[1]
-        assert after[0] == after[1]
-        assert disabled[0] == disabled[1]
-        assert heads[0] != heads[1]
-        assert after_attention[0] == after_attention[1]
+    for a, b in ((0, 1), (2, 3)):
+        with case(tensor_ranks=(a, b)):
+            inside, after, disabled, heads, after_attention = zip(results[a], results[b], strict=True)
+            assert inside[0] != inside[1]
+            assert after[0] == after[1]
+            assert disabled[0] == disabled[1]
+            assert heads[0] != heads[1]
+            assert after_attention[0] == after_attention[1]
     assert results[0][1] != results[2][1]  # different over data

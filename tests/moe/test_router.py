@@ -129,7 +129,7 @@ def test_wrong_options_are_refused(options, message):
         (Layout(8, 4, 2, 4), "mlp: hidden_dim=10 is not divisible by expert_tensor_parallel_size=4"),
     ],
 )
-def test_check_names_what_cannot_be_cut(layout, message):
+def test_check_names_what_cannot_be_sharded(layout, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         MoE(4, 10, 6).check("mlp", layout)
     MoE(4, 10, 6).check("mlp", Layout(8, 4, 2, 1))

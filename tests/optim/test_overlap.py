@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.backwards import announced_backward
-from helpers.behaviour_modules import batches, gathered, new_trainer, on_data_axis, on_ranks
-from helpers.cases import in_full
+from helpers.behaviour_modules import batches, new_trainer, on_data_axis
+from helpers.cases import case, in_full
+from helpers.ranks import on_ranks, together
+from helpers.trainers import gathered
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -79,16 +82,21 @@ def fit(layout: dict[str, Any], overlap: bool, make: Any = Watched, **flags: Any
 
 @pytest.mark.parametrize("name", in_full(LAYOUTS, ("data", "sequence")))
 def test_training_is_bit_equal(name: str) -> None:
-    for flags in ({}, {"accumulate_grad_batches": 2}):
-        late = on_ranks(4, fit_with, LAYOUTS[name], False, Watched, flags)
-        early = on_ranks(4, fit_with, LAYOUTS[name], True, Watched, flags)
-        for (parameters, under_way), (expected, none_under_way) in zip(early, late, strict=True):
-            assert all(torch.equal(parameters[key], value) for key, value in expected.items())
-            assert none_under_way == [0] * 4
-            last = under_way[1::2] if flags else under_way
-            assert last[0] >= 1, "the first backward overlaps, too, in the order of the model"
-            assert min(last[1:]) >= 3, "nothing left before the backward had come to the first layer"
-            assert not flags or under_way[0::2] == [0, 0], "something left before the last micro-batch"
+    runs = {
+        (n, overlap): (fit_with, LAYOUTS[name], overlap, Watched, {"accumulate_grad_batches": n})
+        for n, overlap in itertools.product((1, 2), (False, True))
+    }
+    by_run = together(4, runs)
+    for n in (1, 2):
+        for early, late in zip(by_run[n, True], by_run[n, False], strict=True):
+            with case(accumulate_grad_batches=n):
+                (parameters, under_way), (expected, none_under_way) = early, late
+                assert all(torch.equal(parameters[key], value) for key, value in expected.items())
+                assert none_under_way == [0] * 4
+                last = under_way[n - 1 :: n]
+                assert last[0] >= 1, "the first backward overlaps, too, in the order of the model"
+                assert min(last[1:]) >= 3, "nothing left before the backward had come to the first layer"
+                assert n == 1 or under_way[0::2] == [0, 0], "something left before the last micro-batch"
 
 
 def fit_with(layout: dict[str, Any], overlap: bool, make: Any, flags: dict[str, Any]) -> Any:

@@ -22,9 +22,9 @@ def steps():
                     pair.set_gradients(step)
                     pair.optimizer.step()
                     pair.plain.step()
-                    pair.compare()
                     for each in (pair.optimizer, pair.plain):
                         each.param_groups[0]["lr"] *= 0.7
+                pair.compare()
 
 
 def test_steps_on_every_layout_are_those_of_one_process():

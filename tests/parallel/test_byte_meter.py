@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 
 import pytest
 import torch
@@ -116,19 +117,27 @@ def one_pass(topology, mode, fused, module=Block, x=None):
     return meter
 
 
-def against_formulas():
-    for layout in LAYOUTS:
-        topology = join(*layout)
-        for mode in (None, "full", "communication_aware"):
-            for fused in (True, False):
-                with case(layout, mode=mode, fused=fused):
-                    meter = one_pass(topology, mode, fused)
-                    counted = {kind: Fraction(sent) for kind, sent in meter.sent_bytes().items()}
-                    assert counted == formulas(topology, mode, fused)
+MODES = (None, "full", "communication_aware")
 
 
-def test_counts_equal_the_formulas():
-    run_ranks(4, against_formulas)
+def few_or_every(*factors):
+    """The cases that cover all pairs by default, and all of them in full."""
+    every = pytest.param(list(itertools.product(*factors)), marks=pytest.mark.full, id="every")
+    return pytest.mark.parametrize("cases", [pytest.param(pairwise(*factors), id="pairs"), every])
+
+
+def against_formulas(cases):
+    for layout, mode, fused in cases:
+        with case(layout, mode=mode, fused=fused):
+            topology = join(*layout)
+            meter = one_pass(topology, mode, fused)
+            counted = {kind: Fraction(sent) for kind, sent in meter.sent_bytes().items()}
+            assert counted == formulas(topology, mode, fused)
+
+
+@few_or_every(LAYOUTS, MODES, (True, False))
+def test_counts_equal_the_formulas(cases):
+    run_ranks(4, against_formulas, cases)
 
 
 # --- sequence parallelism. Every token goes to every expert, so that counts are known: k = E, nothing overflows.
@@ -142,20 +151,19 @@ class Everywhere(Block):
         self.moe = MoE(D, 24, E, E, capacity_factor)
 
 
-def split_against_formulas():
-    for layout in LAYOUTS:
-        topology = join(*layout, sequence_parallel=True)
-        for mode in (None, "full", "communication_aware"):
-            for fused, factor in ((True, None), (True, 1.0), (False, 1.0)):
-                with case(layout, mode=mode, fused=fused, factor=factor):
-                    x = torch.randn(B, EVEN // topology.tensor.size, D)
-                    meter = one_pass(topology, mode, fused, lambda factor=factor: Everywhere(factor), x)
-                    counted = {kind: Fraction(sent) for kind, sent in meter.sent_bytes().items()}
-                    assert counted == formulas(topology, mode, fused, lambda factor=factor: Everywhere(factor), EVEN)
+def split_against_formulas(cases):
+    for layout, mode, (fused, factor) in cases:
+        with case(layout, mode=mode, fused=fused, factor=factor):
+            topology = join(*layout, sequence_parallel=True)
+            x = torch.randn(B, EVEN // topology.tensor.size, D)
+            meter = one_pass(topology, mode, fused, partial(Everywhere, factor), x)
+            counted = {kind: Fraction(sent) for kind, sent in meter.sent_bytes().items()}
+            assert counted == formulas(topology, mode, fused, partial(Everywhere, factor), EVEN)
 
 
-def test_counts_of_sequence_parallelism_equal_the_formulas():
-    run_ranks(4, split_against_formulas)
+@few_or_every(LAYOUTS, MODES, ((True, None), (True, 1.0), (False, 1.0)))
+def test_counts_of_sequence_parallelism_equal_the_formulas(cases):
+    run_ranks(4, split_against_formulas, cases)
 
 
 # --- modules of the user's own: linear layers, wrapped experts of two sizes, plain layers; a token is a sample
@@ -285,20 +293,19 @@ def by_ranks(topology, meter):
     return counted
 
 
-def against_torch():
-    for layout, sequence in itertools.product(LAYOUTS, (False, True)):
-        topology = join(*layout, sequence_parallel=sequence)
-        for module in (Block, Dropless):
-            for mode in (None, "full", "communication_aware"):
-                with case(layout, module.__name__, sequence=sequence, mode=mode):
-                    with pytest.MonkeyPatch.context() as monkeypatch:
-                        overheard = Overheard(topology, monkeypatch)
-                        meter = one_pass(topology, mode, True, module)
-                    assert by_ranks(topology, meter) == overheard.bytes
+def against_torch(cases):
+    for layout, sequence, module, mode in cases:
+        with case(layout, module.__name__, sequence=sequence, mode=mode):
+            topology = join(*layout, sequence_parallel=sequence)
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                overheard = Overheard(topology, monkeypatch)
+                meter = one_pass(topology, mode, True, module)
+            assert by_ranks(topology, meter) == overheard.bytes
 
 
-def test_counts_equal_what_passes_through_torch():
-    run_ranks(4, against_torch)
+@few_or_every(LAYOUTS, (False, True), (Block, Dropless), MODES)
+def test_counts_equal_what_passes_through_torch(cases):
+    run_ranks(4, against_torch, cases)
 
 
 def counts_nothing_when_off():

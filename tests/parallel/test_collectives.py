@@ -90,7 +90,7 @@ def test_plain_collectives():
 # --- with a backward
 
 
-def cut_product(x, weight, axis):
+def sharded_product(x, weight, axis):
     own = slice(4 * axis.rank, 4 * axis.rank + 4)
     return c.reduce(c.enter(x, axis)[:, own] @ weight[own], axis)
 
@@ -117,7 +117,7 @@ def enter_and_reduce():
         # Between them a product sharded over the axis is the whole product, for operands that all ranks hold alike.
         inner = 4 * axis.size
         shared, weight, upstream = numbers(50, 3, inner), numbers(51, inner, 6), numbers(52, 3, 6)
-        y, dx = run_backward(partial(cut_product, weight=weight, axis=axis), shared, upstream)
+        y, dx = run_backward(partial(sharded_product, weight=weight, axis=axis), shared, upstream)
         same(y, shared @ weight)
         same(dx, upstream @ weight.T)
 

@@ -108,7 +108,7 @@ def test_two_ranks_never_share_all_coordinates_of_a_mesh(layout):
 
 
 @given(layouts())
-def test_replicas_of_an_expert_hold_the_same_cut_of_everything_else_under_ted(layout):
+def test_replicas_of_an_expert_hold_the_same_shard_of_everything_else_under_ted(layout):
     if layout.expert_tensor == layout.tensor:
         for group in layout.groups("expert_data"):
             assert len({layout.coordinates(rank)["tensor"] for rank in group}) == 1
@@ -208,5 +208,5 @@ def test_expert_axis_without_experts_is_refused():
     Layout(8).require_experts([])
 
 
-def test_not_splitting_is_legal_where_experts_are_cut_like_the_rest():
+def test_not_splitting_is_legal_where_experts_are_sharded_like_the_rest():
     assert Layout.resolve(8, 2, 2, 2, [4], duplicate_token_dropping=False) == Layout(8, 2, 2, 2)

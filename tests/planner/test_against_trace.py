@@ -40,7 +40,7 @@ def both(path: str, strategy: dict[str, object]) -> dict[str, object]:
     job = Job(
         planned_recipe.model, recipe.world_size(), numbers["sequence_length"], numbers["global_batch_size"],
         numbers["precision"],
-        two_groups=numbers["two_groups"],
+        optimizer=numbers["optimizer"],
     )  # fmt: skip
     candidate = own_candidate(job, {**planned_recipe.strategy, **strategy})
     assert candidate is not None and candidate.layout == traced.layout

@@ -24,6 +24,8 @@ from lightning_tex.parallel.topology import Axis, Layout, Topology
 from lightning_tex.planner.describe import describe, describe_decoder
 from lightning_tex.planner.layouts import Candidate, Job, layouts
 from lightning_tex.planner.memory import memory
+from lightning_tex.planner.optimizer_trial import read_optimizer
+from lightning_tex.planner.optimizers import ADAMW, assumed_adamw
 from lightning_tex.planner.states import FlatBuffers, StateBytes, kept_format, state_bytes, tile_elements
 from lightning_tex.strategy.precision import TexHalfPrecision, TexMixedPrecision, TexPrecision
 from lightning_tex.testing.ranks import run_ranks
@@ -53,11 +55,7 @@ def test_parameters_are_the_layers_own(name: str) -> None:
     assert sum(described.counts().values()) == sum(p.numel() for p in model.parameters())
     built = describe(model)  # all blocks, where the other has one of each kind repeated
     assert built.parameters == described.parameters and built.layers == described.layers[:-1]
-    assert (
-        (built.tied, built.activations)
-        == (described.tied, described.activations)
-        == (config.tie_embeddings, "formulas")
-    )
+    assert (built.tied, built.declared) == (described.tied, described.declared) == (config.tie_embeddings, True)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -131,6 +129,7 @@ def allocated(
     stage: int,
     optimizer_state_format: str,
     tile: int | None,
+    optimizer_class: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
 ):
     """Bytes that a real optimizer holds after a step, and those of frozen parameters."""
     topology = join(layout.tensor, layout.expert, layout.expert_tensor)
@@ -145,7 +144,7 @@ def allocated(
     state_config = plugin.state_config(
         OptimizerStateConfig(zero_stage=stage, optimizer_state_format=optimizer_state_format, tile_size=tile)
     )
-    optimizer = TiledOptimizer(torch.optim.AdamW(groups(model)), shardings, topology.world, state_config)
+    optimizer = TiledOptimizer(optimizer_class(groups(model)), shardings, topology.world, state_config)
     optimizer.zero_grad()
     optimizer.step()
     found = StateBytes(0, 0, 0, 0, 0, 0).__dict__.copy()
@@ -160,7 +159,7 @@ def allocated(
         if hasattr(states, "windows"):
             if states.has_master:
                 found["master"] += distinct_bytes([states.values])
-            each = [value for window in states.windows for value in window.state.values()]
+            each = [value for window in states.windows for value in window.state.values() if value is not None]
         else:
             if hasattr(states.master, "remainder"):
                 found["master"] += distinct_bytes([states.master.remainder])
@@ -169,7 +168,7 @@ def allocated(
                 found["moments"] += distinct_bytes(list(moments.values.values()))
             else:
                 found["moments"] += distinct_bytes([*moments.codes.values(), *moments.scales.values()])
-            each = [value for numbers in states.numbers for value in numbers.values()]
+            each = [value for numbers in states.numbers for value in numbers.values() if value is not None]
         found["moments"] += distinct_bytes([value for value in each if value.dim()])
         found["scalars"] += distinct_bytes([value for value in each if not value.dim()])
     return found
@@ -222,7 +221,7 @@ def compare_own_modules(world: int) -> int:
             described = describe(build())
         for layout, kind in zip(layouts(described, world), itertools.cycle(KINDS)):
             precision, stage, optimizer_state_format, tile = kind
-            job = Job(described, world, 1, world, precision, two_groups=False)
+            job = Job(described, world, 1, world, precision, optimizer=assumed_adamw(""))
             candidate = Candidate(layout, zero_stage=stage, optimizer_state_format=optimizer_state_format)
             planned = state_bytes(FlatBuffers.of(job, candidate), stage, optimizer_state_format, tile, "cpu")
             real = allocated(build, one_group, layout, precision, stage, optimizer_state_format, tile)
@@ -239,9 +238,64 @@ def test_state_bytes_of_own_modules_are_those_allocated(world: int) -> None:
     assert run_ranks(world, compare_own_modules, world, detail=False)[0] >= (2 if world == 1 else 12)
 
 
+def split_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Two groups, of which the second keeps one state more; the last layer first."""
+    last = list(model.head.parameters())
+    rest = [p for p in model.parameters() if not any(p is other for other in last)]
+    return [{"params": last}, {"params": rest, "amsgrad": True}]
+
+
+OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], Callable[[Any], list[dict[str, Any]]]]] = {
+    "SGD": (torch.optim.SGD, one_group),
+    "SGD with momentum": (partial(torch.optim.SGD, momentum=0.9), one_group),
+    "SGD in a loop": (partial(torch.optim.SGD, momentum=0.9, foreach=False), one_group),
+    "Adam, two groups": (torch.optim.Adam, split_groups),
+}
+
+
+def compare_optimizers() -> None:
+    warnings.simplefilter("ignore")
+    flat_sizes.SMALLEST_BUCKET = 1024
+    for (name, (build, groups)), kind in zip(OPTIMIZERS.items(), [KINDS[0], KINDS[4], KINDS[5], KINDS[8]], strict=True):
+        precision, stage, optimizer_state_format, tile = kind
+        with case(name, *kind):
+            read = read_optimizer(TwoKinds(), lambda module, build=build, groups=groups: build(groups(module)))
+            assert not read.assumed and len(read.costs) == len(groups(TwoKinds()))
+            job = Job(describe(TwoKinds()), 1, 1, 1, precision, optimizer=read)
+            candidate = Candidate(Layout(1), zero_stage=stage, optimizer_state_format=optimizer_state_format)
+            planned = state_bytes(FlatBuffers.of(job, candidate), stage, optimizer_state_format, tile, "cpu")
+            real = allocated(
+                TwoKinds, groups, Layout(1), precision, stage, optimizer_state_format, tile, build
+            )  # fmt: skip
+            assert vars(planned) == real
+
+
+def test_state_bytes_of_other_optimizers_are_those_allocated() -> None:
+    run_ranks(1, compare_optimizers)
+
+
+def test_an_optimizer_is_read_or_assumed() -> None:
+    read = read_optimizer(regression())
+    assert (read.name, read.costs, read.assumed) == ("AdamW", (ADAMW,), "")
+    partly = read_optimizer(TwoKinds(), lambda module: torch.optim.SGD(module.first.parameters()))
+    described = describe(TwoKinds())
+    assert {described.parameters[place].name.split(".")[0] for place in partly.grouping(described)[0]} == {"first"}
+    flat = FlatBuffers.of(Job(described, 1, 1, 1, "32-true", optimizer=partly), Candidate(Layout(1)))
+    trained = sum(p.numel for p in described.parameters if p.requires_grad)
+    kept = sum(p.numel for p in described.parameters if p.name.startswith("first"))
+    assert flat.loose_gradients == 4 * (trained - kept)
+    for configure, said in (
+        (lambda module: [torch.optim.SGD([p]) for p in module.parameters()][:2], "2 optimizers"),
+        (lambda module: torch.optim.SGD(module.nothing), "AttributeError"),
+        (lambda module: torch.optim.LBFGS(module.parameters()), "LBFGS"),
+    ):
+        assumed = read_optimizer(TwoKinds(), configure)
+        assert assumed.name == "AdamW" and said in assumed.assumed
+
+
 def test_an_own_module_is_described_as_it_is() -> None:
     described = describe(TwoKinds())
-    assert described.activations == "states only" and described.experts == (4, 8)
+    assert not described.declared and described.experts == (4, 8)
     assert [parameter.name for parameter in described.parameters] == [n for n, _ in TwoKinds().named_parameters()]
     full = {parameter.name for parameter in described.parameters if parameter.full_precision}
     assert full == {f"{block}.{name}.weight" for block in ("first", "second") for name in ("norm", "layer.router")}
@@ -256,14 +310,14 @@ def test_an_own_module_is_described_as_it_is() -> None:
 
 def test_formulas_are_claimed_for_decoders_alone() -> None:
     decoder = Decoder(DecoderConfig(96, 48, 2, 4))
-    assert describe(decoder).activations == "formulas"
+    assert describe(decoder).declared
     beside, other = Decoder(DecoderConfig(96, 48, 2, 4)), Decoder(DecoderConfig(96, 48, 2, 4))
     beside.extra, other.blocks[0].mlp_norm = nn.Linear(2, 2), nn.Identity()
-    assert describe(beside).activations == describe(other).activations == "states only"
-    assert describe(nn.Sequential(Decoder(DecoderConfig(96, 48, 2, 4)), nn.Linear(96, 2))).activations == "states only"
+    assert not describe(beside).declared and not describe(other).declared
+    assert not describe(nn.Sequential(Decoder(DecoderConfig(96, 48, 2, 4)), nn.Linear(96, 2))).declared
     frozen = Decoder(DecoderConfig(96, 48, 2, 4))
     frozen.norm.requires_grad_(False)
-    assert describe(frozen).activations == "states only"
+    assert not describe(frozen).declared
 
 
 @pytest.mark.parametrize("optimizer_state_format", ["fp32", "split", "int8", "stochastic"])

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from helpers.small_runs import traced, write_recipe
 
 from lightning_tex import cli
+from lightning_tex.planner.fake_values import Routing
 from lightning_tex.planner_trace import trace
-from lightning_tex.planner_trace.values import Routing
 from lightning_tex.recipe import Recipe
 from lightning_tex.testing.ranks import run_ranks
 

@@ -180,7 +180,7 @@ def attack(folder: str) -> dict[str, Any]:
                 outcomes[use] = "done"
             except (Exception, SystemExit) as error:
                 outcomes[use] = f"{type(error).__name__}: {error}"
-            Path(folder, "victim.whole.ckpt").unlink(missing_ok=True)
+            Path(folder, "whole-of-victim.ckpt").unlink(missing_ok=True)
         found[name] = outcomes, mark.exists()
     return found
 

@@ -13,7 +13,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from helpers.cases import in_full, selected
-from helpers.checkpoint_runs import VOCABULARY, Model, fit, largest_difference, tensors
+from helpers.checkpoint_runs import EPOCH, VOCABULARY, Model, fit, largest_difference, tensors
 
 import lightning_tex as tex
 from lightning_tex.cli import main
@@ -98,10 +98,10 @@ def one(folder: Path, four: object) -> dict[str, Any]:
 @pytest.mark.parametrize("precision", in_full(["32-true", "bf16-mixed"], ["bf16-mixed"]))
 def test_resume_on_the_same_layout_is_bit_equal(four: list[dict[str, Any]], precision: str) -> None:
     for whole, resumed in (results[precision] for results in four):
-        assert resumed["losses"] == whole["losses"][6:]
-        assert resumed["learning_rates"] == whole["learning_rates"][6:]
+        assert resumed["losses"] == whole["losses"][EPOCH:]
+        assert resumed["learning_rates"] == whole["learning_rates"][EPOCH:]
         assert torch.equal(resumed["own"], whole["own"])
-        assert resumed["seen"] == 12
+        assert resumed["seen"] == 2 * EPOCH
 
 
 @pytest.mark.parametrize("layout", [*OTHERS, "back", "one process", "of plain"])
@@ -130,14 +130,14 @@ def test_each_element_is_written_once(folder: Path, four: object) -> None:
 @pytest.mark.parametrize("run", ["one process", "auto from plain", "auto from whole", "from consolidated"])
 def test_one_process_goes_on_as_four_would_have(four: list[dict[str, Any]], one: dict[str, Any], run: str) -> None:
     reference = four[0]["reference"]
-    assert one[run]["losses"] == pytest.approx(reference["losses"][6:], rel=1e-5)
+    assert one[run]["losses"] == pytest.approx(reference["losses"][EPOCH:], rel=1e-5)
     assert largest_difference(one[run]["weights"], reference["weights"]) < 1e-4
 
 
 def test_another_layout_goes_on_as_the_first_would_have(four: list[dict[str, Any]]) -> None:
     reference, other = four[0]["reference"], four[0]["folding goes on"]
-    assert other["losses"] == pytest.approx(reference["losses"][6:], rel=1e-5)
-    assert other["learning_rates"] == reference["learning_rates"][6:]
+    assert other["losses"] == pytest.approx(reference["losses"][EPOCH:], rel=1e-5)
+    assert other["learning_rates"] == reference["learning_rates"][EPOCH:]
 
 
 def test_a_plain_file_is_lightnings_own(folder: Path, one: dict[str, Any]) -> None:
@@ -156,7 +156,7 @@ def test_a_plain_file_is_lightnings_own(folder: Path, one: dict[str, Any]) -> No
     for number, states in their_state["state"].items():
         shapes = {key: value.shape for key, value in states.items()}
         assert {key: value.shape for key, value in our_state["state"][number].items()} == shapes
-        assert float(our_state["state"][number]["step"]) == 6
+        assert float(our_state["state"][number]["step"]) == EPOCH
     model = Model.load_from_checkpoint(folder / "plain.ckpt")
     assert all(torch.equal(p, ours["state_dict"][name]) for name, p in model.named_parameters())
 
@@ -190,7 +190,7 @@ def test_the_command_line_looks_at_checkpoints(
 ) -> None:
     main(["checkpoint", "inspect", str(folder / "ted.ckpt"), "--tensors", "--json"])
     about = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert about["step"] == 6
+    assert about["step"] == EPOCH
     assert about["layout"] == {"world": 4, "tensor": 2, "expert": 2, "expert_tensor": 2}
     saved = tensors(folder / "ted.ckpt")
     assert about["tensors"]["model.scale"] == {"shape": [], "dtype": "float32"}
@@ -253,10 +253,10 @@ def test_parameters_that_are_updated_together_go_on_with_the_largest_step(folder
     run_ranks(1, _steps_differ, str(folder))
     steps = {name: float(value) for name, value in tensors(folder / "steps joined.ckpt").items() if "step" in name}
     decayed = [name for name, p in Model().named_parameters() if p.dim() > 1]
-    assert steps[f"{decayed[0]}.step"] == 9
+    assert steps[f"{decayed[0]}.step"] == EPOCH + 3
     for name in decayed:  # experts are in a buffer of their own
-        assert steps[f"{name}.step"] == (6 if "experts" in name else 9), name
-    assert steps["scale.step"] == 6
+        assert steps[f"{name}.step"] == (EPOCH if "experts" in name else EPOCH + 3), name
+    assert steps["scale.step"] == EPOCH
 
 
 def test_a_plain_file_of_16_bit_parameters_holds_the_masters(folder: Path, four: object) -> None:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import time
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import lightning as L
 import pytest
-from helpers.checkpoint_runs import Data, Model, trainer
+from helpers.cases import case
+from helpers.checkpoint_runs import EPOCH, Data, Model, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_tex as tex
-from lightning_tex.saving import archive, latest, paths, writing
+from lightning_tex.saving import archive, latest, newest, paths, writing
 from lightning_tex.saving.background import Background
 from lightning_tex.saving.reading import Directory
 from lightning_tex.testing.ranks import run_ranks
@@ -53,12 +54,13 @@ def _full_disk(folder: str) -> dict[str, Any]:
 
 
 def test_a_full_disk_on_one_rank_is_named_on_all_and_harms_nothing(tmp_path: Path) -> None:
-    for found in run_ranks(4, _full_disk, str(tmp_path), detail=False):
-        assert "RuntimeError: saving the checkpoint" in found["full"]
-        assert "bad.ckpt (step 6) failed: rank 2: OSError: [Errno 27] File too large" in found["full"]
-        assert "rank 2" in found["again"]
-        assert found["left"] == ["good.ckpt"]
-        assert found["intact"] == found["then"] == "nothing was raised"
+    for rank, found in enumerate(run_ranks(4, _full_disk, str(tmp_path), detail=False)):
+        with case(rank=rank):
+            assert "RuntimeError: saving the checkpoint" in found["full"]
+            assert f"bad.ckpt (step {EPOCH}) failed: rank 2: OSError: [Errno 27] File too large" in found["full"]
+            assert "rank 2" in found["again"]
+            assert found["left"] == ["good.ckpt"]
+            assert found["intact"] == found["then"] == "nothing was raised"
 
 
 def _unwritable(place: str) -> str:
@@ -72,9 +74,10 @@ def test_a_directory_that_cannot_be_written_is_named_on_every_rank(tmp_path: Pat
     place.mkdir(mode=0o500)
     if os.access(place, os.W_OK):  # the superuser may write everywhere but here
         place = Path("/proc/sys/kernel")
-    for text in run_ranks(4, _unwritable, str(place), detail=False):
-        assert str(place) in text
-        assert "PermissionError" in text or "FileNotFoundError" in text or "OSError" in text
+    for rank, text in enumerate(run_ranks(4, _unwritable, str(place), detail=False)):
+        with case(rank=rank):
+            assert str(place) in text
+            assert "PermissionError" in text or "FileNotFoundError" in text or "OSError" in text
 
 
 class Steps(L.Callback):
@@ -108,38 +111,42 @@ def test_a_failure_in_the_background_ends_the_run_by_name_and_keeps_the_last(tmp
     ranks = run_ranks(4, _in_background, str(tmp_path), detail=False)
     name = "step=3.ckpt (step 3) failed: rank 1: OSError: [Errno 28] No space left on device"
     assert any(name in found["text"] for found in ranks)
-    for found in ranks:
-        assert found["text"] != "nothing was raised"
-        assert found["steps"] <= 4  # the next step, or one more where a rank had begun it already
-        assert found["latest"] == tmp_path / "step=2.ckpt"
+    for rank, found in enumerate(ranks):
+        with case(rank=rank):
+            assert found["text"] != "nothing was raised"
+            assert found["steps"] <= 4  # the next step, or one more where a rank had begun it already
+            assert found["latest"] == tmp_path / "step=2.ckpt"
     assert "step=2.ckpt" in os.listdir(tmp_path)
 
 
 def _beside(folder: str, background: bool) -> dict[str, Any]:
-    write, began = archive.NewFile.finish, []
+    write, third_step, existed = archive.NewFile.finish, Event(), []
 
-    def slow(self: archive.NewFile) -> Any:
-        time.sleep(0.2)
+    def held_back(self: archive.NewFile) -> Any:
+        assert third_step.wait(60), "training waits for the write"
         return write(self)
 
-    archive.NewFile.finish = slow  # type: ignore[method-assign]
+    if background:
+        archive.NewFile.finish = held_back  # type: ignore[method-assign]
 
     class Watches(L.Callback):
         def on_train_batch_start(self, run: L.Trainer, *_: Any) -> None:
-            began.append(Path(folder, "step=2.ckpt").exists())
+            if run.global_step == 2:
+                existed.append(Path(folder, "step=2.ckpt").exists())
+                third_step.set()
 
     saves = ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=-1)
     strategy = tex.TexMoEStrategy(background_saving=background)
-    run = trainer(strategy, 1, callbacks=[saves, Watches()])
+    run = trainer(strategy, 1, 2, callbacks=[saves, Watches()])
     run.fit(Model(), Data())
-    return {"began": began, "complete": said(Directory.verified, Path(folder, "step=6.ckpt"))}
+    return {"existed": existed, "complete": [said(Directory.verified, Path(folder, f"step={n}.ckpt")) for n in (2, 6)]}
 
 
 @pytest.mark.parametrize("background", [True, False])
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, background: bool) -> None:
     found = run_ranks(1, _beside, str(tmp_path), background)[0]
-    assert found["began"][2] is not background
-    assert found["complete"] == "nothing was raised"
+    assert found["existed"] == [not background]
+    assert found["complete"] == ["nothing was raised"] * 2
 
 
 def test_jobs_after_a_failed_one_are_not_done() -> None:
@@ -171,10 +178,11 @@ def test_a_name_that_is_written_again_is_a_link_that_is_swapped(tmp_path: Path) 
 
     path = tmp_path / "last.ckpt"
     for content in ("1", "2", "3"):
-        paths.install(new(content), path, linked=True)
-        assert path.is_symlink()
-        assert (path / "file").read_text() == content
-        assert len(list(tmp_path.iterdir())) == 2
+        with case(content=content):
+            paths.install(new(content), path, linked=True)
+            assert path.is_symlink()
+            assert (path / "file").read_text() == content
+            assert len(list(tmp_path.iterdir())) == 2
     paths.link(tmp_path / "step=4.ckpt", path)
     assert _links(str(tmp_path)) == ["last.ckpt -> step=4.ckpt"]
     assert len(list(tmp_path.iterdir())) == 1
@@ -185,10 +193,10 @@ def test_what_was_cut_off_between_two_names_is_found(tmp_path: Path) -> None:
     run_ranks(1, _saved_twice, str(path))
     version = path.resolve()
     path.unlink()
-    assert paths.find(path) == version
-    assert paths.latest(tmp_path) == version
-    with pytest.raises(FileNotFoundError, match=f"the newest complete checkpoint there is {version}"):
-        paths.find(tmp_path / "b.ckpt")
+    assert newest.find(path) == version
+    assert latest(tmp_path) == version
+    with pytest.raises(FileNotFoundError, match=f"the newest complete whole state there is {version}"):
+        newest.find(tmp_path / "b.ckpt")
 
 
 def _saved_twice(path: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers.checkpoint_runs import fit
+from helpers.checkpoint_runs import EPOCH, fit
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_tex.saving import latest, paths
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists a
 
 TED = {"tensor_parallel_size": 2, "expert_parallel_size": 2, "tile_size": 256}
 RANDOM = {"dropout": 0.1, "noise": True}
-STEPS = 12
+STEPS = 3 * EPOCH
 
 
 class Events:
@@ -85,7 +85,7 @@ def train(folder: str, rank: int = -1, event: int = 0, step: int = -1, resume: b
     saves = ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_last=True, **newest_two)
     callbacks = [saves, *([EndsAtStep(step)] if own else [])]
     path = str(newest) if newest else None
-    result = fit(TED, 4, STEPS // 6, path, model=RANDOM, callbacks=callbacks, seed=6 if newest else 5)
+    result = fit(TED, 4, STEPS // EPOCH, path, model=RANDOM, callbacks=callbacks, seed=6 if newest else 5)
     return {**result, "events": events.seen, "from": begun}
 
 
@@ -135,7 +135,7 @@ def _resumed(folder: str) -> Any:
 
 def test_the_undisturbed_run_saves_where_points_are_drawn(undisturbed: list[dict[str, Any]]) -> None:
     first = undisturbed[0]["events"]
-    assert sum(event.startswith("os.rename") for event in first) >= 12
+    assert sum(event.startswith("os.rename") for event in first) >= STEPS - 1
     assert {"write", "fsync", "open manifest.json", "open __0_0.distcp", "os.symlink"} <= {
         event if " " not in event or event.startswith("open") else event.split()[0] for event in first
     }

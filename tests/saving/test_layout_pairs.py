@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.cases import case
-from helpers.checkpoint_runs import fit, tensors
+from helpers.checkpoint_runs import EPOCH, fit, tensors
 
 from lightning_tex.testing.ranks import run_ranks
 
@@ -65,7 +65,7 @@ def resumes(folder: str, pairs: list[tuple[str, str]]) -> list[dict[str, Any]]:
         with case(source, target):
             world, layout = LAYOUTS[target]
             first = FirstStep(f"{folder}/{source} on {target}.ckpt")
-            options = {"callbacks": [first], "max_steps": 7, "model": {"seed": 4}}
+            options = {"callbacks": [first], "max_steps": EPOCH + 1, "model": {"seed": 4}}
             result = fit(layout, world, 2, f"{folder}/{source}.ckpt", **options)
             found.append({"losses": result["losses"], "rows": first.rows})
     return found

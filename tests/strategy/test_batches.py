@@ -7,7 +7,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers.behaviour_modules import PublicNames, Unequal, batches, new_trainer, on_data_axis, on_ranks
+from helpers.behaviour_modules import PublicNames, Unequal, batches, new_trainer, on_data_axis
+from helpers.ranks import on_ranks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -100,7 +101,7 @@ def fit_tied(layout: dict[str, Any]) -> str:
     return str(caught.value)
 
 
-def test_a_tie_between_a_cut_and_a_whole_layer_is_refused_before_anything_is_cut() -> None:
+def test_a_tie_between_a_sharded_and_a_whole_layer_is_refused_before_anything_is_sharded() -> None:
     for message in on_ranks(2, fit_tied, TENSOR):
         assert "embedding.weight" in message and "head.weight" in message and "VocabParallelHead" in message
 

@@ -2,43 +2,30 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from helpers.behaviour_modules import batches, gathered, loader, on_ranks, own_slices
+from helpers.behaviour_modules import SmallDecoder, batches, loader, own_slices
 from helpers.cases import case
 from helpers.layout_errors import distance
-from helpers.trainers import quiet
+from helpers.ranks import together
+from helpers.trainers import gathered, quiet
 from torch import Tensor
 
 import lightning_tex as tex
 from lightning_tex.bench.combinations import COMBINATIONS
-from lightning_tex.layers import VocabParallelCrossEntropy
-from lightning_tex.models import Decoder, DecoderConfig
-from lightning_tex.parallel.sharding import parameter_shardings
 
-STEPS = 6
+STEPS = 4
 
 
-class Trained(L.LightningModule):
-    """A decoder in which choices overflow; keeps its losses and the combined gradients of its last step."""
+class Overflowing(SmallDecoder):
+    """In which choices overflow, with experts in every block; keeps the combined gradients of its last step."""
 
     def __init__(self, capacity_factor: float | None) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        sizes: dict[str, Any] = {"vocab_size": 61, "dim": 16, "num_layers": 2, "num_heads": 4, "hidden_dim": 24}
-        experts: dict[str, Any] = {"num_experts": 4, "top_k": 2, "moe_every": 1, "capacity_factor": capacity_factor}
-        self.decoder, self.cross_entropy = Decoder(DecoderConfig(**sizes, **experts)), VocabParallelCrossEntropy()
-        self.losses: list[Tensor] = []
+        super().__init__(moe_every=1, capacity_factor=capacity_factor)
         self.gradients: dict[str, Tensor] = {}
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        loss = self.cross_entropy(self.decoder(batch[0]), batch[1])
-        self.losses.append(loss.detach())
-        return loss
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=0.3)
@@ -55,27 +42,17 @@ def run(name: str, capacity_factor: float | None, precision: str) -> dict[str, T
     combination = COMBINATIONS[name]
     strategy = tex.TexMoEStrategy(tensor_parallel_size=2, **{"expert_parallel_size": 2, **combination.options(2, 2)})
     strategy.adopt(combination.communication(strategy.communication))
-    module = Trained(capacity_factor)
+    module = Overflowing(capacity_factor)
     flags: dict[str, Any] = {"devices": 4, "max_epochs": 1, "use_distributed_sampler": False}
     trainer = quiet(strategy=strategy, precision=precision, callbacks=[LastGradients()], **flags)
     given = [[part.repeat(1, 2)[:, :6] for part in batch] for batch in batches(STEPS)]
     trainer.fit(module, loader(own_slices(trainer, given)))
-    placed = parameter_shardings(module, strategy.topology)
-    whole = {f"gradient of {key}": placed[key].gather(gradient) for key, gradient in module.gradients.items()}
+    gradients = gathered(module, trainer, module.gradients)
     return {
         "losses": strategy.reduce(torch.stack(module.losses), reduce_op="mean"),
-        **whole,
+        **{f"gradient of {key}": gradient for key, gradient in gradients.items()},
         **gathered(module, trainer),
     }
-
-
-def all_runs(capacity_factor: float | None, precision: str) -> list[dict[str, Tensor]]:
-    launched, found = dict(os.environ), []
-    for name in COMBINATIONS:
-        os.environ.update(launched)  # a Trainer ends with what told it that its processes exist
-        with case(name):
-            found.append(run(name, capacity_factor, precision))
-    return found
 
 
 @pytest.mark.parametrize(
@@ -88,10 +65,10 @@ def all_runs(capacity_factor: float | None, precision: str) -> list[dict[str, Te
     ],
 )
 def test_every_combination_equals_the_baseline(precision: str, tolerance: float, capacity_factor: float | None) -> None:
-    for found in on_ranks(4, all_runs, capacity_factor, precision):
-        baseline, *others = found
-        assert len(others) == len(COMBINATIONS) - 1 and baseline["losses"][-1] < baseline["losses"][0]
-        for name, got in zip(list(COMBINATIONS)[1:], others, strict=True):
+    by_name = together(4, {name: (run, name, capacity_factor, precision) for name in COMBINATIONS})
+    for name in COMBINATIONS:
+        for got, baseline in zip(by_name[name], by_name["baseline"], strict=True):
+            assert baseline["losses"][-1] < baseline["losses"][0]
             with case(name):
                 assert got.keys() == baseline.keys()
                 worst = {key: distance(got[key], value) for key, value in baseline.items()}

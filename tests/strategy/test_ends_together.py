@@ -15,12 +15,12 @@ from helpers.behaviour_modules import (
     Unequal,
     assert_equal_to_one_process,
     batches,
-    gathered,
     loader,
     new_trainer,
-    on_ranks,
     own_slices,
 )
+from helpers.ranks import on_ranks
+from helpers.trainers import gathered
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 

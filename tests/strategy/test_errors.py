@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.layout_runs import SlicedData
-from helpers.trainers import quiet, silence
+from helpers.ranks import on_ranks
+from helpers.trainers import quiet
 from lightning.pytorch.plugins import HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -18,7 +19,6 @@ from torch import Tensor, nn
 import lightning_tex as tex
 from lightning_tex.layers import VocabParallelCrossEntropy
 from lightning_tex.models import Decoder, DecoderConfig
-from lightning_tex.testing.ranks import run_ranks
 
 CONFIG: dict[str, Any] = {"vocab_size": 61, "dim": 16, "num_layers": 2, "num_heads": 8, "hidden_dim": 16}
 
@@ -122,7 +122,7 @@ def test_precision_that_is_not_supported(precision: Any, plugins: Any, words: tu
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "16-mixed"])
 @pytest.mark.parametrize("optimizer_state_format", ["split", "int8", "stochastic"])
 def test_format_that_is_made_for_bf16(precision: str, optimizer_state_format: str) -> None:
-    for outcome in run_ranks(1, fit_in_format, precision, optimizer_state_format):
+    for outcome in on_ranks(1, fit_in_format, precision, optimizer_state_format):
         assert outcome["refused"] and outcome["steps"] == 0
         for word in (f"optimizer_state_format='{optimizer_state_format}'", f"precision='{precision}'", "'bf16-mixed'"):
             assert word in outcome["text"], outcome["text"]
@@ -131,7 +131,6 @@ def test_format_that_is_made_for_bf16(precision: str, optimizer_state_format: st
 def fit_in_format(precision: str, optimizer_state_format: str) -> dict[str, Any]:
     plugin: Precision | None = MixedPrecision("16-mixed", "cpu") if precision == "16-mixed" else None
     trainer = new_trainer(1, None if plugin else precision, plugin, optimizer_state_format=optimizer_state_format)
-    silence()
     try:
         trainer.fit(Plain(), SlicedData(1))
     except ValueError as error:
@@ -144,7 +143,6 @@ def fit_in_format(precision: str, optimizer_state_format: str) -> dict[str, Any]
 
 def fit_error(arguments: dict[str, Any], changes: dict[str, Any], optimizers: Any = torch.optim.SGD) -> dict[str, Any]:
     """What a fit on this world raises, and what had happened until then."""
-    silence()
     module = Plain(optimizers, **changes)
     whole = {name: p.shape for name, p in module.named_parameters()}
     fit = new_trainer(2, **arguments)
@@ -152,8 +150,8 @@ def fit_error(arguments: dict[str, Any], changes: dict[str, Any], optimizers: An
         fit.fit(module, SlicedData(2))
     except (ValueError, MisconfigurationException) as error:
         replicated = {name: p.shape for name, p in module.named_parameters()} == whole
-        return {"refused": True, "text": str(error), "uncut": replicated, "steps": fit.global_step}
-    return {"refused": False, "text": "nothing was raised", "uncut": None, "steps": fit.global_step}
+        return {"refused": True, "text": str(error), "unsharded": replicated, "steps": fit.global_step}
+    return {"refused": False, "text": "nothing was raised", "unsharded": None, "steps": fit.global_step}
 
 
 MODEL_ERRORS = [
@@ -176,10 +174,10 @@ def all_model_errors() -> list[dict[str, Any]]:
 
 
 def test_layout_that_the_model_does_not_allow() -> None:
-    for outcomes in run_ranks(2, all_model_errors):
+    for outcomes in on_ranks(2, all_model_errors):
         for (arguments, changes, words), outcome in zip(MODEL_ERRORS, outcomes, strict=True):
             assert outcome["refused"], (arguments, changes, outcome)
-            assert outcome["uncut"], (arguments, changes)
+            assert outcome["unsharded"], (arguments, changes)
             for word in words:
                 assert word in outcome["text"], (arguments, changes, outcome["text"])
 
@@ -214,7 +212,7 @@ def without_rate(kind: type[torch.optim.Optimizer]) -> Callable[..., Any]:
     ids=["two", "LBFGS", "Adafactor", "stranger"],
 )
 def test_optimizer_that_cannot_be_sharded(make: Any, words: tuple[str, ...]) -> None:
-    for outcome in run_ranks(1, fit_error_alone, make):
+    for outcome in on_ranks(1, fit_error_alone, make):
         assert outcome["refused"], outcome
         assert outcome["steps"] == 0
         for word in words:
@@ -225,7 +223,6 @@ def fit_error_alone(make: Any) -> dict[str, Any]:
     import os
 
     os.environ.update(LOCAL_RANK="0")
-    silence()
     module = Plain(make)
     fit = new_trainer(1)
     try:

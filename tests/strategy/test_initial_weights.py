@@ -8,17 +8,9 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers.behaviour_modules import (
-    FOLDED,
-    LAYOUTS,
-    TED,
-    PublicNames,
-    batches,
-    gathered,
-    new_trainer,
-    on_data_axis,
-    on_ranks,
-)
+from helpers.behaviour_modules import FOLDED, LAYOUTS, TED, PublicNames, batches, new_trainer, on_data_axis
+from helpers.ranks import on_ranks
+from helpers.trainers import gathered
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

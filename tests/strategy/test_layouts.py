@@ -1,15 +1,17 @@
-"""Every layout trains as one process does: losses, gradient norms, gradients and parameters over 20 optimizer steps.
+"""Every layout trains as one process does: losses, gradient norms, gradients and parameters over optimizer steps.
 
-By default each layout of one or two ranks runs twice, each of four ranks once, and of the 22 on eight ranks those of
-``ON_EIGHT`` once, with options that together cover all pairs. ``-m full`` runs the other layouts of eight ranks and the
-other cases of four, the rest of the cases that cover all pairs of layout and option, in fp32 and fp64, and the grid:
-every layout with every combination of routing by capacity, duplicates not split, AdamW, accumulation and clipping, 960
-cases in fp64, over which the other six options rotate. It takes about an hour and a half on two cores; with ``-s`` it
-ends with the worst errors.
+By default each layout of one rank runs twice, each of two and four ranks once, and of the 22 on eight ranks those of
+``ON_EIGHT`` once, with options that together cover all pairs; four and eight ranks over eight steps, and one of four
+over twenty. ``-m full`` runs twenty steps everywhere, the other layouts of eight ranks and the other cases of two and
+four, the rest of the cases that cover all pairs of layout and option, in fp32 and fp64, and the grid: every layout with
+every combination of routing by capacity, duplicates not split, AdamW, accumulation and clipping, 960 cases in fp64,
+over which the other six options rotate. It takes about an hour and a half on two cores; with ``-s`` it ends with the
+worst errors.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -17,6 +19,7 @@ import torch
 from helpers.cases import in_full
 from helpers.layout_errors import Record, distances, errors
 from helpers.layout_grid import (
+    NAMES,
     Case,
     Options,
     Sizes,
@@ -29,27 +32,25 @@ from helpers.layout_grid import (
     pairwise,
 )
 from helpers.layout_runs import (
+    FEWER_STEPS,
     SAMPLES,
     STEPS,
     Recorded,
+    Run,
     SlicedData,
     decoder_config,
-    errors_of_cases,
+    errors_of_run,
     kinds,
     reference_of,
     train_case,
     train_references,
     trainer,
 )
-from helpers.trainers import silence
-
-from lightning_tex.testing.ranks import run_ranks
-
-Run = tuple[Case, str]
+from helpers.ranks import on_ranks, together
 
 TOLERANCE = {"32-true": 1e-5, "64-true": 1e-10}
 PAIRWISE = pairwise()
-GRID = [(case, "64-true") for case in grid()]
+GRID = [Run(case, "64-true") for case in grid()]
 
 worst: dict[tuple[str, str], float] = {}
 _references: dict[tuple[object, ...], Record] = {}
@@ -65,34 +66,30 @@ def selection() -> list[Run]:
     for index, sizes in enumerate(layouts()):
         first, *more = [case for case in PAIRWISE if case.sizes == sizes]
         if sizes.world < 8:
-            chosen += [(first, "64-true"), *((case, "32-true") for case in more)]
+            chosen += [Run(first, "64-true"), *(Run(case, "32-true") for case in more)]
         else:
-            chosen.append(((first, *more)[index % 2], "64-true" if index % 3 else "32-true"))
+            chosen.append(Run((first, *more)[index % 2], "64-true" if index % 3 else "32-true"))
     return chosen
 
 
 def by_default(run: Run) -> bool:
     """On two and four ranks, layouts take turns between their case in fp64 and that in fp32."""
-    sizes = run[0].sizes
+    sizes = run.case.sizes
     if sizes.world in (2, 4):
-        return run[1] == ("32-true" if layouts().index(sizes) % 2 else "64-true")
+        return run.precision == ("32-true" if layouts().index(sizes) % 2 else "64-true")
     return sizes.world == 1 or sizes in ON_EIGHT
 
 
 SELECTED = selection()
-DEFAULT = [run for run in SELECTED if by_default(run)]
+DEFAULT = [run if run.case.sizes.world < 4 else run._replace(steps=FEWER_STEPS) for run in SELECTED if by_default(run)]
 MORE = [run for run in SELECTED if run not in DEFAULT]
-PAIRS = [run for case in PAIRWISE for precision in TOLERANCE if (run := (case, precision)) not in SELECTED]
-
-
-def name(run: Run) -> str:
-    return f"{run[0]}-fp{run[1][:2]}"
+PAIRS = [run for case in PAIRWISE for precision in TOLERANCE if (run := Run(case, precision)) not in SELECTED]
 
 
 def find_references(runs: list[Run]) -> None:
-    wanted = [r for r in dict.fromkeys(reference_of(*run) for run in runs) if r not in _references]
+    wanted = [r for r in dict.fromkeys(reference_of(run) for run in runs) if r not in _references]
     if wanted:
-        first, second = run_ranks(2, train_references, wanted, timeout=120 + 30 * len(wanted))
+        first, second = on_ranks(2, train_references, wanted, timeout=120 + 30 * len(wanted))
         _references.update(zip(wanted[0::2], first, strict=True))
         _references.update(zip(wanted[1::2], second, strict=True))
 
@@ -100,12 +97,11 @@ def find_references(runs: list[Run]) -> None:
 @cache
 def errors_on_layout(sizes: Sizes, runs: tuple[Run, ...]) -> dict[Run, list[dict[str, float]]] | AssertionError:
     """All runs of one layout in one forked world, which is tried once: by run, then by rank."""
-    references = [_references[reference_of(*run)] for run in runs]
+    compared = {run: (errors_of_run, run, _references[reference_of(run)]) for run in runs}
     try:
-        by_rank = run_ranks(sizes.world, errors_of_cases, runs, references, timeout=120 + 60 * len(runs))
+        return together(sizes.world, compared, timeout=120 + 60 * len(runs))
     except AssertionError as failure:
         return failure
-    return {run: [found[i] for found in by_rank] for i, run in enumerate(runs)}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -117,13 +113,13 @@ def report():
 
 def check(run: Run, among: list[Run]) -> None:
     """``run`` equals one process; all runs of its layout among some are trained together."""
-    case, precision = run
+    case, precision, steps = run
     find_references(among)
-    reference = _references[reference_of(*run)]
-    assert len(reference.losses) == STEPS
+    reference = _references[reference_of(run)]
+    assert len(reference.losses) == steps
     assert sum(reference.losses[-2:]) < sum(reference.losses[:2]), "the reference does not learn"
     assert not case.options.capacity or reference.overflowed > 0, "nothing overflows"
-    found = errors_on_layout(case.sizes, tuple(other for other in among if other[0].sizes == case.sizes))
+    found = errors_on_layout(case.sizes, tuple(other for other in among if other.case.sizes == case.sizes))
     if isinstance(found, AssertionError):
         raise found
     assert len(found[run]) == case.sizes.world
@@ -131,42 +127,43 @@ def check(run: Run, among: list[Run]) -> None:
         for key, error in by_kind.items():
             worst[precision, key] = max(worst.get((precision, key), 0.0), error)
         wrong = {key: error for key, error in by_kind.items() if not error <= TOLERANCE[precision]}
-        assert not wrong, f"{name(run)}, rank {rank}: {wrong}"
+        assert not wrong, f"{run}, rank {rank}: {wrong}"
 
 
-@pytest.mark.parametrize("run", DEFAULT, ids=name)
+@pytest.mark.parametrize("run", DEFAULT, ids=str)
 def test_layout_equals_one_process(run: Run) -> None:
     check(run, DEFAULT)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("run", MORE, ids=name)
+@pytest.mark.parametrize("run", MORE, ids=str)
 def test_more_of_two_four_and_eight_ranks_equal_one_process(run: Run) -> None:
     check(run, MORE)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("run", PAIRS, ids=name)
+@pytest.mark.parametrize("run", PAIRS, ids=str)
 def test_pairwise_layout_equals_one_process(run: Run) -> None:
     check(run, PAIRS)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("run", GRID, ids=name)
+@pytest.mark.parametrize("run", GRID, ids=str)
 def test_every_layout_with_every_combination_equals_one_process(run: Run) -> None:
     check(run, GRID)
 
 
 def test_selection_covers_every_layout_and_every_pair_of_options() -> None:
     assert len(layouts()) == 40
-    assert {case.sizes for case, _ in DEFAULT + MORE} == set(layouts())
-    assert {case.sizes for case, _ in DEFAULT} == {s for s in layouts() if s.world < 8} | set(ON_EIGHT)
-    on_eight = [case.options for case, _ in DEFAULT if case.sizes in ON_EIGHT]
+    assert {run.case.sizes for run in MORE} == {sizes for sizes in layouts() if sizes.world > 1}
+    assert {run.case.sizes for run in DEFAULT} == {s for s in layouts() if s.world < 8} | set(ON_EIGHT)
+    on_eight = [run.case.options for run in DEFAULT if run.case.sizes in ON_EIGHT]
     assert {o.capacity for o in on_eight} == {o.accumulate for o in on_eight} == {False, True}
     every_pair = set().union(*map(option_pairs, all_options()))
-    assert set().union(*(option_pairs(case.options) for case, _ in DEFAULT)) == every_pair
+    assert set().union(*(option_pairs(run.case.options) for run in DEFAULT)) == every_pair
+    one_by_one = [replace(Options(), **{name: value}) for name in NAMES for value in (False, True)]
     assert set().union(*(pairs_of_layouts(c) for c in PAIRWISE)) == set().union(
-        *(pairs_of_layouts(c) for s in layouts() for o in all_options() if legal(c := Case(s, o)))
+        *(pairs_of_layouts(c) for s in layouts() for o in one_by_one if legal(c := Case(s, o)))
     )
 
 
@@ -176,7 +173,7 @@ def test_grid_covers_every_combination_and_on_every_layout_every_pair_of_options
         every_pair = set().union(*(option_pairs(o) for o in all_options() if legal(Case(some, o))))
         for sizes in layouts():
             if sizes.folded == folded:
-                options = [case.options for case, _ in GRID if case.sizes == sizes]
+                options = [run.case.options for run in GRID if run.case.sizes == sizes]
                 five = {(o.capacity, o.duplicate_token_dropping, o.adamw, o.accumulate, o.clip) for o in options}
                 assert len(options) == len(five) == combinations
                 assert set().union(*map(option_pairs, options)) == every_pair
@@ -215,13 +212,12 @@ LITERAL = Case(
 
 def train_literal(case: Case, precision: str, parts: int) -> Record:
     """One process on micro-batches of what one data rank sees, accumulating over the ranks; ``parts=0``: the case."""
-    silence()
     options = case.options
     from helpers import layout_runs
 
     layout_runs.decoder_config = without_balance(layout_runs.decoder_config)
     if not parts:
-        return train_case(case, precision)
+        return train_case(Run(case, precision))
     module = Recorded(layout_runs.decoder_config(options), options.adamw, collect=True)
     fit = trainer(options, precision, 1, "auto", accumulate_grad_batches=parts * 2)
     fit.fit(module, SlicedData(STEPS * 2 * parts, SAMPLES // parts))
@@ -234,9 +230,9 @@ def without_balance(config):
 
 @pytest.mark.parametrize("precision", in_full(TOLERANCE, {"64-true"}))
 def test_equals_one_process_that_accumulates_the_ranks_micro_batches(precision: str) -> None:
-    (reference,) = run_ranks(1, train_literal, LITERAL, precision, LITERAL.sizes.data)
+    (reference,) = on_ranks(1, train_literal, LITERAL, precision, LITERAL.sizes.data)
     assert reference.overflowed > 0
-    for record in run_ranks(4, train_literal, LITERAL, precision, 0):
+    for record in on_ranks(4, train_literal, LITERAL, precision, 0):
         found = errors(record, reference, kinds(LITERAL))
         assert all(error <= TOLERANCE[precision] for error in found.values()), found
 

@@ -9,15 +9,8 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.behaviour_modules import (
-    LAYOUTS,
-    TED,
-    PublicNames,
-    batches,
-    new_trainer,
-    on_data_axis,
-    on_ranks,
-)
+from helpers.behaviour_modules import LAYOUTS, TED, PublicNames, batches, new_trainer, on_data_axis
+from helpers.ranks import on_ranks
 from torch import Tensor, nn
 
 from lightning_tex.testing import assert_trains_alike
@@ -76,7 +69,7 @@ def fit_and_look(layout: Any) -> dict[str, Any]:
     return {"same": same, "same_part": same_part, "apart": apart, "mesh": names}
 
 
-def test_device_mesh_is_exposed_and_a_cut_module_can_be_copied() -> None:
+def test_device_mesh_is_exposed_and_a_sharded_module_can_be_copied() -> None:
     for found in on_ranks(4, fit_and_look, TED):
         assert found["mesh"] == (("data", "tensor"), (2, 2), True)
         assert found["same"]

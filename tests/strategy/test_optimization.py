@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+import yaml
 from helpers.behaviour_modules import (
     LAYOUTS,
     DictLogger,
     PublicNames,
     assert_equal_to_one_process,
     batches,
-    gathered,
+    in_one_process,
     loader,
     new_trainer,
     on_data_axis,
-    on_ranks,
 )
 from helpers.layout_errors import distance
+from helpers.ranks import on_ranks
+from helpers.trainers import gathered
 from lightning.pytorch.callbacks import LearningRateMonitor
 from torch import Tensor
+
+from lightning_tex.layers import VocabParallelCrossEntropy
+from lightning_tex.models import Decoder, DecoderConfig
+from lightning_tex.moe import auxiliary_loss
 
 
 def fit_public_names(layout: Any, **flags: Any) -> dict[str, Tensor]:
     module = PublicNames()
     trainer = new_trainer(layout, **flags)
-    trainer.fit(module, on_data_axis(trainer, batches(8)))
+    trainer.fit(module, on_data_axis(trainer, batches(4)))
     return gathered(module, trainer) | {"losses": module.mean_losses(trainer)}
 
 
@@ -46,7 +54,7 @@ def fit_clipped_by_norm(layout: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("function", [fit_clipped_by_value, fit_clipped_by_norm])
 def test_gradient_clipping(function: Any) -> None:
     assert_equal_to_one_process(function)
-    (clipped,), (free,) = on_ranks(1, function, None), on_ranks(1, fit_public_names, None)
+    clipped, free = in_one_process(function), in_one_process(fit_public_names)
     assert distance(clipped["plain.weight"], free["plain.weight"]) > 1e-4, "nothing was clipped"
 
 
@@ -82,7 +90,7 @@ class Manual(PublicNames):
 def fit_manually(layout: Any) -> dict[str, Tensor]:
     module = Manual()
     trainer = new_trainer(layout)
-    trainer.fit(module, on_data_axis(trainer, batches(8)))
+    trainer.fit(module, on_data_axis(trainer, batches(4)))
     return gathered(module, trainer)
 
 
@@ -108,5 +116,46 @@ def fit_scheduled(layout: Any) -> dict[str, Tensor]:
 
 def test_scheduler_acts_on_the_sharded_optimizer_and_the_monitor_sees_it() -> None:
     assert_equal_to_one_process(fit_scheduled)
-    (values,) = on_ranks(1, fit_scheduled, None)
-    assert values["rates"].tolist() == pytest.approx([0.2, 0.1, 0.05, 0.025])
+    assert in_one_process(fit_scheduled)["rates"].tolist() == pytest.approx([0.2, 0.1, 0.05, 0.025])
+
+
+# --- against torch alone
+
+
+@pytest.mark.full
+def test_fifty_steps_on_one_process_are_torchs() -> None:
+    for precision, tolerance in (("64-true", 1e-10), ("32-true", 1e-5)):
+        (ours,), (theirs,) = (on_ranks(1, quickstart_run, layout, precision) for layout in ({}, None))
+        torch.testing.assert_close(ours[0], theirs[0], rtol=tolerance, atol=0)
+        assert ours[0][-1] < ours[0][0]
+        worst = {key: distance(ours[1][key], value) for key, value in theirs[1].items()}
+        assert max(worst.values()) <= tolerance, max(worst, key=worst.get)
+
+
+class Quickstart(L.LightningModule):
+    """The quickstart's model, of a smaller vocabulary, on shorter sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        recipe = yaml.safe_load((Path(__file__).parents[2] / "recipes" / "quickstart.yaml").read_text())
+        config = DecoderConfig(vocab_size=512, **recipe["model"]["init_args"]["config"])
+        self.decoder, self.cross_entropy = Decoder(config), VocabParallelCrossEntropy()
+        self.losses: list[Tensor] = []
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = self.cross_entropy(self.decoder(batch[0]), batch[1]) + auxiliary_loss(self)
+        self.losses.append(loss.detach())
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.01)
+        warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=60)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warm_up, "interval": "step"}}
+
+
+def quickstart_run(layout: Any, precision: str) -> tuple[Tensor, dict[str, Tensor]]:
+    module = Quickstart()
+    trainer = new_trainer(layout, precision=precision, gradient_clip_val=1.0)
+    trainer.fit(module, on_data_axis(trainer, batches(50, samples=4)))
+    return torch.stack(module.losses), {name: p.detach().clone() for name, p in module.named_parameters()}

@@ -6,8 +6,9 @@ from typing import Any
 
 import lightning as L
 import torch
-from helpers.behaviour_modules import TED, batches, loader, new_trainer, on_ranks
+from helpers.behaviour_modules import TED, batches, loader, new_trainer
 from helpers.layout_errors import distance
+from helpers.ranks import on_ranks
 from torch import Tensor
 
 from lightning_tex.models import Decoder, DecoderConfig

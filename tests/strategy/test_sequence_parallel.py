@@ -9,7 +9,9 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.behaviour_modules import DictLogger, batches, gathered, loader, new_trainer, on_data_axis, on_ranks
+from helpers.behaviour_modules import DictLogger, batches, loader, new_trainer, on_data_axis
+from helpers.ranks import on_ranks
+from helpers.trainers import gathered
 from torch import Tensor, nn
 
 from lightning_tex.callbacks import ExpertMonitor
@@ -76,7 +78,7 @@ def sequences(count: int) -> list[list[Tensor]]:
 def fit(layout: dict[str, Any] | None, flags: dict[str, Any], make: Any = Everything, *arguments: Any) -> Any:
     module, logger = make(*arguments), DictLogger()
     trainer = new_trainer(layout, logger=logger, log_every_n_steps=1, callbacks=[ExpertMonitor()], **flags)
-    trainer.fit(module, on_data_axis(trainer, sequences(6)))
+    trainer.fit(module, on_data_axis(trainer, sequences(4)))
     losses = trainer.strategy.reduce(torch.stack(module.losses), reduce_op="mean")
     return losses, gathered(module, trainer), dict(logger.logged)
 

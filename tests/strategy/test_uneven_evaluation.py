@@ -1,4 +1,4 @@
-"""Validation, test and predict on four ranks, also of unequal numbers of batches, and several stages of one trainer."""
+"""Validation, test, predict and logs on four ranks, unequal numbers of batches, several stages of one trainer."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from helpers.behaviour_modules import (
     Unequal,
     assert_equal_to_one_process,
     batches,
-    gathered,
+    in_one_process,
     loader,
     new_trainer,
     on_data_axis,
-    on_ranks,
 )
+from helpers.ranks import on_ranks
+from helpers.trainers import gathered
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
@@ -79,7 +80,7 @@ def evaluate_unequal(layout: Any, iterable: bool) -> dict[str, Any]:
 @pytest.mark.parametrize("iterable", [False, True], ids=["sampler", "iterable"])
 @pytest.mark.parametrize("layout", [TED, FOLDED], ids=["ted", "folded"])
 def test_evaluation_with_unequal_numbers_of_batches(layout: dict[str, int], iterable: bool) -> None:
-    (reference,) = on_ranks(1, evaluate_unequal, None, iterable)
+    reference = in_one_process(evaluate_unequal, iterable)
     parts = {0: reference["predictions"][:8], 1: reference["predictions"][8:]}
     for rank, found in enumerate(on_ranks(4, evaluate_unequal, layout, iterable)):
         assert found["count"] == (4, 1)[rank // 2]
@@ -104,3 +105,40 @@ def fit_test_fit(layout: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("layout", [TED, FOLDED], ids=["ted", "folded"])
 def test_fit_then_test_then_fit_again(layout: dict[str, int]) -> None:
     assert_equal_to_one_process(fit_test_fit, layout=layout)
+
+
+class Logs(PublicNames):
+    def __init__(self) -> None:
+        super().__init__()
+        self.metric = MeanMetric()
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        number = batch[0].sum().double()
+        self.log("mean", number, sync_dist=True, on_step=False, on_epoch=True, batch_size=len(batch[0]))
+        self.log("sum", number, sync_dist=True, reduce_fx="sum", on_step=False, on_epoch=True)
+        self.log("max", number, sync_dist=True, reduce_fx="max", on_step=False, on_epoch=True)
+        self.metric.update(batch[0].double())
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        self.log("metric", self.metric.compute())
+        self.metric.reset()
+
+
+def fit_logging(layout: Any) -> dict[str, Tensor]:
+    module = Logs()
+    trainer = new_trainer(layout)
+    data = batches(8)
+    trainer.fit(module, on_data_axis(trainer, data))
+    return {name: trainer.callback_metrics[name] for name in ("mean", "sum", "metric", "max")}
+
+
+def test_logged_values_count_every_sample_once() -> None:
+    ids = torch.cat([batch[0] for batch in batches(8)]).double()
+    halves = ids.view(8, 2, 4, -1).sum((2, 3))  # [batch, data rank]
+    for values in on_ranks(4, fit_logging, TED):
+        assert float(values["sum"]) == pytest.approx(float(ids.sum()))
+        assert float(values["mean"]) == pytest.approx(float(halves.mean()))
+        assert float(values["max"]) == float(halves.max())
+        assert float(values["metric"]) == pytest.approx(float(ids.mean()))

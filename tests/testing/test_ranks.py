@@ -43,7 +43,7 @@ def test_one_deadline_for_all_ranks():
 
 def test_a_failure_has_the_traceback_the_hung_ranks_and_what_others_returned():
     with pytest.raises(RanksFailed, match="ZeroDivisionError: by rank 1") as failure:
-        run_ranks(3, returns_raises_or_hangs, timeout=3)
+        run_ranks(3, returns_raises_or_hangs, timeout=2)
     assert failure.value.outcomes == {0: "rank 0"}
     assert failure.value.hung == [2]
     assert "ended without a result" not in str(failure.value)
@@ -85,7 +85,7 @@ def told_while_another_hangs() -> Outcome:
 
 
 def test_an_error_that_is_there_is_told_before_a_hang():
-    assert first_told(outcomes_of(2, told_while_another_hangs, timeout=3)).error == "KeyError: 'x'"
+    assert first_told(outcomes_of(2, told_while_another_hangs, timeout=2)).error == "KeyError: 'x'"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,78 @@
+"""What stands in the place of the user's optimizer: it goes by that one's name, and refuses what needs all states."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NoReturn, Self
+
+from torch.optim import Optimizer
+
+from lightning_tex.parallel.errors import UserRuntimeError
+
+
+class StandIn(Optimizer):
+    """The user's optimizer to schedulers, monitors and hooks, though its states are sharded over ranks.
+
+    The class of an instance is a subclass that goes by the name of the user's, because monitors and messages name an
+    optimizer by its class: ``TiledOptimizer(AdamW(..), ..)`` logs ``lr-AdamW``.
+
+    Args:
+        optimizer: the user's, whose groups and hooks are this one's.
+    """
+
+    def __new__(cls, optimizer: Optimizer, *arguments: Any, **options: Any) -> Self:
+        named = _named_after(type(optimizer).__name__, cls) if cls.__base__ is StandIn else cls  # type: ignore[arg-type]
+        return object.__new__(named)
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.inner = optimizer
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        self.param_groups = optimizer.param_groups
+        for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+            setattr(self, hooks, getattr(optimizer, hooks))
+
+    def tell_schedulers(self) -> None:
+        """A step was taken, or left out: schedulers look here, to warn about being stepped before the optimizer."""
+        self.inner._opt_called = self._opt_called = True  # type: ignore[attr-defined]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Refused: this rank has a part of the states, and a checkpoint has them all.
+
+        Raises:
+            RuntimeError: always, saying what to call.
+        """
+        raise UserRuntimeError(
+            "the states of this optimizer are sharded over ranks; trainer.save_checkpoint(..) saves all of them, and "
+            "TexMoEStrategy(save_distributed_checkpoint=False) in torch's own form"
+        )
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Refused, as :meth:`state_dict` is.
+
+        Raises:
+            RuntimeError: always, saying what to call.
+        """
+        raise UserRuntimeError("the states of this optimizer are sharded over ranks; give the Trainer a ckpt_path")
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refused: a copy would have neither the states nor the buffers that parameters are views of.
+
+        Raises:
+            RuntimeError: always, saying what to do.
+        """
+        raise UserRuntimeError(
+            "the tiled optimizer holds this rank's part of the states and can be neither copied nor pickled; "
+            "trainer.save_checkpoint(..) saves all of them"
+        )
+
+
+@cache
+def _named_after(name: str, stand_in: type[StandIn]) -> type[Any]:
+    """The class of those stand-ins that go by a name."""
+    members = {
+        "__module__": stand_in.__module__,
+        "__doc__": stand_in.__doc__,
+        # As that of a local class: command lines that look for optimizers by name must find the user's alone.
+        "__qualname__": f"{_named_after.__name__}.<locals>.{name}",
+    }
+    return type(name, (stand_in,), members)

@@ -1,0 +1,56 @@
+"""The engine drives the user's own optimizer, and leaves it as it was."""
+
+import torch
+from helpers.optimizer_alone import SignDescent, backward, equal, pair
+from torch import nn
+
+from lightning_tex.optim.engine import Engine, fastest
+from lightning_tex.optim.formats import Window
+
+
+def test_a_third_partys_elementwise_optimizer_is_driven():
+    ours, optimizer, theirs, plain = pair(SignDescent)
+    for step in range(5):
+        for model, each in ((ours, optimizer), (theirs, plain)):
+            each.zero_grad()
+            backward(model, step)
+            each.step()
+        equal(ours, theirs)
+
+
+def test_engine_leaves_the_users_optimizer_untouched():
+    p = nn.Parameter(torch.ones(4))
+    users = torch.optim.AdamW([p], lr=0.1)
+    called = []
+    users.register_step_post_hook(lambda *_: called.append("hook"))
+    torch.optim.lr_scheduler.StepLR(users, 1)  # patches the instance's step
+    groups_before, step_before = [dict(g) for g in users.param_groups], users.step
+    window = nn.Parameter(torch.full((4,), 2.0))
+    engine, state = Engine(users), {}
+    for _ in range(2):
+        engine.step(Window(window, state), torch.ones(4), fastest(users, users.param_groups[0]))
+    assert [dict(g) for g in users.param_groups] == groups_before
+    assert users.step is step_before
+    assert not users.state and not called
+    assert p.grad is None and torch.equal(p, torch.ones(4))
+    assert set(state) == {"step", "exp_avg", "exp_avg_sq"} and window.grad is None
+
+    plain = nn.Parameter(torch.full((4,), 2.0))
+    reference = torch.optim.AdamW([plain], lr=0.1)
+    for _ in range(2):
+        plain.grad = torch.ones(4)
+        reference.step()
+    torch.testing.assert_close(window, plain)
+
+
+def test_fused_is_chosen_where_the_user_left_it_open():
+    p = [nn.Parameter(torch.zeros(2))]
+
+    def chosen(optimizer):
+        return fastest(optimizer, optimizer.param_groups[0]).get("fused")
+
+    assert chosen(torch.optim.AdamW(p)) is True
+    assert not chosen(torch.optim.AdamW(p, foreach=True))
+    assert not chosen(torch.optim.AdamW(p, fused=False))
+    assert not chosen(torch.optim.RMSprop(p))
+    assert "params" not in fastest(torch.optim.SGD(p), {"params": p, "lr": 1})

@@ -1,0 +1,139 @@
+"""What is tried before training: whether an optimizer is elementwise, and the temporaries that its step takes."""
+
+from functools import partial
+
+import pytest
+import torch
+from helpers.optimizer_alone import COMPACT, KINDS, adamw, network, set_gradients, tiled
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_tex.bench.memory import peak_bytes
+from lightning_tex.optim.flat_sizes import BUDGET_BYTES, most_elements
+from lightning_tex.optim.formats import PlainStates
+from lightning_tex.optim.probe import Allocations, probe, temporary_bytes
+
+
+def probe_all(optimizer):
+    for group in optimizer.param_groups:
+        probe(optimizer, group)
+
+
+class TrustRatio(Optimizer):
+    """LARS: each tensor's step is scaled by its own norm."""
+
+    def __init__(self, params, lr=0.01):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(p.grad * p.norm() / p.grad.norm() * group["lr"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_elementwise_optimizers_pass_the_probe(kind):
+    probe_all(KINDS[kind]([nn.Parameter(torch.zeros(4))]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (torch.optim.LBFGS, "optimizer LBFGS calls its closure 2 times in one step"),
+        (torch.optim.Adafactor, "optimizer Adafactor is not elementwise"),
+        (TrustRatio, "optimizer TrustRatio is not elementwise: a random matrix stepped whole and in windows differ by"),
+    ],
+)
+def test_others_are_refused(kind, message):
+    model = network(torch.float32)
+    with pytest.raises(ValueError, match=message):
+        tiled(model, kind(model.parameters()))
+
+
+def test_the_probe_looks_at_every_groups_options():
+    class Sometimes(TrustRatio):
+        def step(self, closure=None):
+            if self.param_groups[0].get("trust"):
+                super().step()
+
+    first, second = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))
+    probe_all(Sometimes([first, second]))
+    with pytest.raises(ValueError, match="Sometimes is not elementwise"):
+        probe_all(Sometimes([{"params": [first]}, {"params": [second], "trust": True}]))
+
+
+@pytest.mark.parametrize("lr", [0.0, 1e-9, torch.tensor(0.0)])
+def test_a_warm_up_from_nothing_does_not_hide_from_the_probe(lr):
+    with pytest.raises(ValueError, match="TrustRatio is not elementwise"):
+        probe_all(TrustRatio([nn.Parameter(torch.zeros(4))], lr=lr))
+    probe_all(torch.optim.AdamW([nn.Parameter(torch.zeros(4))], lr=0.0))
+
+
+# --- temporaries
+
+
+def test_allocations_are_counted_as_long_as_they_live():
+    x = torch.randn(1000)
+
+    def peak(run):
+        allocations = Allocations()
+        with allocations:
+            run()
+        assert allocations.bytes == 0
+        return allocations.peak_bytes / 4000
+
+    assert peak(lambda: x.exp()) == 1
+    assert peak(lambda: x.exp().mul(2)) == 2
+    assert peak(lambda: (x + 1) * (x + 2)) == 3
+    assert peak(lambda: x.mul_(1)) == 0
+    assert peak(lambda: [x + i for i in range(5)]) == 5
+    assert peak(lambda: [float((x + i).sum()) for i in range(5)]) < 1.01
+
+
+TEMPORARIES = {
+    "fused AdamW": (lambda p: torch.optim.AdamW(p), 0),
+    "AdamW in a loop": (lambda p: torch.optim.AdamW(p, fused=False, foreach=False), 2),
+    "foreach AdamW": (lambda p: torch.optim.AdamW(p, foreach=True), 1),
+    "SGD": (lambda p: torch.optim.SGD(p, momentum=0.9), 0),
+    "Adadelta": (lambda p: torch.optim.Adadelta(p), 2),
+}
+
+
+@pytest.mark.parametrize(("dtype", "ours"), [(torch.float32, 0), (torch.bfloat16, 4)])
+@pytest.mark.parametrize("name", TEMPORARIES)
+def test_a_tile_is_the_budget_over_the_measured_temporaries(name, dtype, ours):
+    make, tensors = TEMPORARIES[name]
+    model = network(dtype)
+    users = make(model.parameters())
+    optimizer = tiled(model, users, None)
+    states = optimizer.shards[0].states
+    plain = partial(PlainStates, master=dtype != torch.float32)
+    needed = temporary_bytes(users, users.param_groups[0], torch.empty(0, dtype=dtype), plain)
+    assert needed == 4 * tensors + ours
+    assert states.tile_size == most_elements(needed, "cpu")
+    assert states.tile_size * needed <= BUDGET_BYTES["cpu"]
+
+
+@pytest.mark.parametrize("optimizer_state_format", ["fp32", *COMPACT])
+def test_a_step_takes_no_more_however_many_elements(optimizer_state_format):
+    peaks = []
+    for width in (64, 256, 1024):
+        model = nn.Linear(width, 256, bias=False).bfloat16()
+        optimizer = tiled(model, adamw(model), 1 << 13, optimizer_state_format=optimizer_state_format)
+        set_gradients(model, 0)
+        optimizer.step()
+        allocations = Allocations()
+        with allocations:
+            optimizer.step()
+        peaks.append(allocations.peak_bytes)
+    assert peaks[0] > 0 and max(peaks) < 1.01 * peaks[0] + 4096
+
+
+@pytest.mark.parametrize("optimizer_state_format", ["fp32", *COMPACT])
+def test_a_step_keeps_to_the_budget_torchs_own_temporaries_included(optimizer_state_format):
+    model = nn.Linear(1 << 10, 3000, bias=False).bfloat16()
+    optimizer = tiled(model, adamw(model), None, optimizer_state_format=optimizer_state_format)
+    optimizer.step()
+    assert len(optimizer.shards[0].states.spans) > 1
+    assert 0.9 * BUDGET_BYTES["cpu"] < peak_bytes(optimizer.step, torch.device("cpu")) <= BUDGET_BYTES["cpu"]

@@ -1,0 +1,129 @@
+"""No room and no right to write: errors with path, bytes and reason, in time."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.checkpoint_runs import Data, Model, trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+import lightning_tex as tex
+from lightning_tex.errors import UserError
+from lightning_tex.parallel.topology import Axis
+from lightning_tex.saving import archive
+from lightning_tex.saving.archive import NewFile, write_tensors
+from lightning_tex.saving.disk import require_writable
+from lightning_tex.saving.global_tensor import GlobalTensor
+from lightning_tex.testing.ranks import run_ranks
+
+LEGAL = "a folder that all ranks see and may write to"
+
+
+class FullDisk:
+    """A file on a file system that has room for some bytes."""
+
+    def __init__(self, file: Any, room: int) -> None:
+        self.file, self.room = file, room
+
+    def write(self, data: Any) -> int:
+        if len(data) > self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.room -= len(data)
+        return self.file.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = NewFile.__init__
+
+    def on_full_disk(self: NewFile, *arguments: Any) -> None:
+        begin(self, *arguments)
+        self._file = FullDisk(self._file, 1000)  # type: ignore[assignment]
+
+    monkeypatch.setattr(archive.NewFile, "__init__", on_full_disk)
+
+
+def test_a_full_disk_in_the_midst_of_a_tensor_is_named_with_bytes(tmp_path: Path, full_disk: None) -> None:
+    path = tmp_path / "__0_0.distcp"
+    whole = GlobalTensor.whole(torch.zeros(5000))
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        write_tensors(path, {("model", "weight"): whole})
+    assert raised.value.errno == errno.ENOSPC
+    assert f"{path} needs 20,000 bytes, " in str(raised.value)
+    assert "are free there" in str(raised.value)
+
+
+def _plain_on_full_disk(folder: str) -> str:
+    strategy = tex.TexMoEStrategy(save_distributed_checkpoint=False)
+    run = trainer(strategy, 1)
+    run.fit(Model(), Data())
+
+    def full(checkpoint: Any, path: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    strategy.checkpoint_io.save_checkpoint = full  # type: ignore[method-assign]
+    try:
+        run.save_checkpoint(f"{folder}/a.ckpt")
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def test_a_full_disk_is_named_for_a_plain_file_too(tmp_path: Path) -> None:
+    text = run_ranks(1, _plain_on_full_disk, str(tmp_path))[0]
+    assert f"No space left on device; {tmp_path}/a.ckpt needs " in text
+
+
+def unwritable(folder: Path) -> Path:
+    place = folder / "read only"
+    place.mkdir(mode=0o500)
+    return Path("/proc/sys/kernel") if os.access(place, os.W_OK) else place  # the superuser may write anywhere but here
+
+
+def test_a_folder_that_may_be_written_is_left_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    require_writable([tmp_path / "there", tmp_path / "new" / "deep"], True, Axis("world"), lambda value: value)
+    assert [entry.name for entry in tmp_path.rglob("*")] == ["there"]
+
+
+def test_a_folder_that_cannot_be_written_or_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (unwritable(tmp_path), tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=LEGAL) as raised:
+            require_writable([folder], True, Axis("world"), lambda value: value)
+        assert f"rank 0: {folder}: " in str(raised.value)
+
+
+class Steps(Model):
+    taken = 0
+
+    def training_step(self, batch: Any, index: int) -> Any:
+        self.taken += 1
+        return super().training_step(batch, index)
+
+
+def _begin_to_fit(folder: str) -> tuple[str, int]:
+    module = Steps()
+    run = trainer(tex.TexMoEStrategy(), 2, callbacks=[ModelCheckpoint(folder)])
+    try:
+        run.fit(module, Data())
+    except UserError as error:
+        return str(error), module.taken
+    return "", module.taken
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_it_is_found_before_the_first_step_on_all_ranks(tmp_path: Path) -> None:
+    place = unwritable(tmp_path)
+    for text, steps in run_ranks(2, _begin_to_fit, str(place)):
+        assert text.startswith(f"checkpoints cannot be saved: rank 0: {place}: ")
+        assert f"rank 1: {place}: " in text
+        assert steps == 0

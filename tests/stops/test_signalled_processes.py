@@ -1,0 +1,97 @@
+"""Signals from outside, to processes as users start them: exit codes, a complete checkpoint, no process left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import stopped_runs
+from helpers.signalled_runs import Slow
+from helpers.stopped_runs import fit
+from helpers.stops import Ending, run_command, run_to_its_end
+
+from lightning_tex.saving import latest
+
+TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
+CODES = {TERM: 143, INT: 1, USR1: 138}
+GOES_ON: dict[str, Any] = {"deed": "goes on", "rank": 0, "step": 1}
+
+
+def sends(ranks: list[int], number: int, times: int = 1) -> Callable[[dict[int, int]], None]:
+    def send(processes: dict[int, int]) -> None:
+        for _ in range(times):
+            for rank in ranks:
+                os.kill(processes[rank], number)
+            time.sleep(0.1)
+
+    return send
+
+
+def stopped(
+    folder: Path,
+    ranks: list[int],
+    number: int,
+    times: int = 1,
+    launcher: str = "own",
+    incident: dict[str, Any] = GOES_ON,
+) -> Ending:
+    def run() -> None:
+        fit(incident, callbacks=(Slow(0.2),))
+
+    return run_to_its_end(4, run, folder=folder, launcher=launcher, within=20, meanwhile=sends(ranks, number, times))
+
+
+def assert_stopped(ending: Ending, folder: Path, number: int) -> None:
+    assert not ending.left, ending.text
+    assert ending.codes == dict.fromkeys(range(4), CODES[number]), ending
+    newest = latest(folder / "checkpoints")
+    assert newest is not None and newest.name.startswith("stopped-step="), ending.text
+    assert "is done" not in ending.text
+    assert "Traceback" not in ending.text
+    assert ending.text.count("lightning_tex: saved") == 1, ending.text
+
+
+def test_the_rank_that_started_the_others(tmp_path: Path) -> None:
+    assert_stopped(stopped(tmp_path, [0], TERM), tmp_path, TERM)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("launcher", ["own", "external"])
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("ranks", [[0], [3], [0, 1, 2, 3]], ids=str)
+@pytest.mark.parametrize("number", [TERM, INT, USR1], ids=str)
+def test_some_ranks(tmp_path: Path, number: int, ranks: list[int], times: int, launcher: str) -> None:
+    assert_stopped(stopped(tmp_path, ranks, number, times, launcher=launcher), tmp_path, number)
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.faults), 2])
+def test_a_third_signal_ends_at_once(tmp_path: Path, rank: int) -> None:
+    ending = stopped(tmp_path, [rank], TERM, times=3, incident={"deed": "busy", "rank": rank})
+    assert not ending.left and 0 not in ending.codes.values(), ending
+    assert ending.codes[rank] == CODES[TERM]
+    assert ending.seconds < 5, ending
+    assert "for the third time: ends at once" in ending.text
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [TERM, INT], ids=str)
+def test_torchrun(tmp_path: Path, number: int) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    script = [stopped_runs.__file__, '{"deed": "goes on", "rank": 0, "step": 1}', "0.2"]
+
+    def to_the_agent(_: dict[int, int]) -> None:
+        (agent,) = (int(path.name.removeprefix("rank.")) for path in tmp_path.glob("rank.*"))
+        os.kill(agent, number)
+
+    here = str(Path(__file__).parents[1])
+    ending = run_command([*launch, *script], folder=tmp_path, within=30, meanwhile=to_the_agent, PYTHONPATH=here)
+    assert not ending.left, ending.text
+    assert ending.codes[0] != 0
+    newest = latest(tmp_path / "checkpoints")
+    assert newest is not None and newest.name.startswith("stopped-step="), ending.text
