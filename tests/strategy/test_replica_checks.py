@@ -10,7 +10,8 @@ import torch
 from helpers.normed_attention import Declared, HeadNorms, fit_normed
 from torch import Tensor
 
-from lightning_tex.parallel.errors import UserRuntimeError
+from lightning_tex.parallel.errors import UserRuntimeError, UserValueError
+from lightning_tex.strategy.replica_checks import ReplicaChecks
 from lightning_tex.testing.ranks import run_ranks
 
 LAYOUTS: list[dict[str, Any]] = [
@@ -50,3 +51,30 @@ def test_a_norm_over_heads_is_found_after_the_first_step_with_the_remedy() -> No
         "declare, in HeadNorms: partial_gradients = ('query_norm',)",
     ):
         assert words in said[0], said[0]
+
+
+@pytest.mark.parametrize(
+    ("period", "stride", "expected"),
+    [
+        (10, 1, [0, 1, 2, 4, 8, 10, 20]),
+        (1, 1, list(range(26))),
+        (10, 3, [0, 3, 6, 9, 12, 21]),  # several optimizer steps between two boundaries
+        (0, 1, []),
+    ],
+)
+def test_copies_are_compared_often_at_first(
+    period: int, stride: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[str] = []
+    monkeypatch.setattr(ReplicaChecks, "_compare", lambda self, when: compared.append(when))
+    checks = ReplicaChecks(None, period)  # type: ignore[arg-type]
+    checks.fit_begins()
+    for step in range(0, 26, stride):
+        checks.step_boundary(step)
+        checks.step_boundary(step)  # between two micro-batches
+    assert compared == [f"after step {step}" if step else "at the start" for step in expected]
+
+
+def test_a_negative_period_is_refused() -> None:
+    with pytest.raises(UserValueError, match="check_replicas_every_n_steps=-1; legal"):
+        ReplicaChecks(None, -1)  # type: ignore[arg-type]
