@@ -139,8 +139,11 @@ def differing(replicas: Sequence[Replica], topology: Topology) -> list[int]:
     return [place for place, found in enumerate(differ.tolist()) if found]
 
 
-def describe_difference(replica: Replica, topology: Topology) -> Difference:
-    """What of a replica differs, over the first of its axes over which it does; collective, alike on all ranks."""
+def describe_difference(replica: Replica, topology: Topology) -> Difference | None:
+    """What of a replica differs, over the first of its axes over which it does; collective, alike on all ranks.
+
+    ``None``: only bits do that mean the same, such as those of two kinds of NaN.
+    """
     digests = collectives.all_gather(digest(replica.tensor)[None], 0, topology.world).tolist()
     for axis in replica.axes:
         for ranks in topology.layout.groups(axis.name):
@@ -149,14 +152,17 @@ def describe_difference(replica: Replica, topology: Topology) -> Difference:
                 by_value.setdefault(digests[rank], []).append(rank)
             if len(by_value) > 1:
                 largest, scale = _largest(replica.tensor, axis, topology)
-                return Difference(replica, axis.name, tuple(map(tuple, by_value.values())), largest, scale)
-    raise AssertionError(f"{replica.name} differed, and does not now")
+                if largest != 0:
+                    return Difference(replica, axis.name, tuple(map(tuple, by_value.values())), largest, scale)
+                break
+    return None
 
 
 def _largest(tensor: Tensor, axis: Axis, topology: Topology) -> tuple[float, float]:
     """The largest difference from the first rank of the axis, and the largest value; of all ranks."""
     own = tensor.detach().double().reshape(-1)
     first = collectives.broadcast(own, axis)
-    figures = torch.stack([(own - first).abs().max(), own.abs().max()])
+    alike = (own == first) | (own.isnan() & first.isnan())
+    figures = torch.stack([(own - first).abs().masked_fill(alike, 0).max(), own.abs().max()])
     largest, scale = collectives.all_reduce(figures, topology.world, "max").tolist()
     return largest, scale

@@ -82,6 +82,8 @@ class ReplicaChecks:
         places = differing(replicas, topology)
         for place in places:
             difference = describe_difference(replicas[place], topology)
+            if difference is None:
+                continue
             if not difference.may_be_rounding:
                 more = f" (and {len(places) - 1} further tensors)" if len(places) > 1 else ""
                 raise ReplicasDiffer(f"{when}{more}: {difference}; {_OFF}")
