@@ -11,7 +11,7 @@ from lightning_tex.optim import TiledOptimizer
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.sharding import check_shardable, parameter_shardings, shard_module
 from lightning_tex.parallel.topology import Layout, Topology
-from lightning_tex.resilience.replicas import describe_difference, differing, digest
+from lightning_tex.resilience.replicas import Difference, describe_difference, differing, digest
 from lightning_tex.strategy.replica_checks import copies
 from lightning_tex.testing.ranks import run_ranks
 
@@ -94,3 +94,20 @@ def test_what_is_declared_must_be_there_and_whole() -> None:
     for kind, words in ((Wrong, "legal: query_norm.weight, key_norm.weight"), (Sharded, "query.weight is sharded")):
         with pytest.raises(UserValueError, match=words):
             check_shardable(kind(16, 4), Layout(2, tensor=2))
+
+
+def two_kinds_of_nan() -> tuple[int, Difference | None]:
+    """The same weight is NaN on all ranks, with another sign on one."""
+    topology = join(tensor=2, expert=2)
+    torch.manual_seed(0)
+    model = NormedDecoder(Declared)
+    optimizer = sharded(topology, model)
+    with torch.no_grad():
+        model.scale[1] = float("nan") if topology.world.rank else -torch.tensor(float("nan"))
+    replicas = list(copies(model, topology, optimizer))
+    (place,) = differing(replicas, topology)
+    return place, describe_difference(replicas[place], topology)
+
+
+def test_bits_that_mean_the_same_are_no_difference() -> None:
+    assert {difference for _, difference in run_ranks(4, two_kinds_of_nan)} == {None}

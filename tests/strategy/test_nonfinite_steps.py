@@ -18,7 +18,7 @@ ORIGINS = {
     "expert": r"output of expert 1 of \S+experts \(Experts\) on rank\(s\) 1, whose parameter \S+up of expert 1",
     "router": r"of \S+router \(SoftmaxRouter\) on rank\(s\) 1, whose parameter \S+router.weight is not finite",
     "activation": r"output of decoder.norm \(\w+\) on rank\(s\) 1;",
-    "loss": r"the loss on rank\(s\) 1; batch 3 of data rank 0",
+    "loss": r"the loss on rank\(s\) 1; batch \d of data rank 0",
     "gradient": r"gradient at the output of decoder.norm \(RMSNorm\) on rank\(s\) 1;",
 }
 DEFAULT = ("expert",)
@@ -46,7 +46,7 @@ def test_the_end_names_where_it_arose_and_the_dump_shows_it_again(
     assert f"lightning-tex replay {dump}" in text
     report, *others = run_ranks(4, replayed, str(dump))
     assert others == [None] * 3 and report is not None
-    assert re.search(ORIGINS[what].replace("batch 3", "batch ."), report["found"]), report["found"]
+    assert re.search(ORIGINS[what], report["found"]), report["found"]
 
 
 def once(folder: str) -> dict[str, Any]:
