@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -95,24 +94,27 @@ class Difference:
         )
 
 
-def digest(tensor: Tensor) -> Tensor:
-    """64 bits that depend on every bit of a tensor and on its place; on its device, without waiting for it."""
+def digests(tensors: Sequence[Tensor]) -> Tensor:
+    """64 bits of each tensor that depend on its every bit and the bit's place: int64, on their device, which nothing
+    waits for. [n]
+    """
+    words = [_words(tensor) for tensor in tensors]
+    longest = min(_CHUNK, max(map(len, words)))
+    # Odd: no change of a single element is lost when products wrap. Not kept: it would take memory from training.
+    weights = scrambled(torch.arange(longest, device=words[0].device), key=0) | 1
+    return torch.stack([_digest(part, weights) for part in words])
+
+
+def _words(tensor: Tensor) -> Tensor:
     flat = tensor.detach().reshape(-1)
-    words = flat.view(_WORDS.get(flat.element_size(), torch.int32))
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    return flat.view(_WORDS.get(flat.element_size(), torch.int32))
+
+
+def _digest(words: Tensor, weights: Tensor) -> Tensor:
+    total = torch.zeros((), dtype=torch.int64, device=words.device)
     for part in words.split(_CHUNK):
-        total = total * 3 + (part * _weights(len(part), tensor.device)).sum()
+        total = total * 3 + (part * weights[: len(part)]).sum()
     return total
-
-
-def _weights(length: int, device: torch.device) -> Tensor:
-    return _cached_weights((length - 1).bit_length(), device)[:length]
-
-
-@cache
-def _cached_weights(bits: int, device: torch.device) -> Tensor:
-    # Odd: no change of a single element is lost when products wrap.
-    return scrambled(torch.arange(1 << bits, device=device), key=0) | 1
 
 
 def differing(replicas: Sequence[Replica], topology: Topology) -> list[int]:
@@ -123,12 +125,12 @@ def differing(replicas: Sequence[Replica], topology: Topology) -> list[int]:
     axes = {axis.name: axis for replica in replicas for axis in replica.axes}
     if not axes:
         return []
-    digests = torch.stack([digest(replica.tensor) for replica in replicas])
-    differ = torch.zeros_like(digests)
+    own_digests = digests([replica.tensor for replica in replicas])
+    differ = torch.zeros_like(own_digests)
     for axis in axes.values():
         places = [place for place, replica in enumerate(replicas) if axis in replica.axes]
-        indices = torch.tensor(places, device=digests.device)
-        own = digests[indices]
+        indices = torch.tensor(places, device=own_digests.device)
+        own = own_digests[indices]
         extremes = torch.cat([own, ~own])  # the largest, and the complement of the smallest
         with TRAINING.inside("all_reduce", axis, extremes):
             dist.all_reduce(extremes, dist.ReduceOp.MAX, group=axis.group)
@@ -144,12 +146,12 @@ def describe_difference(replica: Replica, topology: Topology) -> Difference | No
 
     ``None``: only bits do that mean the same, such as those of two kinds of NaN.
     """
-    digests = collectives.all_gather(digest(replica.tensor)[None], 0, topology.world).tolist()
+    by_rank = collectives.all_gather(digests([replica.tensor]), 0, topology.world).tolist()
     for axis in replica.axes:
         for ranks in topology.layout.groups(axis.name):
             by_value: dict[int, list[int]] = {}
             for rank in ranks:
-                by_value.setdefault(digests[rank], []).append(rank)
+                by_value.setdefault(by_rank[rank], []).append(rank)
             if len(by_value) > 1:
                 largest, scale = _largest(replica.tensor, axis, topology)
                 if largest != 0:

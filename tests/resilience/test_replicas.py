@@ -11,7 +11,7 @@ from lightning_tex.optim import TiledOptimizer
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.sharding import check_shardable, parameter_shardings, shard_module
 from lightning_tex.parallel.topology import Layout, Topology
-from lightning_tex.resilience.replicas import Difference, describe_difference, differing, digest
+from lightning_tex.resilience.replicas import Difference, describe_difference, differing, digests
 from lightning_tex.strategy.replica_checks import copies
 from lightning_tex.testing.ranks import run_ranks
 
@@ -22,23 +22,23 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int
 def test_a_digest_depends_on_every_element_and_its_place(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     tensor = torch.randint(0, 2, (3, 50), dtype=torch.int64).to(dtype)
-    seen = {int(digest(tensor))}
+    seen = {int(digests([tensor]))}
     for place in range(150):
         changed = tensor.clone().view(-1)
         changed[place] = 1 - changed[place].to(torch.int64)
-        seen.add(int(digest(changed)))
+        seen.add(int(digests([changed])))
     assert len(seen) == 151
-    assert int(digest(tensor)) == int(digest(tensor.clone()))
-    assert int(digest(tensor)) != int(digest(tensor.roll(1, 1)))
+    assert int(digests([tensor])) == int(digests([tensor.clone()]))
+    assert int(digests([tensor])) != int(digests([tensor.roll(1, 1)]))
 
 
 def test_a_digest_goes_on_over_parts_of_a_long_tensor() -> None:
     tensor = torch.zeros((1 << 20) + 5)
-    before = int(digest(tensor))
+    before = int(digests([tensor]))
     tensor[-1] = 1.0
-    behind = int(digest(tensor))
+    behind = int(digests([tensor]))
     tensor[-1], tensor[4] = 0.0, 1.0  # the same place of another part
-    assert len({before, behind, int(digest(tensor))}) == 3
+    assert len({before, behind, int(digests([tensor]))}) == 3
 
 
 def sharded(topology: Topology, model: torch.nn.Module) -> TiledOptimizer:
