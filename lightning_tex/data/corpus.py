@@ -7,11 +7,13 @@ import math
 import sysconfig
 import tokenize
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.data import damage
+from lightning_tex.parallel.errors import UserFileError, UserValueError
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -26,6 +28,7 @@ _BUILDERS = {
     "csv": {".csv"},
     "parquet": {".parquet"},
 }
+_KNOWN_SUFFIXES = ", ".join(sorted(suffix for suffixes in _BUILDERS.values() for suffix in suffixes))
 
 
 @dataclass(frozen=True)
@@ -59,12 +62,22 @@ class Source:
             hub_cache_dir: where downloads are kept; None: as ``datasets`` has it.
 
         Raises:
-            ValueError: a split or the text column does not exist, or there is nothing to hold out.
+            ValueError: a split or the text column does not exist, a file cannot be read, or there is nothing to hold
+                out.
             FileNotFoundError: ``path`` or ``data_files`` name nothing that exists.
         """
         if self.path is None:
             return _standard_library(self)
-        return _load_dataset(self, cache_dir, hub_cache_dir)
+        with self.reading():
+            return _load_dataset(self, cache_dir, hub_cache_dir)
+
+    def reading(self) -> AbstractContextManager[None]:
+        """Around what reads the documents: its errors name the file that is to blame."""
+        if self.path is None:
+            return nullcontext()
+        builder, data_files, _ = _builder(self)
+        name = f", name={self.name!r}" if self.name else ""
+        return damage.reading(f"path={self.path!r}{name}, split={self.split!r}", builder, data_files)
 
 
 @dataclass(frozen=True)
@@ -116,7 +129,7 @@ def _standard_library(source: Source) -> Documents:
         raise UserValueError(
             f"max_bytes={source.max_bytes} holds {len(texts)} files of the standard library; at least 2 needed"
         )
-    train, validation = _divide(Dataset.from_dict({"text": texts}), source.validation_fraction)
+    train, validation = _divide(Dataset.from_dict({"text": texts}), source)
     return Documents(train, validation, None, fingerprint(texts))
 
 
@@ -128,17 +141,20 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace")
 
 
-def _divide(documents: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
+def _divide(documents: Dataset, source: Source) -> tuple[Dataset, Dataset]:
     """Holds out documents spread over the data set; a single document is cut at line ends first."""
     from datasets import Dataset
 
     if len(documents) == 1:
-        documents = Dataset.from_dict({"text": cut_at_lines(documents[0]["text"], _stride(fraction))})
+        text = documents[0]["text"]
+        damage.require_texts([text])
+        documents = Dataset.from_dict({"text": cut_at_lines(text, _stride(source.validation_fraction))})
     if len(documents) < 2:
         raise UserValueError(
-            f"{len(documents)} documents leave nothing to hold out for validation; give 2, or a validation_split"
+            f"{len(documents)} documents in path={source.path!r} leave nothing to hold out for validation; give 2 (one "
+            "of several lines is cut there), or a validation_split"
         )
-    validation = held_out(len(documents), fraction)
+    validation = held_out(len(documents), source.validation_fraction)
     kept = set(validation)
     return documents.select([i for i in range(len(documents)) if i not in kept]), documents.select(validation)
 
@@ -172,16 +188,13 @@ def _load_dataset(source: Source, cache_dir: Path, hub_cache_dir: Path | None) -
     if validation_split:
         return Documents(train, split(validation_split), test, key)
     divide = _divide_stream if source.streaming else _divide
-    return Documents(*divide(train, source.validation_fraction), test, key)
+    return Documents(*divide(train, source), test, key)
 
 
 def _call(path: str, name: str | None, data_files: Any, split: str | None, options: dict[str, Any]) -> Any:
     from datasets import load_dataset
 
-    try:
-        return load_dataset(path, name, data_files=data_files, split=split, **options)
-    except ValueError as error:
-        raise UserValueError(f"cannot load split={split!r} of path={path!r}, name={name!r}: {error}") from error
+    return load_dataset(path, name, data_files=data_files, split=split, **options)
 
 
 def _builder(source: Source) -> tuple[str, Any, dict[str, Any]]:
@@ -195,6 +208,8 @@ def _builder(source: Source) -> tuple[str, Any, dict[str, Any]]:
 
 def _local_files(path: Path) -> tuple[str, list[str] | None]:
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    if not files:
+        raise UserFileError(f"the folder path={str(path)!r} is empty; legal: a folder with {_KNOWN_SUFFIXES} files")
     found = {kind: [str(f) for f in files if f.suffix.lower() in suffixes] for kind, suffixes in _BUILDERS.items()}
     found = {kind: names for kind, names in found.items() if names}
     if not found:
@@ -227,8 +242,8 @@ def _text_only(documents: Any, column: str) -> Any:
     return documents if column == "text" else documents.rename_column(column, "text")
 
 
-def _divide_stream(documents: IterableDataset, fraction: float) -> tuple[IterableDataset, IterableDataset]:
-    stride = _stride(fraction)
+def _divide_stream(documents: IterableDataset, source: Source) -> tuple[IterableDataset, IterableDataset]:
+    stride = _stride(source.validation_fraction)
 
     def is_held_out(_: dict[str, Any], index: int) -> bool:
         return index % stride == stride // 2

@@ -262,10 +262,17 @@ class TextDataModule(LightningDataModule):
         training = part == "train"
         if training and self.shuffle_buffer:
             documents = documents.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
-        return StreamedBlocks(documents, self.prepared.tokenizer, self.sequence_length, share, pad=not training)
+        tokenizer, reading = self.prepared.tokenizer, self._preparation.source.reading
+        return StreamedBlocks(documents, tokenizer, self.sequence_length, share, not training, reading)
 
     def _enough(self, train: Blocks | None) -> Blocks:
         assert train is not None
+        if len(train) == 0:
+            raise UserValueError(
+                f"the training documents of path={self._preparation.source.path!r} are shorter than one block of "
+                f"sequence_length + 1 = {self.sequence_length + 1} tokens; give more text, or a smaller "
+                "sequence_length"
+            )
         if len(train) < self.global_batch_size:
             raise UserValueError(
                 f"global_batch_size={self.global_batch_size} is more than the {len(train)} training blocks of "

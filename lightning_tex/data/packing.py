@@ -7,7 +7,8 @@ but the stream's first is predicted exactly once, whatever S.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,13 +17,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
+from lightning_tex.data.damage import require_texts
 from lightning_tex.data.order import PADDING, Share
+from lightning_tex.data.token_ids import IGNORE_INDEX
 from lightning_tex.data.tokenizer import TextTokenizer, texts_of
+from lightning_tex.parallel.errors import UserFileError, UserValueError
 
 if TYPE_CHECKING:
     import datasets
 
-IGNORE_INDEX = -100  # the label of a position that predicts nothing
 Batch = dict[str, Tensor]
 
 
@@ -79,6 +82,7 @@ def write_blocks(
     packer, last = Packer(sequence_length), len(documents) - 1
 
     def pack(texts: dict[str, list[str]], indices: list[int]) -> dict[str, list[np.ndarray]]:
+        require_texts(texts["text"], indices[0])
         stream = [token for document in tokenizer.encode_documents(texts["text"]) for token in document]
         blocks = packer.push(stream)
         return {"tokens": blocks + (packer.flush() if keep_tail and indices[-1] == last else [])}
@@ -117,13 +121,33 @@ class Blocks(Dataset):
     Args:
         file: written by :func:`write_blocks`.
         end_of_document_id: what input_ids hold where there is no token.
+        vocab_size: every token is below it.
+        file_bytes: its size when it was written; None: not known.
+
+    Raises:
+        ValueError: the file is damaged; when a batch is read, one that holds what is no token.
+        FileNotFoundError: it is gone.
     """
 
-    def __init__(self, file: Path, end_of_document_id: int) -> None:
+    def __init__(self, file: Path, end_of_document_id: int, vocab_size: int, file_bytes: int | None = None) -> None:
         from datasets import Dataset as ArrowDataset
 
-        self.rows = ArrowDataset.from_file(str(file)).with_format("numpy")
-        self.end_of_document_id = end_of_document_id
+        self.file, self.end_of_document_id, self.vocab_size = file, end_of_document_id, vocab_size
+        if not file.is_file():
+            raise UserFileError(f"{file} of the prepared data is gone; {self._remedy}")
+        if file_bytes is not None and file.stat().st_size != file_bytes:
+            raise UserValueError(
+                f"{file} of the prepared data has {file.stat().st_size} bytes and was written with {file_bytes}; "
+                f"{self._remedy}"
+            )
+        try:
+            self.rows = ArrowDataset.from_file(str(file)).with_format("numpy")
+        except (ValueError, OSError, KeyError) as error:
+            raise UserValueError(f"{file} of the prepared data is damaged ({error}); {self._remedy}") from error
+
+    @property
+    def _remedy(self) -> str:
+        return f"delete the folder {self.file.parent}, and the data is prepared again"
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -142,7 +166,15 @@ class Blocks(Dataset):
             yield self._read(list(range(start, min(start + batch_size, len(self)))), width)
 
     def _read(self, samples: list[int], width: int) -> np.ndarray:
-        return np.asarray(self.rows[samples]["tokens"], dtype=np.int32).reshape(len(samples), width)
+        blocks = np.asarray(self.rows[samples]["tokens"], dtype=np.int32).reshape(len(samples), width)
+        illegal = (blocks >= self.vocab_size) | ((blocks < 0) & (blocks != IGNORE_INDEX))
+        if illegal.any():
+            row, place = np.argwhere(illegal)[0]
+            raise UserValueError(
+                f"{self.file} of the prepared data has {blocks[row, place]} in row {samples[row]}, place {place}, and "
+                f"its tokenizer has {self.vocab_size} tokens: it is damaged; {self._remedy}"
+            )
+        return blocks
 
 
 class StreamedBlocks(IterableDataset):
@@ -157,6 +189,7 @@ class StreamedBlocks(IterableDataset):
         sequence_length: S.
         share: G and the place on the data axis.
         pad: end with a padded batch, so that no token is lost; else leave the incomplete global batch out.
+        reading: is entered around the reading of documents, to name what cannot be read.
     """
 
     def __init__(
@@ -166,8 +199,10 @@ class StreamedBlocks(IterableDataset):
         sequence_length: int,
         share: Share,
         pad: bool = False,
+        reading: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.documents = documents
+        self.reading = reading
         self.tokenizer = tokenizer
         self.sequence_length = sequence_length
         self.share = share
@@ -200,10 +235,14 @@ class StreamedBlocks(IterableDataset):
 
     def _blocks(self) -> Iterator[np.ndarray]:
         packer, end = Packer(self.sequence_length), self.tokenizer.end_of_document_id
-        for text in texts_of(self.documents):
+        for text in self._texts():
             yield from packer.push([*self.tokenizer.encode(text), end])
         if self.pad:
             yield from packer.flush()
+
+    def _texts(self) -> Iterator[str]:
+        with self.reading():
+            yield from texts_of(self.documents)
 
     def _share_of(self, batch: list[np.ndarray], step: int) -> Batch:
         missing = self.share.global_batch_size - len(batch)

@@ -14,6 +14,7 @@ from typing import Any
 from lightning_tex.data.corpus import Documents, Source, fingerprint
 from lightning_tex.data.packing import Blocks, write_blocks
 from lightning_tex.data.tokenizer import TextTokenizer, quiet_forks, texts_of, tokenizer_file, train_bpe
+from lightning_tex.parallel.errors import UserFileError, UserValueError
 
 _FORMAT = "1"  # raise it when the same settings no longer give the same files
 
@@ -69,7 +70,8 @@ class Preparation:
     def run(self, cache_dir: Path, hub_cache_dir: Path | None) -> Prepared:
         """Reads, tokenises and packs what the cache lacks, and notes there which files answer these settings."""
         documents = self.source.load(cache_dir / "sources", hub_cache_dir)
-        tokenizer_dir = self._tokenizer_dir(documents, cache_dir)
+        with self.source.reading():
+            tokenizer_dir = self._tokenizer_dir(documents, cache_dir)
         note = {"tokenizer": str(tokenizer_dir)}
         if not self.source.streaming:
             note["blocks"] = str(self._write(documents, tokenizer_dir, cache_dir))
@@ -81,7 +83,7 @@ class Preparation:
         """What :meth:`run` last prepared for these settings; None if it never did."""
         try:
             return Prepared(self, json.loads(self._note_file(cache_dir).read_text()))
-        except FileNotFoundError:
+        except (FileNotFoundError, json.JSONDecodeError):
             return None
 
     def _tokenizer_dir(self, documents: Documents, cache_dir: Path) -> Path:
@@ -104,7 +106,8 @@ class Preparation:
                 for name, part in parts.items()
                 if part is not None
             }
-            (folder / "fingerprints.json").write_text(json.dumps(prints))
+            sizes = {name: (folder / f"{name}.arrow").stat().st_size for name in prints}
+            (folder / "fingerprints.json").write_text(json.dumps({**prints, "bytes": sizes}))
 
         key = fingerprint([_FORMAT, documents.key, tokenizer.fingerprint, str(self.sequence_length), repr(self.source)])
         return build_once(cache_dir / "blocks" / key, build)
@@ -133,11 +136,21 @@ class Prepared:
         self.train = self.validation = self.test = None
         if "blocks" in note:
             folder = Path(note["blocks"])
-            self.fingerprint = json.loads((folder / "fingerprints.json").read_text())["train"]
-            self.train = self._blocks(folder / "train.arrow")
-            self.validation = self._blocks(folder / "validation.arrow")
-            test = folder / "test.arrow"
-            self.test = self._blocks(test) if test.exists() else None
+            prints = _fingerprints(folder)
+            self.fingerprint = prints["train"]
+            self.train, self.validation = (self._blocks(folder, prints, part) for part in ("train", "validation"))
+            self.test = self._blocks(folder, prints, "test") if "test" in prints else None
 
-    def _blocks(self, file: Path) -> Blocks:
-        return Blocks(file, self.tokenizer.end_of_document_id)
+    def _blocks(self, folder: Path, prints: dict[str, Any], part: str) -> Blocks:
+        file_bytes = prints.get("bytes", {}).get(part)  # earlier versions did not write it down
+        return Blocks(folder / f"{part}.arrow", self.tokenizer.end_of_document_id, self.tokenizer.size, file_bytes)
+
+
+def _fingerprints(folder: Path) -> dict[str, Any]:
+    file = folder / "fingerprints.json"
+    try:
+        return json.loads(file.read_text())
+    except (FileNotFoundError, json.JSONDecodeError) as error:
+        kind = UserFileError if isinstance(error, FileNotFoundError) else UserValueError
+        remedy = f"delete the folder {folder}, and the data is prepared again"
+        raise kind(f"{file} of the prepared data is gone or damaged; {remedy}") from error

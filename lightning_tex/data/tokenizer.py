@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_tex.data.corpus import fingerprint
+from lightning_tex.data.damage import require_texts
 from lightning_tex.parallel.errors import UserFileError, UserValueError
 
 if TYPE_CHECKING:
@@ -54,16 +56,35 @@ class TextTokenizer:
             raise UserFileError(
                 f"tokenizer={str(path)!r} is neither a tokenizers JSON file nor a folder with tokenizer.json"
             )
-        return cls(tokenizers.Tokenizer.from_file(str(file)), end_of_document)
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # tokenizers has no class for it
+            raise UserValueError(
+                f"{file} is no tokenizers JSON file ({error}); fetch it again. One in the cache of prepared data is "
+                f"made again when its folder is deleted: {file.parent}"
+            ) from error
+        return cls(tokenizer, end_of_document)
 
     def encode(self, text: str) -> list[int]:
         """The tokens of one text, without an end of document. Safe in a forked worker."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        with self._encoding():
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_documents(self, texts: list[str]) -> list[list[int]]:
         """The tokens of each text, followed by the end of document; uses all cores."""
-        encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+        with self._encoding():
+            encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
         return [[*encoding.ids, self.end_of_document_id] for encoding in encodings]
+
+    @contextmanager
+    def _encoding(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # tokenizers has no class for it
+            raise UserValueError(
+                f"the tokenizer has no tokens for this text ({error}); give one that is made for it, or none, and a "
+                "byte-level BPE is trained"
+            ) from error
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some tokens, end-of-document tokens spelled out; padding (negative ids) is left out."""
@@ -135,9 +156,16 @@ def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
 
 
 def texts_of(documents: Any) -> Iterator[str]:
-    """The texts of a ``datasets`` object, one by one."""
+    """The texts of a ``datasets`` object, one by one.
+
+    Raises:
+        ValueError: a row holds no text.
+    """
+    row = 0
     for batch in documents.iter(batch_size=256):
+        require_texts(batch["text"], row)
         yield from batch["text"]
+        row += len(batch["text"])
 
 
 def quiet_forks() -> None:

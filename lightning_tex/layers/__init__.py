@@ -4,6 +4,7 @@ from lightning_tex.layers.attention import ParallelAttention
 from lightning_tex.layers.linear import ColumnParallelLinear, RowParallelLinear
 from lightning_tex.layers.mlp import ParallelMLP
 from lightning_tex.layers.norm import RMSNorm
+from lightning_tex.layers.token_context import TokenContext
 from lightning_tex.layers.vocab import VocabParallelCrossEntropy, VocabParallelEmbedding, VocabParallelHead
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "ParallelMLP",
     "RMSNorm",
     "RowParallelLinear",
+    "TokenContext",
     "VocabParallelCrossEntropy",
     "VocabParallelEmbedding",
     "VocabParallelHead",

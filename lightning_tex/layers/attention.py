@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_tex.layers.linear import ColumnParallelLinear, RowParallelLinear, require_divisible
+from lightning_tex.layers.token_context import TokenContext, visible_keys
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.hashing import stable_hash
 from lightning_tex.parallel.sharding import TexModule
@@ -67,28 +68,37 @@ class ParallelAttention(TexModule):
         require_divisible(name, "num_heads", self.num_heads, layout)
         require_divisible(name, "num_kv_heads", self.num_kv_heads, layout)
 
-    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None, context: TokenContext | None = None) -> Tensor:
         """Attend.
 
         Args:
             x: [B, S, D].
             attention_mask: boolean, True where a position may be seen: [B, S] over keys, or anything that broadcasts
                 to [B, H, S, S] with a head dim of 1. S is the whole sequence's, always.
+            context: in place of a mask, what all layers of a model have in common: it alone decides what is seen, and
+                where tokens stand.
 
         Returns:
             [B, S, D]
+
+        Raises:
+            ValueError: a mask and a context.
         """
+        if attention_mask is not None and context is not None:
+            raise UserValueError("attention_mask and context both say what is seen; legal: one of them")
         x = self.activation_layout.enter(x)
         query, key, value = (self._heads(project.columns(x)) for project in (self.query, self.key, self.value))
-        query, key = self._rotate(query), self._rotate(key)
+        positions = None if context is None else context.position_ids
+        query, key = self._rotate(query, positions), self._rotate(key, positions)
+        visible = self._mask(attention_mask) if context is None else context.visible
         with rank_random_state(self.tensor, enabled=self.training and self.dropout > 0):
             y = F.scaled_dot_product_attention(
                 query,
                 key,
                 value,
-                attn_mask=self._mask(attention_mask, x.shape[-2]),
+                attn_mask=visible,
                 dropout_p=self.dropout if self.training else 0.0,
-                is_causal=self.causal and attention_mask is None,
+                is_causal=self.causal and visible is None,
                 enable_gqa=self.num_kv_heads != self.num_heads,
             )
         return self.out(y.transpose(-3, -2).flatten(-2))
@@ -96,25 +106,23 @@ class ParallelAttention(TexModule):
     def _heads(self, x: Tensor) -> Tensor:  # [B, S, h*d] -> [B, h, S, d]
         return x.unflatten(-1, (-1, self.head_dim)).transpose(-3, -2)
 
-    def _rotate(self, x: Tensor) -> Tensor:  # [B, h, S, d], pairs (i, i + d/2) turn by position / wavelength
+    def _rotate(self, x: Tensor, positions: Tensor | None = None) -> Tensor:  # [B, h, S, d], [B, S]; None: 0, 1, ..
+        # Pairs (i, i + d/2) turn by position / wavelength.
         half = self.head_dim // 2
         dtype = torch.promote_types(x.dtype, torch.float32)
         rate = self.rope_base ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
-        angle = torch.arange(x.shape[-2], device=x.device, dtype=dtype)[:, None] * rate
+        if positions is None:
+            angle = torch.arange(x.shape[-2], device=x.device, dtype=dtype)[:, None] * rate
+        else:
+            angle = positions[:, None, :, None].to(dtype) * rate
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         return x * torch.cat([cos, cos], dim=-1) + x.roll(half, -1) * torch.cat([-sin, sin], dim=-1)
 
-    def _mask(self, mask: Tensor | None, length: int) -> Tensor | None:
+    def _mask(self, mask: Tensor | None) -> Tensor | None:
         if mask is None:
             return None
         mask = mask.bool()
-        if mask.dim() == 2:
-            mask = mask[:, None, None, :]
-        if self.causal:
-            mask = mask & torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
-        # A query that may see nothing (padding) sees itself, or the softmax would be 0/0.
-        blind = ~mask.any(-1, keepdim=True)
-        return mask | blind & torch.eye(length, dtype=torch.bool, device=mask.device)
+        return visible_keys(mask[:, None, None, :] if mask.dim() == 2 else mask, self.causal)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_tex.parallel.collectives import all_reduce, gather
-from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.parallel.errors import UserIndexError, UserValueError
 from lightning_tex.parallel.initialization import by_index, init_normal_
 from lightning_tex.parallel.sharding import TexModule
 from lightning_tex.parallel.topology import Axis
@@ -51,6 +51,10 @@ class VocabParallelEmbedding(_Vocabulary):
         num_embeddings: size of the vocabulary, V.
         embedding_dim: width of a row, D.
         std: standard deviation of the initial weights.
+
+    Raises:
+        IndexError: ids that are not in the vocabulary, on CPU. A GPU does not wait to be asked: see
+            :func:`lightning_tex.data.require_token_ids`.
     """
 
     def __init__(self, num_embeddings: int, embedding_dim: int, std: float = 1.0) -> None:
@@ -58,13 +62,20 @@ class VocabParallelEmbedding(_Vocabulary):
 
     def forward(self, ids: Tensor) -> Tensor:  # [..] -> [.., D]
         if self.tensor.size == 1:
-            return F.embedding(ids, self.weight)
+            try:
+                return F.embedding(ids, self.weight)
+            except IndexError as error:
+                raise self._out_of_range(ids) from error
         if ids.device.type == "cpu" and bool(((ids < 0) | (ids >= self.size)).any()):
-            raise IndexError(f"token ids must be between 0 and {self.size - 1}; found {ids.min()} to {ids.max()}")
+            raise self._out_of_range(ids)
         local = ids - self.boxes()["weight"].extent.offsets[0]
         absent = (local < 0) | (local >= self.weight.shape[0])
         rows = F.embedding(local.masked_fill(absent, 0), self.weight)
         return self.activation_layout.leave(rows.masked_fill(absent[..., None], 0))
+
+    def _out_of_range(self, ids: Tensor) -> UserIndexError:
+        least, most = int(ids.min()), int(ids.max())
+        return UserIndexError(f"token ids must be between 0 and {self.size - 1}; found {least} to {most}")
 
 
 class VocabParallelHead(_Vocabulary):
@@ -141,7 +152,7 @@ class _CrossEntropy(torch.autograd.Function):
         found = (~absent).to(exp.dtype)
         total, at_target, found = all_reduce(torch.stack([exp.sum(-1), at_target, found]), axis).unbind()
         if not found.is_cuda and not bool((found == 1).all()):
-            raise IndexError(f"targets between {target.min()} and {target.max()} are not all columns of the logits")
+            raise UserIndexError(f"targets between {target.min()} and {target.max()} are not all columns of the logits")
         at_target = at_target.masked_fill(found != 1, float("nan"))
         ctx.save_for_backward(exp.div_(total[..., None]), local, absent)
         return total.log() - at_target

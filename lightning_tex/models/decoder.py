@@ -8,7 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_tex.layers import ParallelAttention, ParallelMLP, RMSNorm, VocabParallelEmbedding, VocabParallelHead
+from lightning_tex.layers import (
+    ParallelAttention,
+    ParallelMLP,
+    RMSNorm,
+    TokenContext,
+    VocabParallelEmbedding,
+    VocabParallelHead,
+)
 from lightning_tex.layers.mlp import Activation
 from lightning_tex.moe import MoE
 from lightning_tex.parallel.collectives import all_gather
@@ -111,9 +118,14 @@ class Block(nn.Module):
             self.mlp = ParallelMLP(c.dim, c.hidden, c.activation)
         self.dropout = nn.Dropout(c.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x)))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+    def forward(self, x: Tensor, context: TokenContext | None = None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), context=context))
+        return x + self.dropout(self._feed_forward(self.mlp_norm(x), context))
+
+    def _feed_forward(self, x: Tensor, context: TokenContext | None) -> Tensor:
+        if context is not None and isinstance(self.mlp, MoE):
+            return self.mlp(x, context.token_mask)
+        return self.mlp(x)
 
 
 class Decoder(nn.Module):
@@ -133,23 +145,26 @@ class Decoder(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, *, token_mask: Tensor | None = None) -> Tensor:
         """Score next tokens.
 
         Args:
             ids: [B, S] integer, S at most ``max_sequence_length``.
+            token_mask: [B, S], True or 1 for a token, False or 0 for padding, which no token sees, no expert serves
+                and no routing loss or position counts. ``None``: there is no padding.
 
         Raises:
-            ValueError: a longer sequence.
+            ValueError: a longer sequence, or a mask that is not one of tokens.
         """
         if ids.shape[-1] > self.config.max_sequence_length:
             raise UserValueError(
                 f"sequence of {ids.shape[-1]} tokens is longer than "
                 f"max_sequence_length={self.config.max_sequence_length}"
             )
+        context = None if token_mask is None else TokenContext.causal(require_token_mask(token_mask, ids))
         x = self.embedding(ids)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, context)
         return self.head(self.norm(x))
 
     def moe_layers(self) -> Iterator[tuple[int, MoE]]:
@@ -160,6 +175,22 @@ class Decoder(nn.Module):
                 yield layer, block.mlp
 
     @torch.no_grad()
-    def logits(self, ids: Tensor) -> Tensor:
+    def logits(self, ids: Tensor, *, token_mask: Tensor | None = None) -> Tensor:
         """Whole logits on every rank of the tensor axis: [B, S] -> [B, S, V]. For generation; costs a gather."""
-        return all_gather(self(ids), -1, self.head.tensor)[..., : self.config.vocab_size]
+        logits = self(ids, token_mask=token_mask)
+        return all_gather(logits, -1, self.head.tensor)[..., : self.config.vocab_size]
+
+
+def require_token_mask(mask: Tensor, ids: Tensor) -> Tensor:
+    """The mask, if it says of every id whether it is a token.
+
+    Raises:
+        ValueError: another shape, or numbers that are added to scores.
+    """
+    if mask.shape != ids.shape or mask.is_floating_point():
+        raise UserValueError(
+            f"attention_mask is {mask.dtype} of shape {list(mask.shape)} for input_ids of shape {list(ids.shape)}; "
+            "legal: booleans or integers of their shape, 1 for a token and 0 for padding (causal attention is a "
+            "decoder's own; masks over pairs of positions, or added to scores, are not supported)"
+        )
+    return mask

@@ -13,6 +13,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from lightning_tex.callbacks import ExpertMonitor, Throughput
+from lightning_tex.data import require_token_ids
 from lightning_tex.layers import VocabParallelCrossEntropy
 from lightning_tex.models import Decoder, DecoderConfig
 from lightning_tex.moe import auxiliary_loss
@@ -25,9 +26,12 @@ class LanguageModel(LightningModule):
     """Next-token training of a mixture-of-experts decoder. Works under ``strategy="tex_moe"`` and any other.
 
     Batches are mappings with ``input_ids`` and ``labels``, both [B, S] integers; labels are the next tokens, -100
-    where nothing is to be predicted. Logs ``train_loss``, ``val_loss``, ``val_perplexity`` (nats per token and its
-    exponential, over the tokens of all ranks), and through its callbacks ``tokens_per_second``,
-    ``expert_load/{layer}`` and ``expert_overflow/{layer}``.
+    where nothing is to be predicted. With padding they have ``attention_mask`` too, [B, S], 1 for a token, 0 for
+    padding on either side: that is seen by no token, counts in no position, uses no expert and enters no loss, nor does
+    a label that repeats the padding which follows.
+
+    Logs ``train_loss``, ``val_loss``, ``val_perplexity`` (nats per token and its exponential, over the tokens of all
+    ranks), and through its callbacks ``tokens_per_second``, ``expert_load/{layer}`` and ``expert_overflow/{layer}``.
 
     The decoder is built on the meta device in ``configure_model`` and drawn part by part as a function of (seed, name,
     global index): its full size never exists on a rank, and every layout starts from the same weights.
@@ -53,9 +57,17 @@ class LanguageModel(LightningModule):
             if self._device_mesh is None:  # no strategy that draws meta parameters
                 materialise(self, self.device, torch.initial_seed())
 
-    def forward(self, input_ids: Tensor) -> Tensor:  # [B, S] -> [B, S, V/tensor]
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:  # [B, S] -> [B, S, V/tensor]
         assert self.decoder is not None, "configure_model() has not been called"
-        return self.decoder(input_ids)
+        return self.decoder(input_ids, token_mask=attention_mask)
+
+    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
+        """Refuses ids and labels beyond the vocabulary by name, while to look at them costs no wait for a GPU."""
+        # The hook of this name without the underscore would take the place of a data module's.
+        batch = super()._on_before_batch_transfer(batch, dataloader_idx)
+        if isinstance(batch, Mapping):
+            require_token_ids(batch, self.config.vocab_size, self.cross_entropy.ignore_index, self._place())
+        return batch
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         total, count = self._loss_sum(batch)
@@ -80,7 +92,7 @@ class LanguageModel(LightningModule):
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """The most likely next token at every position: [B, S]."""
         assert self.decoder is not None
-        return self.decoder.logits(batch["input_ids"]).argmax(-1)
+        return self.decoder.logits(batch["input_ids"], token_mask=batch.get("attention_mask")).argmax(-1)
 
     def configure_optimizers(self) -> Any:
         """AdamW with a weight decay of 0.1 on matrices. The command line's ``--optimizer`` takes precedence."""
@@ -131,12 +143,38 @@ class LanguageModel(LightningModule):
 
     def _loss_sum(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy over this rank's valid tokens, and their number."""
-        labels = batch["labels"]
-        loss = self.cross_entropy(self(batch["input_ids"]), labels)
-        return loss, (labels != self.cross_entropy.ignore_index).sum()
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        logits, labels = self(ids, mask), batch["labels"]
+        if mask is not None:
+            labels = labels.masked_fill(predicts_nothing(ids, labels, mask.bool()), self.cross_entropy.ignore_index)
+        return self.cross_entropy(logits, labels), (labels != self.cross_entropy.ignore_index).sum()
+
+    def _place(self) -> str:
+        """What is being read, for messages."""
+        trainer = self._trainer
+        if trainer is None:
+            return "a batch"
+        loop: Any = trainer.fit_loop.epoch_loop if trainer.training else trainer.predict_loop
+        if trainer.evaluating or trainer.sanity_checking:
+            loop = trainer._evaluation_loop
+        stage = trainer.state.stage
+        assert stage is not None
+        batch = f"{stage.value} batch {loop.batch_progress.current.ready} of epoch {trainer.current_epoch}"
+        return f"rank {trainer.global_rank}, {batch}"
 
     def _mean_over_ranks(self, x: Tensor) -> Tensor:
         return self.trainer.strategy.reduce(x, reduce_op="mean")
 
     def _from_first_rank(self, x: Tensor) -> Tensor:
         return self.trainer.strategy.broadcast(x) if self._trainer is not None else x
+
+
+def predicts_nothing(ids: Tensor, labels: Tensor, token_mask: Tensor) -> Tensor:
+    """Labels that count for nothing: those of padding, and those that are the padding which follows. All are [B, S].
+
+    Not every label before padding is: where a sequence was cut into inputs and labels before it was padded on the
+    right, the last label is a token that is no input.
+    """
+    padding = ~token_mask
+    is_next = labels[:, :-1] == ids[:, 1:]
+    return padding | F.pad(is_next & padding[:, 1:], (0, 1))

@@ -18,6 +18,10 @@ class UserValueError(UserError, ValueError):
     """A value or a combination of values that is not legal."""
 
 
+class UserIndexError(UserError, IndexError):
+    """Token ids that the vocabulary does not have."""
+
+
 class UserTypeError(UserError, TypeError):
     """Something of a kind that is not supported."""
 

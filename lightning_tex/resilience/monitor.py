@@ -21,15 +21,17 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from lightning_tex.parallel.flight_record import RECORDS, TRAINING
 from lightning_tex.resilience.nccl import write_flights
-from lightning_tex.resilience.processes import ProcessId, end_process, say, stacks
-from lightning_tex.resilience.server import ChildEnding, MonitorServer, connected
+from lightning_tex.resilience.processes import ProcessId, end_process, end_process_at_the_latest, say, stacks
+from lightning_tex.resilience.server import ChildEnding, MonitorServer
 from lightning_tex.resilience.verdict import Report, Verdict
-from lightning_tex.resilience.where import Where
-from lightning_tex.resilience.wire import Lines, Message
+from lightning_tex.resilience.where import Entry, Where
+from lightning_tex.resilience.wire import Lines, Message, connected
 
 # Seconds: for a rank that others have left to end by itself; for hooks after an error of its own; for rank 0 to answer
 # one that stands still, and one that has raised.
 FOLLOWER_S, HOOKS_S, ANSWER_S, JUDGEMENT_S = 2.0, 20.0, 1.2, 4.0
+# Seconds that the end of what this process has started may take.
+REAP_S = 2.0
 
 
 class Monitor(threading.Thread):
@@ -90,7 +92,9 @@ class Monitor(threading.Thread):
     def printed(self) -> None:
         """What ended this rank has been printed: wait until the others have been told, lest rank 0 ends before."""
         self._lines.send({"told": True})
-        self._heard.wait(ANSWER_S)
+        self._heard.wait(JUDGEMENT_S)
+        if self._rank == 0:
+            sleep(0.2)  # a connection that closes with something unread loses what was sent
 
     # --- the thread
 
@@ -141,7 +145,7 @@ class Monitor(threading.Thread):
         if self._ends or not self._depth:
             return
         self._verdict = verdict
-        if verdict.kind == "together":
+        if not verdict.ends_others:
             self._told.set()
             return
         blamed = self._rank in verdict.ranks
@@ -155,21 +159,22 @@ class Monitor(threading.Thread):
             process.kill()
         own_error = verdict.kind == "error" and blamed
         # Rank 0 tells the others, and may have started them.
-        self._end_at = monotonic() + (HOOKS_S if own_error else FOLLOWER_S + 0.5 * (self._rank == 0))
+        seconds = HOOKS_S if own_error else FOLLOWER_S + 0.5 * (self._rank == 0)
+        self._end_at = monotonic() + seconds
+        end_process_at_the_latest(seconds + REAP_S)
         self._told.set()
 
     @property
     def _ends(self) -> bool:
-        return self._verdict is not None and self._verdict.kind != "together"
+        return self._verdict is not None and self._verdict.ends_others
 
     def _give_up_first(self) -> None:
         """Rank 0 does not answer."""
-        state, waits_for = self._first_state, TRAINING.waiting_for
-        where = f" in {waits_for.operation} over {waits_for.axis.name}" if waits_for else ""
+        state = self._first_state
         text = (
             f"the run stands still: rank 0 ({self._first_process.host}) does not answer"
             + (f": its process is {state}" if state else "")
-            + f"; this rank waits{where} at step {TRAINING.step}"
+            + _waiting_here()
         )
         self._heed(Verdict("stall", (0,), text, 1))
         sleep(0.5)  # the other ranks, too, are to see that it is there
@@ -179,11 +184,16 @@ class Monitor(threading.Thread):
         """Rank 0's process is gone."""
         if not self._ends and self._depth and self._first_has_left < self._run:
             process = self._first_process
-            text = f"rank 0 ({process.host}, process {process.pid}, step {TRAINING.step}) died"
+            text = f"rank 0 ({process.host}, process {process.pid}, step {TRAINING.step}) died{_waiting_here()}"
             self._heed(Verdict("death", (0,), text, 1))
         while self._end_at is not None:
             sleep(max(0.0, self._end_at - monotonic()))
             self._watch(monotonic())
+
+
+def _waiting_here() -> str:
+    call = TRAINING.waiting_for
+    return f"; this rank waits in {Entry.of(call)}" if call else ""
 
 
 _monitor: Monitor | None = None
@@ -195,13 +205,15 @@ def current_monitor() -> Monitor | None:
     return _monitor if _monitor is not None and _monitor.serves(dist.group.WORLD) else None
 
 
-def join_monitor(address: str, child_ending: ChildEnding) -> Monitor | None:
-    """Connect this rank, once for each process group; ``None`` in a world of one process, or of pretended ones.
+def join_monitor(address: str, one_host: bool, child_ending: ChildEnding) -> Monitor | None:
+    """Connect this rank, once for each process group.
 
-    Called by all ranks; the server's place and token travel through the process group's store.
+    Called by all ranks; the server's place and token travel through the process group's store. ``None`` in a world of
+    one process, or of pretended ones, and where rank 0's host cannot be reached: training goes on without.
 
     Args:
         address: of rank 0's host.
+        one_host: whether all ranks are there.
         child_ending: on rank 0, how a process that it has started has ended.
     """
     global _monitor, _joined
@@ -214,11 +226,15 @@ def join_monitor(address: str, child_ending: ChildEnding) -> Monitor | None:
     store = PrefixStore(f"lightning_tex/monitor/{_joined}", _get_default_store())
     if rank == 0:
         token = secrets.token_hex(16)
-        server = MonitorServer(world, address, token, child_ending)
+        server = MonitorServer(world, address, one_host, token, child_ending)
         server.start()
         store.set("address", json.dumps({"port": server.address[1], "token": token}))
     place = json.loads(store.get("address"))
-    lines = connected((address, place["port"]))
+    try:
+        lines = connected(address, place["port"])
+    except OSError as error:
+        say(f"[rank {rank}] cannot reach {address}:{place['port']}, so failures of this rank will not be told: {error}")
+        return None
     lines.send({"token": place["token"], "rank": rank, "process": ProcessId.current()})
     _monitor = Monitor(lines, rank)
     _monitor.start()

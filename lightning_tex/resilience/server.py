@@ -8,15 +8,14 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from time import monotonic
-from typing import Any
+from time import monotonic, sleep
 
 from lightning_tex.parallel.flight_record import TRAINING
 from lightning_tex.resilience.processes import ProcessId, say
 from lightning_tex.resilience.stall import different_collectives, stalled_ranks, table
 from lightning_tex.resilience.verdict import Deliberation, Report, Verdict
 from lightning_tex.resilience.where import Where
-from lightning_tex.resilience.wire import Lines, Message, keep_from_children
+from lightning_tex.resilience.wire import Lines, Message, keep_from_children, listener
 
 # Seconds that a rank has to say where it is, and one to print its error before the others hear of it.
 _ANSWER_S, _PRINT_S = 1.0, 1.0
@@ -57,14 +56,15 @@ class MonitorServer(threading.Thread):
     Args:
         world: ranks.
         address: to listen at; any free port.
+        one_host: whether all ranks are on this host.
         token: what ranks prove themselves by.
         child_ending: of processes that this one has started.
     """
 
-    def __init__(self, world: int, address: str, token: str, child_ending: ChildEnding) -> None:
+    def __init__(self, world: int, address: str, one_host: bool, token: str, child_ending: ChildEnding) -> None:
         super().__init__(name="lightning_tex monitor of all ranks", daemon=True)
         self._world, self._token, self._child_ending = world, token, child_ending
-        self._listener = _listener(address)
+        self._listener = listener(address, one_host)
         keep_from_children(self._listener)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
@@ -96,13 +96,16 @@ class MonitorServer(threading.Thread):
     # --- what ranks say
 
     def _accept(self) -> None:
-        with suppress(OSError):
+        try:
             connection, _ = self._listener.accept()
-            connection.settimeout(1.0)  # a rank that does not read must not keep the others waiting
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            peer = _Peer(Lines(connection))
-            self._strangers.add(peer)
-            self._selector.register(connection, selectors.EVENT_READ, peer)
+        except OSError:  # no file descriptors are left
+            sleep(0.1)
+            return
+        connection.settimeout(1.0)  # a rank that does not read must not keep the others waiting
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        peer = _Peer(Lines(connection))
+        self._strangers.add(peer)
+        self._selector.register(connection, selectors.EVENT_READ, peer)
 
     def _hear(self, peer: _Peer) -> None:
         try:
@@ -190,9 +193,9 @@ class MonitorServer(threading.Thread):
             if now >= case.asked_until or None not in case.answers.values():
                 self._judge_answers(run, case)
         elif now >= case.deliberation.due:
-            together, cause = case.deliberation.together(), case.deliberation.cause
-            if together is not None:
-                self._pronounce(run, case, together)
+            of_all, cause = case.deliberation.of_all(), case.deliberation.cause
+            if of_all is not None:
+                self._pronounce(run, case, of_all)
             elif cause is not None and cause.kind == "error":
                 self._judge_error(run, case, cause)
             else:
@@ -206,8 +209,8 @@ class MonitorServer(threading.Thread):
         process = self._peers[rank].process
         how = self._child_ending(process.pid)
         text = f"rank {rank} ({process.host}, process {process.pid}, step {TRAINING.step}) {how or 'died'}"
-        if "SIGABRT" in how:
-            different = different_collectives(case.answers)
+        different = different_collectives(case.answers)
+        if "SIGABRT" in how or different:
             say(f"[rank 0] {text}\n{_MISMATCH}\n{table(case.answers, self._hosts(), different)}")
             text += "".join(f"; {self._named(rank)} {reason}" for rank, reason in different)
         self._pronounce(run, case, Verdict("death", (rank,), text, self._speaker(rank)))
@@ -222,7 +225,9 @@ class MonitorServer(threading.Thread):
                 self._judge_error(run, case, cause)
             return
         silent = [self._peers[rank] for rank, where in case.answers.items() if where is None]
-        stalled = stalled_ranks(case.answers, {peer.rank: peer.process.state() for peer in silent})
+        stalled = stalled_ranks(
+            case.answers, {peer.rank: peer.process.state() for peer in silent}, case.deliberation.reported
+        )
         if not stalled and first is not None:  # all are alive and together, so its error is what there is to say
             self._judge_error(run, case, first)
             return
@@ -245,7 +250,7 @@ class MonitorServer(threading.Thread):
     def _pronounce(self, run: int, case: _Case, verdict: Verdict) -> None:
         """Tell the run's ranks; one whose error it is first, so that it is the first to print."""
         case.verdict = verdict
-        if verdict.kind == "together":  # what they do about it, together, may fail on one of them
+        if not verdict.ends_others:  # what they do about it, together, may fail on one of them
             self._cases[run] = _Case(self._world)
         if verdict.kind != "error":
             self._tell(run, {"verdict": verdict.to_message()})
@@ -269,27 +274,3 @@ def _due(case: _Case) -> float:
     if case.verdict is not None:
         return case.untold_until if case.untold_until is not None else float("inf")
     return case.asked_until if case.asked_until is not None else case.deliberation.due
-
-
-def _listener(address: str) -> socket.socket:
-    """At the interface of the run's main address; at all of them where that address is not one of this host's."""
-    family, _, _, _, sockaddr = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.bind(sockaddr)
-    except OSError:
-        listener.bind(("", 0))
-    listener.listen(1024)
-    return listener
-
-
-def connected(message: Any) -> Lines:
-    """A connection to the server.
-
-    Args:
-        message: host and port.
-    """
-    connection = socket.create_connection(tuple(message), timeout=10.0)
-    connection.settimeout(1.0)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return Lines(connection)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
+from lightning_tex.parallel.flight_record import TRAINING
 from lightning_tex.resilience.where import Entry, Track, Where
 
 
@@ -16,25 +17,29 @@ class Stalled(NamedTuple):
     reason: str
 
 
-def stalled_ranks(answers: Mapping[int, Where | None], states: Mapping[int, str]) -> list[Stalled]:
+def stalled_ranks(
+    answers: Mapping[int, Where | None], states: Mapping[int, str], timed_out: Collection[int] = ()
+) -> list[Stalled]:
     """The ranks that a stall comes from; none where that cannot be told.
 
     Args:
         answers: where each rank is; ``None``: it has not said.
         states: of the processes that have not said, where this host sees them.
+        timed_out: ranks that have waited in vain, perhaps in a collective of the user's own.
     """
     silent = [rank for rank, where in answers.items() if where is None]
     if silent:
         return [Stalled(rank, _silence(states.get(rank, ""))) for rank in silent]
     known = {rank: where for rank, where in answers.items() if where is not None}
     names = {track.name for where in known.values() for track in where.waiting}
+    names |= {TRAINING.name} if timed_out else set()
     for name in sorted(names, reverse=True):  # training before saving
         tracks = {rank: track for rank, where in known.items() if (track := where.track(name)) is not None}
         absent = set(known) - set(tracks)
         stalled = (
             _in_other_collectives(tracks, known)
             or [Stalled(rank, "has not begun any collective") for rank in sorted(absent)]
-            or _in_none(tracks)
+            or _in_none({rank: track for rank, track in tracks.items() if rank not in timed_out})
             or _behind(tracks)
         )
         if stalled:

@@ -38,19 +38,24 @@ class Verdict:
     """Why a run ends.
 
     Args:
-        kind: ``together``: all ranks raise at one step, and whatever needs all of them still works; ``error``,
-            ``death`` or ``stall`` of some rank.
+        kind: ``together``: all ranks raise at one place, and whatever needs all of them still works; ``apart``: all
+            raise errors of their own at different ones; ``error``, ``death`` or ``stall`` of some rank.
         ranks: whose fault it is.
         text: of the cause, for the others to say.
         speaker: the rank that speaks for all of them.
         doomed: processes that cannot end by themselves.
     """
 
-    kind: Literal["together", "error", "death", "stall"]
+    kind: Literal["together", "apart", "error", "death", "stall"]
     ranks: tuple[int, ...] = ()
     text: str = ""
     speaker: int = 0
     doomed: tuple[ProcessId, ...] = ()
+
+    @property
+    def ends_others(self) -> bool:
+        """Whether ranks that have not failed themselves have to end."""
+        return self.kind in ("error", "death", "stall")
 
     def to_message(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -87,7 +92,7 @@ class Deliberation:
         self._reports[report.rank] = report
         self.due = min(self.due, now + (LAST_WORDS_S if report.kind == "death" else TOGETHER_S))
         if len(self._reports) == self._world:
-            self.due = min(self.due, now + LAST_WORDS_S) if self._together() is None else now
+            self.due = now
 
     @property
     def cause(self) -> Report | None:
@@ -99,12 +104,15 @@ class Deliberation:
         """The first of all."""
         return next(iter(self._reports.values()), None)
 
-    def _together(self) -> Verdict | None:
-        reports = self._reports.values()
-        places = {(report.step, report.number) for report in reports}
-        alike = len(reports) == self._world and len(places) == 1
-        return Verdict("together") if alike and all(report.kind == "error" for report in reports) else None
+    @property
+    def reported(self) -> set[int]:
+        """The ranks that reports are of."""
+        return set(self._reports)
 
-    def together(self) -> Verdict | None:
-        """Whether all ranks have raised errors of their own at one step, after the same collectives."""
-        return self._together()
+    def of_all(self) -> Verdict | None:
+        """What there is to say where all ranks have raised errors of their own."""
+        reports = self._reports.values()
+        if len(reports) < self._world or any(report.kind != "error" for report in reports):
+            return None
+        places = {(report.step, report.number) for report in reports}
+        return Verdict("together" if len(places) == 1 else "apart")

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from lightning_tex.parallel.flight_record import TRAINING
 from lightning_tex.parallel.topology import Axis
 
 
@@ -42,5 +43,6 @@ class Vote:
         if self._group is None:
             return Highest(number, self._world.rank)
         ballot = torch.tensor(number * self._world.size + self._world.rank)
-        dist.all_reduce(ballot, dist.ReduceOp.MAX, group=self._group)
+        with TRAINING.inside("vote", self._world, ballot):
+            dist.all_reduce(ballot, dist.ReduceOp.MAX, group=self._group)
         return Highest(*divmod(int(ballot), self._world.size))

@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import suppress
+from ipaddress import ip_address
 from os import register_at_fork
 from typing import Any
 
@@ -81,3 +82,32 @@ class Lines:
         """Close the connection."""
         with suppress(OSError):
             self.connection.close()
+
+
+def listener(address: str, one_host: bool) -> socket.socket:
+    """At the interface of the run's main address.
+
+    At all of them where that address is not one of this host's, or is one that other hosts do not reach: many a host
+    calls itself 127.0.1.1.
+    """
+    family, _, _, _, sockaddr = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    reachable = one_host or not ip_address(str(sockaddr[0])).is_loopback
+    try:
+        listening.bind(sockaddr if reachable else ("", 0))
+    except OSError:
+        listening.bind(("", 0))
+    listening.listen(1024)
+    return listening
+
+
+def connected(host: str, port: int) -> Lines:
+    """A connection to a listener.
+
+    Raises:
+        OSError: there is none that can be reached.
+    """
+    connection = socket.create_connection((host, port), timeout=10.0)
+    connection.settimeout(1.0)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return Lines(connection)

@@ -1,8 +1,10 @@
 """The newest complete whole state among the folders that a run can have written to: the one rule of the way back.
 
 A *whole state* is all that training goes on from: weights, optimizer states, loops, schedulers. The newest has most
-optimizer steps; of equal ones, what is said to be this run's own, then a directory before a plain file (which has no
-random states), then what was written last. What is damaged, or leads nowhere, is passed over and remembered.
+optimizer steps; of equal ones, what is said to be this run's own, then what a stop has written (where a limit of time
+ends an epoch early, what is saved at its end would go on with the next one), then a directory before a plain file
+(which has no random states), then what was written last. What is damaged, or leads nowhere, is passed over and
+remembered.
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ from lightning_tex.saving import paths
 from lightning_tex.saving.contents import contents, holds_whole_state
 from lightning_tex.saving.manifest import CorruptCheckpointError
 from lightning_tex.saving.trainer_state import TRAINER_STATE
+
+# The checkpoint of a stop; the number of optimizer steps follows.
+STOPPED = "stopped-step="
 
 
 class Place(NamedTuple):
@@ -112,8 +117,9 @@ class Search:
             elif whole is False:
                 self.weights.append(state)
 
-    def _rank(self, state: SavedState) -> tuple[bool, int, bool, float]:
-        return state.path.resolve() in self.own, state.step, state.directory, state.written
+    def _rank(self, state: SavedState) -> tuple[bool, int, bool, bool, float]:
+        own, stopped = state.path.resolve() in self.own, state.path.name.startswith(STOPPED)
+        return own, state.step, stopped, state.directory, state.written
 
     def _heads(self) -> list[SavedState]:
         heads: dict[Path, SavedState] = {}

@@ -34,6 +34,9 @@ class GuardedRun:
     def frame(self, trainer: Trainer) -> Iterator[None]:
         """Around a whole run on this rank, from before set-up until its error, if any, has passed."""
         self._held_back.close()
+        if trainer.world_size == 1:
+            yield
+            return
         self._inside = True
         self._enter(current_monitor())
         try:
@@ -53,6 +56,7 @@ class GuardedRun:
     def connect(
         self,
         address: str,
+        one_host: bool,
         child_ending: Callable[[int], str],
         timeout: timedelta,
         device_waits: Callable[[], bool],
@@ -61,11 +65,12 @@ class GuardedRun:
 
         Args:
             address: of rank 0's host.
+            one_host: whether all ranks are there.
             child_ending: how a process that this one has started has ended.
             timeout: after which a collective that has not returned is a stall.
             device_waits: whether the device has work that does not end.
         """
-        monitor = join_monitor(address, child_ending)
+        monitor = join_monitor(address, one_host, child_ending)
         if monitor is not None:
             monitor.timeout_s, monitor.device_waits = timeout.total_seconds(), device_waits
             if self._inside:
@@ -90,7 +95,12 @@ class GuardedRun:
         TRAINING.leave()
         if verdict is not None and verdict.kind == "together":
             return
-        failing.set()
+        if verdict is None or verdict.ends_others:
+            failing.set()
+            self._print(error, verdict, rank, step, monitor)
+        self._hold_back_saves(trainer, verdict, rank)
+
+    def _print(self, error: BaseException, verdict: Verdict | None, rank: int, step: int, monitor: Monitor) -> None:
         if verdict is None:  # rank 0 is busy or gone
             tell(error, rank, socket.gethostname(), step)
         elif verdict.kind == "error" and rank in verdict.ranks:
@@ -98,7 +108,6 @@ class GuardedRun:
             monitor.printed()
         else:
             mark_told(error)
-        self._hold_back_saves(trainer, verdict, rank)
 
     def _hold_back_saves(self, trainer: Trainer, verdict: Verdict | None, rank: int) -> None:
         """A checkpoint takes all ranks: hooks that save one on an exception would wait for those that are gone."""

@@ -137,7 +137,11 @@ class MeshStrategy(ParallelStrategy):
         _init_dist_connection(self.cluster_environment, backend, **options)
         assert isinstance(self._launcher, RankLauncher)
         self._guarded_run.connect(
-            self.cluster_environment.main_address, self._launcher.child_ending, self.timeout, self._device_waits
+            self.cluster_environment.main_address,
+            self.num_nodes == 1,
+            self._launcher.child_ending,
+            self.timeout,
+            self._device_waits,
         )
         self._require_agreement(agreement.start(self._arguments, trainer, self.root_device.type))
         if self._mesh is None:

@@ -11,6 +11,7 @@ from typing import Any
 from lightning import Trainer
 from lightning.fabric.utilities.seed import pl_worker_init_function
 
+from lightning_tex.data.workers import named_worker_errors
 from lightning_tex.moe import auxiliary_loss
 from lightning_tex.parallel.errors import UserRuntimeError
 from lightning_tex.parallel.flight_record import TRAINING
@@ -55,7 +56,11 @@ class StepStrategy(CheckpointingStrategy):
         if self._stopping is None or self._stopping.trainer is not trainer:
             self._stopping = Stopping(self, trainer)
         trainer._signal_connector = AgreedSignals(trainer, self._stopping)
-        with super().run_frame(trainer), named_out_of_memory(self, trainer):
+        with (
+            super().run_frame(trainer),
+            named_worker_errors(self.global_rank),
+            named_out_of_memory(self, trainer),
+        ):
             yield
 
     def compare_steps_again(self) -> None:

@@ -25,6 +25,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_tex.resilience.signals import StopSignals, exit_code
 from lightning_tex.resilience.vote import Vote
+from lightning_tex.saving.newest import STOPPED
 from lightning_tex.saving.random_streams import random_streams, restore_random_streams
 from lightning_tex.strategy.time_limits import TimeLimits
 
@@ -183,7 +184,7 @@ class Stopping:
         self._say(f"stopping after step {step}: {why}; saving")
         path = folder / f"{STOPPED}{step}.ckpt"
         self._write(path)
-        self._remove_older(path)
+        self._remove_older(path)  # a later stop replaces it
         self._say(f"saved {path}; ckpt_path='last' goes on from it")
 
     def _write(self, path: Path) -> None:
@@ -225,10 +226,6 @@ class Stopping:
     def _say(self, text: str) -> None:
         if self._strategy.is_global_zero:
             print(f"lightning_tex: {text}", file=sys.stderr, flush=True)
-
-
-# A checkpoint of a stop; the number of optimizer steps follows. A later one replaces it.
-STOPPED = "stopped-step="
 
 
 def checkpoint_folder(trainer: Trainer) -> Path | None:

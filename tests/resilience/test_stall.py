@@ -65,6 +65,12 @@ def test_two_ranks_of_two_that_differ_are_both_named() -> None:
     assert list(named(answers)) == [0, 1]
 
 
+def test_a_rank_that_others_wait_for_in_a_collective_of_the_users() -> None:
+    answers = {rank: where(rank, entry(1), waits=False) for rank in range(4)}
+    assert named(answers) == {}
+    assert [rank for rank, _ in stalled_ranks(answers, {}, timed_out={0, 1, 3})] == [2]
+
+
 def test_the_table_marks_the_stalled() -> None:
     answers = {0: where(0, entry(7)), 1: None}
     lines = table(answers, {0: "a", 1: "b"}, stalled_ranks(answers, {})).splitlines()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_tex.resilience.verdict import LAST_WORDS_S, TOGETHER_S, Deliberation, Report
+from lightning_tex.resilience.verdict import LAST_WORDS_S, TOGETHER_S, Deliberation, Report, Verdict
 
 
 def reports(*kinds: str, **options: Any) -> list[Report]:
@@ -26,7 +26,7 @@ def test_the_first_error_is_the_cause_and_its_death_no_other_one() -> None:
     deliberation.add(error, 1.0)
     deliberation.add(Report(0, "death", ""), 1.1)
     deliberation.add(other, 1.2)
-    assert deliberation.cause == error and deliberation.together() is None
+    assert deliberation.cause == error and deliberation.of_all() is None
 
 
 def test_all_ranks_that_raise_at_one_place_do_so_together() -> None:
@@ -35,12 +35,12 @@ def test_all_ranks_that_raise_at_one_place_do_so_together() -> None:
         assert deliberation.due > 1.0
         deliberation.add(report, 1.0)
     assert deliberation.due == 1.0
-    assert deliberation.together() is not None
+    assert deliberation.of_all() == Verdict("together")
 
 
-def test_errors_at_different_steps_or_collectives_are_not_together() -> None:
+def test_errors_at_different_steps_or_collectives_are_not_at_one_place() -> None:
     for last in (Report(1, "error", "", step=5, number=9), Report(1, "error", "", step=4, number=8)):
         deliberation = Deliberation(2)
         deliberation.add(Report(0, "error", "", step=4, number=9), 1.0)
         deliberation.add(last, 1.0)
-        assert deliberation.together() is None
+        assert deliberation.of_all() == Verdict("apart")

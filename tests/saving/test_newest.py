@@ -92,6 +92,12 @@ def test_of_equal_steps_a_directory_goes_before_a_file_without_random_states(kin
     assert not search.damaged
 
 
+def test_of_equal_steps_a_stops_goes_first_though_another_was_written_later(kinds: Path, tmp_path: Path) -> None:
+    stopped = at_step(kinds, tmp_path / "stopped-step=4.ckpt", 4, written=1.0)
+    at_step(kinds, tmp_path / "epoch=0.ckpt", 4, written=2.0)
+    assert latest(tmp_path) == stopped
+
+
 def test_what_is_damaged_or_leads_nowhere_is_passed_over_by_name(kinds: Path, tmp_path: Path) -> None:
     good = at_step(kinds, tmp_path / "good.ckpt", 1)
     damaged = [cut(at_step(kinds, tmp_path / "cut.ckpt", 9)), tmp_path / "dangling.ckpt", tmp_path / "empty.ckpt"]

@@ -1,0 +1,73 @@
+"""Errors of data loaders' workers: a worker that died, and what one could not read."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch.utils.data._utils.signal_handling import _error_if_any_worker_fails
+
+from lightning_tex.parallel.errors import UserError, UserRuntimeError
+
+_GRACE = 0.5  # s, from a read that has failed until the system tells of the death of the process at its other end
+
+
+@contextmanager
+def named_worker_errors(rank: int) -> Iterator[None]:
+    """Around a run: a worker that died is named with its likely reason, and what one raised is told by its last line.
+
+    Args:
+        rank: of this process.
+
+    Raises:
+        RuntimeError: a worker died, or raised; where it refused something by name, an error of that type.
+    """
+    try:
+        yield
+    except Exception as error:
+        text, death = str(error), _death(error)
+        if death is not None:
+            raise UserRuntimeError(f"rank {rank}: {_first_words(death)}: {_likely_reason()}") from error
+        if not (text.startswith("Caught ") and "in DataLoader worker process" in text):
+            raise
+        # torch raises the same type again, with the worker's traceback for its message.
+        if isinstance(error, UserError):
+            _, _, said = text.rpartition(f"{type(error).__name__}: ")
+            raise type(error)(f"rank {rank}: {said.strip()}") from None
+        last_line = text.strip().rpartition("\n")[2]
+        raise UserRuntimeError(f"rank {rank}: a DataLoader worker raised {last_line}\n{text}") from None
+
+
+def _death(error: Exception) -> str | None:
+    """What torch says of a worker that died; None if none did.
+
+    torch says it wherever the process is when it hears of the death, which may be after a read from the dead worker
+    has failed, and even in the teardown that follows. Asked for, it says it once.
+    """
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+        return str(error)
+    until = time.monotonic() + (_GRACE if isinstance(error, (OSError, EOFError)) else 0)
+    try:
+        _error_if_any_worker_fails()
+        while time.monotonic() < until:
+            time.sleep(0.01)
+            _error_if_any_worker_fails()
+    except RuntimeError as death:
+        return str(death)
+    return None
+
+
+def _first_words(text: str) -> str:
+    """torch's own words, without the advice that follows them."""
+    return text.partition("\n")[0].partition(". ")[0].rstrip(".")
+
+
+def _likely_reason() -> str:
+    free_mib = shutil.disk_usage("/dev/shm").free / 2**20
+    return (
+        "something outside of Python ended it, likely for want of memory (the kernel's log tells of an out-of-memory "
+        f"kill) or of shared memory (/dev/shm has {free_mib:.0f} MiB free; a container gets more by --shm-size). "
+        "Legal: fewer workers or num_workers=0, smaller batches, more memory"
+    )

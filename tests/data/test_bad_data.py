@@ -1,0 +1,298 @@
+"""Data that cannot be what was meant: an error that names the file, the row where it is known, and the remedy."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+import torch
+from helpers.behaviour_modules import PublicNames, new_trainer
+from helpers.ranks import on_ranks
+from pyarrow import parquet
+from tokenizers import Tokenizer, models
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_tex.data import TextDataModule
+from lightning_tex.data.prepared import Prepared
+from lightning_tex.errors import UserError
+from lightning_tex.testing.ranks import RanksFailed
+
+TEXT = "the token of a data rank "
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    place = tmp_path / "corpus"
+    place.mkdir()
+    return place
+
+
+def data_of(corpus: Path, **options: Any) -> TextDataModule:
+    settings = {"vocab_size": 300, "sequence_length": 16, "global_batch_size": 2}
+    return TextDataModule(str(corpus), cache_dir=str(corpus.parent / "cache"), **{**settings, **options})
+
+
+def read(data: TextDataModule) -> None:
+    data.prepare_data()
+    for batches in (data.train_dataloader(), data.val_dataloader()):
+        for _ in batches:
+            pass
+
+
+def refused(data: Callable[[], TextDataModule]) -> str:
+    with pytest.raises(UserError) as caught:
+        read(data())
+    return str(caught.value)
+
+
+def texts(corpus: Path, *contents: str | bytes) -> None:
+    for i, content in enumerate(contents):
+        (corpus / f"{i}.txt").write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def json_lines(corpus: Path, *lines: str) -> None:
+    good = json.dumps({"text": TEXT * 9})
+    (corpus / "a.jsonl").write_text("\n".join([good] * 6 + list(lines)) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("contents", "words"),
+    [
+        ([], "the folder path='.*corpus' is empty; legal: a folder with .*, .txt files"),
+        ([""], "0 documents in path='.*corpus' leave nothing to hold out"),
+        (["", ""], "the training documents of path='.*' are shorter than one block of sequence_length [+] 1 = 17"),
+        (["a", "b"], "the training documents of path='.*' are shorter than one block of sequence_length [+] 1 = 17"),
+    ],
+    ids=["no file", "an empty file", "empty files", "one token"],
+)
+def test_too_little_text(corpus: Path, contents: list[str], words: str) -> None:
+    texts(corpus, *contents)
+    assert re.search(words, refused(lambda: data_of(corpus)))
+
+
+def test_documents_of_one_token_and_of_none_are_legal_among_others(corpus: Path) -> None:
+    texts(corpus, TEXT * 20, "a", "", TEXT * 20)
+    read(data_of(corpus))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_not_utf_8(corpus: Path, streaming: bool) -> None:
+    texts(corpus, TEXT * 20, b"first\nm\xfc\xdfig\n", TEXT * 20)
+    text = refused(lambda: data_of(corpus, streaming=streaming))
+    assert f"{corpus}/1.txt is not UTF-8: byte 0xfc at offset 7, line 2; convert it" in text
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"text": "cut', r"a\.jsonl is no JSON in line 7: .* one object a line"),
+        ('{"text": null}', "document [56], counted without those that are held out, is None and no text"),
+    ],
+    ids=["cut short", "null"],
+)
+def test_json_lines(corpus: Path, line: str, words: str, streaming: bool) -> None:
+    json_lines(corpus, line)
+    assert re.search(words, refused(lambda: data_of(corpus, streaming=streaming)))
+
+
+def test_csv_with_too_many_columns(corpus: Path) -> None:
+    (corpus / "a.csv").write_text("text\nfirst\nsecond, with a comma\n")
+    assert "a.csv has 2 columns in line 3, and 1 in its first; quote the text" in refused(lambda: data_of(corpus))
+
+
+def test_parquet_cut_short(corpus: Path) -> None:
+    file = corpus / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": [TEXT * 9] * 20}), file)
+    file.write_bytes(file.read_bytes()[:-20])
+    assert f"{file} is no whole parquet file" in refused(lambda: data_of(corpus))
+
+
+def test_files_that_are_not_there(corpus: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"cannot read path='.*nowhere', split='train'"):
+        read(data_of(corpus / "nowhere"))
+
+
+# --- tokenizers
+
+
+def test_a_tokenizer_that_is_none(corpus: Path) -> None:
+    texts(corpus, TEXT * 20, TEXT * 20)
+    file = corpus.parent / "tokenizer.json"
+    file.write_text('{"version": ')
+    text = refused(lambda: data_of(corpus, tokenizer=str(file), vocab_size=None))
+    assert f"{file} is no tokenizers JSON file" in text
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (models.WordLevel({"other": 0, "</s>": 1}, unk_token="[UNK]"), "the tokenizer has no tokens for this text"),
+        (models.BPE({"x": 0, "</s>": 1}, []), "shorter than one block"),
+    ],
+    ids=["raises", "gives nothing"],
+)
+def test_a_tokenizer_that_does_not_know_the_text(corpus: Path, model: Any, words: str) -> None:
+    texts(corpus, TEXT * 20, TEXT * 20)
+    file = corpus.parent / "tokenizer.json"
+    Tokenizer(model).save(str(file))
+    assert words in refused(lambda: data_of(corpus, tokenizer=str(file), vocab_size=None))
+
+
+# --- prepared data
+
+
+@pytest.fixture
+def prepared(corpus: Path) -> Prepared:
+    texts(corpus, TEXT * 20, TEXT * 20, TEXT * 20)
+    return data_of(corpus).prepared
+
+
+def overwrite(file: Path, at: int, content: bytes) -> None:
+    """Through the file's name: what others have mapped changes too."""
+    with file.open("r+b") as opened:
+        opened.seek(at)
+        opened.write(content)
+
+
+def damaged_ids(file: Path, token: int, rows: slice = slice(1)) -> None:
+    """Put a token that no tokenizer has into place 3 of some rows; the size of the file stays that written down."""
+    table = pyarrow.ipc.open_stream(file.read_bytes()).read_all()
+    width = table["tokens"].type.list_size
+    values = table["tokens"].combine_chunks().values.to_numpy().reshape(-1, width).copy()
+    values[rows, 3] = token
+    tokens = pyarrow.FixedSizeListArray.from_arrays(values.ravel(), width)
+    with pyarrow.OSFile(str(file), "wb") as out, pyarrow.ipc.new_stream(out, table.schema) as writer:
+        writer.write_table(pyarrow.table({"tokens": tokens}, schema=table.schema))
+    note = file.parent / "fingerprints.json"
+    prints = json.loads(note.read_text())
+    prints["bytes"][file.stem] = file.stat().st_size
+    note.write_text(json.dumps(prints))
+
+
+def test_prepared_data_cut_short(corpus: Path, prepared: Prepared) -> None:
+    assert prepared.train is not None
+    file = prepared.train.file
+    whole = file.stat().st_size
+    os.truncate(file, whole - 8)  # the end of the stream only: Arrow itself would not notice
+    text = refused(lambda: data_of(corpus))
+    assert f"{file} of the prepared data has {whole - 8} bytes and was written with {whole}; delete the folder" in text
+
+
+def test_prepared_data_that_is_no_arrow(corpus: Path, prepared: Prepared) -> None:
+    assert prepared.train is not None
+    overwrite(prepared.train.file, 0, b"\0" * 64)
+    text = refused(lambda: data_of(corpus))
+    assert f"{prepared.train.file} of the prepared data is damaged" in text
+    assert f"delete the folder {prepared.train.file.parent}" in text
+
+
+@pytest.mark.parametrize("name", ["validation.arrow", "fingerprints.json"])
+def test_prepared_data_that_is_gone(corpus: Path, prepared: Prepared, name: str) -> None:
+    assert prepared.train is not None
+    folder = prepared.train.file.parent
+    (folder / name).unlink()
+    text = refused(lambda: data_of(corpus))
+    assert re.search(f"{folder}/{name} of the prepared data is gone.*; delete the folder {folder}", text)
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+    read(data_of(corpus))  # as the message promises
+
+
+def test_prepared_data_of_an_earlier_version(corpus: Path, prepared: Prepared) -> None:
+    assert prepared.train is not None
+    file = prepared.train.file.parent / "fingerprints.json"
+    prints = json.loads(file.read_text())
+    del prints["bytes"]
+    file.write_text(json.dumps(prints))
+    read(data_of(corpus))
+
+
+def test_a_note_cut_short_is_written_again(corpus: Path, prepared: Prepared) -> None:
+    (note,) = (corpus.parent / "cache" / "notes").iterdir()
+    note.write_text(note.read_text()[:10])
+    read(data_of(corpus))
+    assert json.loads(note.read_text())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_prepared_ids_beyond_the_vocabulary(corpus: Path, prepared: Prepared, workers: int) -> None:
+    assert prepared.train is not None and prepared.validation is not None
+    file = prepared.validation.file
+    damaged_ids(file, 70_000)
+    text = refused(lambda: data_of(corpus, num_workers=workers))
+    size = prepared.tokenizer.size
+    assert f"{file} of the prepared data has 70000 in row 0, place 3, and its tokenizer has {size} tokens" in text
+
+
+# --- workers
+
+
+class Fatal(Dataset):
+    """Sample 5 ends the process that reads it, or cannot be read."""
+
+    def __init__(self, way: str) -> None:
+        self.way = way
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> list[Tensor]:
+        if index == 5 and self.way == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if index == 5 and self.way == "raises":
+            raise KeyError("sample 5 has no text")
+        return [torch.full((1, 5), index), torch.full((1, 5), index)]
+
+
+def fit_with_worker(ways: list[str]) -> None:
+    trainer = new_trainer({})
+    way = ways[trainer.global_rank]
+    trainer.fit(PublicNames(), DataLoader(Fatal(way), batch_size=None, num_workers=1))
+
+
+@pytest.mark.parametrize(
+    ("way", "words"),
+    [
+        ("dies", r"UserRuntimeError: rank 1: DataLoader worker \(pid.*/dev/shm has \d+ MiB free; .*num_workers=0"),
+        ("raises", r"UserRuntimeError: rank 1: a DataLoader worker raised KeyError: 'sample 5 has no text'"),
+    ],
+)
+def test_a_worker_of_one_rank_that_ends(way: str, words: str) -> None:
+    """The other rank hears of it by the collective that it waits in."""
+    with pytest.raises(RanksFailed) as caught:
+        on_ranks(2, fit_with_worker, ["reads", way])
+    assert not caught.value.hung
+    assert re.search(words, str(caught.value).split("--- rank 1")[1])
+
+
+def fit_damaged(corpus: Path) -> str:
+    data = data_of(corpus, num_workers=1, global_batch_size=4)
+    trainer = new_trainer({}, limit_val_batches=0)
+    with pytest.raises(UserError) as caught:
+        trainer.fit(Tokens(), datamodule=data)
+    return str(caught.value)
+
+
+class Tokens(PublicNames):
+    """Trains on a text data module's batches, whatever the tokens."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self.loss([batch["input_ids"] % 61, batch["input_ids"] % 61])
+
+
+def test_what_a_worker_refuses_is_one_line_on_every_rank(corpus: Path, prepared: Prepared) -> None:
+    assert prepared.train is not None
+    damaged_ids(prepared.train.file, -7, rows=slice(None))
+    for rank, text in enumerate(on_ranks(2, fit_damaged, corpus)):
+        assert re.fullmatch(rf"rank {rank}: {prepared.train.file} of the prepared data has -7 in row \d+, .*", text)
