@@ -27,10 +27,10 @@ class HeadNorms(ParallelAttention):
         self.query_norm, self.key_norm = nn.RMSNorm(self.head_dim), nn.RMSNorm(self.head_dim)
         self.calls = 0
 
-    def _rotate(self, x: Tensor) -> Tensor:
+    def _rotate(self, x: Tensor, *positions: Any) -> Tensor:
         norm = self.key_norm if self.calls % 2 else self.query_norm
         self.calls += 1
-        return super()._rotate(norm(x))
+        return super()._rotate(norm(x), *positions)
 
 
 class Declared(HeadNorms):
