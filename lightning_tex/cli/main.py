@@ -31,6 +31,7 @@ COMMANDS = {
     "bench": "lightning_tex.cli.bench",
     "checkpoint": "lightning_tex.cli.checkpoint",
     "verify": "lightning_tex.cli.verify",
+    "replay": "lightning_tex.cli.replay",
 }
 
 

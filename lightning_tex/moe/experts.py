@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +75,14 @@ class Experts(TexModule):
             hidden = map(self._hidden, rows.split(sizes), ups, gates)
             products = zip(hidden, self.down.unbind(), strict=True)
         return products_then(products, lambda y: from_experts(y.reshape(-1, self.dim), exchange))
+
+    @torch.no_grad()
+    def own_outputs(self, arrived: Arrived) -> Iterator[Tensor]:
+        """What the experts held here give by themselves, one after another: partial sums over expert_tensor."""
+        rows, sizes = arrived
+        for i, part in enumerate(rows.reshape(-1, self.dim).split(list(sizes))):
+            gate = None if self.gate is None else self.gate[i]
+            yield F.linear(self._hidden(part, self.up[i], gate), self.down[i])
 
     @staticmethod
     def _hidden(rows: Tensor, up: Tensor, gate: Tensor | None) -> Tensor:  # [.., n, D], [.., H, D] -> [.., n, H]

@@ -87,7 +87,7 @@ class FlatBuffer:
 
 def kind(parameter: nn.Parameter, sharding: ParameterSharding) -> tuple[object, ...]:
     """What parameters of one buffer have in common."""
-    return sharding.replicas.name, sharding.repeated, parameter.dtype, parameter.device
+    return sharding.replicas.name, sharding.repeated, sharding.declared_partial, parameter.dtype, parameter.device
 
 
 def buckets(members: list[Member]) -> Iterator[list[Member]]:

@@ -103,6 +103,7 @@ class GradientReducer:
         self.shardings, self.world, self.communication, self.at_once = shardings, world, communication, at_once
         self.buffers: list[Gradients] = []
         self.state = ReductionState()
+        self._losses: list[Tensor] = []
         self._reached_directly: set[nn.Parameter] = set()
         self._overlap = BucketOverlap(world)
 
@@ -120,11 +121,13 @@ class GradientReducer:
         self._overlap.give_up()
         for gradients in self.buffers:
             gradients.zero()
+        self._losses = []
         under_way = self.state.stage if self.state.stage in _IN_BACKWARD else self.state.announced
         self.state = ReductionState(announced=under_way)
 
     def step_is_over(self) -> None:
         """The gradients have been used, or the step was skipped."""
+        self._losses = []
         self.state = ReductionState()
 
     def _require(self, call: str, *legal: ReductionStage) -> None:
@@ -144,6 +147,7 @@ class GradientReducer:
     def backward_begins(self, loss: Tensor, last: bool, undisturbed: bool) -> None:
         """See a loss before its backward; see :meth:`TiledOptimizer.backward_begins`."""
         self._require("backward_begins", ReductionStage.COLLECTING, ReductionStage.SENT)
+        self._losses.append(loss.detach())
         self._look_at(loss)
         if self.communication.overlap and undisturbed and (last or self.at_once):
             self._overlap.backward_begins()
@@ -172,7 +176,11 @@ class GradientReducer:
         """
         if not self.communication.sequence_parallel or self.world.size == 1:
             return
-        partial = {parameter for parameter, sharding in self.shardings.items() if sharding.partial_axis.size > 1}
+        partial = {
+            parameter
+            for parameter, sharding in self.shardings.items()
+            if sharding.partial_axis.size > 1 and not sharding.declared_partial
+        }
         new = partial & reached_directly(loss)
         if not new <= self._reached_directly:
             _, behind = reached(loss)
@@ -223,8 +231,16 @@ class GradientReducer:
         """The 2-norm of all gradients: an fp64 scalar; collective."""
         return self._measured_norm() * self.state.scale
 
+    def losses_are_finite(self) -> Tensor:
+        """Whether this rank's losses of the step are; a scalar on their device."""
+        device = next(iter(self.shardings)).device
+        return torch.stack([loss.isfinite().all() for loss in self._losses] or [torch.ones((), device=device)]).all()
+
     def finite(self) -> bool:
-        """Whether no gradient anywhere is infinite or NaN, copies that the norm does not count included; collective."""
+        """Whether no gradient and no loss of any rank is infinite or NaN; collective.
+
+        Copies of gradients that the norm does not count are included.
+        """
         if self.state.finite is None:
             self._measured_norm()
         return bool(self.state.finite)
@@ -239,6 +255,8 @@ class GradientReducer:
         for gradients in self.buffers:
             square = gradients.squared_norm()
             total += square if gradients.buffer.counted else torch.stack([torch.zeros_like(square), square])
+        for loss in self._losses:  # without a collective of its own: 0 where it is finite, else NaN
+            total[1] += (loss * 0).sum()
         with optimizer_pass(self.world):
             counted, everything = collectives.all_reduce(total, self.world)
         norm, finite = counted.sqrt(), self.state.finite

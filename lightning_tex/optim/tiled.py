@@ -76,6 +76,11 @@ class TiledOptimizer(StandIn):
         state_config: what is kept, in which form and where; ``None``: the defaults.
         communication: what is done to communicate less; ``None``: the defaults.
 
+    Attributes:
+        skipped: steps that were not taken.
+        on_skip: called on all ranks when a step is skipped, its gradients still there; who sets it decides when that
+            happened too often.
+
     Raises:
         ValueError: the optimizer is not elementwise, or holds a parameter that is not the model's.
     """
@@ -95,6 +100,7 @@ class TiledOptimizer(StandIn):
         self.shards: list[Shard] = []
         self.frozen: list[nn.Parameter] = []
         self.skipped = Skipped()
+        self.on_skip: Callable[[], None] | None = None
         self._reducer = GradientReducer(
             shardings, world, communication or Communication(), at_once=self.state_config.zero_stage == 2
         )
@@ -187,8 +193,21 @@ class TiledOptimizer(StandIn):
         return self._reducer.norm()
 
     def gradients_are_finite(self) -> bool:
-        """Whether no gradient anywhere is infinite or NaN, copies that the norm does not count included; collective."""
+        """Whether no gradient and no loss of any rank is infinite or NaN, copies included; collective."""
         return self._reducer.finite()
+
+    def own_loss_is_finite(self) -> bool:
+        """Whether the losses of this step are finite on this rank."""
+        return bool(self._reducer.losses_are_finite())
+
+    def culprit(self) -> str:
+        """A parameter whose combined gradient is not finite, and the rank that owns it; collective."""
+        return self._reducer.culprit()
+
+    def leave_out(self) -> None:
+        """Take no step with the gradients of this one, which are as they should be; collective."""
+        self.reduce_gradients()
+        self._step_is_over()
 
     def clip_by_norm(self, max_norm: float) -> Tensor:
         """Scale all gradients so that their norm is at most ``max_norm``. Returns the norm before; collective."""
@@ -249,10 +268,12 @@ class TiledOptimizer(StandIn):
         most = self.state_config.max_skipped_steps
         self.skipped.total += 1
         self.skipped.in_a_row += 1
+        if self.on_skip is not None:
+            self.on_skip()
         self._step_is_over()
-        if most is not None and self.skipped.in_a_row >= most:
+        if self.on_skip is None and most is not None and self.skipped.in_a_row >= most:
             raise UserRuntimeError(
-                f"the gradient of {self._reducer.culprit()} is infinite or NaN, and some gradient was in each of "
+                f"the gradient of {self.culprit()} is infinite or NaN, and some gradient was in each of "
                 f"the last {most} steps, none of which was taken; look at the data and the learning rate of the steps "
                 "before. Legal: TexMoEStrategy(max_skipped_steps=..), None to take such steps"
             )

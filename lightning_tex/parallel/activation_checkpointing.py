@@ -119,6 +119,22 @@ class Recomputed:
         return result
 
 
+def require_legal(mode: ActivationCheckpointing, policy: set[type[nn.Module]] | None) -> None:
+    """Refuse options of :func:`recompute_blocks` that are not legal, or have no effect.
+
+    Raises:
+        ValueError: naming the option and what is legal.
+    """
+    if mode not in ACTIVATION_CHECKPOINTING:
+        legal = ", ".join(map(repr, ACTIVATION_CHECKPOINTING))
+        raise UserValueError(f"activation_checkpointing={mode!r}; legal: {legal}")
+    if mode is None and policy is not None:
+        legal = ", ".join(repr(mode) for mode in ACTIVATION_CHECKPOINTING if mode is not None)
+        raise UserValueError(
+            f"activation_checkpointing_policy has no effect with activation_checkpointing=None; legal with it: {legal}"
+        )
+
+
 def recompute_blocks(
     root: nn.Module, mode: ActivationCheckpointing, policy: set[type[nn.Module]] | None = None
 ) -> list[str]:

@@ -15,11 +15,16 @@ def stable_hash(*parts: object) -> int:
 
 
 def uniform(index: Tensor, key: int) -> Tensor:
-    """Uniform on [0, 1) with 53 bits from (index, key): the splitmix64 finaliser on int64 lanes, which wrap."""
+    """Uniform on [0, 1) with 53 bits from (index, key)."""
+    return _shift(scrambled(index, key), 11).to(torch.float64) * 2.0**-53
+
+
+def scrambled(index: Tensor, key: int) -> Tensor:
+    """64 bits from (index, key): the splitmix64 finaliser on int64 lanes, which wrap."""
     x = index * _signed(0x9E3779B97F4A7C15) + _signed(key)
     x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
-    return _shift(x ^ _shift(x, 31), 11).to(torch.float64) * 2.0**-53
+    return x ^ _shift(x, 31)
 
 
 def _shift(x: Tensor, by: int) -> Tensor:

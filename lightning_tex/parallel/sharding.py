@@ -27,10 +27,15 @@ class TexModule(nn.Module):
         axes: names of the mesh axes it uses; each becomes an attribute, an :class:`Axis` of size 1 until sharded.
         shard_dims: parameter name -> {axis name: tensor dim sharded over that axis}.
         full_precision: mixed precision leaves its own parameters in fp32.
+        partial_gradients: names of parameters, or of modules inside, that act between the borders of a region which is
+            sharded over tensor and are whole there, such as a norm over a rank's heads: a rank's gradient of them is
+            the part of it that comes from what the rank computes, and is summed over tensor. A plain module may declare
+            them, too.
     """
 
     axes: ClassVar[tuple[str, ...]] = ("tensor",)
     shard_dims: ClassVar[Mapping[str, Mapping[str, int]]] = {}
+    partial_gradients: ClassVar[tuple[str, ...]] = ()
     full_precision: ClassVar[bool] = False
     tensor: Axis
     data: Axis
@@ -107,10 +112,10 @@ class ParameterSharding:
         shard_dims: the axes it is sharded over, each with its tensor dim.
         replicas: the axis whose ranks hold equal copies and reduce gradients: ``data``, or ``expert_data`` for experts.
         divisor: the summed gradient is divided by this, the size of the data axis.
-        repeated: whether ranks outside ``replicas`` hold equal copies too.
-        partial_axis: the axis whose ranks' gradients are partial sums, each of its own tokens: tensor for a replicated
-            parameter under sequence parallelism; size 1 elsewhere.
-        counted: whether this rank's copy enters sums over the world; of repeated copies only the first does.
+        copies: the axes besides ``replicas`` whose ranks hold equal copies, too.
+        partial_axis: the axis whose ranks' gradients are partial sums: tensor for a replicated parameter under sequence
+            parallelism, where they are of a rank's tokens, and for one that is declared so; size 1 elsewhere.
+        declared_partial: whether a module declares it so (:class:`TexModule`), whatever the loss reaches it through.
     """
 
     name: str
@@ -118,25 +123,37 @@ class ParameterSharding:
     shard_dims: tuple[tuple[Axis, int], ...]
     replicas: Axis
     divisor: int
-    repeated: bool
-    counted: bool
+    copies: tuple[Axis, ...]
     partial_axis: Axis
+    declared_partial: bool = False
 
     @classmethod
-    def of(cls, name: str, box: Box, shard_dims: Mapping[str, int], topology: Topology) -> ParameterSharding:
+    def of(
+        cls, name: str, box: Box, shard_dims: Mapping[str, int], topology: Topology, partial: bool = False
+    ) -> ParameterSharding:
         expert = "expert" in shard_dims
         mesh = ("expert", "expert_tensor") if expert else ("tensor",)
-        replicated = [topology.axis(axis) for axis in mesh if axis not in shard_dims]
+        whole = topology.tensor if partial else ActivationLayout.of(topology).shard_axis
         return cls(
             name,
             box,
             tuple((topology.axis(axis), dim) for axis, dim in shard_dims.items()),
             topology.expert_data if expert else topology.data,
             topology.data.size,
-            any(axis.size > 1 for axis in replicated),
-            all(axis.rank == 0 for axis in replicated),
-            Axis("tensor") if shard_dims else ActivationLayout.of(topology).shard_axis,
+            tuple(topology.axis(axis) for axis in mesh if axis not in shard_dims),
+            Axis("tensor") if shard_dims else whole,
+            partial,
         )
+
+    @property
+    def repeated(self) -> bool:
+        """Whether ranks outside ``replicas`` hold equal copies too."""
+        return any(axis.size > 1 for axis in self.copies)
+
+    @property
+    def counted(self) -> bool:
+        """Whether this rank's copy enters sums over the world; of repeated copies only the first does."""
+        return all(axis.rank == 0 for axis in self.copies)
 
     def gather(self, stored: Tensor) -> Tensor:
         """The whole tensor from every rank's stored part. Collective over the sharded axes."""
@@ -157,6 +174,7 @@ def parameter_shardings(root: nn.Module, topology: Topology) -> dict[str, Parame
     """The sharding of every parameter of a sharded model; a tied parameter once, under its first name."""
     found: dict[str, ParameterSharding] = {}
     seen: set[int] = set()
+    partial = declared_partial(root)
     for prefix, module in root.named_modules():
         boxes = module.boxes() if isinstance(module, TexModule) else {}
         shard_dims = module.shard_dims if isinstance(module, TexModule) else {}
@@ -165,8 +183,41 @@ def parameter_shardings(root: nn.Module, topology: Topology) -> dict[str, Parame
                 seen.add(id(parameter))
                 name = f"{prefix}.{own}" if prefix else own
                 box = boxes.get(own) or Box.of(parameter.shape, [])
-                found[name] = ParameterSharding.of(name, box, shard_dims.get(own, {}), topology)
+                found[name] = ParameterSharding.of(
+                    name, box, shard_dims.get(own, {}), topology, partial=id(parameter) in partial
+                )
     return found
+
+
+def declared_partial(root: nn.Module) -> set[int]:
+    """Parameters, by identity, that some module's ``partial_gradients`` names.
+
+    Raises:
+        ValueError: a name of nothing, or of a parameter that is sharded, whose gradient is whole on its rank.
+    """
+    sharded = {
+        id(getattr(module, own)) for _, module in tex_modules(root) for own in module.shard_dims if hasattr(module, own)
+    }
+    partial: set[int] = set()
+    for prefix, module in root.named_modules():
+        names: tuple[str, ...] = getattr(module, "partial_gradients", ())
+        for name in names:
+            under = {
+                own: parameter
+                for own, parameter in module.named_parameters()
+                if own == name or own.startswith(f"{name}.")
+            }
+            where = f"{prefix or type(root).__name__}: partial_gradients names {name!r}"
+            if not under:
+                legal = ", ".join(own for own, p in module.named_parameters() if id(p) not in sharded) or "nothing"
+                raise UserValueError(f"{where}, which is no parameter and no module with parameters; legal: {legal}")
+            if wrong := [own for own, parameter in under.items() if id(parameter) in sharded]:
+                raise UserValueError(
+                    f"{where}, but {', '.join(wrong)} is sharded, and a rank's gradient of its own part is whole; "
+                    "legal: parameters that tensor ranks hold alike"
+                )
+            partial |= set(map(id, under.values()))
+    return partial
 
 
 def check_shardable(root: nn.Module, layout: Layout) -> None:
@@ -185,6 +236,7 @@ def check_sizes(root: nn.Module, layout: Layout) -> None:
     for name, module in tex_modules(root):
         module.check(name or type(module).__name__, layout)
     _check_ties(root, layout)
+    declared_partial(root)
 
 
 def _check_ties(root: nn.Module, layout: Layout) -> None:

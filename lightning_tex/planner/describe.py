@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import astuple, replace
 from functools import lru_cache
 from typing import Any
@@ -13,7 +13,7 @@ from torch import nn
 from lightning_tex.models.decoder import Block, Decoder, DecoderConfig
 from lightning_tex.parallel.activation_checkpointing import checkpointed_blocks
 from lightning_tex.parallel.precision import keeps_full_precision
-from lightning_tex.parallel.sharding import TexModule, check_sizes
+from lightning_tex.parallel.sharding import TexModule, check_sizes, declared_partial
 from lightning_tex.planner.layers import (
     Attention,
     CrossEntropy,
@@ -40,7 +40,7 @@ def describe(
         input_gradient: whether the module's input has a gradient, as that of a part of a model.
     """
     blocks = dict(checkpointed_blocks(root, policy))
-    walk = _Walk(blocks)
+    walk = _Walk(blocks, declared_partial(root))
     walk.visit(root, "", None, None)
     layers = tuple(walk.placed(input_gradient))
     return ModelDescription(
@@ -98,9 +98,9 @@ def _repeated(shallow: ModelDescription, blocks: int) -> ModelDescription:
             layer, shown, ends_block, input_gradient = shallow.layers[place]
             first = 0 if block is None else len(f"blocks.{shown}.")
             prefix = "" if block is None else f"blocks.{block}."
-            for name, shape, shard_dims, full_precision, requires_grad, _ in of_layer[place]:
-                renamed = prefix + name[first:]
-                parameters.append(Parameter(renamed, shape, shard_dims, full_precision, requires_grad, len(layers)))
+            for name, shape, shard_dims, full_precision, requires_grad, _, declared in of_layer[place]:
+                renamed, here = prefix + name[first:], len(layers)
+                parameters.append(Parameter(renamed, shape, shard_dims, full_precision, requires_grad, here, declared))
             layers.append(PlacedLayer(layer, block, ends_block, input_gradient))
 
     of_block: dict[int | None, list[int]] = {}
@@ -138,8 +138,9 @@ _BLOCK = [Norm, Attention, Norm, Mlp]
 class _Walk:
     """Collects parameters and layers in the order of ``named_modules``."""
 
-    def __init__(self, blocks: Mapping[str, nn.Module]) -> None:
+    def __init__(self, blocks: Mapping[str, nn.Module], partial: Set[int]) -> None:
         self.parameters: list[Parameter] = []
+        self._partial = partial
         self.tied = False
         self._layers: list[tuple[Layer, int | None]] = []
         self._losses: list[Layer] = []
@@ -185,6 +186,7 @@ class _Walk:
                 keeps_full_precision(module),
                 parameter.requires_grad,
                 layer,
+                id(parameter) in self._partial,
             )
         )
 

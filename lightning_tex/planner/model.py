@@ -34,6 +34,7 @@ class Parameter(NamedTuple):
         full_precision: a norm's or router's, which mixed precision keeps in fp32.
         requires_grad: whether it is trained.
         layer: the place of its layer among the model's.
+        declared_partial: whether its gradient is declared to be a partial sum over tensor.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Parameter(NamedTuple):
     full_precision: bool
     requires_grad: bool
     layer: int
+    declared_partial: bool = False
 
     @property
     def kind(self) -> Kind:
@@ -56,7 +58,7 @@ class Parameter(NamedTuple):
     def sharding(self, topology: Topology) -> ParameterSharding:
         """Where a rank of a topology has it."""
         box = Box.of(self.shape, [(topology.axis(axis), dim) for axis, dim in self.shard_dims])
-        return ParameterSharding.of(self.name, box, dict(self.shard_dims), topology)
+        return ParameterSharding.of(self.name, box, dict(self.shard_dims), topology, self.declared_partial)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ class Buffer:
     Args:
         expert: its parameters are experts', replicated over expert_data; else over data.
         partial: tensor ranks hold equal copies, whose gradients are partial sums under sequence parallelism.
+        declared_partial: they are partial sums without it, too.
         replicas: ranks that hold copies.
         owners: ranks that own a part each: replicas, or 1 under ZeRO 0.
         part: elements of one owner's part.
@@ -43,6 +44,7 @@ class Buffer:
     used: int
     element_bytes: int
     costs: StateCosts
+    declared_partial: bool = False
 
     @property
     def elements(self) -> int:
@@ -108,7 +110,7 @@ class FlatBuffers:
                     part = part_length(lengths[span], owners)
                     buffer = Buffer(
                         kind.expert, kind.partial, kind.replicas, owners, part, sum(lengths[span]), kind.element_bytes,
-                        costs,
+                        costs, kind.declared_partial,
                     )  # fmt: skip
                     buffers.append(same.setdefault(buffer, buffer))
                     first.append(of_kind[span.start])
@@ -137,6 +139,7 @@ class _Kind(NamedTuple):
     partial: bool
     replicas: int
     element_bytes: int
+    declared_partial: bool
 
 
 class _Member(NamedTuple):
@@ -155,12 +158,13 @@ def _members(model: ModelDescription, layout: Layout, precision: str) -> list[_M
         dtype = dtypes.full if parameter.full_precision else dtypes.usual
         partial = not parameter.shard_dims and layout.tensor > 1
         expert = sharding.replicas.name == "expert_data"
-        kind = _Kind(expert, sharding.repeated, dtype, partial, sharding.replicas.size, dtype.itemsize)
+        replicas, declared = sharding.replicas.size, sharding.declared_partial
+        kind = _Kind(expert, sharding.repeated, dtype, partial, replicas, dtype.itemsize, declared)
         return _Member(prod(sharding.box.stored), kind)
 
     members = []
     for parameter, sharding in zip(model.parameters, model.shardings(layout), strict=True):
-        key = parameter.shape, parameter.shard_dims, parameter.full_precision
+        key = parameter.shape, parameter.shard_dims, parameter.full_precision, parameter.declared_partial
         if key not in alike:
             alike[key] = member(parameter, sharding)
         members.append(alike[key])

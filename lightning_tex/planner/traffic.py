@@ -260,9 +260,9 @@ def reduction(buffer: Buffer, candidate: Candidate) -> list[Collective]:
 
 
 def combination(buffer: Buffer, candidate: Candidate) -> list[Collective]:
-    """Partial sums of replicated parameters over tensor, of the own part, under sequence parallelism."""
+    """Partial sums of replicated parameters over tensor, of the own part: under sequence parallelism, or declared."""
     tensor = candidate.layout.tensor
-    if not (buffer.partial and candidate.sequence_parallel):
+    if not (buffer.partial and (buffer.declared_partial or candidate.sequence_parallel)):
         return []
     element_bytes = max(4, buffer.element_bytes) if candidate.zero_stage == 2 else buffer.element_bytes
     return [Collective("all_reduce", "tensor", tensor, OPTIMIZER, element_bytes * buffer.part)]

@@ -120,7 +120,7 @@ def trace(
         quiet(),
     ):
         given = {**(trainer or {}), **_DRY, "devices": world_size, "plugins": [environment.described()]}
-        fit = recipe.instantiate(dict(strategy or {}), given)
+        fit = recipe.instantiate({**(strategy or {}), **_ALONE}, given)
         reader = _Reader(tracker, routing)
         fit.trainer.callbacks.append(reader)  # type: ignore[attr-defined]
         data = fit.datamodule
@@ -132,6 +132,9 @@ def trace(
         raise UserValueError("the recipe's data ended before 2 optimizer steps, which a trace takes; legal: more data")
     return Trace(rank=rank, seconds=time.process_time() - began, **reader.read)
 
+
+# There are no others to compare values with.
+_ALONE: dict[str, Any] = {"check_replicas_every_n_steps": 0}
 
 # What a Trainer does besides training.
 _DRY: dict[str, Any] = {

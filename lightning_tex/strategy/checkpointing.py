@@ -90,6 +90,11 @@ class CheckpointingStrategy(MeshStrategy):
         """All axes of the run."""
 
     @property
+    def saves_directories(self) -> bool:
+        """Whether checkpoints are directories, not plain files."""
+        return isinstance(self._writing_format, DirectoryCheckpoint)
+
+    @property
     def tiled_optimizer(self) -> TiledOptimizer | None:
         """The optimizer; ``None`` before a fit has set it up, and where ``configure_optimizers`` returned none."""
         return next((o for o in self.optimizers if isinstance(o, TiledOptimizer)), None)
@@ -151,6 +156,9 @@ class CheckpointingStrategy(MeshStrategy):
             self._side_group = SideGroup(self.topology.world, self.group_timeout)
         group = self._side_group
         self._after_saves(lambda: save.finish(group))
+
+    def step_boundary(self) -> None:
+        """Between two batches of a fit; collective."""
 
     def save_complete(self, trainer: Trainer, path: Path) -> None:
         """Write the whole state, and return when it is on disk and read back; collective."""
@@ -215,6 +223,10 @@ class CheckpointingStrategy(MeshStrategy):
         restore_random_streams(self._random_at_first_step)
         self._random_at_first_step = {}
 
+    def draw_as(self, streams: dict[str, Tensor]) -> None:
+        """Continue from these random states in the next step."""
+        self._random_at_first_step = streams
+
     def on_train_start(self) -> None:
         super().on_train_start()
         self._training = True
@@ -243,6 +255,30 @@ class CheckpointingStrategy(MeshStrategy):
         loaded = self._reading_format.load(run, path, weights_only, self.lightning_module.strict_loading)
         self._random_at_first_step = loaded.random_streams
         return loaded.trainer_state
+
+    def finish_saves(self) -> None:
+        """Wait for the saves that are under way.
+
+        Raises:
+            RuntimeError: one of them failed.
+        """
+        self._background.wait()
+
+    def load_states(self, path: str) -> None:
+        """Within a fit: take weights, buffers and optimizer states from a checkpoint, and nothing else; collective.
+
+        Options of the optimizer's groups, such as learning rates, random numbers and loops stay.
+        """
+        optimizer = self.tiled_optimizer
+        groups = [] if optimizer is None else optimizer.param_groups
+        options = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+        trainer_state = self.load_checkpoint(path)
+        self._random_at_first_step = {}
+        self.load_model_state_dict(trainer_state)
+        for group, kept in zip(groups, options, strict=True):
+            group.update(kept)
+        assert self.lightning_module is not None
+        self.lightning_module.on_load_checkpoint(trainer_state)
 
     def agree_to_resume(self, ckpt_path: str | None) -> None:
         """Refuse, on all ranks, that they resume from different things; collective."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning import LightningModule
@@ -54,26 +54,68 @@ def require_memory(
     Raises:
         ValueError: with what the memory would be taken by, and the nearest layouts that fit.
     """
-    if precision not in PRECISIONS:
+    plan = MemoryPlan.of(module, layout, communication, state_config, recompute, precision, policy)
+    if plan is None or plan.needed.peak * (1 - MARGIN) <= device_bytes:
         return
-    job = _job(module, layout, precision, policy)
-    share = job.global_batch_size // layout.data
-    candidate = Candidate(
-        layout, share, 1, state_config.zero_stage, recompute, state_config.optimizer_state_format, communication
-    )
-    try:
-        needed = memory(job, candidate, tile_size=state_config.tile_size)
-    except UntraceableError as error:
-        job = replace(job, activations=StatesOnly(str(error)))
-        needed = memory(job, candidate, tile_size=state_config.tile_size)
-    if needed.peak * (1 - MARGIN) <= device_bytes:
-        return
-    parts = ", ".join(f"{name} {size(taken)}" for name, taken in needed.parts().items() if taken)
     raise UserValueError(
-        f"this layout ({layout}) needs about {size(needed.peak)} on each of {layout.world} ranks, and a GPU has "
-        f"{size(device_bytes)}: {parts} ({_counted(job, share)}). {_nearest(job, candidate, device_bytes)}; "
+        f"this layout ({layout}) needs about {size(plan.needed.peak)} on each of {layout.world} ranks, and a GPU has "
+        f"{size(device_bytes)}: {plan.breakdown()}. {_nearest(plan.job, plan.candidate, device_bytes)}; "
         "`lightning-tex plan` shows all; TexMoEStrategy(check_memory=False) tries nevertheless"
     )
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a rank of a training needs.
+
+    Args:
+        job: the training.
+        candidate: its layout and options.
+        needed: memory of a rank.
+    """
+
+    job: Job
+    candidate: Candidate
+    needed: Memory
+
+    @classmethod
+    def of(
+        cls,
+        module: LightningModule,
+        layout: Layout,
+        communication: Communication,
+        state_config: OptimizerStateConfig,
+        recompute: ActivationCheckpointing,
+        precision: str,
+        policy: set[type[nn.Module]] | None = None,
+        trace: bool = True,
+    ) -> MemoryPlan | None:
+        """That of a training; ``None`` for a precision of the user's own.
+
+        Args:
+            module, layout, communication, state_config, recompute, precision, policy: as of :func:`require_memory`.
+            trace: whether activations that no formula gives may be found by a dry run of a micro-step.
+        """
+        if precision not in PRECISIONS:
+            return None
+        job = _job(module, layout, precision, policy)
+        if not trace and job.activations is not None:
+            job = replace(job, activations=StatesOnly("no formula has them"))
+        share = job.global_batch_size // layout.data
+        candidate = Candidate(
+            layout, share, 1, state_config.zero_stage, recompute, state_config.optimizer_state_format, communication
+        )
+        try:
+            needed = memory(job, candidate, tile_size=state_config.tile_size)
+        except UntraceableError as error:
+            job = replace(job, activations=StatesOnly(str(error)))
+            needed = memory(job, candidate, tile_size=state_config.tile_size)
+        return cls(job, candidate, needed)
+
+    def breakdown(self) -> str:
+        """What takes how much, and what that rests on."""
+        parts = ", ".join(f"{name} {size(taken)}" for name, taken in self.needed.parts().items() if taken)
+        return f"{parts} ({_counted(self.job, self.candidate.micro_batch)})"
 
 
 def _counted(job: Job, share: int) -> str:

@@ -15,9 +15,14 @@ from lightning_tex.data.workers import named_worker_errors
 from lightning_tex.moe import auxiliary_loss
 from lightning_tex.parallel.errors import UserRuntimeError
 from lightning_tex.parallel.flight_record import TRAINING
+from lightning_tex.resilience.spikes import SpikeRule
 from lightning_tex.strategy.batches import agreed_loader, evaluation_loader, require_same_batch
 from lightning_tex.strategy.checkpointing import CheckpointingStrategy
 from lightning_tex.strategy.logged_names import LoggedNames
+from lightning_tex.strategy.loss_spikes import LossSpikes, OnSpike
+from lightning_tex.strategy.nonfinite_steps import SkippedSteps
+from lightning_tex.strategy.out_of_memory import named_out_of_memory
+from lightning_tex.strategy.replica_checks import ReplicaChecks
 from lightning_tex.strategy.stopping import AgreedSignals, Stopping
 from lightning_tex.strategy.uneven_evaluation import run_until_all_are_done
 
@@ -29,11 +34,18 @@ class StepStrategy(CheckpointingStrategy):
     """A strategy whose loaders begin and end together on all ranks, and whose steps refuse what ranks differ in.
 
     Args:
+        check_replicas_every_n_steps: compare copies so often; 0: never.
+        on_spike, spike_rule: what is done about a loss that jumps, and when it does.
         options: see :class:`CheckpointingStrategy`.
     """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(
+        self, check_replicas_every_n_steps: int, on_spike: OnSpike, spike_rule: SpikeRule | None, **options: Any
+    ) -> None:
         super().__init__(**options)
+        self._replicas = ReplicaChecks(self, check_replicas_every_n_steps)
+        self.skipped_steps = SkippedSteps(self)
+        self.spikes = LossSpikes(self, on_spike, spike_rule)
         self._compared: Counter[Any] = Counter()
         self._logged_names: LoggedNames | None = None
         self._stopping: Stopping | None = None
@@ -44,7 +56,11 @@ class StepStrategy(CheckpointingStrategy):
         if self._stopping is None or self._stopping.trainer is not trainer:
             self._stopping = Stopping(self, trainer)
         trainer._signal_connector = AgreedSignals(trainer, self._stopping)
-        with super().run_frame(trainer), named_worker_errors(self.global_rank):
+        with (
+            super().run_frame(trainer),
+            named_worker_errors(self.global_rank),
+            named_out_of_memory(self, trainer),
+        ):
             yield
 
     def compare_steps_again(self) -> None:
@@ -64,10 +80,38 @@ class StepStrategy(CheckpointingStrategy):
             return agreed_loader(dataloader, self.topology.world, self.root_device)
         return evaluation_loader(dataloader, self.topology.world, self.root_device)
 
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self._replicas.fit_begins()
+        if self.tiled_optimizer is not None:
+            self.skipped_steps.attend(self.tiled_optimizer)
+
+    def step_boundary(self) -> None:
+        """Between two batches of a fit, and after the last; collective.
+
+        Raises:
+            NonFiniteSteps: too many steps were skipped in a row.
+            ReplicasDiffer: ranks hold different values of what they must hold alike.
+        """
+        assert self.lightning_module is not None
+        self.skipped_steps.step_boundary()
+        self.spikes.step_boundary()
+        self._replicas.step_boundary(self.lightning_module.trainer.global_step)
+
+    def on_train_end(self) -> None:
+        self.step_boundary()
+        super().on_train_end()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        self._replicas.before_save()
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         assert self.model is not None and self.lightning_module is not None
         TRAINING.step = self.lightning_module.trainer.global_step
         with self._compared_step(args, kwargs):
+            self.continue_random_streams()
+            self.skipped_steps.batch_begins(args[0])
             auxiliary_loss(self.model)  # what an aborted step left behind
             output = super().training_step(*args, **kwargs)
         if output is None and self.lightning_module.automatic_optimization and self.topology.world.size > 1:

@@ -85,6 +85,7 @@ class Stopping:
         advance = loop.advance
 
         def advance_together(data_fetcher: Any) -> None:
+            self._strategy.step_boundary()
             self.step_boundary()
             advance(data_fetcher)
 
@@ -176,7 +177,7 @@ class Stopping:
 
     def _save(self, why: str) -> None:
         """Write a complete checkpoint beside the run's other ones; collective."""
-        step, folder = self.trainer.global_step, self._folder()
+        step, folder = self.trainer.global_step, checkpoint_folder(self.trainer)
         if folder is None:
             self._say(f"stopping after step {step}: {why}; the Trainer has checkpoints switched off, so none is saved")
             return
@@ -196,16 +197,6 @@ class Stopping:
             for older in path.parent.glob(f"{STOPPED}*.ckpt"):
                 if older != path:
                     self._strategy.remove_checkpoint(older)
-
-    def _folder(self) -> Path | None:
-        trainer = self.trainer
-        callbacks = [c for c in trainer.callbacks if isinstance(c, Checkpoint)]  # type: ignore[attr-defined]
-        if not callbacks or trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return None
-        for callback in callbacks:
-            if isinstance(callback, ModelCheckpoint) and callback.dirpath:
-                return Path(callback.dirpath)
-        return Path(trainer.default_root_dir) / "checkpoints"
 
     def _save_for_requeue(self, number: int, why: str) -> None:
         """Save where Lightning looks for it in a requeued job, and requeue it, if the signal asks for that."""
@@ -235,6 +226,17 @@ class Stopping:
     def _say(self, text: str) -> None:
         if self._strategy.is_global_zero:
             print(f"lightning_tex: {text}", file=sys.stderr, flush=True)
+
+
+def checkpoint_folder(trainer: Trainer) -> Path | None:
+    """Where the run's checkpoints lie; ``None``: the Trainer has them switched off."""
+    callbacks = [c for c in trainer.callbacks if isinstance(c, Checkpoint)]  # type: ignore[attr-defined]
+    if not callbacks or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return None
+    for callback in callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath:
+            return Path(callback.dirpath)
+    return Path(trainer.default_root_dir) / "checkpoints"
 
 
 def _no_vote() -> None:

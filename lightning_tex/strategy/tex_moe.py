@@ -27,17 +27,14 @@ from lightning_tex.layers.vocab import require_both_ends
 from lightning_tex.moe import MoE
 from lightning_tex.optim import OptimizerStateConfig, OptimizerStateFormat, TiledOptimizer, ZeroStage
 from lightning_tex.parallel import initialization
-from lightning_tex.parallel.activation_checkpointing import (
-    ACTIVATION_CHECKPOINTING,
-    ActivationCheckpointing,
-    recompute_blocks,
-)
-from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.parallel.activation_checkpointing import ActivationCheckpointing, recompute_blocks, require_legal
 from lightning_tex.parallel.flight_record import name_layers
 from lightning_tex.parallel.requested_layout import RequestedLayout
 from lightning_tex.parallel.sharding import TexModule, check_shardable, parameter_shardings, shard_module, synchronise
 from lightning_tex.parallel.topology import Communication, Layout, Topology
+from lightning_tex.resilience.spikes import SpikeRule
 from lightning_tex.strategy import agreement
+from lightning_tex.strategy.loss_spikes import OnSpike
 from lightning_tex.strategy.memory_check import require_memory
 from lightning_tex.strategy.precision import tex_precision
 from lightning_tex.strategy.random_state import data_rank_random_state, shared_seed
@@ -81,6 +78,10 @@ class TexMoEStrategy(StepStrategy):
             (16-mixed) that decides instead.
         background_saving: in a fit, a checkpoint directory is written beside training from a copy of the states in host
             memory; a failure is raised at the next step. False: training waits until it is written.
+        check_replicas_every_n_steps: compare what ranks hold alike, such as norms, after steps 1, 2, 4, .., then every
+            so many, and before saves; where copies differ, training ends, naming tensor, ranks, remedy. 0: never.
+        on_spike, spike_rule: at a loss far above the last ones (:class:`SpikeRule`) ``"warn"``, ``"skip"`` the step, or
+            ``"rewind"`` to the newest checkpoint's weights and states, data going on. ``None``: nothing is looked at.
         check_memory: refuse at the start a training that by its plan does not fit the GPU (``lightning-tex plan``).
         init_from: a checkpoint, of any layout and form, whose weights a fit begins with that resumes from none.
         elastic: on a world that does not allow a size, as after a node was lost, take the largest divisor of it that it
@@ -116,11 +117,17 @@ class TexMoEStrategy(StepStrategy):
         max_skipped_steps: int | None = 10,
         background_saving: bool = True,
         check_memory: bool = True,
+        check_replicas_every_n_steps: int = 100,
+        on_spike: OnSpike = None,
+        spike_rule: SpikeRule | None = None,
         init_from: str | os.PathLike[str] | None = None,
         elastic: bool = False,
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__(
+            check_replicas_every_n_steps=check_replicas_every_n_steps,
+            on_spike=on_spike,
+            spike_rule=spike_rule,
             arguments=arguments,
             distributed=save_distributed_checkpoint,
             background=background_saving,
@@ -149,18 +156,11 @@ class TexMoEStrategy(StepStrategy):
             tile_size=tile_size,
             max_skipped_steps=max_skipped_steps,
         )
-        if activation_checkpointing not in ACTIVATION_CHECKPOINTING:
-            legal = ", ".join(map(repr, ACTIVATION_CHECKPOINTING))
-            raise UserValueError(f"activation_checkpointing={activation_checkpointing!r}; legal: {legal}")
-        if activation_checkpointing is None and activation_checkpointing_policy is not None:
-            legal = ", ".join(repr(mode) for mode in ACTIVATION_CHECKPOINTING if mode is not None)
-            raise UserValueError(
-                "activation_checkpointing_policy has no effect with activation_checkpointing=None; "
-                f"legal with it: {legal}"
-            )
+        require_legal(activation_checkpointing, activation_checkpointing_policy)
         self._recompute = partial(
             recompute_blocks, mode=activation_checkpointing, policy=activation_checkpointing_policy
         )
+        self.activation_checkpointing = activation_checkpointing
         self._check_memory = check_memory
         self._topology: Topology | None = None
         self._seed = 0
@@ -278,18 +278,19 @@ class TexMoEStrategy(StepStrategy):
     def _require_memory(self, layout: Layout) -> None:
         device_bytes = self._device_bytes()
         if self._check_memory and device_bytes is not None:
-            assert self.lightning_module is not None
-            plugin = self.precision_plugin
-            require_memory(
-                self.lightning_module,
-                layout,
-                self.communication,
-                plugin.state_config(self._state_config),
-                self._recompute.keywords["mode"],
-                str(plugin.precision),
-                device_bytes,
-                self._recompute.keywords["policy"],
-            )
+            require_memory(**self.memory_options(layout), device_bytes=device_bytes)
+
+    def memory_options(self, layout: Layout) -> dict[str, Any]:
+        """What a plan of a rank's memory is made of (:class:`~lightning_tex.strategy.memory_check.MemoryPlan`)."""
+        return {
+            "module": self.lightning_module,
+            "layout": layout,
+            "communication": self.communication,
+            "state_config": self.precision_plugin.state_config(self._state_config),
+            "recompute": self.activation_checkpointing,
+            "precision": str(self.precision_plugin.precision),
+            "policy": self._recompute.keywords["policy"],
+        }
 
     def _device_bytes(self) -> int | None:
         """Memory of this rank's GPU; ``None`` on CPU, where ranks share what there is."""

@@ -46,6 +46,7 @@ class TrainStep(Precision):
             tensor = tensor + auxiliary_loss(module) / module.trainer.accumulate_grad_batches
         optimizer = _tiled_optimizer(module)
         if optimizer is not None:
+            _strategy(module).spikes.add(tensor)
             optimizer.backward_begins(tensor, self._step_follows, undisturbed=self._may_overlap(module))
         return super().pre_backward(tensor, module)
 
@@ -63,6 +64,8 @@ class TrainStep(Precision):
             return super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
         with self._last_backward_of_a_step(model):
             result = closure()
+        if _strategy(model).spikes.leaves_out(optimizer):
+            return result
         optimizer.reduce_gradients(whole=self._looked_at(model))
         self._unscale(optimizer)
         self._after_closure(model, optimizer)
@@ -107,9 +110,13 @@ class TrainStep(Precision):
 
 
 def _tiled_optimizer(model: LightningModule) -> TiledOptimizer | None:
-    strategy: Any = model.trainer.strategy  # a TexMoEStrategy, which imports this module
-    optimizer: TiledOptimizer | None = strategy.tiled_optimizer
+    optimizer: TiledOptimizer | None = _strategy(model).tiled_optimizer
     return optimizer
+
+
+def _strategy(model: LightningModule) -> Any:
+    """A TexMoEStrategy, which imports this module."""
+    return model.trainer.strategy
 
 
 def _callbacks(model: LightningModule) -> list[Any]:

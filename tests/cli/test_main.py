@@ -162,7 +162,18 @@ def test_help_lists_every_command(capsys):
     cli.main(["--help"])
     printed = capsys.readouterr().out
     assert printed.startswith("usage: lightning-tex COMMAND")
-    for command in ("fit", "validate", "test", "predict", "plan", "plan --trace", "bench", "checkpoint", "verify"):
+    for command in (
+        "fit",
+        "validate",
+        "test",
+        "predict",
+        "plan",
+        "plan --trace",
+        "bench",
+        "checkpoint",
+        "verify",
+        "replay",
+    ):
         assert f"\n  {command:14} " in printed, command
 
 
@@ -185,7 +196,7 @@ def test_an_unknown_command_is_told_with_the_nearest_of_all(words, told, capsys)
         cli.main(words)
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert end.value.code == 2
-    assert line.startswith(f"error: {told}") and line.endswith("plan, plan --trace, bench, checkpoint, verify")
+    assert line.startswith(f"error: {told}") and line.endswith("plan, plan --trace, bench, checkpoint, verify, replay")
 
 
 def test_a_bug_keeps_its_traceback(recipe, monkeypatch):

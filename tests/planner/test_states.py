@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.cases import case, cover_pairs
+from helpers.normed_attention import Declared, NormedDecoder
 from helpers.own_modules import TwoKinds, regression
 from helpers.topologies import join
 from torch import nn
@@ -27,6 +28,7 @@ from lightning_tex.planner.memory import memory
 from lightning_tex.planner.optimizer_trial import read_optimizer
 from lightning_tex.planner.optimizers import ADAMW, assumed_adamw
 from lightning_tex.planner.states import FlatBuffers, StateBytes, kept_format, state_bytes, tile_elements
+from lightning_tex.planner.traffic import combination
 from lightning_tex.strategy.precision import TexHalfPrecision, TexMixedPrecision, TexPrecision
 from lightning_tex.testing.ranks import run_ranks
 
@@ -333,3 +335,17 @@ def test_tiles_are_as_large_as_the_strategys(optimizer_state_format: str, dtype:
     )
     kept = kept_format("bf16-mixed", optimizer_state_format, layer.weight.element_size())
     assert optimizer.shards[0].states.tile_size == tile_elements(kept, None, "cpu")
+
+
+def test_gradients_declared_partial_are_in_buffers_of_their_own_and_are_summed_over_tensor() -> None:
+    described = describe(NormedDecoder(Declared))
+    declared = {p.name for p in described.parameters if p.declared_partial}
+    assert declared == {"attend.query_norm.weight", "attend.key_norm.weight"}
+    layout = Layout(4, tensor=2)
+    candidate = Candidate(layout, 2)
+    buffers = FlatBuffers.of(Job(described, 4, 8, 4, "32-true"), candidate).buffers
+    (apart,) = [buffer for buffer in buffers if buffer.declared_partial]
+    assert apart.used == 8
+    (sent,) = combination(apart, candidate)
+    assert (sent.operation, sent.axis) == ("all_reduce", "tensor")
+    assert not any(combination(buffer, candidate) for buffer in buffers if buffer is not apart)

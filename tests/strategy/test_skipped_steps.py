@@ -16,7 +16,9 @@ from lightning_tex.callbacks import RunSummary
 def guarded_run(precision: str, spoil: dict[tuple[int, int], float], most: int | None) -> Any:
     module = Learns(spoil)
     try:
-        trainer = fitted(module, {**TED, "max_skipped_steps": most}, 6, precision=precision)
+        # What is NaN on one tensor rank alone is no copy any more.
+        options = {**TED, "max_skipped_steps": most, "check_replicas_every_n_steps": 0}
+        trainer = fitted(module, options, 6, precision=precision)
     except RuntimeError as error:
         return str(error)
     finite = all(bool(torch.isfinite(p).all()) for p in module.parameters())

@@ -1,0 +1,262 @@
+"""Steps that are not taken because something in them is infinite or NaN: what it was, and when that is enough."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_tex.moe.experts import Experts
+from lightning_tex.optim import TiledOptimizer
+from lightning_tex.parallel.errors import UserRuntimeError
+from lightning_tex.parallel.sharding import parameter_shardings
+from lightning_tex.resilience.finite_watch import FiniteWatch, of_all_ranks, tensors_in
+from lightning_tex.saving.random_streams import random_streams
+from lightning_tex.strategy.step_dump import DUMPED, KeptBatch, KeptStep, write_dump
+from lightning_tex.strategy.stopping import checkpoint_folder
+
+if TYPE_CHECKING:
+    from lightning_tex.strategy.checkpointing import CheckpointingStrategy
+
+# Messages at once, and seconds between further ones.
+_SAID_AT_ONCE = 10
+_BETWEEN = 30.0
+
+
+class NonFiniteSteps(UserRuntimeError):
+    """So many steps in a row had an infinity or NaN that training ends; raised on all ranks.
+
+    Args:
+        said: all of it.
+        origin: what was first not finite in the last step.
+    """
+
+    def __init__(self, said: str, origin: str = "") -> None:
+        super().__init__(said)
+        self.origin = origin
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """What one rank knows of a step that was not taken.
+
+    Args:
+        loss_is_finite: of the rank's own loss.
+        order: of the first tensor that was not finite, to compare ranks by; ``None``: none was seen, or not looked for.
+        what: that tensor, in words.
+        parameter: a parameter that is not finite itself, in words.
+        in_module: whether that is a parameter of the module that gave the tensor.
+        batch: which batch the rank had.
+    """
+
+    loss_is_finite: bool
+    order: int | None
+    what: str
+    parameter: str | None
+    in_module: bool
+    batch: str
+
+
+class SkippedSteps:
+    """Says of every skipped step what was not finite, and ends training after so many in a row.
+
+    A healthy step costs nothing. After one that was not, the next ones are watched module by module
+    (:class:`~lightning_tex.resilience.finite_watch.FiniteWatch`) until one is taken.
+
+    Args:
+        strategy: of the run.
+    """
+
+    def __init__(self, strategy: CheckpointingStrategy) -> None:
+        self._strategy = strategy
+        self._most: int | None = None
+        self._watch: FiniteWatch | None = None
+        self._replayed: list[int] = []
+        self._kept = KeptStep()
+        self._batch_index = 0
+        self._step = -1
+        self._said, self._unsaid, self._said_last = 0, 0, 0.0
+        self._ending: str | None = None
+        self._origin = ""
+
+    def replay(self, indices: list[int]) -> None:
+        """Watch from the first step on, and say nothing before the end.
+
+        Args:
+            indices: of the step's batches in the epoch that they are of.
+        """
+        self._replayed = indices
+
+    def attend(self, optimizer: TiledOptimizer) -> None:
+        """Be told of the steps that an optimizer skips because of what is not finite."""
+        self._most = optimizer.state_config.max_skipped_steps
+        if self._most is not None:
+            optimizer.on_skip = self._skipped
+        self._watch, self._ending = None, None
+
+    # --- in a step
+
+    def batch_begins(self, batch: Any) -> None:
+        """Before a training step: keep its batch, if the step is watched or could be the last.
+
+        Args:
+            batch: of this rank; kept as it is.
+        """
+        optimizer = self._strategy.tiled_optimizer
+        if self._most is None or optimizer is None:
+            return
+        loop = self._strategy.lightning_module.trainer.fit_loop  # type: ignore[union-attr]
+        index, step = loop.batch_idx, loop.epoch_loop.global_step
+        self._batch_index = index
+        watched = bool(self._replayed) or optimizer.skipped.in_a_row > 0
+        if step != self._step:
+            self._step, self._kept = step, KeptStep()
+            if watched:
+                self._watched().clear()
+            elif self._watch is not None:
+                self._watch.remove()
+                self._watch = None
+        if watched or self._most == 1:
+            if not self._kept.batches:
+                self._kept = KeptStep(random=random_streams())
+            known = self._replayed[len(self._kept.batches) :]
+            self._kept.batches.append(KeptBatch(batch, known[0] if known else index))
+
+    def _watched(self) -> FiniteWatch:
+        if self._watch is None:
+            assert self._strategy.model is not None
+            self._watch = FiniteWatch(self._strategy.model, _each_expert)
+            self._watch.install()
+        return self._watch
+
+    def _skipped(self) -> None:
+        """A step is being skipped, on all ranks; collective."""
+        optimizer = self._strategy.tiled_optimizer
+        assert optimizer is not None
+        reports: list[RankReport] = of_all_ranks(self._report(optimizer), self._strategy.topology.world)
+        what = _told(reports) or f"the gradient of {optimizer.culprit()} after its reduction"
+        trainer = self._strategy.lightning_module.trainer  # type: ignore[union-attr]
+        step, in_a_row = trainer.global_step + 1, optimizer.skipped.in_a_row
+        if not self._replayed:
+            self._say(f"step {step} is not taken: infinite or NaN was first {what}")
+        assert self._most is not None
+        if in_a_row >= self._most:
+            self._origin = what
+            times = f"each of the last {in_a_row} steps" if in_a_row > 1 else f"step {step}"
+            self._ending = (
+                f"{times} had an infinity or NaN in a gradient or loss, and none was taken; in step {step} it was "
+                f"first {what}; look at the data and the learning rate of the steps before. Legal: "
+                "TexMoEStrategy(max_skipped_steps=..), None to take such steps"
+            )
+
+    def _report(self, optimizer: TiledOptimizer) -> RankReport:
+        arisen = None if self._watch is None else self._watch.first()
+        bad = list(self._bad_parameters())
+        inside = [said for name, said in bad if arisen and name.startswith(f"{arisen.module}.")] if arisen else []
+        order, what = (arisen.order, arisen.what) if arisen else (None, "")
+        if any(not bool(t.isfinite().all()) for kept in self._kept.batches for _, t in tensors_in(kept.batch)):
+            order, what = -1, "the batch itself"
+        parameter = inside[0] if inside else bad[0][1] if bad else None
+        return RankReport(optimizer.own_loss_is_finite(), order, what, parameter, bool(inside), self._batch_in_words())
+
+    def _bad_parameters(self) -> Iterator[tuple[str, str]]:
+        """Names of parameters that are not finite, and how to say so."""
+        assert self._strategy.model is not None
+        parameters = dict(self._strategy.model.named_parameters())
+        for name, sharding in parameter_shardings(self._strategy.model, self._strategy.topology).items():
+            value = parameters[name].detach()
+            if not value.is_floating_point() or bool(value.isfinite().all()):
+                continue
+            if any(axis.name == "expert" for axis, _ in sharding.shard_dims):
+                sound = value.isfinite().flatten(1).all(1).tolist()
+                yield name, f"{name} of expert {sharding.box.extent.offsets[0] + sound.index(False)}"
+            else:
+                yield name, name
+
+    def _batch_in_words(self) -> str:
+        samples = [number for kept in self._kept.batches for number in _sample_ids(kept.batch)]
+        index = ", ".join(str(kept.index) for kept in self._kept.batches) or str(self._batch_index)
+        more = f", samples {', '.join(map(str, samples))}" if samples else ""
+        return f"batch {index} of data rank {self._strategy.topology.data.rank}{more}"
+
+    # --- between steps
+
+    def step_boundary(self) -> None:
+        """End training if enough steps were skipped; collective.
+
+        Raises:
+            NonFiniteSteps: naming what was first not finite, and the dump.
+        """
+        if self._ending is None:
+            return
+        said, self._ending = self._ending, None
+        if self._watch is not None:
+            self._watch.remove()
+        dump = self._dump(said)
+        if dump is not None:
+            said = f"{said}. `lightning-tex replay {dump}` takes that step again"
+        raise NonFiniteSteps(said, self._origin)
+
+    def _dump(self, said: str) -> Path | None:
+        strategy = self._strategy
+        assert strategy.lightning_module is not None
+        trainer = strategy.lightning_module.trainer
+        folder = checkpoint_folder(trainer)
+        if folder is None or not self._kept.batches:
+            return None
+        path = folder / f"{DUMPED}{trainer.global_step}"
+        write_dump(strategy, trainer, path, self._kept, said)
+        return path
+
+    def _say(self, text: str) -> None:
+        if not self._strategy.is_global_zero:
+            return
+        now = time.monotonic()
+        if self._said >= _SAID_AT_ONCE and now - self._said_last < _BETWEEN:
+            self._unsaid += 1
+            return
+        more = f" ({self._unsaid} more steps since the last message)" if self._unsaid else ""
+        self._said, self._unsaid, self._said_last = self._said + 1, 0, now
+        print(f"lightning_tex: {text}{more}", file=sys.stderr, flush=True)
+
+
+def _told(reports: list[RankReport]) -> str | None:
+    """Of all ranks' reports the earliest, in words: the same on all ranks."""
+    seen = [(r.order, not r.in_module, rank) for rank, r in enumerate(reports) if r.order is not None]
+    if seen:
+        order, _, guilty = min(seen)
+        report = reports[guilty]
+        also = [rank for at, lacks, rank in seen if at == order and lacks == (not report.in_module)]
+        told = f"{report.what} on rank(s) {', '.join(map(str, also))}"
+        if report.in_module:
+            told += f", whose parameter {report.parameter} is not finite itself"
+        return f"{told}; {report.batch}"
+    for rank, report in enumerate(reports):
+        if report.parameter is not None:
+            return f"the parameter {report.parameter} on rank {rank}; {report.batch}"
+    ranks = [rank for rank, report in enumerate(reports) if not report.loss_is_finite]
+    if not ranks:
+        return None
+    return f"the loss on rank(s) {', '.join(map(str, ranks))}; {reports[ranks[0]].batch}"
+
+
+def _each_expert(module: nn.Module, inputs: tuple[Any, ...]) -> Iterable[tuple[str, Tensor]]:
+    """What the experts of this rank give for the rows that arrived, before it travels and is summed."""
+    if not isinstance(module, Experts):
+        return
+    first = module.boxes()["up"].extent.offsets[0]
+    for number, output in enumerate(module.own_outputs(inputs[0])):
+        yield f"output of expert {first + number}", output
+
+
+def _sample_ids(batch: Any) -> list[int]:
+    """Of a batch that is a dict and says so, as :class:`TextDataModule`'s does."""
+    named = batch if isinstance(batch, dict) else {}
+    ids = named.get("sample", named.get("sample_ids"))
+    return ids.reshape(-1).tolist() if isinstance(ids, torch.Tensor) else []

@@ -1,0 +1,60 @@
+"""An infinity or NaN on one rank: the same decision on all, a message, and an end that names where it arose."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.nonfinite_runs import replayed, spoilt_fit
+
+from lightning_tex.testing.ranks import run_ranks
+
+RANK = 1  # tensor 1 of data 0; expert 0 of expert_tensor 1: experts 0 and 1 of 4
+
+# What is spoilt, and what must be said of it.
+ORIGINS = {
+    "expert": r"output of expert 1 of \S+experts \(Experts\) on rank\(s\) 1, whose parameter \S+up of expert 1",
+    "router": r"of \S+router \(SoftmaxRouter\) on rank\(s\) 1, whose parameter \S+router.weight is not finite",
+    "activation": r"output of decoder.norm \(\w+\) on rank\(s\) 1;",
+    "loss": r"the loss on rank\(s\) 1; batch \d of data rank 0",
+    "gradient": r"gradient at the output of decoder.norm \(RMSNorm\) on rank\(s\) 1;",
+}
+DEFAULT = ("expert",)
+
+
+def stopped(folder: str, what: str) -> dict[str, Any]:
+    return spoilt_fit(folder, (what, RANK, 2, 99), 9, max_skipped_steps=2)
+
+
+@pytest.mark.parametrize(
+    "what", [what if what in DEFAULT else pytest.param(what, marks=pytest.mark.faults) for what in ORIGINS]
+)
+def test_the_end_names_where_it_arose_and_the_dump_shows_it_again(
+    what: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ended = run_ranks(4, stopped, str(tmp_path), what)
+    said = {own["said"] for own in ended}
+    assert len(said) == 1 and [own["skipped"] for own in ended] == [2] * 4
+    (text,) = said
+    assert "each of the last 2 steps" in text and "in step 4" in text
+    assert re.search(ORIGINS[what], text), text
+    messages = [line for line in capfd.readouterr().err.splitlines() if line.startswith("lightning_tex: step")]
+    assert [line.split()[2] for line in messages] == ["3", "4"]
+    dump = tmp_path / "nonfinite-step=4"
+    assert f"lightning-tex replay {dump}" in text
+    report, *others = run_ranks(4, replayed, str(dump))
+    assert others == [None] * 3 and report is not None
+    assert re.search(ORIGINS[what], report["found"]), report["found"]
+
+
+def once(folder: str) -> dict[str, Any]:
+    return spoilt_fit(folder, ("loss", 3, 1, 1), 4)
+
+
+def test_one_skipped_step_leaves_one_message(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    ended = run_ranks(4, once, str(tmp_path))
+    assert [(own["said"], own["skipped"]) for own in ended] == [(None, 1)] * 4
+    (message,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("lightning_tex: step")]
+    assert "step 2 is not taken" in message and "the loss on rank(s) 3; batch 1 of data rank 1" in message
