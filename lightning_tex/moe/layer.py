@@ -73,7 +73,7 @@ class MoE(TexModule):
         self.experts = Experts(dim, hidden_dim, num_experts, activation)
         self.ledger = LossLedger()
         self.load = ExpertLoad()
-        self.arrived_rows = self.routed_choices = 0
+        self._arrived_rows = self._routed_choices = 0
         self.dispatcher = self.make_dispatcher(Topology.single())
 
     def check(self, name: str, layout: Layout) -> None:
@@ -121,20 +121,25 @@ class MoE(TexModule):
         mask = None if token_mask is None else self.activation_layout.shard_mask(token_mask, x).reshape(-1).bool()
         route = self.router(x.reshape(-1, x.shape[-1]), mask)
         arrived, metadata = self.dispatcher.dispatch(x, route)
-        self.arrived_rows, self.routed_choices = len(arrived.rows), route.indices.numel()
+        self._arrived_rows, self._routed_choices = len(arrived.rows), route.indices.numel()
         y = self.dispatcher.combine(self.experts(arrived, metadata.exchange), metadata).view_as(x)
         self._record(route, mask, metadata.overflowed, y)
         return y
+
+    @property
+    def last_arrived_rows(self) -> int:
+        """Rows that arrived at this rank's experts in the last forward."""
+        return self._arrived_rows
 
     def imbalance(self) -> float | None:
         """Rows that arrived at this rank's experts in the last forward, relative to the mean over ranks.
 
         ``None`` before any, and with a capacity, which is the same for all.
         """
-        if self.capacity_factor is not None or not self.routed_choices:
+        if self.capacity_factor is not None or not self._routed_choices:
             return None
         copies = self.expert_tensor.size * self.activation_layout.shard_axis.size / self.tensor.size
-        return self.arrived_rows / (self.routed_choices * copies)
+        return self._arrived_rows / (self._routed_choices * copies)
 
     def _record(self, route: Route, mask: Tensor | None, overflowed: Tensor, y: Tensor) -> None:
         if not self.training or recomputing():

@@ -91,7 +91,7 @@ def _allocated(strategy: Any) -> str | None:
 
 def _arrived(strategy: Any) -> str | None:
     layers = [
-        (share, module.arrived_rows, name)
+        (share, module.last_arrived_rows, name)
         for name, module in strategy.model.named_modules()
         if isinstance(module, MoE) and (share := module.imbalance()) is not None
     ]

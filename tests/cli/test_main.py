@@ -90,9 +90,12 @@ def test_an_error_after_the_processes_have_started_is_one_line_per_rank(recipe, 
 def test_an_error_of_one_rank_is_not_buried_by_the_others(recipe, tmp_path):
     endings = run_ranks(2, _ending, tmp_path, recipe, "--data.path", "/nowhere", "--trainer.devices", "2")
     (code, lines), (other_code, other_lines) = endings
-    assert (code, lines[-1]) == (2, "error: Couldn't find any data file at /nowhere.")
+    assert (code, lines[-1]) == (
+        2,
+        "error: cannot read path='/nowhere', split='train': Couldn't find any data file at /nowhere.",
+    )
     assert other_code == 1
-    told = rf"\[rank 1\] ended: rank 0 \({socket.gethostname()}, step 0\) failed first: FileNotFoundError: .* /nowhere."
+    told = rf"\[rank 1\] ended: rank 0 \({socket.gethostname()}, step 0\) failed first: UserFileError: .* /nowhere."
     assert re.fullmatch(told, other_lines[-1])
     assert not any("Traceback" in line for line in lines + other_lines)
 

@@ -85,6 +85,14 @@ DEEDS: dict[str, Callable[[L.Trainer], None]] = {
 TO_ALL = ("skip", "shape")
 
 
+def _note(name: str, text: str) -> None:
+    """Write a small file that is never seen half written."""
+    partial = Path(f"{name}.{os.getpid()}")
+    partial = partial.with_name(f".{partial.name}")
+    partial.write_text(text)
+    partial.rename(name)
+
+
 class Incident(L.Callback):
     """Something happens on a rank, once.
 
@@ -112,12 +120,12 @@ class Incident(L.Callback):
             return
         mine = self.rank in (-1, rank)
         if mine:
-            Path(f"happened.{rank}").write_text(str(time.time()))
+            _note(f"happened.{rank}", str(time.time()))
         if mine or self.deed in TO_ALL:
             DEEDS[self.deed](trainer)  # type: ignore[arg-type]  # those of TO_ALL are not for early points
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        Path(f"process.{trainer.global_rank}").write_text(str(os.getpid()))
+        _note(f"process.{trainer.global_rank}", str(os.getpid()))
         self.early("setup", trainer.global_rank, trainer)
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
@@ -210,7 +218,7 @@ def run_command(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        (folder / f"rank.{process.pid}").write_text("0")
+        _note(str(folder / f"rank.{process.pid}"), "0")
         ending = _watched(process.pid, folder, within, start, meanwhile)
         process.wait()  # it has ended, which Popen does not know yet
         return ending
@@ -228,7 +236,7 @@ def _watched(
     try:
         while _alive(session) and time.time() < until:
             _reap(codes)
-            if not since and (times := [float(p.read_text() or 0) for p in folder.glob("happened.*")]):
+            if not since and (times := [float(p.read_text()) for p in folder.glob("happened.*")]):
                 if meanwhile is not None:
                     numbers = {int(p.suffix[1:]): int(p.read_text()) for p in folder.glob("process.*")}
                     meanwhile(numbers)
@@ -305,7 +313,7 @@ class _Forked:
         self.pid = os.fork()
         if self.pid == 0:
             _as_rank(rank, run)
-        Path(f"rank.{self.pid}").write_text(str(rank))
+        _note(f"rank.{self.pid}", str(rank))
 
     def poll(self) -> int | None:
         if self.returncode is None:
@@ -313,7 +321,7 @@ class _Forked:
                 pid, status = os.waitpid(self.pid, os.WNOHANG)
                 if pid:
                     self.returncode = os.waitstatus_to_exitcode(status)
-                    Path(f"code.{self.pid}").write_text(str(self.returncode))
+                    _note(f"code.{self.pid}", str(self.returncode))
         return self.returncode
 
     def wait(self, timeout: float) -> int:
@@ -346,7 +354,7 @@ def _supervise(world: int, port: int, launcher: str, function: Callable[..., Any
             self.procs = [_Forked(rank, lambda: function(*args)) for rank in range(1, world)]
 
         RankLauncher._call_children_scripts = fork_children  # type: ignore[method-assign]
-        Path(f"rank.{os.getpid()}").write_text("0")
+        _note(f"rank.{os.getpid()}", "0")
         _to_the_end(lambda: function(*args))
     os.environ["WORLD_SIZE"] = str(world)
     ranks = [_Forked(rank, lambda: function(*args)) for rank in range(world)]

@@ -83,7 +83,7 @@ def train(folder: str, rank: int = -1, event: int = 0, step: int = -1, resume: b
     begun = paths.manifest_of(newest).step if newest else 0
     newest_two = {"monitor": "step", "mode": "max", "save_top_k": 2}
     saves = ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_last=True, **newest_two)
-    callbacks = [saves, *([EndsAtStep(step)] if own else [])]
+    callbacks = [saves, EndsAtStep(step if own else -1)]
     path = str(newest) if newest else None
     result = fit(TED, 4, STEPS // EPOCH, path, model=RANDOM, callbacks=callbacks, seed=6 if newest else 5)
     return {**result, "events": events.seen, "from": begun}

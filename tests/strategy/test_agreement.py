@@ -62,7 +62,7 @@ class Sentences(tex.TextDataModule):
         folder.mkdir()
         for n in range(40):
             (folder / f"{n}.txt").write_text(f"The {word} fox no. {n} jumps over {n + 1} lazy dogs.")
-        options = {"vocab_size": 300, "sequence_length": 8, "cache_dir": str(folder / "cache")}
+        options = {"vocab_size": 300, "sequence_length": 8, "cache_dir": str(folder.parent / f"cache of {folder.name}")}
         super().__init__(str(folder), global_batch_size=global_batch_size, **options)
         self.setup()
 
