@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 import torch
@@ -138,5 +138,14 @@ def _rank(
     temporary.write_bytes(pickled)
     temporary.rename(Path(folder, str(rank)))
     if dist.is_initialized() and returned:
+        if rank == 0:
+            _stay_for_the_others(Path(folder), world)
         dist.destroy_process_group()
     os._exit(0 if returned else 1)
+
+
+def _stay_for_the_others(folder: Path, world: int) -> None:
+    """Rank 0 has the store, without which a rank that is a moment behind could make no more groups."""
+    until = monotonic() + 5
+    while monotonic() < until and not all((folder / str(rank)).exists() for rank in range(world)):
+        sleep(0.002)
