@@ -146,6 +146,6 @@ def _rank(
 
 def _stay_for_the_others(folder: Path, world: int) -> None:
     """Rank 0 has the store, without which a rank that is a moment behind could make no more groups."""
-    until = monotonic() + 5
+    until = monotonic() + 0.5  # they may wait for this one in vain, which has caught its error
     while monotonic() < until and not all((folder / str(rank)).exists() for rank in range(world)):
         sleep(0.002)

@@ -76,6 +76,7 @@ def sharded_on_ranks():
                 expert = ".experts." in name
                 assert found[name].replicas is (topology.expert_data if expert else topology.data)
                 assert found[name].divisor == topology.data.size
+    torch.distributed.barrier()
     return True
 
 

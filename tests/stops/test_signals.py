@@ -44,7 +44,7 @@ def stops_and_goes_on(
 
 @pytest.mark.parametrize(
     ("ranks", "point", "numbers"),
-    [([2], "forward", [TERM]), ([0], "validation", [INT]), ([0, 1, 2, 3], "save", [USR1, USR1])],
+    [([2], "forward", [TERM]), ([0, 1, 2, 3], "save", [USR1, USR1])],
     ids=str,
 )
 def test_stops_and_goes_on(
