@@ -28,6 +28,7 @@ from lightning_tex.moe import MoE
 from lightning_tex.optim import OptimizerStateConfig, OptimizerStateFormat, TiledOptimizer, ZeroStage
 from lightning_tex.parallel import initialization
 from lightning_tex.parallel.activation_checkpointing import ActivationCheckpointing, recompute_blocks, require_legal
+from lightning_tex.parallel.compiled import Compile, compile_leaves
 from lightning_tex.parallel.flight_record import name_layers
 from lightning_tex.parallel.requested_layout import RequestedLayout
 from lightning_tex.parallel.sharding import TexModule, check_shardable, parameter_shardings, shard_module, synchronise
@@ -82,6 +83,8 @@ class TexMoEStrategy(StepStrategy):
             so many, and before saves; where copies differ, training ends, naming tensor, ranks, remedy. 0: never.
         on_spike, spike_rule: at a loss far above the last ones (:class:`SpikeRule`) ``"warn"``, ``"skip"`` the step, or
             ``"rewind"`` to the newest checkpoint's weights and states, data going on. ``None``: nothing is looked at.
+        compile: make few kernels of element-wise and index work by ``torch.compile``: ``"auto"``: on GPUs, ``True``:
+            everywhere, or fail, ``False``: nowhere. It holds for the process.
         check_memory: refuse at the start a training that by its plan does not fit the GPU (``lightning-tex plan``).
         init_from: a checkpoint, of any layout and form, whose weights a fit begins with that resumes from none.
         elastic: on a world that does not allow a size, as after a node was lost, take the largest divisor of it that it
@@ -116,6 +119,7 @@ class TexMoEStrategy(StepStrategy):
         timeout: timedelta | None = default_pg_timeout,
         max_skipped_steps: int | None = 10,
         background_saving: bool = True,
+        compile: Compile = "auto",
         check_memory: bool = True,
         check_replicas_every_n_steps: int = 100,
         on_spike: OnSpike = None,
@@ -157,6 +161,7 @@ class TexMoEStrategy(StepStrategy):
             max_skipped_steps=max_skipped_steps,
         )
         require_legal(activation_checkpointing, activation_checkpointing_policy)
+        compile_leaves(compile)
         self._recompute = partial(
             recompute_blocks, mode=activation_checkpointing, policy=activation_checkpointing_policy
         )
