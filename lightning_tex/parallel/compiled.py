@@ -1,8 +1,13 @@
 """Leaf functions: element-wise and index work, written once in torch and compiled into few kernels where that pays.
 
 A leaf takes and gives tensors and numbers and calls no collective. Run eagerly it is its own reference. Compiled, by
-``torch.compile`` with sizes that may change, a chain of element-wise work and gathers becomes one pass over memory.
-What is compiled is decided by one setting of the process, since a backward runs in threads of autograd's own.
+``torch.compile``, a chain of element-wise work and gathers becomes one pass over memory. What is compiled is decided by
+one setting of the process, since a backward runs in threads of autograd's own.
+
+Only the first dim of a positional tensor, its rows, may change between calls without compiling anew. With all dims
+free, a gather or a sum of gathered rows takes two to three times as long on an H200; with the width known it runs at
+the memory's speed. A sum over few gathered rows is best written out, an addition each: as a reduction it takes four
+times as long.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ Result = TypeVar("Result")
 # Values of the strategy's option of this name.
 Compile = Literal["auto", True, False]
 
-# Shapes of 1 in place of more, and dtypes, make further variants of a leaf; a handful of each is ordinary.
+# Widths, single rows and dtypes make further variants of a leaf; a handful of each is ordinary.
 _VARIANTS = 64
 
 
@@ -50,7 +55,8 @@ class Leaf(Generic[Arguments, Result]):
     """A leaf function. ``eager`` is the plain one.
 
     Args:
-        function: its tensors come as positional arguments.
+        function: takes tensors whose number of rows (dim 0) changes as positional arguments, and others, such as
+            weights, by keyword.
     """
 
     def __init__(self, function: Callable[Arguments, Result]) -> None:
@@ -60,11 +66,14 @@ class Leaf(Generic[Arguments, Result]):
         self._gave_up = False
 
     def __call__(self, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        if not self._compiles(args):
+        if not self._compiles((*args, *kwargs.values())):
             return self.eager(*args, **kwargs)
         if self._compiled is None:
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
-            self._compiled = torch.compile(self.eager, fullgraph=True, dynamic=True)
+            self._compiled = torch.compile(self.eager, fullgraph=True, dynamic=False)
+        for arg in args:
+            if isinstance(arg, Tensor) and arg.dim():
+                torch._dynamo.maybe_mark_dynamic(arg, 0)
         if _Setting.mode is True:
             return self._compiled(*args, **kwargs)
         try:

@@ -29,6 +29,18 @@ def test_compiled_equals_eager_at_changing_sizes_and_no_rows():
     assert swiglu._compiled is not None
 
 
+def test_another_number_of_rows_compiles_nothing_anew(monkeypatch):
+    from torch._dynamo.testing import CompileCounter
+
+    counter, compile_ = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, backend=counter, **options))
+    compile_leaves(True)
+    function = leaf(lambda x, weight: x.square() * weight)
+    for rows, width, compiled in [(7, 8, 1), (5, 8, 1), (9, 8, 1), (9, 4, 2), (6, 4, 2)]:
+        function(torch.randn(rows, width), weight=torch.ones(width))
+        assert counter.frame_count == compiled, (rows, width)
+
+
 def test_auto_compiles_nothing_on_cpu(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))
     fresh = leaf(swiglu.eager)
