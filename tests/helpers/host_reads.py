@@ -32,13 +32,13 @@ class HostRead(NamedTuple):
 def host_reads(watched: Callable[[Tensor], bool] = lambda tensor: True) -> Iterator[list[HostRead]]:
     """Inside, notes every read of a tensor's values by the host, in a list that grows.
 
-    Seen are: ``item``, ``int``, ``float``, ``bool`` and what operations read of their own (``aten::_local_scalar_dense``);
-    ``tolist``, ``numpy``, ``cpu``; operations whose result has a size that depends on values (``nonzero``,
-    ``masked_select``, ``unique``, ``bincount``, an index that is a mask, ``repeat_interleave`` without ``output_size``);
-    ``equal``; and ``torch.tensor(.., device=..)``, which copies memory that is not pinned and waits for that.
+    Seen are: ``item``, ``int``, ``float``, ``bool`` and what operations read themselves (``_local_scalar_dense``);
+    ``tolist``, ``numpy``, ``cpu``; operations whose result has a size that depends on values (``nonzero``, ``unique``,
+    ``masked_select``, ``bincount``, an index that is a mask, ``repeat_interleave`` without ``output_size``); ``equal``;
+    and ``torch.tensor(.., device=..)``, which copies memory that is not pinned and waits for that.
 
-    Backwards are seen, which run in the caller's thread on CPU. Not seen are ``.to("cpu")`` and ``copy_`` between devices,
-    which one device cannot tell: ``torch.cuda.set_sync_debug_mode`` does on a GPU.
+    Backwards are seen, which run in the caller's thread on CPU. Not seen are ``.to("cpu")`` and a ``copy_`` between
+    devices, which one device cannot tell: ``torch.cuda.set_sync_debug_mode`` does on a GPU.
 
     Args:
         watched: tensors for which it matters; by default all, so that host tensors (a vote's) count as well.
