@@ -71,7 +71,7 @@ class Costs(L.Callback):
 
     def _alone(self, strategy: TexMoEStrategy, module: Any, batch: Any) -> dict[str, Any]:
         steps = len(self.times) - 1
-        vote = Vote(strategy.topology.world, None)
+        vote = Vote(strategy.topology.host)
         optimizer = strategy.tiled_optimizer
         assert optimizer is not None
 

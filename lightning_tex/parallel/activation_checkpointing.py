@@ -113,7 +113,13 @@ class Recomputed:
         if not torch.is_grad_enabled():
             return self.forward(*args, **kwargs)
         tape = BlockTape(replay=self.mode == "communication_aware")
-        result = checkpoint(self.forward, *args, use_reentrant=False, context_fn=tape.contexts, **kwargs)
+
+        def forward(*values: Any) -> Any:
+            named = dict(zip(kwargs, values[len(args) :], strict=True))
+            return self.forward(*values[: len(args)], **named)
+
+        # By place: torch keeps the random state of those GPUs only that these arguments lie on.
+        result = checkpoint(forward, *args, *kwargs.values(), use_reentrant=False, context_fn=tape.contexts)
         self.stash_bytes = tape.stash_bytes
         self.tapes.add(tape)
         return result

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from lightning_tex.parallel.byte_meter import ByteMeter
 from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.parallel.groups import ProcessGroups
 
 AXES = ("tensor", "data", "expert_tensor", "expert", "expert_data")
 # One rank, or an array of ranks, which arithmetic serves alike.
@@ -209,7 +208,8 @@ class Topology:
     """The two meshes over the same ranks, as one rank sees them.
 
     ``mesh`` is (data, tensor), for everything but experts; ``expert_mesh`` is (expert_data, expert, expert_tensor).
-    Both are ``None`` in a single process that has no process group.
+    Both are ``None`` in a single process that has no process group. ``host`` is the world over the host's network: what
+    is small and lies on the CPU goes there, so that no rank waits for its device.
     """
 
     layout: Layout
@@ -219,6 +219,7 @@ class Topology:
     expert: Axis
     expert_data: Axis
     world: Axis
+    host: Axis
     mesh: DeviceMesh | None = None
     expert_mesh: DeviceMesh | None = None
     communication: Communication = Communication()
@@ -240,7 +241,8 @@ class Topology:
     @classmethod
     def without_groups(cls, layout: Layout) -> Topology:
         """A layout's first rank as a topology that has sizes and no processes: for what is only reckoned with."""
-        return cls(layout, **{name: Axis(name, layout.axis_size(name)) for name in (*AXES, "world")})  # type: ignore[arg-type]
+        axes = {name: Axis(name, layout.axis_size(name)) for name in (*AXES, "world")}
+        return cls(layout, **axes, host=axes["world"])  # type: ignore[arg-type]
 
     @classmethod
     def build(
@@ -260,9 +262,11 @@ class Topology:
             communication: what is done to communicate less; ``None``: the defaults.
             timeout: of collectives; ``None``: torch's.
         """
-        mesh = mesh or build_mesh(layout, device_type, timeout)
-        ranks = torch.arange(layout.world).view(layout.expert_data, layout.expert, layout.expert_tensor)
-        expert_mesh = _mesh(device_type, ranks, ("expert_data", "expert", "expert_tensor"), timeout)
+        groups = ProcessGroups(layout.world, timeout)
+        mesh = mesh or _mesh(layout, device_type, ("data", "tensor"), groups)
+        for name in ("data", "tensor"):
+            groups.knows(layout.groups(name), mesh.get_group(name))
+        expert_mesh = _mesh(layout, device_type, ("expert_data", "expert", "expert_tensor"), groups)
         rank = dist.get_rank()
         meter = ByteMeter()
 
@@ -272,6 +276,7 @@ class Topology:
             members = tuple(dist.get_process_group_ranks(group))
             return Axis(name, len(members), members.index(rank), members, group, meter)
 
+        world = Axis("world", layout.world, rank, tuple(range(layout.world)), dist.group.WORLD, meter)
         return cls(
             layout,
             tensor=axis("tensor"),
@@ -279,7 +284,8 @@ class Topology:
             expert_tensor=axis("expert_tensor"),
             expert=axis("expert"),
             expert_data=axis("expert_data"),
-            world=Axis("world", layout.world, rank, tuple(range(layout.world)), dist.group.WORLD, meter),
+            world=world,
+            host=replace(world, group=groups.host(), meter=None),
             mesh=mesh,
             expert_mesh=expert_mesh,
             communication=communication or Communication(),
@@ -294,16 +300,13 @@ def build_mesh(layout: Layout, device_type: str, timeout: timedelta | None = Non
         device_type: ``"cpu"`` or ``"cuda"``.
         timeout: of collectives; ``None``: torch's.
     """
-    ranks = torch.arange(layout.world).view(layout.data, layout.tensor)
-    return _mesh(device_type, ranks, ("data", "tensor"), timeout)
+    return _mesh(layout, device_type, ("data", "tensor"), ProcessGroups(layout.world, timeout))
 
 
-def _mesh(device_type: str, ranks: Tensor, names: tuple[str, ...], timeout: timedelta | None) -> DeviceMesh:
-    mesh = DeviceMesh(device_type, ranks, mesh_dim_names=names)
-    if timeout is not None and dist.get_backend() != "fake":
-        for group in mesh.get_all_groups():  # which no argument of a mesh reaches
-            _set_pg_timeout(timeout, group)
-    return mesh
+def _mesh(layout: Layout, device_type: str, names: tuple[str, ...], groups: ProcessGroups) -> DeviceMesh:
+    ranks = torch.arange(layout.world).view([layout.axis_size(name) for name in names])
+    of_axes = [groups.of(layout.groups(name), name, by_itself=name == "expert") for name in names]
+    return DeviceMesh.from_group(of_axes, device_type, mesh=ranks, mesh_dim_names=names)
 
 
 def divisors(n: int) -> list[int]:

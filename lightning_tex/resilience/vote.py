@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -20,19 +19,14 @@ class Highest(NamedTuple):
 
 
 class Vote:
-    """All ranks as a group over the host's network, so that no device is waited for; collective to make.
+    """Votes of all ranks.
 
     Args:
-        world: all ranks.
-        timeout: how long ranks may be apart.
+        host: all ranks over the host's network, so that no device is waited for.
     """
 
-    def __init__(self, world: Axis, timeout: timedelta | None) -> None:
-        self._world = world
-        self._group: dist.ProcessGroup | None = None
-        if world.size > 1:
-            on_host = dist.get_backend() in ("gloo", "fake")  # a trace's, whose collectives move nothing
-            self._group = dist.group.WORLD if on_host else dist.new_group(backend="gloo", timeout=timeout)
+    def __init__(self, host: Axis) -> None:
+        self._host = host
 
     def highest(self, number: int) -> Highest:
         """The highest of all ranks' numbers (not negative); collective.
@@ -40,9 +34,9 @@ class Vote:
         Raises:
             RuntimeError: a rank has gone.
         """
-        if self._group is None:
-            return Highest(number, self._world.rank)
-        ballot = torch.tensor(number * self._world.size + self._world.rank)
-        with TRAINING.inside("vote", self._world, ballot):
-            dist.all_reduce(ballot, dist.ReduceOp.MAX, group=self._group)
-        return Highest(*divmod(int(ballot), self._world.size))
+        if self._host.size == 1:
+            return Highest(number, self._host.rank)
+        ballot = torch.tensor(number * self._host.size + self._host.rank)
+        with TRAINING.inside("vote", self._host, ballot):
+            dist.all_reduce(ballot, dist.ReduceOp.MAX, group=self._host.group)
+        return Highest(*divmod(int(ballot), self._host.size))

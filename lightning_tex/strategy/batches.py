@@ -18,18 +18,23 @@ from lightning_tex.parallel.topology import Axis
 from lightning_tex.resilience.agreement import rank_list
 
 
-def gather_numbers(numbers: list[int], axis: Axis, device: torch.device) -> list[list[int]]:
-    """Every rank's few integers, by rank of the axis; collective."""
-    return collectives.all_gather(torch.tensor([numbers], device=device), 0, axis).tolist()
+def gather_numbers(numbers: list[int], host: Axis) -> list[list[int]]:
+    """Every rank's few integers, by rank; collective.
+
+    Args:
+        numbers: of this rank.
+        host: all ranks over the host's network, so that no device is waited for.
+    """
+    return collectives.all_gather(torch.tensor([numbers]), 0, host).tolist()
 
 
 # What is known of a loader on every rank: -1 where it is not.
 _TRAITS = ("number of batches", "batch_size", "number of samples in the whole data set")
 
 
-def _lengths(loader: Any, world: Axis, device: torch.device) -> list[int]:
+def _lengths(loader: Any, host: Axis) -> list[int]:
     """Every rank's number of batches, -1 where it is not known; collective. Warns of loaders that differ otherwise."""
-    lengths, *others = zip(*gather_numbers(_traits(loader), world, device), strict=True)
+    lengths, *others = zip(*gather_numbers(_traits(loader), host), strict=True)
     for trait, numbers in zip(_TRAITS[1:], others, strict=True):
         if len(set(numbers)) > 1:
             values = [str(n) if n >= 0 else "not known" for n in numbers]
@@ -51,11 +56,11 @@ def _traits(loader: Any) -> list[int]:
     return [length, batch_size if isinstance(batch_size, int) else -1, samples]
 
 
-def evaluation_loader(loader: Any, world: Axis, device: torch.device) -> Any:
+def evaluation_loader(loader: Any, host: Axis) -> Any:
     """An evaluation loader that refuses, on all ranks, to leave some of them without any batch to repeat."""
-    lengths = _lengths(loader, world, device)
+    lengths = _lengths(loader, host)
     if min(lengths) < 0:
-        return _BeginTogether(loader, world, device)
+        return _BeginTogether(loader, host)
     _require_batches([n > 0 for n in lengths])
     return loader
 
@@ -69,11 +74,11 @@ def _require_batches(has: list[bool]) -> None:
         )
 
 
-def agreed_loader(loader: Any, world: Axis, device: torch.device) -> Any:
+def agreed_loader(loader: Any, host: Axis) -> Any:
     """A training loader that ends on all ranks when it ends on the first one; ``loader`` itself if lengths agree."""
-    lengths = _lengths(loader, world, device)
+    lengths = _lengths(loader, host)
     if min(lengths) < 0:
-        return _EndTogether(loader, world, device)
+        return _EndTogether(loader, host)
     if min(lengths) == max(lengths):
         return loader
     rank_zero_warn(
@@ -109,13 +114,13 @@ class _Shortened(_Wrapped):
 
 
 class _Agreeing(_Wrapped):
-    def __init__(self, loader: Any, world: Axis, device: torch.device) -> None:
+    def __init__(self, loader: Any, host: Axis) -> None:
         super().__init__(loader)
-        self.world, self.device = world, device
+        self.host = host
 
     def everywhere(self, found: bool) -> list[bool]:
         """Whether each rank found a batch."""
-        return [bool(n) for (n,) in gather_numbers([found], self.world, self.device)]
+        return [bool(n) for (n,) in gather_numbers([found], self.host)]
 
 
 class _BeginTogether(_Agreeing):
@@ -158,15 +163,15 @@ def fingerprint(batch: Any) -> int:
     return int.from_bytes(digest.digest(), "little") >> 2
 
 
-def require_same_batch(batch: Any, tensor: Axis, world: Axis, device: torch.device) -> None:
+def require_same_batch(batch: Any, tensor: Axis, host: Axis) -> None:
     """Refuse batches that differ over the tensor axis; collective, and raised on every rank of the world.
 
     Raises:
         RuntimeError: naming the ranks and the remedy.
     """
-    prints = [n for (n,) in gather_numbers([fingerprint(batch)], tensor, device)]
-    odd = [rank for rank, n in zip(tensor.ranks, prints, strict=True) if n != prints[0]]
-    first_odd = [n for (n,) in gather_numbers([odd[0] if odd else -1], world, device)]
+    prints = [n for (n,) in gather_numbers([fingerprint(batch)], host)]
+    odd = [rank for rank in tensor.ranks if prints[rank] != prints[tensor.ranks[0]]]
+    first_odd = [n for (n,) in gather_numbers([odd[0] if odd else -1], host)]
     wrong = sorted({n for n in first_odd if n >= 0})
     if wrong:
         raise UserRuntimeError(

@@ -26,7 +26,9 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 from torch.distributed.device_mesh import DeviceMesh
 
+from lightning_tex.parallel.allocator import use_growing_segments
 from lightning_tex.parallel.flight_record import EVERY_RANK, TRAINING
+from lightning_tex.parallel.groups import reaches_cpu
 from lightning_tex.parallel.initialization import has_values
 from lightning_tex.parallel.topology import Axis, Layout, build_mesh
 from lightning_tex.resilience.agreement import Agreement, Comparison
@@ -35,6 +37,7 @@ from lightning_tex.resilience.nccl import record_flights
 from lightning_tex.strategy import agreement
 from lightning_tex.strategy.guarded_run import GuardedRun
 from lightning_tex.strategy.launcher import RankLauncher
+from lightning_tex.strategy.sent_objects import from_bytes, to_bytes
 
 # By how much longer process groups wait than the watchdog, which says more than they do. NCCL's aborts the process.
 _MARGIN = {"nccl": timedelta(seconds=60)}
@@ -116,6 +119,8 @@ class MeshStrategy(ParallelStrategy):
     def setup_environment(self) -> None:
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
+        if self.root_device.type == "cuda":
+            use_growing_segments()
         super().setup_environment()
         if self.root_device.type not in ("cpu", "cuda"):
             raise MisconfigurationException(
@@ -187,21 +192,28 @@ class MeshStrategy(ParallelStrategy):
                 dist.barrier(device_ids=devices)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """``obj`` of a rank, on every rank; tensors in it that were on a GPU are on the own GPU."""
         if not dist.is_initialized():
             return obj
-        objects = [obj]
+        sends = self.global_rank == src
+        written = [to_bytes(obj) if sends else b""]
         with TRAINING.inside("broadcast of an object", EVERY_RANK):
-            dist.broadcast_object_list(objects, src)
-        return objects[0]
+            dist.broadcast_object_list(written, src, group=self._host_group())
+        return obj if sends else from_bytes(written[0], self.root_device)
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Reduce over the data axis, in place but for means of integers.
+        """Reduce over the data axis, in place but for means of integers, and for tensors on CPU in a run on GPUs.
 
         Ranks of one tensor group hold equal values, which count once.
         """
         if not isinstance(tensor, Tensor) or not dist.is_initialized():
             return tensor
         group = group or self._data_group()
+        if not self._reaches(tensor, group):
+            return self._reduce(tensor.to(self.root_device), group, reduce_op).to(tensor.device)
+        return self._reduce(tensor, group, reduce_op)
+
+    def _reduce(self, tensor: Tensor, group: Any, reduce_op: Any) -> Tensor:
         mean = reduce_op in ("mean", "avg")
         op = reduce_op if isinstance(reduce_op, ReduceOp) else getattr(ReduceOp, "SUM" if mean else reduce_op.upper())
         axis = Axis(
@@ -219,8 +231,10 @@ class MeshStrategy(ParallelStrategy):
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         """Gather over the data axis: [..] -> [data, ..]."""
+        group = group or self._data_group()
+        there = tensor if self._reaches(tensor, group) else tensor.to(self.root_device)
         with TRAINING.inside("all_gather", EVERY_RANK):
-            return super().all_gather(tensor, group or self._data_group(), sync_grads)
+            return super().all_gather(there, group, sync_grads).to(tensor.device)
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         votes = self.reduce(torch.tensor(int(decision), device=self.root_device), dist.group.WORLD, "sum")
@@ -228,3 +242,11 @@ class MeshStrategy(ParallelStrategy):
 
     def _data_group(self) -> Any:
         return self._mesh.get_group("data") if self._mesh is not None else None
+
+    def _host_group(self) -> dist.ProcessGroup | None:
+        """All ranks over the host's network, from set-up on; all ranks as they are before."""
+        return None
+
+    def _reaches(self, tensor: Tensor, group: Any) -> bool:
+        """Whether a group's collectives take a tensor where it lies: NCCL's take none on the CPU."""
+        return tensor.device.type != "cpu" or not dist.is_initialized() or reaches_cpu(group)

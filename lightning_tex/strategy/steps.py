@@ -77,8 +77,8 @@ class StepStrategy(CheckpointingStrategy):
                 dataloader.worker_init_fn = partial(_seed_worker, rank=rank)  # type: ignore[attr-defined]
         assert self.lightning_module is not None
         if self.lightning_module.trainer.training:
-            return agreed_loader(dataloader, self.topology.world, self.root_device)
-        return evaluation_loader(dataloader, self.topology.world, self.root_device)
+            return agreed_loader(dataloader, self.topology.host)
+        return evaluation_loader(dataloader, self.topology.host)
 
     def on_train_start(self) -> None:
         super().on_train_start()
@@ -142,7 +142,7 @@ class StepStrategy(CheckpointingStrategy):
         output = compared_step()
         assert self.lightning_module is not None
         loader = args[2] if len(args) > 2 else 0  # (batch, batch_idx[, dataloader_idx])
-        run_until_all_are_done(self.lightning_module, compared_step, loader, self.topology.world, self.root_device)
+        run_until_all_are_done(self.lightning_module, compared_step, loader, self.topology.host)
         return output
 
     @contextmanager
@@ -153,7 +153,7 @@ class StepStrategy(CheckpointingStrategy):
         compared = self._compared[stage] < _COMPARED_STEPS
         self._compared[stage] += compared
         if compared and self.topology.tensor.size > 1:
-            require_same_batch((args, kwargs), self.topology.tensor, self.topology.world, self.root_device)
+            require_same_batch((args, kwargs), self.topology.tensor, self.topology.host)
         yield
         if compared:
             self._logged_names.step_ends()

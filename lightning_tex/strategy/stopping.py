@@ -79,7 +79,7 @@ class Stopping:
     def begin(self) -> None:
         """A stage begins: note signals, and vote at its boundaries."""
         if self._vote is None:
-            self._vote = Vote(self._strategy.topology.world, self._strategy.timeout)
+            self._vote = Vote(self._strategy.topology.host)
         self._in_stage = True
         loop: Any = self.trainer.fit_loop.epoch_loop
         advance = loop.advance

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Literal, Self
 
 import torch
+import torch.distributed as dist
 from lightning import Trainer
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
@@ -184,6 +185,9 @@ class TexMoEStrategy(StepStrategy):
         if self._topology is None:
             raise RuntimeError("The topology exists only after the Trainer has set up the strategy")
         return self._topology
+
+    def _host_group(self) -> dist.ProcessGroup | None:
+        return None if self._topology is None else self._topology.host.group
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
-import torch
 from lightning import LightningModule
 from torchmetrics import Metric
 
@@ -20,28 +19,25 @@ from lightning_tex.parallel.topology import Axis
 from lightning_tex.strategy.batches import gather_numbers
 
 
-def run_until_all_are_done(
-    module: LightningModule, step: Callable[[], Any], loader: int, world: Axis, device: torch.device
-) -> None:
+def run_until_all_are_done(module: LightningModule, step: Callable[[], Any], loader: int, host: Axis) -> None:
     """After a rank's own step: return if it has more, else repeat ``step`` until no rank has more; collective.
 
     Args:
         module: the module being evaluated.
         step: its last step, arguments included.
         loader: number of the data loader the batch came from.
-        world: all ranks.
-        device: of the tensors exchanged.
+        host: all ranks over the host's network.
 
     Raises:
         RuntimeError: ranks are in different data loaders, which their epoch ends would make hang.
     """
-    if world.size == 1:
+    if host.size == 1:
         return
     trainer = module.trainer
     loop: Any = trainer.predict_loop if trainer.predicting else trainer._evaluation_loop
     last = bool(loop.batch_progress.is_last_batch)
     while True:
-        states = gather_numbers([int(last), loader], world, device)
+        states = gather_numbers([int(last), loader], host)
         if len({index for _, index in states}) > 1:
             raise UserRuntimeError(
                 "Ranks are in different evaluation data loaders because a loader has unequal numbers of batches: "

@@ -293,3 +293,36 @@ def outputs_in_both_passes(layouts):
 @ON_LAYOUTS
 def test_a_forward_hook_sees_the_same_values_in_the_recomputation(layouts):
     run_ranks(4, outputs_in_both_passes, layouts)
+
+
+class Named(nn.Module):
+    """A block that is called with keywords only, and draws."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([ParallelMLP(8, 8, "swiglu")])
+        self.drop = nn.Dropout(0.5)
+        self.blocks[0].forward = lambda x, scale: self.drop(type(self.blocks[0]).forward(self.blocks[0], x)) * scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks[0](x=x, scale=2.0)
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_a_block_called_with_keywords_draws_the_same_again(mode, monkeypatch) -> None:
+    """Its arguments reach torch by place: torch keeps the random state of those GPUs only that these lie on."""
+    module = Named()
+    x = torch.randn(4, 8, requires_grad=True)
+    torch.manual_seed(1)
+    module(x).sum().backward()
+    expected, x.grad = x.grad, None
+    seen = []
+    states = torch.utils.checkpoint.get_device_states
+    monkeypatch.setattr(torch.utils.checkpoint, "_get_device_module", lambda device: torch.cuda)
+    monkeypatch.setattr(torch.cuda, "_initialized", True)
+    monkeypatch.setattr(torch.utils.checkpoint, "get_device_states", lambda *args: seen.append(args) or states(*args))
+    recompute_blocks(module, mode)
+    torch.manual_seed(1)
+    module(x).sum().backward()
+    assert torch.equal(x.grad, expected)
+    assert [any(value is x for value in args) for args in seen] == [True]

@@ -1,0 +1,102 @@
+"""The process groups of a layout: each division of the world once, the expert axis's by itself, one for the host.
+
+A communicator does one thing after the other. Were the expert axis's the data axis's or the world's, as it would be on
+one node with an expert axis of all ranks, its all-to-alls would wait for the reduce-scatters of gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+Division = tuple[tuple[int, ...], ...]
+
+
+class ProcessGroups:
+    """This rank's groups, made when they are first asked for; collective: all ranks ask for the same in one order.
+
+    Args:
+        world: number of ranks.
+        timeout: of collectives; ``None``: torch's.
+    """
+
+    def __init__(self, world: int, timeout: timedelta | None) -> None:
+        self._timeout = timeout
+        self._made: dict[Division, dist.ProcessGroup] = {_key([tuple(range(world))]): _whole()}
+
+    def knows(self, division: list[tuple[int, ...]], group: dist.ProcessGroup) -> None:
+        """There is a group already for this rank's part of a division."""
+        self._made.setdefault(_key(division), group)
+
+    def of(self, division: list[tuple[int, ...]], name: str, by_itself: bool = False) -> dist.ProcessGroup:
+        """The group of this rank's part of the world.
+
+        Args:
+            division: all parts, of ranks in ascending order.
+            name: of the axis.
+            by_itself: one that no other axis shares, and whose kernels go before those of others; on parts of one rank
+                there is nothing to wait for, so they share theirs.
+        """
+        if by_itself and len(division[0]) > 1:
+            return self._make(division, name, _options(self._timeout, high_priority=True))
+        key = _key(division)
+        if key not in self._made:
+            self._made[key] = self._make(division, name, _options(self._timeout, high_priority=False))
+        return self._made[key]
+
+    def host(self) -> dist.ProcessGroup:
+        """All ranks over the host's network, for tensors on CPU: nobody waits for a device."""
+        if reaches_cpu(_whole()):
+            return _whole()
+        return dist.new_group(backend="gloo", timeout=self._timeout, group_desc="host")
+
+    def _make(self, division: list[tuple[int, ...]], name: str, options: Any) -> dist.ProcessGroup:
+        own = None
+        if options is not None and _whole().bound_device_id is not None:
+            # One call splits the world's communicator, whatever the number of parts.
+            parts = [list(part) for part in division]
+            own = dist.split_group(split_ranks=parts, timeout=self._timeout, pg_options=options, group_desc=name)
+            assert own is not None
+            return own
+        for part in division:
+            group = dist.new_group(list(part), timeout=self._timeout, pg_options=options, group_desc=name)
+            own = group if dist.get_rank() in part else own
+        assert own is not None
+        return own
+
+
+def reaches_cpu(group: dist.ProcessGroup | None) -> bool:
+    """Whether a group's collectives take tensors on CPU; NCCL's do not."""
+    return "cpu:" in str(dist.get_backend_config(group))
+
+
+def timeouts(groups: Mapping[str, dist.ProcessGroup | None]) -> dict[str, timedelta]:
+    """Of groups, by name, as their backends have them."""
+    return {name: _backend(group).options._timeout for name, group in groups.items() if group is not None}
+
+
+def _whole() -> dist.ProcessGroup:
+    world = dist.group.WORLD
+    assert world is not None
+    return world
+
+
+def _backend(group: dist.ProcessGroup) -> Any:
+    return group._get_backend(group._device_types[0])
+
+
+def _options(timeout: timedelta | None, high_priority: bool) -> Any:
+    """NCCL's; other backends have no priorities."""
+    if "nccl" not in str(dist.get_backend_config(_whole())):
+        return None
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=high_priority)
+    if timeout is not None:
+        options._timeout = timeout
+    return options
+
+
+def _key(division: list[tuple[int, ...]]) -> Division:
+    return tuple(sorted(division))
