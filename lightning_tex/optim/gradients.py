@@ -1,6 +1,8 @@
 """A buffer's gradients, and how the ranks that hold replicas combine them: one class for each way of ZeRO.
 
-They are reduced in the parameters' dtype. ZeRO 0 and 1 accumulate micro-batches in it as well, ZeRO 2 in fp32.
+They are reduced in the parameters' dtype. ZeRO 0 and 1 accumulate micro-batches in it as well, ZeRO 2 in fp32. A sum of
+fp16 gradients could exceed 65504 where their average does not, so these are divided before they are sent: by a power
+of two, which rounds nothing. What is left of the division is in fp32, on the way through the step.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ class Gradients(ABC):
 
     def __init__(self, buffer: FlatBuffer) -> None:
         self.buffer = buffer
-        self.divisor = 1
+        self.divisor = 1.0
         self.started = False
         self._reduction: Started | None = None
 
@@ -98,11 +100,21 @@ class Gradients(ABC):
             sum_in_place(self.own, self.buffer.partial_axis).wait()
             for part, gradient in zip(parts, whole_gradients, strict=True):
                 part.copy_(gradient)
-        self.divisor = self.buffer.divisor
+        self.divisor = self.buffer.divisor / self._divided_before
         if whole:
             self.own.div_(self.divisor)
-            self.divisor = 1
+            self.divisor = 1.0
             self.expose()
+
+    @property
+    def _divided_before(self) -> int:
+        """By what gradients are divided before they are summed."""
+        summed = self.buffer.replicas.size * self.buffer.partial_axis.size
+        return 1 << (summed - 1).bit_length() if self.buffer.parameters.dtype == torch.float16 else 1
+
+    def _divide(self, gradients: Tensor) -> None:
+        if self._divided_before > 1:
+            gradients.div_(self._divided_before)
 
     def _within_own(self, entry: Entry) -> slice:
         length, start = len(self.own), self.buffer.own_start
@@ -156,7 +168,7 @@ class FullGradients(Gradients):
     def zero(self) -> None:
         """Set all gradients to zero and make every ``.grad`` a view again."""
         self.finish()  # what was sent in a step that was given up
-        self.started, self.divisor = False, 1
+        self.started, self.divisor = False, 1.0
         self.flat.zero_()
         for entry, view in self.views.items():
             entry.parameter.grad = view
@@ -175,6 +187,7 @@ class FullGradients(Gradients):
 
     def start(self) -> None:
         self.collect()
+        self._divide(self.flat)
         buffer = self.buffer
         if buffer.owners.size == buffer.replicas.size:
             self._reduction = reduce_scatter_in_place(self.flat, buffer.owners)
@@ -231,7 +244,7 @@ class ShardedGradients(Gradients):
         if self._reduction is not None:  # sent in a step that was given up
             self._reduction.wait()
         self._reduction = self._flat = self._exposed = None
-        self.started, self.divisor = False, 1
+        self.started, self.divisor = False, 1.0
         self.sum.zero_()
         for entry in self.buffer.entries:
             entry.parameter.grad = None
@@ -254,6 +267,7 @@ class ShardedGradients(Gradients):
             self.arrived(entry)  # of those that somebody set without a backward
         if self._flat is None:
             self._flat = torch.zeros_like(self.buffer.parameters)
+        self._divide(self._flat)
         self._reduction = reduce_scatter_in_place(self._flat, self.buffer.owners)
 
     def finish(self) -> None:

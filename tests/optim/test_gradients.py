@@ -216,6 +216,36 @@ def test_no_layout_changes_what_is_rounded(optimizer_state_format):
             assert all(torch.equal(other[name], value) for name, value in results[0].items())
 
 
+# --- fp16
+
+
+def large_fp16_gradients(stage):
+    """Gradients whose sum over three ranks is above 65504, and their average is not: whether all is as it is."""
+    pair = Pair((1, 1, 1), SGD, torch.float16, zero_stage=stage, tile_size=None)
+    pair.optimizer.zero_grad()
+    rank = pair.topology.world.rank
+    for p in pair.parted.parameters():
+        gradient = torch.full_like(p, 30000.0 + 2000 * rank)
+        p.grad = gradient if p.grad is None else p.grad.copy_(gradient)
+    average = 30000 + 1000 * (pair.topology.world.size - 1)
+    pair.optimizer.reduce_gradients()
+    for shard in pair.optimizer.shards:
+        for entry in shard.buffer.entries:
+            own = shard.gradients.own[shard.gradients._within_own(entry)].double() / shard.gradients.divisor
+            torch.testing.assert_close(own, torch.full_like(own, average), rtol=1e-3, atol=0)
+    norm = pair.optimizer.gradient_norm()
+    numel = sum(p.numel() for p in pair.parted.parameters())
+    torch.testing.assert_close(norm, torch.tensor(average * numel**0.5, dtype=torch.float64), rtol=1e-3, atol=0)
+    pair.optimizer.unscale(2.0**-10)
+    pair.optimizer.step()
+    return all(bool(p.isfinite().all()) for p in pair.parted.parameters())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_fp16_gradients_are_averaged_where_their_sum_is_no_fp16_number(stage):
+    assert run_ranks(3, large_fp16_gradients, stage) == [True] * 3
+
+
 # --- what is not finite
 
 
