@@ -65,7 +65,7 @@ def _built(dump: Dump) -> tuple[LightningModule, Trainer]:
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
-        "max_steps": about["step"] + 1,
+        "max_steps": about.get("steps_done", about["step"]) + 1,
         "max_epochs": -1,
         "max_time": None,
         "limit_train_batches": 1.0,

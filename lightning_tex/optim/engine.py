@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_tex.optim.formats import StateFormat, Window
+from lightning_tex.optim.skipping import DeviceFactor
 
 # Classes whose fused kernel exists on CPU and CUDA; torch picks the slow loop on CPU when nothing is said.
 _FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
@@ -51,18 +54,50 @@ class Engine:
         # Else the window would live on while the next one is put together.
         self.optimizer.state, self.optimizer.param_groups = defaultdict(dict), []
 
-    def step_window(self, states: StateFormat, i: int, gradient: Tensor, scale: float, options: dict[str, Any]) -> None:
+    def step_window(
+        self, states: StateFormat, i: int, gradient: Tensor, scale: float | DeviceFactor, options: dict[str, Any]
+    ) -> None:
         """Update window ``i``: upcast the gradient, times ``scale``, step, and let the parameters follow.
 
         The gradient is used up. [n]
         """
         with states.window(i) as window:
             # No name for the upcast one: it is gone when the window is taken apart.
-            self.step(window, _scaled(gradient.to(window.tile.dtype), scale), options)
+            self.step(window, self._scaled(gradient.to(window.tile.dtype), scale), options)
 
+    def _scaled(self, gradient: Tensor, scale: float | DeviceFactor) -> Tensor:
+        if not isinstance(scale, DeviceFactor):
+            return gradient if scale == 1 else gradient.mul_(scale)
+        if gradient.dtype == torch.float64:  # for which the kernel's fp32 is not enough
+            return gradient.mul_(scale.factor)
+        self.optimizer.grad_scale = scale.inverse  # type: ignore[attr-defined]
+        return gradient
 
-def _scaled(gradient: Tensor, scale: float) -> Tensor:
-    return gradient if scale == 1 else gradient.mul_(scale)
+    # --- steps that the device decides upon
+
+    def leaves_out(self, states: StateFormat, group: dict[str, Any]) -> bool:
+        """Whether the optimizer's kernel itself leaves out what :meth:`leaving_out` says."""
+        options = fastest(self.optimizer, group)
+        if type(self.optimizer) not in _FUSED or not options.get("fused"):
+            return False
+        # The kernel leaves a momentum that it has just been given memory for as that memory was.
+        return not options.get("momentum") or all(
+            "momentum_buffer" in states.saved_states(i) for i in range(len(states.spans))
+        )
+
+    @contextmanager
+    def leaving_out(self, left_out: Tensor | None) -> Iterator[None]:
+        """Inside, steps change nothing where the device has a 1 here, and multiply gradients by device factors.
+
+        Args:
+            left_out: an fp32 scalar; ``None``: all are taken.
+        """
+        self.optimizer.found_inf = left_out  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            for name in ("found_inf", "grad_scale"):
+                self.optimizer.__dict__.pop(name, None)
 
 
 def fastest(optimizer: Optimizer, group: dict[str, Any]) -> dict[str, Any]:

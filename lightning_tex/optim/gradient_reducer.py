@@ -16,6 +16,7 @@ from lightning_tex.optim.gradients import Gradients
 from lightning_tex.optim.overlap import BucketOverlap, optimizer_pass
 from lightning_tex.parallel import collectives
 from lightning_tex.parallel.activation_layout import reached, reached_directly
+from lightning_tex.parallel.device import device_type
 from lightning_tex.parallel.errors import UserRuntimeError
 from lightning_tex.parallel.sharding import ParameterSharding
 from lightning_tex.parallel.topology import Axis, Communication
@@ -66,17 +67,17 @@ class ReductionState:
 
     Args:
         stage: where they are.
-        scale: what they are still to be multiplied by.
-        norm: their norm before that, if it is known.
-        finite: whether it was, if that is known; clamping loses the norm and not this.
+        scale: what they are still to be multiplied by; a scalar where only the device knows it.
+        norm: their norm before that, if it has been taken.
+        finite: whether it was, on their device, if that has been looked at; clamping loses the norm and not this.
         announced: the stage of a backward that had begun when ``zero_grad`` began the step anew, as in a hook before
             the backward; it may still be ended.
     """
 
     stage: ReductionStage = ReductionStage.COLLECTING
-    scale: float = 1.0
+    scale: float | Tensor = 1.0
     norm: Tensor | None = None
-    finite: bool | None = None
+    finite: Tensor | None = None
     announced: ReductionStage | None = None
 
 
@@ -216,14 +217,14 @@ class GradientReducer:
                 gradients.combine(whole, self._reached_directly)
         self._move_to(ReductionStage.COMBINED)
 
-    def unscale(self, factor: float) -> None:
+    def unscale(self, factor: float | Tensor) -> None:
         """Take the loss scale out of the combined gradients, once per step; collective."""
         self._require("unscale", *_NOT_COMBINED, ReductionStage.COMBINED)
         self.combine()
         self._scale(factor)
         self._move_to(ReductionStage.UNSCALED)
 
-    def _scale(self, factor: float) -> None:
+    def _scale(self, factor: float | Tensor) -> None:
         """Multiply all gradients: done on the way through the step."""
         self.state = replace(self.state, scale=self.state.scale * factor)
 
@@ -231,19 +232,25 @@ class GradientReducer:
         """The 2-norm of all gradients: an fp64 scalar; collective."""
         return self._measured_norm() * self.state.scale
 
-    def losses_are_finite(self) -> Tensor:
-        """Whether this rank's losses of the step are; a scalar on their device."""
-        device = next(iter(self.shardings)).device
-        return torch.stack([loss.isfinite().all() for loss in self._losses] or [torch.ones((), device=device)]).all()
+    @property
+    def losses(self) -> list[Tensor]:
+        """This rank's losses of the step."""
+        return self._losses
 
-    def finite(self) -> bool:
-        """Whether no gradient and no loss of any rank is infinite or NaN; collective.
+    def finite(self) -> Tensor:
+        """Whether no gradient and no loss of any rank is infinite or NaN: a scalar on their device; collective.
 
         Copies of gradients that the norm does not count are included.
         """
         if self.state.finite is None:
             self._measured_norm()
-        return bool(self.state.finite)
+        assert self.state.finite is not None
+        return self.state.finite
+
+    @property
+    def host_waits(self) -> bool:
+        """Whether to look at a value would keep the host waiting for a device."""
+        return device_type(next(iter(self.shardings))) != "cpu"
 
     def _measured_norm(self) -> Tensor:
         """The norm before :attr:`ReductionState.scale`; takes ``finite`` with it."""
@@ -260,14 +267,15 @@ class GradientReducer:
         with optimizer_pass(self.world):
             counted, everything = collectives.all_reduce(total, self.world)
         norm, finite = counted.sqrt(), self.state.finite
-        self.state = replace(
-            self.state, norm=norm, finite=bool(torch.isfinite(everything)) if finite is None else finite
-        )
+        self.state = replace(self.state, norm=norm, finite=everything.isfinite() if finite is None else finite)
         return norm
 
     def clip_by_norm(self, max_norm: float) -> Tensor:
         """Scale all gradients so that their norm is at most ``max_norm``. Returns the norm before; collective."""
         norm = self.norm()
+        if self.host_waits:
+            self._scale((max_norm / (norm + 1e-6)).clamp(max=1.0))
+            return norm
         factor = max_norm / (float(norm) + 1e-6)
         if not factor >= 1:  # NaN as well, which torch spreads, too
             self._scale(factor)
@@ -276,9 +284,10 @@ class GradientReducer:
     def clip_by_value(self, max_value: float) -> None:
         """Clamp every gradient element to [-max_value, max_value]; collective."""
         self.finite()  # known from before: clamped, an infinity would look like a gradient
-        if self.state.scale:  # 0 where an infinite norm was clipped: everything is 0 or NaN then
+        scale = self.state.scale
+        if isinstance(scale, Tensor) or scale:  # 0 where an infinite norm was clipped: everything is 0 or NaN then
             for gradients in self.buffers:
-                gradients.clamp(max_value / self.state.scale)
+                gradients.clamp(max_value / scale)
         self.state = replace(self.state, norm=None)
 
     def culprit(self) -> str:

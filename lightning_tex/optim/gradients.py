@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Set
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,9 +130,10 @@ class Gradients(ABC):
             total += torch.linalg.vector_norm(part, dtype=dtype).double().square()
         return total / self.divisor**2
 
-    def clamp(self, limit: float) -> None:
+    def clamp(self, limit: float | Tensor) -> None:
         """Clamp every element of the combined own part to [-limit, limit]."""
-        self.own.clamp_(-limit * self.divisor, limit * self.divisor)
+        bound: Any = limit * self.divisor
+        self.own.clamp_(-bound, bound)
 
     def bad_entry(self) -> Entry | None:
         """The first parameter that has an infinity or NaN in the own part."""
@@ -230,7 +232,7 @@ class ShardedGradients(Gradients):
         for kept, now in zip(self.sum.split(_AT_ONCE), shown.split(_AT_ONCE), strict=True):
             kept.copy_(torch.where(kept.to(now.dtype) == now, kept, now))
 
-    def clamp(self, limit: float) -> None:
+    def clamp(self, limit: float | Tensor) -> None:
         super().clamp(limit)
         if self._exposed is not None:  # shown, what is kept must not look changed
             own_part(self._exposed, self.buffer.owners).copy_(self.sum)

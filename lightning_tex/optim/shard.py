@@ -9,6 +9,7 @@ from lightning_tex.optim.engine import Engine, fastest
 from lightning_tex.optim.flat import Entry, FlatBuffer
 from lightning_tex.optim.formats import StateFormat
 from lightning_tex.optim.gradients import Gradients
+from lightning_tex.optim.skipping import DeviceFactor
 from lightning_tex.parallel.extent import Extent
 from lightning_tex.parallel.sharding import ParameterSharding
 
@@ -54,11 +55,10 @@ class Shard:
         self.buffer, self.gradients, self.states, self.group = buffer, gradients, states, group
         self._versions = self._current_versions()
 
-    def step(self, engine: Engine, scale: float) -> None:
-        """Update the own part: upcast gradients, times ``scale``, one window at a time."""
+    def step(self, engine: Engine, scale: float | DeviceFactor) -> None:
+        """Update the own part: upcast gradients as they are held, times ``scale``, one window at a time."""
         self.refresh()
         options = fastest(engine.optimizer, self.group)
-        scale /= self.gradients.divisor
         own, spans = self.gradients.own, self.states.spans
         for i, span in enumerate(spans):
             engine.step_window(self.states, i, own[span] if len(spans) > 1 else own, scale, options)

@@ -21,7 +21,7 @@ ZeRO keeps of them) and ``overlap.py`` (when they leave).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -34,19 +34,12 @@ from lightning_tex.optim.gradient_reducer import GradientReducer, ReductionStage
 from lightning_tex.optim.overlap import optimizer_pass
 from lightning_tex.optim.rounding import RoundingSeed
 from lightning_tex.optim.shard import Piece, Shard
+from lightning_tex.optim.skipping import DeviceFactor, Skipped, StepGuard
 from lightning_tex.optim.stand_in import StandIn
 from lightning_tex.optim.state_config import OptimizerStateConfig
 from lightning_tex.parallel.errors import UserRuntimeError, UserValueError
 from lightning_tex.parallel.sharding import ParameterSharding
 from lightning_tex.parallel.topology import Axis, Communication
-
-
-@dataclass
-class Skipped:
-    """Steps not taken because a gradient was infinite or NaN: since training was set up, and the last ones in a row."""
-
-    total: int = 0
-    in_a_row: int = 0
 
 
 class TiledOptimizer(StandIn):
@@ -77,9 +70,7 @@ class TiledOptimizer(StandIn):
         communication: what is done to communicate less; ``None``: the defaults.
 
     Attributes:
-        skipped: steps that were not taken.
-        on_skip: called on all ranks when a step is skipped, its gradients still there; who sets it decides when that
-            happened too often.
+        guard: counts steps that are not taken, and tells its watcher.
 
     Raises:
         ValueError: the optimizer is not elementwise, or holds a parameter that is not the model's.
@@ -99,8 +90,7 @@ class TiledOptimizer(StandIn):
         self.engine = Engine(optimizer)
         self.shards: list[Shard] = []
         self.frozen: list[nn.Parameter] = []
-        self.skipped = Skipped()
-        self.on_skip: Callable[[], None] | None = None
+        self.guard = StepGuard(self.state_config.max_skipped_steps, self.culprit)
         self._reducer = GradientReducer(
             shardings, world, communication or Communication(), at_once=self.state_config.zero_stage == 2
         )
@@ -184,7 +174,7 @@ class TiledOptimizer(StandIn):
         self._require_frozen()
         self._reducer.combine(whole)
 
-    def unscale(self, factor: float) -> None:
+    def unscale(self, factor: float | Tensor) -> None:
         """Multiply the gradients by ``factor``, which takes the loss scale out of them; once per step, collective."""
         self._reducer.unscale(factor)
 
@@ -193,12 +183,20 @@ class TiledOptimizer(StandIn):
         return self._reducer.norm()
 
     def gradients_are_finite(self) -> bool:
-        """Whether no gradient and no loss of any rank is infinite or NaN, copies included; collective."""
-        return self._reducer.finite()
+        """Whether no gradient and no loss of any rank is infinite or NaN, copies included; collective.
 
-    def own_loss_is_finite(self) -> bool:
-        """Whether the losses of this step are finite on this rank."""
-        return bool(self._reducer.losses_are_finite())
+        Waits for the device; :meth:`step` does not.
+        """
+        return bool(self._reducer.finite())
+
+    def infinite(self) -> Tensor:
+        """1 where a gradient or loss of any rank is infinite or NaN, else 0: an fp32 scalar; collective."""
+        return self._reducer.finite().logical_not().float()
+
+    @property
+    def losses(self) -> list[Tensor]:
+        """This rank's losses of the step, detached."""
+        return self._reducer.losses
 
     def culprit(self) -> str:
         """A parameter whose combined gradient is not finite, and the rank that owns it; collective."""
@@ -240,43 +238,72 @@ class TiledOptimizer(StandIn):
             with torch.enable_grad():
                 result = closure()
         self.reduce_gradients()
-        if self.state_config.max_skipped_steps is not None and not self.gradients_are_finite():
-            self.skip()
-            return result
-        self.skipped.in_a_row = 0
+        try:
+            if not self.guard.learn():
+                self._step_or_leave_out()
+        finally:
+            self._step_is_over()
+        return result
+
+    def _step_or_leave_out(self) -> None:
+        # A loss scale is there to come down where something is infinite.
+        guarded = self.state_config.max_skipped_steps is not None or self.reduction_stage is ReductionStage.UNSCALED
+        if self._device_decides():
+            infinite = self.infinite() if guarded else None
+            self._step_if_finite(infinite)
+            if infinite is not None:
+                self.guard.undecided(infinite)
+        elif guarded and not self.gradients_are_finite():
+            self.guard.left_out()
+        else:
+            self._step_shards(lambda divisor: float(self._reducer.state.scale) / divisor)
+            self.guard.taken()
+
+    def _step_shards(self, scale: Callable[[float], float | DeviceFactor]) -> None:
+        """Step all shards, and gather what they made.
+
+        Args:
+            scale: what gradients are to be multiplied by, by what they are still to be divided by.
+        """
         under_way = []
         for shard in self.shards:
-            shard.step(self.engine, self._reducer.state.scale)
+            shard.step(self.engine, scale(shard.gradients.divisor))
             with optimizer_pass(self.world):
                 under_way.append(shard.buffer.gather())
         for gathering in under_way:
             gathering.wait()
         self.rounding_seed.step += 1
-        self._step_is_over()
-        return result
 
     def _step_is_over(self) -> None:
         self._reducer.step_is_over()
         self.tell_schedulers()
 
-    def skip(self) -> None:
-        """Do nothing instead of a step.
+    # --- steps that are not taken
 
-        Raises:
-            RuntimeError: the last steps have all been skipped, ``max_skipped_steps`` of them.
-        """
-        most = self.state_config.max_skipped_steps
-        self.skipped.total += 1
-        self.skipped.in_a_row += 1
-        if self.on_skip is not None:
-            self.on_skip()
-        self._step_is_over()
-        if self.on_skip is None and most is not None and self.skipped.in_a_row >= most:
-            raise UserRuntimeError(
-                f"the gradient of {self.culprit()} is infinite or NaN, and some gradient was in each of "
-                f"the last {most} steps, none of which was taken; look at the data and the learning rate of the steps "
-                "before. Legal: TexMoEStrategy(max_skipped_steps=..), None to take such steps"
-            )
+    @property
+    def skipped(self) -> Skipped:
+        """Steps that were not taken; waits for the device to have taken the last one or not."""
+        return self.guard.all()
+
+    def _device_decides(self) -> bool:
+        """Whether a step can be left out without the host's knowing."""
+        return self._reducer.host_waits and all(self.engine.leaves_out(s.states, s.group) for s in self.shards)
+
+    def _step_if_finite(self, infinite: Tensor | None) -> None:
+        """Step, but for the device's having a 1 in ``infinite``."""
+        scale = self._reducer.state.scale
+        device = next(iter(self.shardings)).device
+
+        @cache
+        def factor(divisor: float) -> float | DeviceFactor:
+            if isinstance(scale, Tensor):
+                return DeviceFactor(scale.double() / divisor)
+            if scale == divisor:
+                return 1.0
+            return DeviceFactor(torch.full((), scale / divisor, dtype=torch.float64, device=device))
+
+        with self.engine.leaving_out(infinite):
+            self._step_shards(factor)
 
     def refresh(self) -> None:
         """Take up parameters that were written from outside since the last step."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,20 @@ from lightning_tex.parallel.topology import Axis
 
 # What a module is about to compute by itself, without others: its input -> (what, tensor).
 LocalResults = Callable[[nn.Module, tuple[Any, ...]], Iterable[tuple[str, Tensor]]]
+
+
+class Seen(NamedTuple):
+    """A tensor that was looked at.
+
+    Args:
+        what: in words.
+        module: the name of the module that gave it.
+        finite: a scalar on its device.
+    """
+
+    what: str
+    module: str
+    finite: Tensor
 
 
 @dataclass(frozen=True)
@@ -43,6 +57,9 @@ class FiniteWatch:
     Args:
         root: the model.
         local_results: further tensors of a module's, from its input.
+
+    Attributes:
+        seen: in this step, in order.
     """
 
     def __init__(self, root: nn.Module, local_results: LocalResults) -> None:
@@ -50,7 +67,7 @@ class FiniteWatch:
         self._root = root
         self._local_results = local_results
         self._handles: list[RemovableHandle] = []
-        self._seen: list[tuple[str, str, Tensor]] = []
+        self.seen: list[Seen] = []
 
     def install(self) -> None:
         """Look from now on."""
@@ -75,14 +92,14 @@ class FiniteWatch:
 
     def clear(self) -> None:
         """A step begins."""
-        self._seen = []
+        self.seen = []
 
-    def first(self) -> Arisen | None:
-        """The first tensor of the step that was not finite; waits for the device."""
-        if not self._seen:
+    def first(self, seen: Sequence[Seen]) -> Arisen | None:
+        """The first tensor of a step that was not finite; waits for the device."""
+        if not seen:
             return None
-        flags = torch.stack([flag for _, _, flag in self._seen]).tolist()
-        for order, (finite, (what, module, _)) in enumerate(zip(flags, self._seen, strict=True)):
+        flags = torch.stack([tensor.finite for tensor in seen]).tolist()
+        for order, (finite, (what, module, _)) in enumerate(zip(flags, seen, strict=True)):
             if not finite:
                 kind = type(self._root.get_submodule(module)).__name__
                 return Arisen(order, f"{what} of {module or 'the model'} ({kind})", module)
@@ -105,7 +122,7 @@ class FiniteWatch:
     def _note(self, what: str, module: str, tensor: Tensor, masked: bool = False) -> None:
         # Logits of minus infinity mask something out: padding of a vocabulary, experts.
         bad = tensor.isnan() | tensor.isposinf() if masked else ~tensor.isfinite()
-        self._seen.append((what, module, ~bad.any()))
+        self.seen.append(Seen(what, module, ~bad.any()))
 
 
 def tensors_in(value: Any, field: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -16,7 +16,7 @@ from lightning_tex.moe.experts import Experts
 from lightning_tex.optim import TiledOptimizer
 from lightning_tex.parallel.errors import UserRuntimeError
 from lightning_tex.parallel.sharding import parameter_shardings
-from lightning_tex.resilience.finite_watch import FiniteWatch, of_all_ranks, tensors_in
+from lightning_tex.resilience.finite_watch import FiniteWatch, Seen, of_all_ranks, tensors_in
 from lightning_tex.saving.random_streams import random_streams
 from lightning_tex.strategy.step_dump import DUMPED, KeptBatch, KeptStep, write_dump
 from lightning_tex.strategy.stopping import checkpoint_folder
@@ -63,11 +63,31 @@ class RankReport:
     batch: str
 
 
+@dataclass(frozen=True)
+class StepNote:
+    """What is to be known of a step, should it turn out not to have been taken.
+
+    Args:
+        step: its number, from 1.
+        kept: its batches, if it was watched.
+        batch_index: of its last batch.
+        losses: of this rank, on the device.
+        seen: by the watch.
+    """
+
+    step: int
+    kept: KeptStep
+    batch_index: int
+    losses: list[Tensor]
+    seen: list[Seen]
+
+
 class SkippedSteps:
     """Says of every skipped step what was not finite, and ends training after so many in a row.
 
     A healthy step costs nothing. After one that was not, the next ones are watched module by module
-    (:class:`~lightning_tex.resilience.finite_watch.FiniteWatch`) until one is taken.
+    (:class:`~lightning_tex.resilience.finite_watch.FiniteWatch`) until one is taken. On a GPU all of it is a step
+    later: whether a step was taken is known when the next one is.
 
     Args:
         strategy: of the run.
@@ -83,6 +103,7 @@ class SkippedSteps:
         self._step = -1
         self._said, self._unsaid, self._said_last = 0, 0, 0.0
         self._ending: str | None = None
+        self._ended_by: StepNote | None = None
         self._origin = ""
 
     def replay(self, indices: list[int]) -> None:
@@ -97,7 +118,7 @@ class SkippedSteps:
         """Be told of the steps that an optimizer skips because of what is not finite."""
         self._most = optimizer.state_config.max_skipped_steps
         if self._most is not None:
-            optimizer.on_skip = self._skipped
+            optimizer.guard.watcher = self
         self._watch, self._ending = None, None
 
     # --- in a step
@@ -114,7 +135,7 @@ class SkippedSteps:
         loop = self._strategy.lightning_module.trainer.fit_loop  # type: ignore[union-attr]
         index, step = loop.batch_idx, loop.epoch_loop.global_step
         self._batch_index = index
-        watched = bool(self._replayed) or optimizer.skipped.in_a_row > 0
+        watched = bool(self._replayed) or optimizer.guard.known.in_a_row > 0
         if step != self._step:
             self._step, self._kept = step, KeptStep()
             if watched:
@@ -135,19 +156,26 @@ class SkippedSteps:
             self._watch.install()
         return self._watch
 
-    def _skipped(self) -> None:
-        """A step is being skipped, on all ranks; collective."""
+    def note(self) -> StepNote:
+        """Of the step that is about to be taken or left out."""
+        optimizer, module = self._strategy.tiled_optimizer, self._strategy.lightning_module
+        assert optimizer is not None and module is not None
+        seen = [] if self._watch is None else self._watch.seen
+        return StepNote(module.trainer.global_step + 1, self._kept, self._batch_index, optimizer.losses, seen)
+
+    def skipped(self, note: StepNote, gradients_are_there: bool) -> None:
+        """A step was left out, on all ranks; collective."""
         optimizer = self._strategy.tiled_optimizer
         assert optimizer is not None
-        reports: list[RankReport] = of_all_ranks(self._report(optimizer), self._strategy.topology.world)
-        what = _told(reports) or f"the gradient of {optimizer.culprit()} after its reduction"
-        trainer = self._strategy.lightning_module.trainer  # type: ignore[union-attr]
-        step, in_a_row = trainer.global_step + 1, optimizer.skipped.in_a_row
+        reports: list[RankReport] = of_all_ranks(self._report(note), self._strategy.topology.host)
+        culprit = optimizer.culprit() if gradients_are_there else "some parameter"
+        what = _told(reports) or f"the gradient of {culprit} after its reduction"
+        step, in_a_row = note.step, optimizer.guard.known.in_a_row
         if not self._replayed:
             self._say(f"step {step} is not taken: infinite or NaN was first {what}")
         assert self._most is not None
         if in_a_row >= self._most:
-            self._origin = what
+            self._origin, self._ended_by = what, note
             times = f"each of the last {in_a_row} steps" if in_a_row > 1 else f"step {step}"
             self._ending = (
                 f"{times} had an infinity or NaN in a gradient or loss, and none was taken; in step {step} it was "
@@ -155,15 +183,16 @@ class SkippedSteps:
                 "TexMoEStrategy(max_skipped_steps=..), None to take such steps"
             )
 
-    def _report(self, optimizer: TiledOptimizer) -> RankReport:
-        arisen = None if self._watch is None else self._watch.first()
+    def _report(self, note: StepNote) -> RankReport:
+        arisen = None if self._watch is None else self._watch.first(note.seen)
         bad = list(self._bad_parameters())
         inside = [said for name, said in bad if arisen and name.startswith(f"{arisen.module}.")] if arisen else []
         order, what = (arisen.order, arisen.what) if arisen else (None, "")
-        if any(not bool(t.isfinite().all()) for kept in self._kept.batches for _, t in tensors_in(kept.batch)):
+        if any(not bool(t.isfinite().all()) for kept in note.kept.batches for _, t in tensors_in(kept.batch)):
             order, what = -1, "the batch itself"
         parameter = inside[0] if inside else bad[0][1] if bad else None
-        return RankReport(optimizer.own_loss_is_finite(), order, what, parameter, bool(inside), self._batch_in_words())
+        loss_is_finite = all(bool(loss.isfinite().all()) for loss in note.losses)
+        return RankReport(loss_is_finite, order, what, parameter, bool(inside), self._batch_in_words(note))
 
     def _bad_parameters(self) -> Iterator[tuple[str, str]]:
         """Names of parameters that are not finite, and how to say so."""
@@ -179,9 +208,9 @@ class SkippedSteps:
             else:
                 yield name, name
 
-    def _batch_in_words(self) -> str:
-        samples = [number for kept in self._kept.batches for number in _sample_ids(kept.batch)]
-        index = ", ".join(str(kept.index) for kept in self._kept.batches) or str(self._batch_index)
+    def _batch_in_words(self, note: StepNote) -> str:
+        samples = [number for kept in note.kept.batches for number in _sample_ids(kept.batch)]
+        index = ", ".join(str(kept.index) for kept in note.kept.batches) or str(note.batch_index)
         more = f", samples {', '.join(map(str, samples))}" if samples else ""
         return f"batch {index} of data rank {self._strategy.topology.data.rank}{more}"
 
@@ -193,25 +222,25 @@ class SkippedSteps:
         Raises:
             NonFiniteSteps: naming what was first not finite, and the dump.
         """
-        if self._ending is None:
+        if self._ending is None or self._ended_by is None:
             return
         said, self._ending = self._ending, None
         if self._watch is not None:
             self._watch.remove()
-        dump = self._dump(said)
+        dump = self._dump(said, self._ended_by)
         if dump is not None:
             said = f"{said}. `lightning-tex replay {dump}` takes that step again"
         raise NonFiniteSteps(said, self._origin)
 
-    def _dump(self, said: str) -> Path | None:
+    def _dump(self, said: str, note: StepNote) -> Path | None:
         strategy = self._strategy
         assert strategy.lightning_module is not None
         trainer = strategy.lightning_module.trainer
         folder = checkpoint_folder(trainer)
-        if folder is None or not self._kept.batches:
+        if folder is None or not note.kept.batches:
             return None
-        path = folder / f"{DUMPED}{trainer.global_step}"
-        write_dump(strategy, trainer, path, self._kept, said)
+        path = folder / f"{DUMPED}{note.step}"
+        write_dump(strategy, trainer, path, note.kept, said, note.step)
         return path
 
     def _say(self, text: str) -> None:

@@ -107,13 +107,13 @@ class ShardedGradScaler(torch.amp.GradScaler):
     def _unscale_grads_(  # type: ignore[override]
         self, optimizer: TiledOptimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> dict[torch.device, Tensor]:
-        optimizer.unscale(float(inv_scale))
-        return {found_inf.device: torch.full_like(found_inf, not optimizer.gradients_are_finite())}
+        optimizer.unscale(inv_scale.double())
+        return {found_inf.device: optimizer.infinite().to(found_inf.dtype)}
 
-    def _maybe_opt_step(self, optimizer: TiledOptimizer, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        if not optimizer.gradients_are_finite():
-            return optimizer.skip()
-        return super()._maybe_opt_step(optimizer, *args, **kwargs)
+    def _maybe_opt_step(  # type: ignore[override]
+        self, optimizer: TiledOptimizer, state: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        return optimizer.step(*args, **kwargs)  # which leaves out what is not finite, without asking the device
 
 
 class TexHalfPrecision(TrainStep, HalfPrecision):

@@ -49,13 +49,16 @@ class KeptStep:
     random: dict[str, Tensor] = field(default_factory=dict)
 
 
-def write_dump(strategy: CheckpointingStrategy, trainer: Trainer, path: Path, kept: KeptStep, said: str) -> None:
+def write_dump(
+    strategy: CheckpointingStrategy, trainer: Trainer, path: Path, kept: KeptStep, said: str, step: int
+) -> None:
     """Write the state, which a skipped step has left as it was, and the step's batches; collective.
 
     Args:
         path: the folder; one that is there is replaced.
         kept: of this rank.
         said: what went wrong.
+        step: the step's number; the Trainer may have gone on since.
     """
     topology = strategy.topology
     # Collective: the Trainer asks rank 0 for it.
@@ -63,7 +66,7 @@ def write_dump(strategy: CheckpointingStrategy, trainer: Trainer, path: Path, ke
     if strategy.is_global_zero:
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
-        _write_about(strategy, trainer, path, said, Path(log_dir or ".", "config.yaml"))
+        _write_about(strategy, trainer, path, said, step, Path(log_dir or ".", "config.yaml"))
     strategy.barrier()
     if topology.tensor.rank == 0:
         batches = [apply_to_collection(each.batch, Tensor, lambda t: t.detach().cpu()) for each in kept.batches]
@@ -74,7 +77,9 @@ def write_dump(strategy: CheckpointingStrategy, trainer: Trainer, path: Path, ke
     strategy.save_complete(trainer, path / _STATE)
 
 
-def _write_about(strategy: CheckpointingStrategy, trainer: Trainer, path: Path, said: str, recipe: Path) -> None:
+def _write_about(
+    strategy: CheckpointingStrategy, trainer: Trainer, path: Path, said: str, step: int, recipe: Path
+) -> None:
     module: Any = trainer.lightning_module
     if recipe.is_file():
         run = yaml.safe_load(recipe.read_text())
@@ -83,7 +88,8 @@ def _write_about(strategy: CheckpointingStrategy, trainer: Trainer, path: Path, 
     cls = type(module)
     about = {
         "said": said,
-        "step": trainer.global_step,
+        "step": step,
+        "steps_done": trainer.global_step,
         "world": strategy.topology.layout.world,
         "strategy": _options(strategy),
         "precision": str(strategy.precision_plugin.precision),

@@ -99,6 +99,8 @@ class StepStrategy(CheckpointingStrategy):
         self._replicas.step_boundary(self.lightning_module.trainer.global_step)
 
     def on_train_end(self) -> None:
+        if self.tiled_optimizer is not None:
+            self.tiled_optimizer.guard.learn()
         self.step_boundary()
         super().on_train_end()
 
