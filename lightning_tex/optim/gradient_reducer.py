@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_tex.optim.gradients import Gradients
 from lightning_tex.optim.overlap import BucketOverlap, optimizer_pass
+from lightning_tex.optim.square_sums import square_sums
 from lightning_tex.parallel import collectives
 from lightning_tex.parallel.activation_layout import reached, reached_directly
 from lightning_tex.parallel.device import device_type
@@ -258,10 +259,7 @@ class GradientReducer:
         if self.state.norm is not None:
             return self.state.norm
         device = next(iter(self.shardings)).device
-        total = torch.zeros(2, dtype=torch.float64, device=device)  # of what is counted, and of everything
-        for gradients in self.buffers:
-            square = gradients.squared_norm()
-            total += square if gradients.buffer.counted else torch.stack([torch.zeros_like(square), square])
+        total = square_sums(self.buffers, device)  # of what is counted, and of everything
         for loss in self._losses:  # without a collective of its own: 0 where it is finite, else NaN
             total[1] += (loss * 0).sum()
         with optimizer_pass(self.world):

@@ -23,7 +23,7 @@ from lightning_tex.parallel.in_place_collectives import (
     sum_in_place,
 )
 
-_AT_ONCE = 1 << 18  # elements of which a norm is taken: more cost accuracy and, being upcast, time
+_AT_ONCE = 1 << 18  # elements that are compared at once, in temporary memory
 
 
 class Gradients(ABC):
@@ -120,15 +120,6 @@ class Gradients(ABC):
     def _within_own(self, entry: Entry) -> slice:
         length, start = len(self.own), self.buffer.own_start
         return slice(*(min(max(at - start, 0), length) for at in (entry.start, entry.stop)))
-
-    def squared_norm(self) -> Tensor:
-        """Sum of squares, in fp64, of the combined own part: a scalar."""
-        own = self.own
-        total = torch.zeros((), dtype=torch.float64, device=own.device)
-        dtype = torch.promote_types(own.dtype, torch.float32)
-        for part in own.split(_AT_ONCE):  # what is not fp32 already is upcast on the way
-            total += torch.linalg.vector_norm(part, dtype=dtype).double().square()
-        return total / self.divisor**2
 
     def clamp(self, limit: float | Tensor) -> None:
         """Clamp every element of the combined own part to [-limit, limit]."""
