@@ -8,14 +8,12 @@ from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from lightning_tex.parallel.byte_meter import ByteMeter
 from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.parallel.meshes import mesh_of_world
 
 AXES = ("tensor", "data", "expert_tensor", "expert", "expert_data")
 # One rank, or an array of ranks, which arithmetic serves alike.
@@ -261,8 +259,8 @@ class Topology:
             timeout: of collectives; ``None``: torch's.
         """
         mesh = mesh or build_mesh(layout, device_type, timeout)
-        ranks = torch.arange(layout.world).view(layout.expert_data, layout.expert, layout.expert_tensor)
-        expert_mesh = _mesh(device_type, ranks, ("expert_data", "expert", "expert_tensor"), timeout)
+        sizes = {name: layout.axis_size(name) for name in ("expert_data", "expert", "expert_tensor")}
+        expert_mesh = mesh_of_world(device_type, sizes, timeout)
         rank = dist.get_rank()
         meter = ByteMeter()
 
@@ -294,16 +292,7 @@ def build_mesh(layout: Layout, device_type: str, timeout: timedelta | None = Non
         device_type: ``"cpu"`` or ``"cuda"``.
         timeout: of collectives; ``None``: torch's.
     """
-    ranks = torch.arange(layout.world).view(layout.data, layout.tensor)
-    return _mesh(device_type, ranks, ("data", "tensor"), timeout)
-
-
-def _mesh(device_type: str, ranks: Tensor, names: tuple[str, ...], timeout: timedelta | None) -> DeviceMesh:
-    mesh = DeviceMesh(device_type, ranks, mesh_dim_names=names)
-    if timeout is not None and dist.get_backend() != "fake":
-        for group in mesh.get_all_groups():  # which no argument of a mesh reaches
-            _set_pg_timeout(timeout, group)
-    return mesh
+    return mesh_of_world(device_type, {"data": layout.data, "tensor": layout.tensor}, timeout)
 
 
 def divisors(n: int) -> list[int]:
