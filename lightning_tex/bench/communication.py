@@ -13,7 +13,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_tex.bench.combinations import Combination
 from lightning_tex.bench.stopwatch import Measured, Stopwatch
 from lightning_tex.parallel.errors import UserValueError
-from lightning_tex.parallel.topology import Layout, Topology
 from lightning_tex.recipe import BARE_TRAINER, Recipe, quiet
 from lightning_tex.strategy import TexMoEStrategy
 
@@ -33,7 +32,7 @@ class CommunicationBench:
         self.runs: dict[str, list[Measured]] = {}
         self.skipped: dict[str, str] = {}
         self.is_first_rank = True
-        self._topologies: dict[Layout, Topology] = {}
+        self._layouts: list[str] = []
 
     def turn(self, combinations: Mapping[str, Combination]) -> None:
         """Run every combination once. Collective over the recipe's ranks."""
@@ -66,12 +65,13 @@ class CommunicationBench:
             )
         strategy = fit.trainer.strategy
         assert isinstance(strategy, TexMoEStrategy)
-        strategy.adopt(combination.communication(strategy.communication), self._topologies.values())
+        strategy.adopt(combination.communication(strategy.communication))
         fit.trainer.callbacks.append(watch)  # type: ignore[attr-defined]
         with on_the_same_processes(strategy), quiet():
             fit.trainer.fit(fit.model, fit.datamodule)
         self.is_first_rank = strategy.is_global_zero
-        self._topologies[strategy.topology.layout] = strategy.topology
+        if (layout := str(strategy.topology.layout)) not in self._layouts:
+            self._layouts.append(layout)
         del fit
         gc.collect()
         if watch.measured is None:
@@ -103,7 +103,7 @@ class CommunicationBench:
             }
         return {
             "recipe": self.recipe.path,
-            "layouts": [str(layout) for layout in self._topologies],
+            "layouts": self._layouts,
             "steps": self.steps,
             "turns": max(map(len, self.runs.values())),
             "combinations": rows,

@@ -26,6 +26,8 @@ class ProcessGroups:
     def __init__(self, world: int, timeout: timedelta | None) -> None:
         self._timeout = timeout
         self._made: dict[Division, dist.ProcessGroup] = {_key([tuple(range(world))]): _whole()}
+        self._by_themselves: dict[tuple[str, Division], dist.ProcessGroup] = {}
+        self._host: dist.ProcessGroup | None = None
 
     def knows(self, division: list[tuple[int, ...]], group: dist.ProcessGroup) -> None:
         """There is a group already for this rank's part of a division."""
@@ -40,18 +42,23 @@ class ProcessGroups:
             by_itself: one that no other axis shares, and whose kernels go before those of others; on parts of one rank
                 there is nothing to wait for, so they share theirs.
         """
-        if by_itself and len(division[0]) > 1:
-            return self._make(division, name, _options(self._timeout, high_priority=True))
         key = _key(division)
+        if by_itself and len(division[0]) > 1:
+            if (name, key) not in self._by_themselves:
+                self._by_themselves[name, key] = self._make(division, name, _options(self._timeout, high_priority=True))
+            return self._by_themselves[name, key]
         if key not in self._made:
             self._made[key] = self._make(division, name, _options(self._timeout, high_priority=False))
         return self._made[key]
 
     def host(self) -> dist.ProcessGroup:
         """All ranks over the host's network, for tensors on CPU: nobody waits for a device."""
-        if reaches_cpu(_whole()):
-            return _whole()
-        return dist.new_group(backend="gloo", timeout=self._timeout, group_desc="host")
+        if self._host is None:
+            on_cpu = reaches_cpu(_whole())
+            self._host = (
+                _whole() if on_cpu else dist.new_group(backend="gloo", timeout=self._timeout, group_desc="host")
+            )
+        return self._host
 
     def _make(self, division: list[tuple[int, ...]], name: str, options: Any) -> dist.ProcessGroup:
         own = None
@@ -66,6 +73,27 @@ class ProcessGroups:
             own = group if dist.get_rank() in part else own
         assert own is not None
         return own
+
+
+# Of one world, by their timeout.
+_of_world: dict[tuple[dist.ProcessGroup, timedelta | None], ProcessGroups] = {}
+
+
+def groups_of_world(timeout: timedelta | None) -> ProcessGroups:
+    """The groups of the world that there is: every later Trainer of the same processes takes those of the first.
+
+    Groups last as long as the world does, and each has threads that wake a hundred times a second (gloo), or a
+    communicator with buffers on the GPU (NCCL).
+
+    Args:
+        timeout: of collectives; ``None``: torch's.
+    """
+    world = _whole()
+    if any(earlier is not world for earlier, _ in _of_world):
+        _of_world.clear()
+    if (world, timeout) not in _of_world:
+        _of_world[world, timeout] = ProcessGroups(dist.get_world_size(), timeout)
+    return _of_world[world, timeout]
 
 
 def reaches_cpu(group: dist.ProcessGroup | None) -> bool:

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_tex.parallel.byte_meter import ByteMeter
 from lightning_tex.parallel.errors import UserValueError
-from lightning_tex.parallel.groups import ProcessGroups
+from lightning_tex.parallel.groups import ProcessGroups, groups_of_world
 
 AXES = ("tensor", "data", "expert_tensor", "expert", "expert_data")
 # One rank, or an array of ranks, which arithmetic serves alike.
@@ -262,7 +262,7 @@ class Topology:
             communication: what is done to communicate less; ``None``: the defaults.
             timeout: of collectives; ``None``: torch's.
         """
-        groups = ProcessGroups(layout.world, timeout)
+        groups = groups_of_world(timeout)
         mesh = mesh or _mesh(layout, device_type, ("data", "tensor"), groups)
         for name in ("data", "tensor"):
             groups.knows(layout.groups(name), mesh.get_group(name))
@@ -300,7 +300,7 @@ def build_mesh(layout: Layout, device_type: str, timeout: timedelta | None = Non
         device_type: ``"cpu"`` or ``"cuda"``.
         timeout: of collectives; ``None``: torch's.
     """
-    return _mesh(layout, device_type, ("data", "tensor"), ProcessGroups(layout.world, timeout))
+    return _mesh(layout, device_type, ("data", "tensor"), groups_of_world(timeout))
 
 
 def _mesh(layout: Layout, device_type: str, names: tuple[str, ...], groups: ProcessGroups) -> DeviceMesh:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import torch.distributed as dist
@@ -111,8 +112,9 @@ def _words(tensor: Tensor) -> Tensor:
 
 
 def _digest(words: Tensor, weights: Tensor) -> Tensor:
-    total = torch.zeros((), dtype=torch.int64, device=words.device)
-    for part in words.split(_CHUNK):
+    first, *more = words.split(_CHUNK)
+    total = (first * weights[: len(first)]).sum()
+    for part in more:
         total = total * 3 + (part * weights[: len(part)]).sum()
     return total
 
@@ -120,25 +122,40 @@ def _digest(words: Tensor, weights: Tensor) -> Tensor:
 def differing(replicas: Sequence[Replica], topology: Topology) -> list[int]:
     """Places of the replicas that are not alike, the same list on all ranks; collective.
 
-    A small all-reduce for every axis, one over the world, and one wait for the device.
+    A small all-reduce for every axis of what not all ranks hold, one over the world, and one wait for the device.
     """
-    axes = {axis.name: axis for replica in replicas for axis in replica.axes}
-    if not axes:
+    if not replicas:
         return []
-    own_digests = digests([replica.tensor for replica in replicas])
-    differ = torch.zeros_like(own_digests)
-    for axis in axes.values():
-        places = [place for place, replica in enumerate(replicas) if axis in replica.axes]
-        indices = torch.tensor(places, device=own_digests.device)
-        own = own_digests[indices]
-        extremes = torch.cat([own, ~own])  # the largest, and the complement of the smallest
-        with TRAINING.inside("all_reduce", axis, extremes):
-            dist.all_reduce(extremes, dist.ReduceOp.MAX, group=axis.group)
-        largest, smallest = extremes.split(len(places))
-        differ[indices] |= (largest != ~smallest).long()
-    with TRAINING.inside("all_reduce", topology.world, differ):
-        dist.all_reduce(differ, dist.ReduceOp.MAX, group=topology.world.group)
+    own, world = digests([replica.tensor for replica in replicas]), topology.world
+    on_all = [place for place, replica in enumerate(replicas) if prod(a.size for a in replica.axes) == world.size]
+    on_some = [place for place in range(len(replicas)) if place not in on_all]
+    differ = torch.zeros_like(own)
+    for axis in {axis.name: axis for place in on_some for axis in replicas[place].axes}.values():
+        places = [place for place in on_some if axis in replicas[place].axes]
+        (extremes,) = _largest_of_ranks([_extremes(own[places])], axis)
+        differ[places] |= _apart(extremes)
+    differ, extremes = _largest_of_ranks([differ, _extremes(own[on_all])], world)
+    differ[on_all] = _apart(extremes)
     return [place for place, found in enumerate(differ.tolist()) if found]
+
+
+def _extremes(values: Tensor) -> Tensor:
+    """What shows, as the largest over ranks, the largest value and the complement of the smallest."""
+    return torch.cat([values, ~values])
+
+
+def _apart(extremes: Tensor) -> Tensor:
+    """1 where the largest value is not the smallest."""
+    largest, smallest = extremes.chunk(2)
+    return (largest != ~smallest).long()
+
+
+def _largest_of_ranks(tensors: list[Tensor], axis: Axis) -> tuple[Tensor, ...]:
+    """The largest element of each place of some vectors, in one message."""
+    packed = torch.cat(tensors)
+    with TRAINING.inside("all_reduce", axis, packed):
+        dist.all_reduce(packed, dist.ReduceOp.MAX, group=axis.group)
+    return packed.split([len(tensor) for tensor in tensors])
 
 
 def describe_difference(replica: Replica, topology: Topology) -> Difference | None:

@@ -6,7 +6,7 @@ import inspect
 import os
 import platform
 from collections.abc import Iterable, Iterator, Mapping
-from importlib.metadata import version
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -67,7 +67,7 @@ def start(arguments: Mapping[str, Any], trainer: Trainer, device_type: str) -> C
         device_type: of this rank.
     """
     facts = {"the accelerator": device_type, **_strategy_options(arguments), **_trainer_options(trainer)}
-    facts |= {f"the version of {name}": version(name) for name in _PACKAGES}
+    facts |= {f"the version of {name}": str(import_module(name).__version__) for name in _PACKAGES}
     facts["the version of Python"] = ".".join(platform.python_version_tuple()[:2])
     facts |= {f"the version of {name}": str(number) for name, number in _device_versions(device_type)}
     facts |= described(_torch_flags())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -209,23 +208,12 @@ class TexMoEStrategy(StepStrategy):
 
     # --- setting up
 
-    def adopt(self, communication: Communication, topologies: Iterable[Topology] = ()) -> None:
-        """Before set-up: communicate so, over process groups that exist already where they fit.
+    def adopt(self, communication: Communication) -> None:
+        """Before set-up: communicate so, in place of what the arguments say, which know no ``fused``, ``overlap``.
 
-        Not for training but for what runs several Trainers on the same processes, such as ``lightning_tex.bench``:
-        process groups of one layout are made once, and ``fused`` and ``overlap`` are no arguments.
-
-        Args:
-            communication: in place of what the arguments say.
-            topologies: of this world's earlier runs.
+        Not for training but for what compares ways to communicate, such as ``lightning_tex.bench``.
         """
         self.communication = communication
-        for topology in topologies:
-            layout = self.resolve_layout()
-            if topology.layout.tensor == layout.tensor:
-                self._mesh = topology.mesh
-            if topology.layout == layout:
-                self._topology = replace(topology, communication=communication)
 
     def setup_environment(self) -> None:
         assert self.lightning_module is not None
