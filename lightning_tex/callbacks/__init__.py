@@ -1,8 +1,9 @@
-"""Callbacks that log the experts' load, throughput and communication, and print a closing summary."""
+"""Callbacks that log the experts' load, throughput and communication, show progress, and print a closing summary."""
 
 from lightning_tex.callbacks.communication import CommunicationMonitor
 from lightning_tex.callbacks.experts import ExpertMonitor
+from lightning_tex.callbacks.late_progress import LateProgress
 from lightning_tex.callbacks.summary import RunSummary
 from lightning_tex.callbacks.throughput import Throughput
 
-__all__ = ["CommunicationMonitor", "ExpertMonitor", "RunSummary", "Throughput"]
+__all__ = ["CommunicationMonitor", "ExpertMonitor", "LateProgress", "RunSummary", "Throughput"]

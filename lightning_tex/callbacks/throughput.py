@@ -34,6 +34,6 @@ class Throughput(Callback):
         self._seconds += time.perf_counter() - self._started
         if logged:
             tokens = torch.tensor(float(self._tokens), device=pl_module.device)
-            tokens = trainer.strategy.reduce(tokens, reduce_op="sum")
+            tokens = trainer.strategy.reduce(tokens, reduce_op="sum").cpu()  # the progress bar reads it every time
             pl_module.log("tokens_per_second", tokens / max(self._seconds, 1e-9), prog_bar=True)
             self._tokens, self._seconds = 0, 0.0

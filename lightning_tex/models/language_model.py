@@ -12,7 +12,7 @@ from lightning import Callback, LightningModule
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from lightning_tex.callbacks import ExpertMonitor, Throughput
+from lightning_tex.callbacks import ExpertMonitor, LateProgress, Throughput
 from lightning_tex.data import require_token_ids
 from lightning_tex.layers import VocabParallelCrossEntropy
 from lightning_tex.models import Decoder, DecoderConfig
@@ -74,7 +74,7 @@ class LanguageModel(LightningModule):
         # Ranks may hold different numbers of valid tokens: divide by the mean over ranks, not by the own number.
         mean_total, mean_count = self._mean_over_ranks(torch.stack([total.detach(), count.to(total.dtype)])).unbind()
         mean_count = mean_count.clamp(min=1e-9)
-        self.log("train_loss", mean_total / mean_count, prog_bar=True)
+        self.log("train_loss", mean_total / mean_count)
         return total / mean_count + auxiliary_loss(self)
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
@@ -102,7 +102,7 @@ class LanguageModel(LightningModule):
         return torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95))
 
     def configure_callbacks(self) -> list[Callback]:
-        return [Throughput(), ExpertMonitor()]
+        return [Throughput(), ExpertMonitor(), LateProgress(["train_loss"])]
 
     @torch.no_grad()
     def generate(self, ids: Tensor, new_tokens: int, temperature: float = 1.0, seed: int = 0) -> Tensor:

@@ -50,9 +50,8 @@ def both(path: str, strategy: dict[str, object]) -> dict[str, object]:
     assert {k: n for k, n in traced.state_bytes.items() if n} == {k: n for k, n in states.items() if n}
 
     sent = sent_bytes(step_collectives(job, candidate))
-    # One of the first three batches, which tensor ranks compare; that, and where a stream ends, is agreed on by all.
-    compared, agreed = Sent("all_gather", "tensor", "forward"), Sent("all_gather", "world", "forward")
-    sent[compared] = sent.get(compared, Fraction(0)) + 8 * (candidate.layout.tensor - 1)
+    # What all ranks agree upon: whether batches are alike, and where a stream ends.
+    agreed = Sent("all_gather", "world", "forward")
     found = {kind: Fraction(count) for kind, count in traced.sent_bytes.items() if kind != agreed}
     # The trace counts what a causal kernel skips.
     shares = candidate.layout.data * candidate.layout.tensor
