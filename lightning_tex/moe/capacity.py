@@ -9,14 +9,42 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_tex.moe.dispatch import Arrived, Dispatcher, DispatchMetadata
-from lightning_tex.moe.exchange import CapacityExchange, to_experts
+from lightning_tex.moe.dispatch import Arrived, Dispatcher, DispatchMetadata, arrive
+from lightning_tex.moe.exchange import CapacityExchange, Exchange, LocalExchange
+from lightning_tex.moe.groups import Groups
 from lightning_tex.moe.permute import group_by_expert
 from lightning_tex.moe.router import Route
-from lightning_tex.parallel.collectives import all_reduce
+from lightning_tex.parallel.collectives import all_reduce, own_slice
+from lightning_tex.parallel.replay import decided
 
 # T tokens, D model width, E experts, e experts held here, P = E/e ranks on the expert axis, C capacity,
 # k choices per token, t own tokens, n own choices, N rows at the experts
+
+
+class Queues(NamedTuple):
+    """Queues of choices at their experts: all first choices in token order, then all second ones, and so on.
+
+    place:      [T, k] of each choice in its expert's queue, from 0; without meaning where it is masked.
+    counts:     [E] length of each queue.
+    overflowed: scalar, how many choices find their expert full; masked ones are none.
+    """
+
+    place: Tensor
+    counts: Tensor
+    overflowed: Tensor
+
+
+def queues(indices: Tensor, num_experts: int, capacity: int) -> Queues:
+    """The queues of choices [T, k]; E stands for a masked choice.
+
+    The same as :func:`~lightning_tex.moe.sequence_parallel.places_among_all`, where all tokens are here.
+    """
+    tokens, top_k = indices.shape
+    order = group_by_expert(indices.t().flatten(), num_experts)
+    within = torch.arange(tokens * top_k, device=indices.device) - order.starts[order.experts.int()]
+    place = torch.empty_like(within).scatter_(0, order.sorted, within)
+    counts = order.starts.diff()
+    return Queues(place.view(top_k, tokens).t(), counts, (counts - capacity).clamp(min=0).sum())
 
 
 class Slots(NamedTuple):
@@ -24,37 +52,28 @@ class Slots(NamedTuple):
 
     slot:    [T, k] the row of each choice; E * C where it overflowed or is masked.
     choice:  [E * C] the choice t * k + i in each row; T * k where the row is empty.
-    overflowed: scalar count, masked choices not included.
     """
 
     slot: Tensor
     choice: Tensor
-    overflowed: Tensor
 
 
-def assign_slots(indices: Tensor, num_experts: int, capacity: int, rows: int) -> Slots:
-    """Give choices places: all first choices in token order, then all second choices, until an expert is full.
-
-    The same queue as :func:`~lightning_tex.moe.sequence_parallel.places_among_all`, where all tokens are here.
+def assign_slots(indices: Tensor, place: Tensor, num_experts: int, capacity: int, rows: int) -> Slots:
+    """Give the first choices of each queue their rows, until the expert is full.
 
     Args:
         indices: [T, k] expert of each choice, E where masked.
+        place: [T, k] of each choice in its expert's queue.
         num_experts: E.
         capacity: choices an expert takes.
         rows: rows of the buffer per expert, at least ``capacity``.
     """
-    tokens, top_k = indices.shape
-    order = group_by_expert(indices.t().flatten(), num_experts)
-    place = torch.arange(tokens * top_k, device=indices.device) - order.starts[order.experts]
-    fits = (place < capacity) & (order.experts < num_experts)
-    row = torch.where(fits, order.experts * rows + place, num_experts * rows)
-    # Choice j of the first-choices-first list is token j % T, choice j // T.
-    choice = order.sorted % max(tokens, 1) * top_k + order.sorted // max(tokens, 1)
-    slot = torch.empty_like(row)
-    slot[choice] = row
-    filled = row.new_full((num_experts * rows + 1,), tokens * top_k)
-    filled[row] = torch.where(fits, choice, tokens * top_k)
-    return Slots(slot.view(tokens, top_k), filled[:-1], order.starts[-1] - fits.sum())
+    fits = (place < capacity) & (indices < num_experts)
+    slot = torch.where(fits, indices * rows + place, num_experts * rows)
+    choices = torch.arange(indices.numel(), device=indices.device)
+    # Choices without a row all write to the one behind the last, which is nobody's.
+    choice = slot.new_full((num_experts * rows + 1,), indices.numel()).scatter_(0, slot.flatten(), choices)
+    return Slots(slot, choice[:-1])
 
 
 @dataclass(frozen=True)
@@ -70,19 +89,36 @@ class CapacityDispatcher(Dispatcher):
     factor: float
 
     def dispatch(self, x: Tensor, route: Route) -> tuple[Arrived, DispatchMetadata]:
-        tokens, top_k = route.indices.shape
-        allowed = capacity(self.factor, top_k, tokens, self.num_experts)
-        largest = int(all_reduce(torch.tensor([allowed], device=x.device), self.axes.expert, "max", "exchange_counts"))
-        rows = buffer_rows(largest, self.axes.split.size)
-        slots = assign_slots(route.indices, self.num_experts, allowed, rows)
-        exchange = CapacityExchange(self.axes, slots.slot, slots.choice.view(self.num_experts, rows))
-        arrived = to_experts(x.reshape(-1, x.shape[-1]), exchange)
-        experts = self.num_experts // self.axes.expert.size
-        metadata = DispatchMetadata(exchange, route.weights, x.dtype, slots.overflowed)
-        return Arrived(arrived, [len(arrived) // experts] * experts), metadata
+        exchange, queued = decided("the exchange by capacity", lambda: self._exchange(route.indices))
+        metadata = DispatchMetadata(exchange, x.dtype, queued.overflowed, queued.counts)
+        return arrive(x.reshape(-1, x.shape[-1]), route.weights, exchange), metadata
 
-    def combine(self, outputs: Tensor, metadata: DispatchMetadata) -> Tensor:
-        return metadata.weighted_sum(outputs)
+    def queues(self, indices: Tensor, allowed: int) -> Queues:
+        """In which order choices [T, k] are served."""
+        return queues(indices, self.num_experts, allowed)
+
+    def allowed(self, tokens: int, top_k: int) -> int:
+        """Choices that an expert takes of this rank's tokens."""
+        return capacity(self.factor, top_k, tokens, self.num_experts)
+
+    def _exchange(self, indices: Tensor) -> tuple[Exchange, Queues]:
+        tokens, top_k = indices.shape
+        allowed, axes = self.allowed(tokens, top_k), self.axes
+        queued = self.queues(indices, allowed)
+        if max(axes.expert.size, axes.split.size, axes.gather.size) == 1:
+            served = indices.masked_fill(queued.place >= allowed, self.num_experts)
+            return LocalExchange.of(axes, served, group_by_expert(served.flatten(), self.num_experts)), queued
+        largest = allowed
+        if axes.expert.size > 1:
+            own = torch.full((1,), allowed, device=indices.device)
+            largest = int(all_reduce(own, axes.expert, "max", "exchange_counts"))
+        rows = buffer_rows(largest, axes.split.size)
+        slots = assign_slots(indices, queued.place, self.num_experts, allowed, rows)
+        # Duplicate-token dropping (paper section 5.1): of rows that tensor ranks hold alike, each sends its own.
+        choice = own_slice(slots.choice.view(self.num_experts, rows), 1, axes.split).flatten()
+        here, senders = self.num_experts // axes.expert.size, axes.expert.size * axes.gather.size
+        groups = Groups.equal(here, rows // axes.split.size * senders, indices.device)
+        return CapacityExchange(axes, groups, choice, True, slots.slot, True, self.num_experts), queued
 
 
 def capacity(factor: float, top_k: int, tokens: int, num_experts: int) -> int:

@@ -14,23 +14,76 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lightning_tex.moe.exchange import Exchange
+from lightning_tex.moe.exchange import Exchange, to_experts, weights_to_experts
 from lightning_tex.moe.expert_axes import ExpertAxes
+from lightning_tex.moe.groups import Groups
 from lightning_tex.moe.router import Route
 
 # T tokens, D model width, E experts, e experts held here, k choices per token, t own tokens, N rows at the experts
 
 
-class Arrived(NamedTuple):
-    """Rows at the experts held here: [N, D], grouped by expert, with the number of rows of each of the e experts."""
+class Arrived(Protocol):
+    """Rows at the experts held here, and the weight of each, grouped by expert."""
+
+    @property
+    def rows(self) -> Tensor:
+        """[N, D]"""
+
+    @property
+    def weights(self) -> Tensor:
+        """[N], what the expert's output of each row is multiplied with."""
+
+    @property
+    def groups(self) -> Groups:
+        """Which rows are whose."""
+
+
+@dataclass(frozen=True)
+class ArrivedRows:
+    """Rows that have come from where they were, see :class:`Arrived`."""
 
     rows: Tensor
-    sizes: list[int]
+    weights: Tensor
+    groups: Groups
+
+
+@dataclass(frozen=True)
+class LocalRows:
+    """Rows that are picked from the own tokens wherever they are used, so that nobody keeps them.
+
+    Args:
+        tokens: [t, D].
+        choice_weights: [t, k].
+        exchange: picks them; it communicates nothing.
+    """
+
+    tokens: Tensor
+    choice_weights: Tensor
+    exchange: Exchange
+
+    @property
+    def groups(self) -> Groups:
+        return self.exchange.groups
+
+    @property
+    def rows(self) -> Tensor:
+        return to_experts(self.tokens, self.exchange)
+
+    @property
+    def weights(self) -> Tensor:
+        return weights_to_experts(self.choice_weights, self.exchange)
+
+
+def arrive(tokens: Tensor, weights: Tensor, exchange: Exchange) -> Arrived:
+    """[t, D] tokens and the [t, k] weights of their choices at the experts."""
+    if exchange.communicates:
+        return ArrivedRows(to_experts(tokens, exchange), weights_to_experts(weights, exchange), exchange.groups)
+    return LocalRows(tokens, weights, exchange)
 
 
 @dataclass(frozen=True)
@@ -39,22 +92,18 @@ class DispatchMetadata:
 
     Args:
         exchange: brings the rows back.
-        weights: [t, k], what the outputs of the choices are multiplied with.
         dtype: of the tokens.
         overflowed: how many choices overflowed their expert's capacity, of this rank's tokens: a scalar.
+        counts: [E] choices of all this rank's tokens that fell on each expert, overflowed ones included, where the
+            dispatcher has counted them.
         split_tokens: tokens of each rank of the split axis, where they are gathered again.
     """
 
     exchange: Exchange
-    weights: Tensor
     dtype: torch.dtype
     overflowed: Tensor
+    counts: Tensor | None = None
     split_tokens: list[int] | None = None
-
-    def weighted_sum(self, outputs: Tensor) -> Tensor:
-        """The outputs of each token's choices, summed by their weights: [t * k, D] -> [t, D]."""
-        by_token = outputs.view(*self.weights.shape, outputs.shape[-1])
-        return (by_token * self.weights[..., None]).sum(1).to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -76,6 +125,6 @@ class Dispatcher(ABC):
         The dims before the last are T in all: a route's tokens are x's in their order.
         """
 
-    @abstractmethod
     def combine(self, outputs: Tensor, metadata: DispatchMetadata) -> Tensor:
-        """Sum what the exchange brought back by its weights: [t * k, D] by choice -> [T, D]. Overflowed ones add 0."""
+        """What the exchange brought back, summed over each token's choices: [t, D] -> [T, D]."""
+        return outputs.to(metadata.dtype)

@@ -7,44 +7,101 @@ last, is one replayable operation. The tape of a recomputed block keeps what cam
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_tex.moe.expert_axes import ExpertAxes
-from lightning_tex.moe.permute import pick
-from lightning_tex.parallel.collectives import all_gather, all_to_all, own_slice
+from lightning_tex.moe.groups import Groups
+from lightning_tex.moe.permute import Order, invert, pick, sum_picked
+from lightning_tex.parallel.collectives import all_gather, all_to_all
+from lightning_tex.parallel.compiled import leaf
+from lightning_tex.parallel.device import device_type
 from lightning_tex.parallel.flight_record import TRAINING
 from lightning_tex.parallel.replay import replayable
 
 # t own tokens, k choices per token, E experts, e experts held here, P = E/e ranks on the expert axis, C capacity,
-# c = C/split, D model width, n rows sent, N rows at the experts
+# c = C/split, D width, n rows sent, m rows that come back, N rows at the experts
 
 
 @dataclass(frozen=True)
 class Exchange(ABC):
-    """The exchange of one forward: linear maps without autograd.
+    """The exchange of one forward: linear maps without autograd, decided by the routing.
 
     Args:
         axes: the axes that rows pass.
-        slot: [t, k] where the row of each choice lies when it is back; one more than there are where it is not served.
+        groups: how the N rows lie at the experts.
+        choice: [n] the choice t * k + i that is sent as each row; t * k where the row is empty.
+        gaps: whether a row may be empty.
+        slot: [t, k] where the row of each choice lies when it is back; m where it is not served.
+        unserved: whether a choice may be not served.
     """
 
     axes: ExpertAxes
+    groups: Groups
+    choice: Tensor
+    gaps: bool
     slot: Tensor
+    unserved: bool
+
+    @property
+    def communicates(self) -> bool:
+        """Whether anything passes between ranks."""
+        return True
 
     @abstractmethod
-    def to_experts(self, x: Tensor, choices: int) -> Tensor:
-        """Rows at the experts, [N, D] by expert. Row i of ``x`` goes for ``choices`` choices, from i * choices on."""
+    def send(self, rows: Tensor) -> Tensor:
+        """[n, D] rows of this rank to the experts: [N, D], grouped by expert."""
 
     @abstractmethod
+    def bring(self, rows: Tensor) -> Tensor:
+        """Partial sums at the experts [N, D] back: [m, D]."""
+
+    def to_experts(self, x: Tensor) -> Tensor:
+        """[t, D] tokens to the experts of their choices: [N, D]."""
+        return self.send(pick(x, self.choice // self.slot.shape[1], self.gaps))
+
     def from_experts(self, y: Tensor) -> Tensor:
-        """From partial sums at the experts [N, D] back: [t * k, D] by choice, 0 where it was not served.
+        """From partial sums at the experts [N, D], the sum over each token's choices: [t, D]. The transpose."""
+        return sum_picked(self.bring(y), self.slot, self.unserved)
 
-        The transpose of ``to_experts(x, 1)``.
-        """
+    def choices_to_experts(self, weights: Tensor) -> Tensor:
+        """[t, k] numbers, one of each choice, to its row: [N]; 0 where the row is empty."""
+        return self.send(pick(weights.reshape(-1, 1), self.choice, self.gaps)).squeeze(1)
+
+    def choices_from_experts(self, partial: Tensor) -> Tensor:
+        """The transpose: [N] -> [t, k]; 0 where a choice was not served."""
+        return pick(self.bring(partial[:, None]), self.slot.flatten(), self.unserved).view(self.slot.shape)
+
+
+@dataclass(frozen=True)
+class LocalExchange(Exchange):
+    """All experts are here: rows are picked and do not travel. What parts of experts give is summed over ranks."""
+
+    @classmethod
+    def of(cls, axes: ExpertAxes, indices: Tensor, order: Order) -> LocalExchange:
+        """From the own choices [t, k], grouped."""
+        if device_type(indices) != "cpu":
+            served = ServedAsFarAsKnown.of(indices, order)
+            return cls(axes, Groups(indices.numel(), served.ends), served.choice, True, served.slot, False)
+        n = int(order.starts[-1])
+        slot = invert(order.sorted).view(indices.shape)
+        return cls(
+            axes, Groups(n, order.starts[1:].int()), order.sorted[:n], False, slot.clamp(max=n), n < slot.numel()
+        )
+
+    @property
+    def communicates(self) -> bool:
+        return self.axes.shard.size > 1
+
+    def send(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def bring(self, rows: Tensor) -> Tensor:
+        return self.axes.sum_own(rows)
 
 
 @dataclass(frozen=True)
@@ -52,23 +109,21 @@ class CapacityExchange(Exchange):
     """By buffers of equal shape.
 
     Args:
-        choice: [E, C] the choice t * k + i in each row of the buffer; t * k where it is empty.
+        experts: E.
     """
 
-    choice: Tensor
+    experts: int
 
-    def to_experts(self, x: Tensor, choices: int) -> Tensor:
-        # Duplicate-token dropping (paper section 5.1): of rows that tensor ranks hold alike, each sends its own.
-        own = own_slice(self.choice, 1, self.axes.split) // choices  # [E, c]
-        received = all_to_all(pick(x, own.flatten()).view(*own.shape, x.shape[-1]), self.axes.expert)  # [P * e, c, D]
-        by_sender = all_gather(received, 0, self.axes.gather).unflatten(0, (self._senders, -1))
-        return by_sender.transpose(0, 1).flatten(0, 2)
+    def send(self, rows: Tensor) -> Tensor:
+        buffer = rows.view(self.experts, -1, rows.shape[1])  # [E, c, D]
+        by_sender = all_gather(all_to_all(buffer, self.axes.expert), 0, self.axes.gather)  # [senders * e, c, D]
+        return by_sender.unflatten(0, (self._senders, -1)).transpose(0, 1).flatten(0, 2)
 
-    def from_experts(self, y: Tensor) -> Tensor:
-        experts, rows = len(self.choice) // self.axes.expert.size, self.choice.shape[1] // self.axes.split.size
-        by_sender = y.reshape(experts, self._senders, rows, y.shape[-1]).transpose(0, 1).flatten(0, 1)
-        buffer = all_to_all(self.axes.sum_own(by_sender), self.axes.expert)  # [P * e, c, D]
-        return pick(all_gather(buffer, 1, self.axes.split).flatten(0, 1), self.slot.flatten())
+    def bring(self, rows: Tensor) -> Tensor:
+        here = self.experts // self.axes.expert.size
+        by_sender = rows.view(here, self._senders, -1, rows.shape[-1]).transpose(0, 1).flatten(0, 1)
+        buffer = all_to_all(self.axes.sum_own(by_sender), self.axes.expert)  # [E, c, D]
+        return all_gather(buffer, 1, self.axes.split).flatten(0, 1)
 
     @property
     def _senders(self) -> int:
@@ -80,60 +135,84 @@ class DroplessExchange(Exchange):
     """As many rows as there are.
 
     Args:
-        choice: [n] the choices that are sent, by expert.
         sent, received: rows sent to and received from each rank of the expert axis.
         gathered: rows each rank of the gather axis received; N is their sum.
-        by_expert: [N] order of the arrived rows at the experts.
+        by_expert: [N] order of the arrived rows at the experts; ``None``: as they arrive.
         by_sender: [N] its inverse.
     """
 
-    choice: Tensor
     sent: list[int]
     received: list[int]
     gathered: list[int]
-    by_expert: Tensor
-    by_sender: Tensor
+    by_expert: Tensor | None
+    by_sender: Tensor | None
 
-    def to_experts(self, x: Tensor, choices: int) -> Tensor:
-        received = all_to_all(pick(x, self.choice // choices), self.axes.expert, self.received, self.sent)
-        return all_gather(received, 0, self.axes.gather, self.gathered).index_select(0, self.by_expert)
+    def send(self, rows: Tensor) -> Tensor:
+        received = all_to_all(rows, self.axes.expert, self.received, self.sent)
+        arrived = all_gather(received, 0, self.axes.gather, self.gathered)
+        return arrived if self.by_expert is None else arrived.index_select(0, self.by_expert)
 
-    def from_experts(self, y: Tensor) -> Tensor:
-        own = self.axes.sum_own(y.index_select(0, self.by_sender), self.gathered)
-        return pick(all_to_all(own, self.axes.expert, self.sent, self.received), self.slot.flatten())
+    def bring(self, rows: Tensor) -> Tensor:
+        by_sender = rows if self.by_sender is None else rows.index_select(0, self.by_sender)
+        return all_to_all(self.axes.sum_own(by_sender, self.gathered), self.axes.expert, self.sent, self.received)
 
 
-class _ToExperts(torch.autograd.Function):
+class ServedAsFarAsKnown(NamedTuple):
+    """All choices as served, so that the host need not wait to know how many there are.
+
+    Those that are masked are empty rows at the end of the last expert's group: no row lies behind its end.
+
+    choice: [t * k] choice of each row; t * k where it is empty.
+    ends:   [E] int32, the place behind each expert's last row.
+    slot:   [t, k] row of each choice.
+    """
+
+    choice: Tensor
+    ends: Tensor
+    slot: Tensor
+
+    @classmethod
+    def of(cls, indices: Tensor, order: Order) -> ServedAsFarAsKnown:
+        """From choices [t, k], grouped."""
+        return cls(*_masked_as_empty(order.sorted, order.starts), invert(order.sorted).view(indices.shape))
+
+
+@leaf
+def _masked_as_empty(choices: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+    total = choices.shape[0]
+    choice = torch.where(torch.arange(total, device=choices.device) < starts[-1], choices, total)
+    ends = starts[1:].to(torch.int32)
+    ends[-1:] = total
+    return choice, ends
+
+
+class _Direction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange, ctx.layer = exchange, TRAINING.layer
-        return replayable("exchange to experts", x, lambda: exchange.to_experts(x, exchange.slot.shape[1]))
+    def forward(
+        ctx: Any, x: Tensor, name: str, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor], moves: bool
+    ) -> Tensor:
+        ctx.back, ctx.layer = back, TRAINING.layer
+        return replayable(name, x, lambda: there(x)) if moves else there(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         TRAINING.layer = ctx.layer
-        rows = ctx.exchange.from_experts(grad)
-        top_k = ctx.exchange.slot.shape[1]
-        return rows if top_k == 1 else rows.unflatten(0, (-1, top_k)).sum(1), None
-
-
-class _FromExperts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange, ctx.layer = exchange, TRAINING.layer
-        return replayable("exchange from experts", y, lambda: exchange.from_experts(y))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        TRAINING.layer = ctx.layer
-        return ctx.exchange.to_experts(grad, 1), None
+        return ctx.back(grad), None, None, None, None
 
 
 def to_experts(x: Tensor, exchange: Exchange) -> Tensor:
     """[t, D] tokens to the experts of their choices: [N, D]. Backward: from the experts."""
-    return _ToExperts.apply(x, exchange)
+    return _Direction.apply(x, "exchange to experts", exchange.to_experts, exchange.from_experts, exchange.communicates)
 
 
 def from_experts(y: Tensor, exchange: Exchange) -> Tensor:
-    """[N, D] partial sums at the experts back: [t * k, D]. Backward: to the experts."""
-    return _FromExperts.apply(y, exchange)
+    """[N, D] partial sums at the experts back, summed over each token's choices: [t, D]. Backward: to the experts."""
+    return _Direction.apply(
+        y, "exchange from experts", exchange.from_experts, exchange.to_experts, exchange.communicates
+    )
+
+
+def weights_to_experts(weights: Tensor, exchange: Exchange) -> Tensor:
+    """[t, k] weights of the choices to their rows: [N]. Backward: back."""
+    there, back = exchange.choices_to_experts, exchange.choices_from_experts
+    return _Direction.apply(weights, "exchange of weights", there, back, exchange.communicates)

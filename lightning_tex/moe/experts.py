@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lightning_tex.layers.mlp import Activation, require_activation
-from lightning_tex.moe.dispatch import Arrived
+from lightning_tex.moe.activation import hidden
+from lightning_tex.moe.dispatch import Arrived, LocalRows
 from lightning_tex.moe.exchange import Exchange, from_experts
+from lightning_tex.moe.expert_block import BlockByExpert, BlockOfRows, ExpertBlock, Gradients, Kept, Matrices
+from lightning_tex.moe.products import LoopedProducts, Products
+from lightning_tex.parallel.device import device_type
 from lightning_tex.parallel.initialization import by_index, init_uniform_
-from lightning_tex.parallel.replay import products_then
+from lightning_tex.parallel.replay import replaying
 from lightning_tex.parallel.sharding import TexModule
 
-# N rows, D model width, H hidden width, E experts, e experts held here (per rank: H/expert_tensor)
+# N rows, D model width, H hidden width, E experts, e experts held here (per rank: H/expert_tensor), t own tokens
 
 
 class Experts(TexModule):
-    """E feed-forward blocks as stacked matrices: [N, D] rows grouped by expert -> [t * k, D] outputs by choice.
+    """E feed-forward blocks as stacked matrices: [N, D] rows grouped by expert -> [t, D] sums over a token's choices.
 
-    Sharded over expert_tensor, each rank computes partial sums; the exchange sums them on the way back, and the input's
-    partial gradients likewise.
+    Each row's hidden units are multiplied with its weight. Sharded over expert_tensor, each rank computes partial sums;
+    the exchange sums them on the way back, and the input's partial gradients likewise.
 
     Args:
         dim: D.
@@ -58,37 +63,110 @@ class Experts(TexModule):
             init_uniform_(parameter, 1 / math.sqrt(boxes[name].full[-1]), boxes[name])
 
     def forward(self, arrived: Arrived, exchange: Exchange) -> Tensor:
-        """What the experts give for the rows that arrived, brought back by the exchange: [N, D] -> [t * k, D].
+        """What the experts give for the rows that arrived, brought back by the exchange: [N, D] -> [t, D].
 
-        The last product and the way back are one operation, as what lies between is this rank's partial sums and, where
-        a recomputation replays the way back, is not computed at all.
+        Rows that are picked from the own tokens are so again in the backward, and not kept.
         """
-        rows, sizes = arrived
-        if len(set(sizes)) == 1:
-            batch = rows.view(len(sizes), sizes[0], self.dim)
-            products: Iterable[tuple[Tensor, Tensor]] = [(self._hidden(batch, self.up, self.gate), self.down)]
+        matrices = Matrices(self.up, self.gate, self.down)
+        local = arrived.exchange if isinstance(arrived, LocalRows) else None
+        x = arrived.tokens if isinstance(arrived, LocalRows) else arrived.rows
+        dtype = _compute_dtype(x)
+        if local is not None and device_type(x) == "cpu":
+            block: ExpertBlock = BlockByExpert(local)
         else:
-            # Indexing matrices one by one, in place of unbind, would make a full-size gradient for each expert. Empty
-            # groups are served like others: their gradient is zero, not missing.
-            ups = self.up.unbind()
-            gates: Sequence[Tensor | None] = [None] * len(ups) if self.gate is None else self.gate.unbind()
-            hidden = map(self._hidden, rows.split(sizes), ups, gates)
-            products = zip(hidden, self.down.unbind(), strict=True)
-        return products_then(products, lambda y: from_experts(y.reshape(-1, self.dim), exchange))
+            block = BlockOfRows(Products.of(arrived.groups, dtype, [m for m in matrices if m is not None]), local)
+        call = _Call(block, dtype, last_product=local is not None or not replaying())
+        y = _Outward.apply(_Inward.apply(x, arrived.weights, *matrices, call), call)
+        return from_experts(y, exchange) if local is None else y
 
     @torch.no_grad()
     def own_outputs(self, arrived: Arrived) -> Iterator[Tensor]:
         """What the experts held here give by themselves, one after another: partial sums over expert_tensor."""
-        rows, sizes = arrived
-        for i, part in enumerate(rows.reshape(-1, self.dim).split(list(sizes))):
-            gate = None if self.gate is None else self.gate[i]
-            yield F.linear(self._hidden(part, self.up[i], gate), self.down[i])
-
-    @staticmethod
-    def _hidden(rows: Tensor, up: Tensor, gate: Tensor | None) -> Tensor:  # [.., n, D], [.., H, D] -> [.., n, H]
-        hidden = rows @ up.mT
-        return F.gelu(hidden) if gate is None else F.silu(rows @ gate.mT) * hidden
+        rows, weights = arrived.rows, arrived.weights
+        dtype = _compute_dtype(rows)
+        up, gate, down = Matrices(self.up, self.gate, self.down).to(dtype)
+        products = LoopedProducts(arrived.groups)
+        for e, (part, weight) in enumerate(products.parts(rows.to(dtype), weights)):
+            value = hidden(part @ up[e].mT, None if gate is None else part @ gate[e].mT, weight)
+            yield value @ down[e].mT
 
     def extra_repr(self) -> str:
         kind = "gelu" if self.gate is None else "swiglu"
         return f"{self.num_experts} x ({self.dim} -> {self.hidden_dim} -> {self.dim}), {kind}"
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """What autocast, which does not know the block's operations, would compute in."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return x.dtype
+    return torch.get_autocast_dtype(kind)
+
+
+class _Call:
+    """One forward of a block, and what its two nodes in the graph give each other.
+
+    Args:
+        block: computes.
+        dtype: in which.
+        last_product: whether it is computed; where not, nobody looks at it.
+    """
+
+    def __init__(self, block: ExpertBlock, dtype: torch.dtype, last_product: bool) -> None:
+        self.block, self.dtype, self.last_product = block, dtype, last_product
+        self.kept: Kept | None = None
+        self.down: Tensor | None = None
+        self.grad: Tensor | None = None
+
+
+class _Inward(torch.autograd.Function):
+    """The first products, and all that is kept: a recomputation ends here, before the last product.
+
+    Its result is a tensor without elements, which ties :class:`_Outward` to it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weights: Tensor, up: Tensor, gate: Tensor | None, down: Tensor, call: _Call
+    ) -> Tensor:
+        ctx.call = call
+        with torch.autocast(x.device.type, enabled=False):
+            matrices, tokens = Matrices(up, gate, down).to(call.dtype), x.to(call.dtype)
+            products = call.block.inward(tokens, matrices)
+        call.kept, call.down = Kept(tokens, weights, *products), matrices.down
+        ctx.save_for_backward(x, weights, *products, up, gate, down)
+        return x.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        x, weights, inward, gated, *parameters = ctx.saved_tensors
+        call, matrices = ctx.call, Matrices(*parameters)
+        grad, call.grad = call.grad, None
+        with torch.autocast(x.device.type, enabled=False):
+            kept = Kept(x.to(call.dtype), weights, inward, gated)
+            wanted = Matrices(*ctx.needs_input_grad[2:5])
+            found: Gradients = call.block.backward(grad, kept, matrices.to(call.dtype), wanted)
+            like = (x, weights, *matrices)
+            gradients = [None if g is None else g.to(t.dtype) for g, t in zip(found, like, strict=True)]
+        return (*gradients, None)
+
+
+class _Outward(torch.autograd.Function):
+    """The rest of the block; in the backward it only passes the gradient on."""
+
+    @staticmethod
+    def forward(ctx: Any, tie: Tensor, call: _Call) -> Tensor:
+        ctx.call, kept, down = call, call.kept, call.down
+        call.kept = call.down = None
+        assert kept is not None and down is not None
+        if not call.last_product:
+            return kept.x.new_zeros(()).expand(kept.x.shape)
+        with torch.autocast(tie.device.type, enabled=False):
+            return call.block.outward(kept, down)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.call.grad = grad
+        return grad.new_empty(0), None

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_tex.layers.mlp import Activation
 from lightning_tex.moe.capacity import CapacityDispatcher
-from lightning_tex.moe.dispatch import Dispatcher
+from lightning_tex.moe.dispatch import Dispatcher, DispatchMetadata
 from lightning_tex.moe.dropless import DroplessDispatcher
 from lightning_tex.moe.expert_axes import ExpertAxes
 from lightning_tex.moe.experts import Experts
@@ -121,9 +121,9 @@ class MoE(TexModule):
         mask = None if token_mask is None else self.activation_layout.shard_mask(token_mask, x).reshape(-1).bool()
         route = self.router(x.reshape(-1, x.shape[-1]), mask)
         arrived, metadata = self.dispatcher.dispatch(x, route)
-        self._arrived_rows, self._routed_choices = len(arrived.rows), route.indices.numel()
+        self._arrived_rows, self._routed_choices = arrived.groups.rows, route.indices.numel()
         y = self.dispatcher.combine(self.experts(arrived, metadata.exchange), metadata).view_as(x)
-        self._record(route, mask, metadata.overflowed, y)
+        self._record(route, mask, metadata, y)
         return y
 
     @property
@@ -141,12 +141,13 @@ class MoE(TexModule):
         copies = self.expert_tensor.size * self.activation_layout.shard_axis.size / self.tensor.size
         return self._arrived_rows / (self._routed_choices * copies)
 
-    def _record(self, route: Route, mask: Tensor | None, overflowed: Tensor, y: Tensor) -> None:
+    def _record(self, route: Route, mask: Tensor | None, metadata: DispatchMetadata, y: Tensor) -> None:
         if not self.training or recomputing():
             return
-        self.load.add(count_choices(route.indices, self.num_experts), overflowed)
+        counts = count_choices(route.indices, self.num_experts) if metadata.counts is None else metadata.counts
+        self.load.add(counts, metadata.overflowed)
         if torch.is_grad_enabled() and (self.load_balance_coefficient or self.z_loss_coefficient):
             with first_forward_only():  # a recomputation does not come here and must not miss what is saved here
-                balance, z = routing_losses(route, mask, self.data, self.activation_layout)
+                balance, z = routing_losses(route, counts, mask, self.data, self.activation_layout)
                 loss = self.load_balance_coefficient * balance + self.z_loss_coefficient * z
             self.ledger.record(loss, y)

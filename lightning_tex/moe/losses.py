@@ -16,7 +16,7 @@ from lightning_tex.parallel.topology import Axis
 
 
 def routing_losses(
-    route: Route, token_mask: Tensor | None, data: Axis, layout: ActivationLayout
+    route: Route, counts: Tensor, token_mask: Tensor | None, data: Axis, layout: ActivationLayout
 ) -> tuple[Tensor, Tensor]:
     """Load-balance loss and z-loss of one micro-step over the data axis: two scalars.
 
@@ -29,7 +29,7 @@ def routing_losses(
     if token_mask is not None:
         scores, log_z = scores * token_mask[:, None], log_z * token_mask
     experts = scores.shape[-1]
-    counts = count_choices(route.indices, experts).to(scores.dtype)
+    counts = counts.to(scores.dtype)
     tokens = scores.new_full((1,), len(scores)) if token_mask is None else token_mask.sum(dtype=scores.dtype)[None]
     totals = sum_over(layout.total(torch.cat([scores.sum(0), log_z.sum()[None], counts, tokens])), data)
     score_sum, z_sum, counts, tokens = totals.split([experts, 1, experts, 1])

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.initialization import by_index, init_uniform_
+from lightning_tex.parallel.replay import decided
 from lightning_tex.parallel.sharding import TexModule
 
 # T tokens, D model width, E experts, k choices per token
@@ -32,11 +34,30 @@ class Route(NamedTuple):
     logits: Tensor
 
 
+class _FullPrecisionLinear(torch.autograd.Function):
+    """``x @ weight.mT`` in fp32, or fp64 of fp64, of which x is kept as it is and not as it is multiplied."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.to(dtype), weight.to(dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        with torch.autocast(grad.device.type, enabled=False):
+            d_x = (grad @ weight.to(grad.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
+            d_weight = (grad.mT @ x.to(grad.dtype)).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return d_x, d_weight
+
+
 class Router(TexModule):
     """Base of all routers: linear logits in fp32, scores, top-k. A subclass defines :meth:`score`, or all of forward.
 
     Ranks of one tensor group hold the same tokens and must decide alike: the decision of tensor rank 0 is theirs.
-    Indices come from detached scores.
+    Indices come from detached scores, and in a recomputation from its tape: what is chosen is chosen once.
 
     Args:
         dim: model width D.
@@ -76,11 +97,9 @@ class Router(TexModule):
             token_mask: [T] boolean, False for tokens that go to no expert (padding).
         """
         with torch.autocast(x.device.type, enabled=False):
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            logits = F.linear(x.to(dtype), self.weight.to(dtype))
+            logits = _FullPrecisionLinear.apply(x, self.weight)
             scores = self.score(logits)
-            chosen = scores.detach().topk(self.top_k, dim=-1).indices
-            indices = self.activation_layout.agree(chosen)
+            indices = decided("the choice of experts", lambda: self._choose(scores.detach()))
             weights = scores.gather(-1, indices)
             if self.norm_topk_prob:
                 weights = weights / weights.sum(-1, keepdim=True)
@@ -88,6 +107,9 @@ class Router(TexModule):
                 indices = indices.masked_fill(~token_mask[:, None], self.num_experts)
                 weights = weights.masked_fill(~token_mask[:, None], 0)
         return Route(indices, weights, scores, logits)
+
+    def _choose(self, scores: Tensor) -> Tensor:  # [T, E] -> [T, k]
+        return self.activation_layout.agree(scores.topk(self.top_k, dim=-1).indices)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_experts={self.num_experts}, top_k={self.top_k}"

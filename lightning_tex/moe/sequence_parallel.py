@@ -13,6 +13,7 @@ from lightning_tex.moe.dropless import DroplessDispatcher
 from lightning_tex.moe.permute import group_by_expert
 from lightning_tex.moe.router import Route
 from lightning_tex.parallel.collectives import all_gather
+from lightning_tex.parallel.replay import decided
 from lightning_tex.parallel.topology import Axis
 
 # T tokens, D model width, E experts, e experts held here, P = E/e ranks on the expert axis, C capacity,
@@ -35,14 +36,15 @@ class SequenceShardedCapacityDispatcher(DroplessDispatcher):
     tensor: Axis
 
     def dispatch(self, x: Tensor, route: Route) -> tuple[Arrived, DispatchMetadata]:
-        tokens = len(route.indices) * self.tensor.size
-        allowed = capacity(self.factor, route.indices.shape[1], tokens, self.num_experts)
-        sequences = x.shape[:-2].numel()
-        places = places_among_all(route.indices, sequences, self.num_experts, self.tensor)
-        over = (places >= allowed) & (route.indices < self.num_experts)
+        over = decided("which choices overflow", lambda: self._overflowing(route.indices, x.shape[:-2].numel()))
         indices = route.indices.masked_fill(over, self.num_experts)
         arrived, metadata = super().dispatch(x, route._replace(indices=indices))
-        return arrived, replace(metadata, overflowed=over.sum())
+        return arrived, replace(metadata, overflowed=over.sum(), counts=None)
+
+    def _overflowing(self, indices: Tensor, sequences: int) -> Tensor:  # [T, k] -> [T, k]
+        allowed = capacity(self.factor, indices.shape[1], len(indices) * self.tensor.size, self.num_experts)
+        places = places_among_all(indices, sequences, self.num_experts, self.tensor)
+        return (places >= allowed) & (indices < self.num_experts)
 
 
 def places_among_all(indices: Tensor, sequences: int, num_experts: int, tensor: Axis) -> Tensor:
@@ -71,7 +73,8 @@ def places_among_all(indices: Tensor, sequences: int, num_experts: int, tensor: 
     by_rank = all_gather(counts[:, None], 1, tensor, operation="exchange_counts")  # [k * B, tensor, E + 1]
     counts_of_all = by_rank.flatten(0, 1)  # [k * B * tensor, E + 1], in the order of the queue
     before = (counts_of_all.cumsum(0) - counts_of_all).view(-1, tensor.size, queues)[:, tensor.rank]
-    within = torch.arange(indices.numel(), device=indices.device) - order.starts[order.experts]
+    experts_in_order = order.experts.int()
+    within = torch.arange(indices.numel(), device=indices.device) - order.starts[experts_in_order]
     places = torch.empty_like(within)
-    places[order.sorted] = within + before.flatten()[order.experts]
+    places[order.sorted] = within + before.flatten()[experts_in_order]
     return places.view(top_k, -1).t()

@@ -1,7 +1,8 @@
-"""Recompute activations in the backward; replay communication instead of repeating it.
+"""Recompute activations in the backward; replay communication instead of repeating it, and decide nothing twice.
 
 Communication-aware checkpointing (paper section 5.2): a tape records what each collective of a block gave in the first
-forward and gives it again in the recomputation, so that two of three passes communicate instead of three of three.
+forward and gives it again in the recomputation, so that two of three passes communicate instead of three of three. What
+a block decides by values, such as the routing, is on its tape in every mode: it is never decided twice.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def first_forward_only() -> Iterator[None]:
 
 
 class BlockTape(Tape):
-    """What the collectives of one forward of one block gave, in order.
+    """What was decided in one forward of one block, and what its collectives gave, in order.
 
     Args:
         replay: give recorded results in the recomputation. False is full recomputation, which communicates again.
@@ -42,9 +43,9 @@ class BlockTape(Tape):
 
     def __init__(self, replay: bool) -> None:
         self.replay = replay
-        self.replaying = False
         self._entries: list[tuple[str, Tensor, int]] = []
-        self._cursor = 0
+        self._decisions: list[tuple[str, Any]] = []
+        self._cursor = self._decision = 0
 
     @property
     def stash(self) -> list[Tensor]:
@@ -55,6 +56,17 @@ class BlockTape(Tape):
     def stash_bytes(self) -> int:
         """Bytes of the recorded results."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.stash)
+
+    def keep(self, name: str, decision: Any) -> None:
+        self._decisions.append((name, decision))
+
+    def kept(self, name: str) -> Any:
+        self._decision += 1
+        known, decision = self._decisions[self._decision - 1] if self._decision <= len(self._decisions) else ("", None)
+        if known != name:
+            first = f"the first forward decided on {known}" if known else "the first forward decided on nothing more"
+            raise UserRuntimeError(f"recomputation decides on {name} where {first}: {self._must}; use None for it")
+        return decision
 
     def record(self, key: str, result: Tensor) -> None:
         if self.replay:
@@ -75,6 +87,7 @@ class BlockTape(Tape):
             raise UserRuntimeError(f"the result of {key} was changed in place after the first forward: {self._advice}")
         return result.detach()
 
+    _must = "a block under activation_checkpointing must do the same in both passes"
     _advice = (
         "a block under activation_checkpointing='communication_aware' must do the same in both passes; "
         "use activation_checkpointing='full' or None for it"
@@ -92,7 +105,7 @@ class _Entered(AbstractContextManager[None]):
     def __enter__(self) -> None:
         self.tape.recomputing = self.replaying
         self.tape.replaying = self.replaying and self.tape.replay
-        self.tape._cursor = 0
+        self.tape._cursor = self.tape._decision = 0
         self._token = running_tapes.set((*running_tapes.get(), self.tape))
 
     def __exit__(self, *_: object) -> None:

@@ -1,8 +1,9 @@
-"""Communication-aware checkpointing (paper section 5.2): results of collectives that a recomputation takes from a tape.
+"""What a recomputation takes from a tape: decisions always, results of collectives where it is communication-aware.
 
 This room holds the only state that is not handed in: the tapes of the blocks that are being run in this thread. A
 block's tape is put there while its forward runs, first or again (``activation_checkpointing``). Whatever a forward
-communicates passes :func:`replayable`, and what is counted asks :func:`current_pass`.
+communicates passes :func:`replayable` (paper section 5.2), what it decides by values passes :func:`decided`, and what
+is counted asks :func:`current_pass`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,11 +20,16 @@ from torch import Tensor
 from lightning_tex.parallel.byte_meter import Sent
 from lightning_tex.parallel.topology import Axis
 
+Decision = TypeVar("Decision")
+
 
 class Tape(ABC):
-    """What a recomputed block keeps of its collectives; ``activation_checkpointing`` has the one that exists."""
+    """What a recomputed block keeps of its first forward; ``activation_checkpointing`` has the one that exists.
 
-    replaying: bool
+    ``recomputing``: the block's forward runs again, and decisions are read. ``replaying``: and results of collectives.
+    """
+
+    replaying: bool = False
     recomputing: bool = False
 
     @abstractmethod
@@ -34,6 +40,14 @@ class Tape(ABC):
     def next(self, key: str) -> Tensor:
         """What the same collective gave in the first forward."""
 
+    @abstractmethod
+    def keep(self, name: str, decision: Any) -> None:
+        """Keep what was decided."""
+
+    @abstractmethod
+    def kept(self, name: str) -> Any:
+        """What the same decision was in the first forward."""
+
 
 # The tapes of the blocks that are being run, outermost first, and whether collectives are off the tapes.
 running_tapes: ContextVar[tuple[Tape, ...]] = ContextVar("running_tapes", default=())
@@ -43,6 +57,11 @@ _outside: ContextVar[bool] = ContextVar("_outside", default=False)
 def _player() -> Tape | None:
     """The tape that gives results again, if one does."""
     return None if _outside.get() else next((tape for tape in running_tapes.get() if tape.replaying), None)
+
+
+def replaying() -> bool:
+    """Whether what :func:`replayable` gives now comes from a tape."""
+    return _player() is not None
 
 
 @contextmanager
@@ -81,6 +100,32 @@ def replayable(name: str, like: Tensor, run: Callable[[], Tensor]) -> Tensor:
     return result
 
 
+def decided(name: str, decide: Callable[[], Decision]) -> Decision:
+    """``decide()``, or what it gave in the first forward of the block that is being recomputed.
+
+    In every mode of recomputation: what two passes decide differently would give one pass's rows the other's places,
+    and send what nobody waits for. Collectives inside ``decide`` are not repeated.
+
+    Args:
+        name: compared when it is asked for again.
+        decide: gives any object that nobody changes; what it holds of tensors has no gradient.
+    """
+    tapes = running_tapes.get()
+    if not tapes or _outside.get():
+        return decide()
+    decision: Decision
+    player = next((tape for tape in tapes if tape.recomputing), None)
+    if player is not None:
+        decision = player.kept(name)
+    else:
+        with outside_replay():
+            decision = decide()
+    for tape in tapes:
+        if not tape.recomputing:
+            tape.keep(name, decision)
+    return decision
+
+
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, computed: bool) -> Tensor:
@@ -113,8 +158,7 @@ def products_then(
         products: pairs of x and weight, taken one by one.
         communicate: passes its argument to :func:`replayable` and looks at nothing of it but shape and dtype.
     """
-    replayed = _player() is not None
-    results = [_Product.apply(x, weight, not replayed) for x, weight in products]
+    results = [_Product.apply(x, weight, not replaying()) for x, weight in products]
     return communicate(results[0] if len(results) == 1 else torch.cat(results))
 
 

@@ -8,15 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tex.moe import MoE
-from lightning_tex.moe.capacity import CapacityDispatcher, assign_slots, capacity
-from lightning_tex.moe.dispatch import Arrived, DispatchMetadata
-from lightning_tex.moe.exchange import CapacityExchange, to_experts
+from lightning_tex.moe.capacity import CapacityDispatcher, Queues
 from lightning_tex.moe.expert_axes import ExpertAxes
-from lightning_tex.moe.router import Route
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.topology import Topology
 
-# T tokens, E experts, C capacity, k choices per token
+# T tokens, E experts, k choices per token
 
 
 @dataclass(frozen=True)
@@ -29,32 +26,25 @@ class SlicedCapacity(CapacityDispatcher):
 
     slices: int = 1
 
-    def dispatch(self, x: Tensor, route: Route) -> tuple[Arrived, DispatchMetadata]:
+    def allowed(self, tokens: int, top_k: int) -> int:
         """See the base class.
 
         Raises:
             UserValueError: the tokens are no equal shares.
         """
-        tokens, top_k = route.indices.shape
         if tokens % self.slices:
             raise UserValueError(
                 f"{tokens} tokens of an MoE layer with capacity_factor={self.factor} are no equal shares of "
                 f"{self.slices} data ranks, each of which decides overflow for its own tokens; legal: a multiple of "
                 f"{self.slices} tokens in every call, samples first, or capacity_factor=None for the comparison"
             )
-        share, experts = tokens // self.slices, self.num_experts
-        rows = capacity(self.factor, top_k, share, experts)
-        slots = [assign_slots(indices, experts, rows, rows) for indices in route.indices.split(share)]
-        slot, choice = [], []
-        for i, part in enumerate(slots):  # an expert's rows of one slice come after those of the slice before
-            row = part.slot // rows * rows * self.slices + i * rows + part.slot % rows
-            slot.append(torch.where(part.slot < experts * rows, row, experts * rows * self.slices))
-            moved = torch.where(part.choice < share * top_k, part.choice + i * share * top_k, tokens * top_k)
-            choice.append(moved.view(experts, rows))
-        exchange = CapacityExchange(self.axes, torch.cat(slot), torch.cat(choice, 1))
-        overflowed = torch.stack([part.overflowed for part in slots]).sum()
-        arrived = Arrived(to_experts(x.reshape(tokens, -1), exchange), [rows * self.slices] * experts)
-        return arrived, DispatchMetadata(exchange, route.weights, x.dtype, overflowed)
+        return super().allowed(tokens // self.slices, top_k)
+
+    def queues(self, indices: Tensor, allowed: int) -> Queues:
+        share = len(indices) // self.slices
+        parts = [super(SlicedCapacity, self).queues(part, allowed) for part in indices.split(share or 1)]
+        place, counts, overflowed = zip(*parts, strict=True)
+        return Queues(torch.cat(place), torch.stack(counts).sum(0), torch.stack(overflowed).sum())
 
 
 def has_capacity(root: nn.Module) -> bool:

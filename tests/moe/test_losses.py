@@ -37,7 +37,7 @@ def test_losses_by_hand():
     logits = torch.tensor([[0.0, 0.0], [math.log(3.0), 0.0]], dtype=torch.float64)
     scores = torch.tensor([[0.5, 0.5], [0.75, 0.25]], dtype=torch.float64)
     route = Route(torch.tensor([[0], [0]]), scores[:, :1], scores, logits)
-    balance, z = routing_losses(route, None, Axis("data"), Replicated(Axis("tensor")))
+    balance, z = routing_losses(route, count_choices(route.indices, 2), None, Axis("data"), Replicated(Axis("tensor")))
     torch.testing.assert_close(balance.item(), 2 * (1.0 * 0.625 + 0.0 * 0.375))
     torch.testing.assert_close(z.item(), (math.log(2) ** 2 + math.log(4) ** 2) / 2)
 
@@ -46,12 +46,16 @@ def test_balanced_routing_costs_one_and_collapse_costs_the_number_of_experts():
     uniform = torch.full((8, 4), 0.25)
     even = Route(torch.arange(8)[:, None] % 4, uniform[:, :1], uniform, uniform)
     torch.testing.assert_close(
-        routing_losses(even, None, Axis("data"), Replicated(Axis("tensor")))[0], torch.tensor(1.0)
+        routing_losses(even, count_choices(even.indices, 4), None, Axis("data"), Replicated(Axis("tensor")))[0],
+        torch.tensor(1.0),
     )
     sure = torch.eye(4)[[2] * 8]
     collapsed = Route(torch.full((8, 1), 2), sure[:, :1], sure, sure)
     torch.testing.assert_close(
-        routing_losses(collapsed, None, Axis("data"), Replicated(Axis("tensor")))[0], torch.tensor(4.0)
+        routing_losses(collapsed, count_choices(collapsed.indices, 4), None, Axis("data"), Replicated(Axis("tensor")))[
+            0
+        ],
+        torch.tensor(4.0),
     )
 
 

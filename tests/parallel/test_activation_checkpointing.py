@@ -272,7 +272,9 @@ def test_a_product_whose_outcome_is_replayed_is_not_computed_again():
         with FlopCounterMode(display=False) as counter:
             (y.square().sum() + auxiliary_loss(model)).backward()
         flops[mode] = counter.get_total_flops()
-    assert flops["full"] - flops["communication_aware"] == 2 * tokens * hidden * dim  # the experts' last
+    product, router = 2 * tokens * hidden * dim, 2 * tokens * 4 * dim
+    # Of the forward what comes before the experts' last product, and two products of the backward for each.
+    assert flops["full"] == flops["communication_aware"] == (1 + 2 * 2) * product + (1 + 2) * router
 
 
 def outputs_in_both_passes(layouts):

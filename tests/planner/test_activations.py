@@ -13,7 +13,7 @@ from torch import nn
 from lightning_tex.models import DecoderConfig
 from lightning_tex.models.decoder import Block
 from lightning_tex.moe import auxiliary_loss
-from lightning_tex.moe.losses import routing_losses
+from lightning_tex.moe.losses import count_choices, routing_losses
 from lightning_tex.moe.router import Route
 from lightning_tex.parallel.activation_checkpointing import recompute_blocks, stash_bytes
 from lightning_tex.parallel.activation_layout import Replicated
@@ -98,9 +98,9 @@ def test_what_routing_losses_keep() -> None:
     indices = logits.detach().topk(config.top_k).indices
     saved: dict[int, torch.Tensor] = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
-        routing_losses(
-            Route(indices, logits, logits.softmax(-1), logits), None, Axis("data"), Replicated(Axis("tensor"))
-        )
+        route = Route(indices, logits, logits.softmax(-1), logits)
+        counts = count_choices(indices, experts)
+        routing_losses(route, counts, None, Axis("data"), Replicated(Axis("tensor")))
     planned = Activations(MicroStep(Job(describe_decoder(config), 1, S, B, "32-true"), Candidate(Layout(1), B)))
     of_each_token = [t for t in saved.values() if t.dim() and t.shape[0] == tokens and t is not None]
     softmax = tokens * experts * 4  # the router's own
