@@ -24,7 +24,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         device: whose memory is counted.
     """
     gc.collect()  # garbage of earlier calls, freed inside, would hide as much of this one's
-    return _peak_on_cuda(run, device) if device.type == "cuda" else _peak_on_cpu(run)
+    return _peak_on_cuda(run, device) if device.type == "cuda" else level_of_bytes(run)[0]
 
 
 def live_bytes(device: torch.device) -> int:
@@ -44,7 +44,11 @@ def _peak_on_cuda(run: Callable[[], object], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - start
 
 
-def _peak_on_cpu(run: Callable[[], object]) -> int:
+def level_of_bytes(run: Callable[[], object]) -> tuple[int, int]:
+    """The most bytes that ``run`` holds at once on CPU, and those that it leaves, both above what was there before.
+
+    As :func:`peak_bytes` counts them.
+    """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it tells stderr of every start and stop
     with profile(profile_memory=True) as record:
         run()
@@ -54,4 +58,4 @@ def _peak_on_cpu(run: Callable[[], object]) -> int:
         if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU:
             level += event.nbytes()
             peak = max(peak, level)
-    return peak
+    return peak, level

@@ -1,4 +1,4 @@
-"""``lightning-tex bench``: measure communication, the optimizer's step or the machine, where it runs."""
+"""``lightning-tex bench``: measure communication, a layer, the optimizer's step or the machine, where it runs."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from lightning_tex.bench import calibrate, optimizer
 from lightning_tex.bench.candidates import Build, OptimizerName, Workload
 from lightning_tex.bench.combinations import COMBINATIONS
 from lightning_tex.bench.communication import CommunicationBench
+from lightning_tex.cli.bench_layer import LAYER
 from lightning_tex.cli.bench_tables import LEGEND, draw_steps, show_communication, show_profile, show_steps
-from lightning_tex.cli.options import Command, Count, run_one_of
+from lightning_tex.cli.options import Command, Count, Device, device_of, run_one_of
 from lightning_tex.cli.tables import require_matplotlib, tell
 from lightning_tex.optim.state_config import OptimizerStateFormat
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.planner.cluster import Cluster
 from lightning_tex.recipe import Recipe
-
-Device = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True)
@@ -114,10 +113,7 @@ def bench_optimizer(options: OptimizerOptions, contestants: Mapping[str, Build] 
     """
     require_matplotlib(options.plot)
     torch.set_num_threads(options.threads)
-    device = torch.device(_device(options.device))
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
+    device = device_of(options.device)
     topology = optimizer.join(options.tensor_parallel_size, options.expert_parallel_size, device)
     elements: Sequence[int] = options.elements
     experts: Sequence[int] = options.experts
@@ -176,7 +172,7 @@ def bench_calibrate(options: CalibrateOptions) -> dict[str, Any] | None:
     """
     if options.output.suffix not in (".yaml", ".yml"):
         raise UserValueError(f"--output {options.output}; legal: a .yaml file")
-    device = _device(options.device)
+    device = device_of(options.device).type
     like = None if options.like is None else Cluster.named(options.like)
     megabytes = options.megabytes or (64 if device == "cuda" else 8)
     cluster = calibrate.run(calibrate.Task(device, megabytes << 20, options.turns, like), options.ranks, options.output)
@@ -187,15 +183,10 @@ def bench_calibrate(options: CalibrateOptions) -> dict[str, Any] | None:
     return cluster.as_dict()
 
 
-def _device(wanted: Device | None) -> Device:
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserValueError("--device cuda, but torch sees no CUDA device; legal: cpu")
-    return wanted or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
 OPTIMIZER = Command("bench optimizer", bench_optimizer, (OptimizerOptions,))
 COMMANDS = (
     Command("bench communication", bench_communication, (CommunicationOptions,), takes_recipe=True),
+    LAYER,
     OPTIMIZER,
     Command("bench calibrate", bench_calibrate, (CalibrateOptions,)),
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import torch
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveFloat, register_type
 
@@ -40,6 +42,25 @@ class Count(int):
 
 
 register_type(Count, serializer=int, deserializer=Count.parse, deserializer_exceptions=(ValueError, OverflowError))
+
+
+# Where something is measured.
+Device = Literal["cpu", "cuda"]
+
+
+def device_of(wanted: Device | None) -> torch.device:
+    """The device that is asked for; left out: CUDA if torch sees one, the launcher's for this process.
+
+    Raises:
+        UserValueError: there is no such device.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserValueError("--device cuda, but torch sees no CUDA device; legal: cpu")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
 
 
 _WORDS = {

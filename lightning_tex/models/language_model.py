@@ -31,7 +31,8 @@ class LanguageModel(LightningModule):
     a label that repeats the padding which follows.
 
     Logs ``train_loss``, ``val_loss``, ``val_perplexity`` (nats per token and its exponential, over the tokens of all
-    ranks), and through its callbacks ``tokens_per_second``, ``expert_load/{layer}`` and ``expert_overflow/{layer}``.
+    ranks), and through its callbacks ``tokens_per_second``, ``tflops_per_device``, ``mfu``, ``expert_load/{layer}`` and
+    ``expert_overflow/{layer}``.
 
     The decoder is built on the meta device in ``configure_model`` and drawn part by part as a function of (seed, name,
     global index): its full size never exists on a rank, and every layout starts from the same weights.

@@ -9,6 +9,7 @@ from math import log2
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from lightning_tex.parallel.errors import UserValueError
@@ -137,6 +138,14 @@ class Cluster:
         return cls.from_fields(given, name)
 
     @classmethod
+    def of_device(cls, device: torch.device) -> Cluster | None:
+        """The built-in profile of a CUDA device; ``None`` where there is none of its kind."""
+        if device.type != "cuda":
+            return None
+        found = torch.cuda.get_device_properties(device)
+        return CLUSTERS.get(_profile_of(found.name, found.total_memory) or "")
+
+    @classmethod
     def from_fields(cls, given: Any, source: str) -> Cluster:
         """A cluster from a mapping of its fields.
 
@@ -197,6 +206,18 @@ def _between(shares: Shares, size: float) -> float:
         if x <= right:
             return low + (high - low) * (x - left) / (right - left)
     return 1.0
+
+
+def _profile_of(device: str, memory: int) -> str | None:
+    """Name of the profile for a device as its driver names it; H100 and H200 on PCIe cards are slower than those."""
+    if any(slower in device for slower in ("PCIe", "NVL", "MIG")) and "A100" not in device:
+        return None
+    large = memory > 60 * GB
+    for kind, profile in (("H200", "h200"), ("H100", "h100"), ("A100", "a100-80gb" if large else "a100-40gb"),
+                          ("V100-SXM2-32GB", "dgx1-v100-32gb"), ("V100-SXM2", "summit-v100-16gb")):  # fmt: skip
+        if kind in device:
+            return profile
+    return None
 
 
 def _number(value: Any) -> Any:

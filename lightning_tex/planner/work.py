@@ -26,6 +26,7 @@ from lightning_tex.planner.layers import (
 )
 from lightning_tex.planner.layouts import Candidate, Job
 from lightning_tex.planner.micro_step import MicroStep
+from lightning_tex.planner.model import ModelDescription
 
 
 class Product(NamedTuple):
@@ -236,10 +237,17 @@ def _ups(layer: Mlp | Moe) -> int:
 
 def model_flops(job: Job) -> float:
     """FLOPs of one optimizer step over all ranks: three forwards of every product, attention over whole squares."""
-    of_a_token = sum(
-        count * _multiplications(placed.layer, job.sequence_length) for placed, count in job.model.layer_counts.items()
-    )
-    return 3.0 * 2 * job.tokens * of_a_token
+    return job.tokens * token_flops(job.model, job.sequence_length)
+
+
+def token_flops(model: ModelDescription, length: int) -> float:
+    """FLOPs of training on one token of a sequence of that length; each layer is taken to be applied to it once."""
+    return sum(count * layer_flops(placed.layer, length) for placed, count in model.layer_counts.items())
+
+
+def layer_flops(layer: Layer, length: int) -> float:
+    """Likewise, of one layer: three forwards of two operations for each multiplication."""
+    return 3.0 * 2 * _multiplications(layer, length)
 
 
 def _multiplications(layer: Layer, length: int) -> int:

@@ -41,6 +41,7 @@ from lightning_tex.strategy.precision import tex_precision
 from lightning_tex.strategy.random_state import data_rank_random_state, shared_seed
 from lightning_tex.strategy.steps import StepStrategy
 from lightning_tex.strategy.train_step import TrainStep
+from lightning_tex.strategy.training_flops import TrainingFlops
 
 
 class TexMoEStrategy(StepStrategy):
@@ -288,6 +289,12 @@ class TexMoEStrategy(StepStrategy):
             "precision": str(self.precision_plugin.precision),
             "policy": self._recompute.keywords["policy"],
         }
+
+    @property
+    def training_flops(self) -> TrainingFlops:
+        """What a token of this training computes by the planner's formulas, and the devices' peak."""
+        assert self.lightning_module is not None
+        return TrainingFlops.of(self.lightning_module, self.root_device, str(self.precision_plugin.precision))
 
     def _device_bytes(self) -> int | None:
         """Memory of this rank's GPU; ``None`` on CPU, where ranks share what there is."""
