@@ -259,19 +259,25 @@ class TiledOptimizer(StandIn):
         self._reducer.step_is_over()
         self.tell_schedulers()
 
-    def skip(self) -> None:
+    def skip(self, counted: bool = True) -> None:
         """Do nothing instead of a step.
+
+        Args:
+            counted: towards ``max_skipped_steps``; a loss scale that has only to fall is no reason to end.
 
         Raises:
             RuntimeError: the last steps have all been skipped, ``max_skipped_steps`` of them.
         """
         most = self.state_config.max_skipped_steps
         self.skipped.total += 1
+        if not counted or most is None:
+            self._step_is_over()
+            return
         self.skipped.in_a_row += 1
         if self.on_skip is not None:
             self.on_skip()
         self._step_is_over()
-        if self.on_skip is None and most is not None and self.skipped.in_a_row >= most:
+        if self.on_skip is None and self.skipped.in_a_row >= most:
             raise UserRuntimeError(
                 f"the gradient of {self.culprit()} is infinite or NaN, and some gradient was in each of "
                 f"the last {most} steps, none of which was taken; look at the data and the learning rate of the steps "

@@ -41,6 +41,8 @@ class GuardedRun:
         self._enter(current_monitor())
         try:
             yield
+            if self._monitor is not None:
+                self._monitor.wait_for_all()
         except StoppedTogether:
             self._inside = False
             self.leave()

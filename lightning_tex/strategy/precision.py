@@ -62,9 +62,7 @@ class TexMixedPrecision(TrainStep, MixedPrecision):  # type: ignore[misc]
         return module
 
     def state_config(self, wanted: OptimizerStateConfig) -> OptimizerStateConfig:
-        if self.scaler is None:
-            return wanted
-        return replace(super().state_config(wanted), max_skipped_steps=None)  # the loss scale looks for infinities
+        return wanted if self.scaler is None else super().state_config(wanted)
 
     def _unscale(self, optimizer: TiledOptimizer) -> None:
         if self.scaler is not None and optimizer.reduction_stage is not ReductionStage.UNSCALED:
@@ -94,7 +92,10 @@ class TexMixedPrecision(TrainStep, MixedPrecision):  # type: ignore[misc]
 
 
 class ShardedGradScaler(torch.amp.GradScaler):
-    """torch's dynamic loss scale for gradients of which a rank has its own part, scaled on their way to the step."""
+    """torch's dynamic loss scale for gradients of which a rank has its own part, scaled on their way to the step.
+
+    An infinity or NaN counts towards ``max_skipped_steps`` once the scale has fallen to 1: then it is not the scale's.
+    """
 
     @classmethod
     def like(cls, scaler: torch.amp.GradScaler, device: str) -> ShardedGradScaler:
@@ -112,7 +113,7 @@ class ShardedGradScaler(torch.amp.GradScaler):
 
     def _maybe_opt_step(self, optimizer: TiledOptimizer, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         if not optimizer.gradients_are_finite():
-            return optimizer.skip()
+            return optimizer.skip(counted=self.get_scale() <= 1.0)
         return super()._maybe_opt_step(optimizer, *args, **kwargs)
 
 
