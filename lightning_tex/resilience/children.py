@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from time import monotonic, sleep
 
-from lightning_tex.resilience.processes import end_process, ending, failing, on_end, say
+from lightning_tex.resilience.processes import end_process, ending, failing, on_end, say, stopping
 
 # Holds the launching process's number, for the ranks it starts.
 LAUNCHER = "LIGHTNING_TEX_LAUNCHER"
@@ -73,7 +73,7 @@ class Children(threading.Thread):
             sleep(_POLL_S / 2)
         if failing.is_set():
             self.kill()
-        else:
+        elif not stopping.is_set():
             self._end_as_they_did()
 
     def _end_as_they_did(self) -> None:

@@ -5,6 +5,7 @@ There is one for each process group, whichever Trainer runs in it.
 
 from __future__ import annotations
 
+import atexit
 import json
 import secrets
 import select
@@ -22,7 +23,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from lightning_tex.parallel.errors import UserRuntimeError
 from lightning_tex.parallel.flight_record import EVERY_RANK, RECORDS, TRAINING
 from lightning_tex.resilience.nccl import write_flights
-from lightning_tex.resilience.processes import ProcessId, end_process, end_process_at_the_latest, say, stacks
+from lightning_tex.resilience.processes import ProcessId, end_process, end_process_at_the_latest, on_end, say, stacks
 from lightning_tex.resilience.server import ChildEnding, MonitorServer
 from lightning_tex.resilience.verdict import Report, Verdict
 from lightning_tex.resilience.where import Entry, Where
@@ -194,6 +195,8 @@ class Monitor(threading.Thread):
             + (f": its process is {state}" if state else "")
             + _waiting_here()
         )
+        atexit.register(self._first_process.kill)  # an error of this rank's own may end it meanwhile
+        on_end(self._first_process.kill)
         self._heed(Verdict("stall", (0,), text, 1))
         sleep(0.5)  # the other ranks, too, are to see that it is there
         self._first_process.kill()
