@@ -15,6 +15,7 @@ from functools import partial, update_wrapper
 from types import MethodType
 from typing import Any, NoReturn
 
+import torch
 from jsonargparse import Namespace
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, ReduceLROnPlateau, instantiate_class
@@ -41,6 +42,10 @@ def public_path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__name__}"
 
 
+# Options of a fit that are read before the recipe is.
+_OF_THE_COMMAND_LINE = ["restarts"]
+
+
 class OptionParser(LightningArgumentParser):
     """Takes options by their whole names only, and tells of one that does not exist the nearest that does.
 
@@ -65,6 +70,7 @@ class OptionParser(LightningArgumentParser):
             name = ".".join(filter(None, refused.groups()))
             parser = getattr(ex, "subcommand_parser", self)
             legal = [option.removeprefix("--") for option in parser._option_string_actions]
+            legal += _OF_THE_COMMAND_LINE
             nearest = next(iter(get_close_matches(name, legal, 1)), None)
         else:
             super().error(message, ex)
@@ -146,10 +152,12 @@ def _check_devices(trainer: Namespace) -> None:
     Raises:
         UserValueError: with what is.
     """
-    on_cpu = trainer.accelerator == "cpu"
+    without_gpu = trainer.accelerator == "auto" and not torch.cuda.is_available()
+    on_cpu = trainer.accelerator == "cpu" or without_gpu
     gpus = r"|-1|\d+,(\d+,?)*|\[\d+(,\d+)*\]"
     if not re.fullmatch(r"auto|0*[1-9]\d*" + ("" if on_cpu else gpus), str(trainer.devices).replace(" ", "")):
         also = "" if on_cpu else "; -1 for all GPUs; GPUs by their numbers, such as 0,1"
+        also += "; this host has no GPU" if without_gpu else ""
         raise UserValueError(
             f"--trainer.devices {trainer.devices}; legal: auto; a whole number of at least 1, such as 4{also}"
         )

@@ -83,8 +83,8 @@ def _run(args: ArgsType) -> None:
         print(f"lightning-tex {__version__}")
     elif first == "fit" and asks_for_restarts(words):
         raise SystemExit(fit_with_restarts(words))
-    elif not first.startswith("-") and first not in TexCLI.subcommands():
-        raise UserValueError(_unknown(first))
+    elif first not in TexCLI.subcommands() and not (first.startswith("-") and TexCLI.subcommands().keys() & set(words)):
+        raise UserValueError(_unknown(words))
     else:
         TexCLI(**DEFAULTS, args=args)
 
@@ -107,11 +107,16 @@ def _docstring(module: str) -> str:
     return ast.get_docstring(ast.parse(Path(spec.origin).read_text())) or ""
 
 
-def _unknown(word: str) -> str:
+def _unknown(words: list[str]) -> str:
+    word = words[0] if words else ""
     names = [*TexCLI.subcommands(), *COMMANDS]
     legal = f"legal: {', '.join(names)}"
-    if not word:
-        return f"a command is needed; {legal}"
+    if not word or word.startswith("-"):
+        later = next((name for name in COMMANDS if name in words), None)
+        if later is not None:
+            others = " ".join(other for other in words if other != later)
+            return f"the command comes first: lightning-tex {later} {others}"
+        return f"a command is needed, before its options; {legal}"
     by_last_word = {name.split()[-1].removeprefix("--"): name for name in names}
     nearest = [by_last_word[last] for last in get_close_matches(word, by_last_word, 1)]
     return f"unknown command {word}; {''.join(f'nearest: {name}; ' for name in nearest)}{legal}"

@@ -24,16 +24,19 @@ class ReplayOptions:
 
     Args:
         dump: the folder that a run left, nonfinite-step=N.
+        unpickle: batches and hyperparameters of other classes than tensors and plain containers, which can run any
+            code: of your own dumps.
     """
 
     dump: Path
+    unpickle: bool = False
 
 
 def replay(options: ReplayOptions) -> dict[str, Any] | None:
     """Take a dumped step again, on the layout it was taken on, and name the first module, parameter or expert in which
     an infinity or NaN arises. Starts the ranks itself, or runs under torchrun or SLURM.
     """
-    dump = Dump.read(options.dump)
+    dump = Dump.read(options.dump, options.unpickle)
     with quiet():
         # The run's callbacks are not wanted here.
         warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
@@ -41,7 +44,7 @@ def replay(options: ReplayOptions) -> dict[str, Any] | None:
         module, trainer = _built(dump)
         found = None
         try:
-            trainer.fit(module, dump.data(), ckpt_path=str(dump.state), weights_only=False)
+            trainer.fit(module, dump.data(), ckpt_path=str(dump.state), weights_only=not dump.unpickles)
         except NonFiniteSteps as error:
             found = error.origin
     if not trainer.is_global_zero:

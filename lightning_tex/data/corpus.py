@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import sysconfig
 import tokenize
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ _BUILDERS = {
     "csv": {".csv"},
     "parquet": {".parquet"},
 }
+# Marks a folder as a cache, for us as for programs that back up (bford.info/cachedir).
+CACHE_TAG = "CACHEDIR.TAG"
 _KNOWN_SUFFIXES = ", ".join(sorted(suffix for suffixes in _BUILDERS.values() for suffix in suffixes))
 
 
@@ -207,7 +210,7 @@ def _builder(source: Source) -> tuple[str, Any, dict[str, Any]]:
 
 
 def _local_files(path: Path) -> tuple[str, list[str] | None]:
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    files = sorted(_files_below(path)) if path.is_dir() else [path]
     if not files:
         raise UserFileError(f"the folder path={str(path)!r} is empty; legal: a folder with {_KNOWN_SUFFIXES} files")
     found = {kind: [str(f) for f in files if f.suffix.lower() in suffixes] for kind, suffixes in _BUILDERS.items()}
@@ -220,6 +223,16 @@ def _local_files(path: Path) -> tuple[str, list[str] | None]:
             f"{path} holds {counts} files; name one kind, e.g. path='text', data_files='{path}/**/*.txt'"
         )
     return next(iter(found.items()))
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """All but hidden ones and what caches hold, which is nobody's data."""
+    for place, folders, names in os.walk(folder):
+        if CACHE_TAG in names and Path(place) != folder:
+            folders.clear()
+            continue
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(place, name) for name in names if not name.startswith("."))
 
 
 def file_stamps(data_files: Any) -> list[str]:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_tex.data.corpus import Documents, Source, fingerprint
+from lightning_tex.data.corpus import CACHE_TAG, Documents, Source, fingerprint
 from lightning_tex.data.packing import Blocks, write_blocks
 from lightning_tex.data.tokenizer import TextTokenizer, quiet_forks, texts_of, tokenizer_file, train_bpe
 from lightning_tex.parallel.errors import UserFileError, UserValueError
@@ -24,6 +24,14 @@ def default_cache_dir() -> Path:
     own = os.environ.get("LIGHTNING_TEX_CACHE")
     parent = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(own if own else Path(parent) / "lightning_tex").expanduser()
+
+
+def _mark_as_cache(folder: Path) -> None:
+    """One that lies among the data must not be taken for more of it."""
+    tag = folder / CACHE_TAG
+    if not tag.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        tag.write_text("Signature: 8a477f597d28d172789f06886806bc55\n")
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
@@ -69,6 +77,7 @@ class Preparation:
 
     def run(self, cache_dir: Path, hub_cache_dir: Path | None) -> Prepared:
         """Reads, tokenises and packs what the cache lacks, and notes there which files answer these settings."""
+        _mark_as_cache(cache_dir)
         documents = self.source.load(cache_dir / "sources", hub_cache_dir)
         with self.source.reading():
             tokenizer_dir = self._tokenizer_dir(documents, cache_dir)

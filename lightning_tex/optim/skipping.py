@@ -55,15 +55,18 @@ class _Undecided(NamedTuple):
     """A step that is left to the device to take.
 
     Args:
-        left_out: 1 where it is not taken.
+        fate: two numbers, 1 where it is not taken and 1 where that is excused.
         note: of the watcher.
     """
 
-    left_out: HostCopy
+    fate: HostCopy
     note: Any
 
     def is_left_out(self) -> bool:
-        return bool(self.left_out.numbers()[0])
+        return bool(self.fate.numbers()[0])
+
+    def is_excused(self) -> bool:
+        return bool(self.fate.numbers()[1])
 
 
 class StepGuard:
@@ -76,12 +79,14 @@ class StepGuard:
     Attributes:
         known: as far as the host knows.
         watcher: is told, and decides what happens when it is too many; without one that is an error.
+        excused: of the next step, 1 where its being left out is no reason to end: a loss scale has only to fall.
     """
 
     def __init__(self, most: int | None, culprit: Callable[[], str]) -> None:
         self._most, self._culprit = most, culprit
         self.known = Skipped()
         self.watcher: StepWatcher | None = None
+        self.excused: Tensor | None = None
         self._undecided: _Undecided | None = None
 
     def all(self) -> Skipped:
@@ -98,11 +103,15 @@ class StepGuard:
         Raises:
             RuntimeError: too many in a row, and there is no watcher.
         """
-        self._left_out(self._note(), gradients_are_there=True)
+        if self.excused is not None and bool(self.excused):
+            self.known.total += 1
+        else:
+            self._left_out(self._note(), gradients_are_there=True)
 
     def undecided(self, left_out: Tensor) -> None:
         """The device has the step, and leaves it out where this is 1."""
-        self._undecided = _Undecided(HostCopy(left_out), self._note())
+        excused = torch.zeros_like(left_out) if self.excused is None else self.excused.to(left_out.dtype)
+        self._undecided = _Undecided(HostCopy(torch.stack([left_out, excused.view_as(left_out)])), self._note())
 
     def learn(self) -> bool:
         """Learn what became of the last step, and wait for that one only; collective.
@@ -118,6 +127,9 @@ class StepGuard:
             return False
         if not undecided.is_left_out():
             self.taken()
+            return False
+        if undecided.is_excused():
+            self.known.total += 1
             return False
         self._left_out(undecided.note, gradients_are_there=False)
         return self._too_many

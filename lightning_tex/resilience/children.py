@@ -10,14 +10,14 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from time import monotonic, sleep
 
-from lightning_tex.resilience.processes import end_process, ending, failing, on_end, say
+from lightning_tex.resilience.processes import end_process, ending, failing, on_end, say, stopping
 
 # Holds the launching process's number, for the ranks it starts.
 LAUNCHER = "LIGHTNING_TEX_LAUNCHER"
 _POLL_S = 0.1
 # Seconds: for a rank whose parent or child has gone before they were connected to end by itself; after that, for the
-# monitor to end this rank; for children to end when this process does.
-_UNCONNECTED_S, _CONNECTED_S, _REAP_S = 1.5, 6.0, 3.0
+# monitor to end this rank; for children to end when this process does by an error; and when it is through.
+_UNCONNECTED_S, _CONNECTED_S, _REAP_S, _GONE_ON_S = 1.5, 6.0, 3.0, 10.0
 
 Connected = Callable[[], bool]  # whether this rank's monitor is
 
@@ -67,11 +67,20 @@ class Children(threading.Thread):
                 process.wait(timeout=_REAP_S)
 
     def _at_exit(self) -> None:
+        """The command ends with its processes, and fails where one of them does."""
+        until = monotonic() + (_REAP_S if failing.is_set() else _GONE_ON_S)
+        while None in self._codes() and monotonic() < until:
+            sleep(_POLL_S / 2)
         if failing.is_set():
-            until = monotonic() + _REAP_S
-            while None in self._codes() and monotonic() < until:
-                sleep(_POLL_S / 2)
             self.kill()
+        elif not stopping.is_set():
+            self._end_as_they_did()
+
+    def _end_as_they_did(self) -> None:
+        for index, code in enumerate(self._codes(), start=1):
+            if code:
+                say(f"[rank {self._rank}] ended: rank {self._rank + index} {ending(code)}")
+                end_process()
 
 
 def watch_parent(rank: int, connected: Connected) -> None:

@@ -5,6 +5,7 @@ There is one for each process group, whichever Trainer runs in it.
 
 from __future__ import annotations
 
+import atexit
 import json
 import secrets
 import select
@@ -19,9 +20,10 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore
 from torch.distributed.distributed_c10d import _get_default_store
 
-from lightning_tex.parallel.flight_record import RECORDS, TRAINING
+from lightning_tex.parallel.errors import UserRuntimeError
+from lightning_tex.parallel.flight_record import EVERY_RANK, RECORDS, TRAINING
 from lightning_tex.resilience.nccl import write_flights
-from lightning_tex.resilience.processes import ProcessId, end_process, end_process_at_the_latest, say, stacks
+from lightning_tex.resilience.processes import ProcessId, end_process, end_process_at_the_latest, on_end, say, stacks
 from lightning_tex.resilience.server import ChildEnding, MonitorServer
 from lightning_tex.resilience.verdict import Report, Verdict
 from lightning_tex.resilience.where import Entry, Where
@@ -51,7 +53,7 @@ class Monitor(threading.Thread):
         self._first_process = ProcessId("", 0, 0)
         self._run, self._depth, self._first_has_left = 0, 0, 0
         self._verdict: Verdict | None = None
-        self._told, self._heard = threading.Event(), threading.Event()
+        self._told, self._heard, self._all_done = threading.Event(), threading.Event(), threading.Event()
         self._stalled_at: float | None = None
         self._first_state = ""
         self._end_at: float | None = None
@@ -70,7 +72,22 @@ class Monitor(threading.Thread):
             self._verdict = None
             self._told.clear()
             self._heard.clear()
+            self._all_done.clear()
             self._lines.send({"enter": self._run})
+
+    def wait_for_all(self) -> None:
+        """The run is done on this rank: wait until it is on all of them, as in a collective.
+
+        Raises:
+            RuntimeError: one has failed meanwhile.
+        """
+        if self._depth > 1:
+            return
+        self._lines.send({"done": self._run})
+        with TRAINING.inside("the end of the run", EVERY_RANK):
+            while self.is_alive() and not self._all_done.wait(0.1):
+                if self._ends:
+                    raise UserRuntimeError("another rank has gone")
 
     def leave(self) -> None:
         """The run has ended on this rank, and nobody has to wait for it any more."""
@@ -119,6 +136,8 @@ class Monitor(threading.Thread):
             self._first_process = ProcessId(*message["welcome"])
         elif "ask" in message:
             self._lines.send({"where": Where.now(self.device_waits).to_message()})
+        elif "all_done" in message:
+            self._all_done.set()
         elif "heard" in message:
             self._heard.set()
         elif "left" in message:
@@ -176,6 +195,8 @@ class Monitor(threading.Thread):
             + (f": its process is {state}" if state else "")
             + _waiting_here()
         )
+        atexit.register(self._first_process.kill)  # an error of this rank's own may end it meanwhile
+        on_end(self._first_process.kill)
         self._heed(Verdict("stall", (0,), text, 1))
         sleep(0.5)  # the other ranks, too, are to see that it is there
         self._first_process.kill()
@@ -184,7 +205,8 @@ class Monitor(threading.Thread):
         """Rank 0's process is gone."""
         if not self._ends and self._depth and self._first_has_left < self._run:
             process = self._first_process
-            text = f"rank 0 ({process.host}, process {process.pid}, step {TRAINING.step}) died{_waiting_here()}"
+            how = process.ending() or "died"
+            text = f"rank 0 ({process.host}, process {process.pid}, step {TRAINING.step}) {how}{_waiting_here()}"
             self._heed(Verdict("death", (0,), text, 1))
         while self._end_at is not None:
             sleep(max(0.0, self._end_at - monotonic()))

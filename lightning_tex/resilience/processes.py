@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from time import monotonic, sleep
 from typing import NamedTuple
 
 _STATES = {
@@ -49,6 +50,21 @@ class ProcessId(NamedTuple):
         """What it is doing, in a word or three; empty for one that cannot be seen from here."""
         fields = self._seen()
         return _STATES.get(fields[0], fields[0]) if fields else ""
+
+    def ending(self, within: float = 0.1) -> str:
+        """How it ended, for a process of any parent on this host; empty where that is not seen.
+
+        The system keeps it from a process's end until its parent asks.
+
+        Args:
+            within: seconds in which it may end.
+        """
+        until = monotonic() + within
+        while (fields := self._seen()) and monotonic() < until:
+            if fields[0] == "Z":
+                return ending(os.waitstatus_to_exitcode(int(fields[49])))
+            sleep(0.001)
+        return ""
 
     def kill(self) -> None:
         """SIGKILL, if it runs on this host."""
@@ -101,6 +117,8 @@ def stacks() -> str:
 
 # Set once the run has failed, so that this process will end by an error.
 failing = threading.Event()
+# Set once a run was asked to stop, so that this process will end by an exit code that says so.
+stopping = threading.Event()
 
 # What this process has started besides multiprocessing's children, and how to end it.
 _started: list[Callable[[], None]] = []

@@ -35,8 +35,9 @@ class _Peer:
         self.lines = lines
         self.rank = -1
         self.process = ProcessId("", 0, 0)
-        self.run, self.in_run = 0, False
+        self.run, self.in_run, self.done = 0, False, False
         self.gone = False
+        self.ending = ""
 
 
 class _Case:
@@ -129,9 +130,14 @@ class MonitorServer(threading.Thread):
         kind, content = next(iter(message.items()))
         now = monotonic()
         if kind == "enter":
-            peer.run, peer.in_run = int(content), True
+            peer.run, peer.in_run, peer.done = int(content), True, False
             for other in self._peers.values():
                 self._require_present(other, now)
+        elif kind == "done":
+            peer.done = True
+            if all(other.done and other.run == peer.run for other in self._peers.values()):
+                self._tell(peer.run, {"all_done": True}, besides=(0,))
+                self._peers[0].lines.send({"all_done": True})  # last: with its process this thread ends
         elif kind == "leave":
             peer.in_run = False
             if peer.rank == 0:
@@ -158,6 +164,8 @@ class MonitorServer(threading.Thread):
         self._strangers.discard(peer)
         peer.gone = True
         if peer.rank >= 0:
+            if peer.in_run:
+                peer.ending = peer.process.ending()
             self._require_present(peer, monotonic())
 
     def _require_present(self, peer: _Peer, now: float) -> None:
@@ -207,7 +215,7 @@ class MonitorServer(threading.Thread):
 
     def _judge_death(self, run: int, case: _Case, rank: int) -> None:
         process = self._peers[rank].process
-        how = self._child_ending(process.pid)
+        how = self._child_ending(process.pid) or self._peers[rank].ending
         text = f"rank {rank} ({process.host}, process {process.pid}, step {TRAINING.step}) {how or 'died'}"
         different = different_collectives(case.answers)
         if "SIGABRT" in how or different:

@@ -164,7 +164,7 @@ class CheckpointingStrategy(MeshStrategy):
         """Write the whole state, and return when it is on disk and read back; collective."""
         in_fit, self._training = self._training, False
         try:
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)
         finally:
             self._training = in_fit
 

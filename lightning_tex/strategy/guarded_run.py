@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_tex.parallel.errors import is_consequence
 from lightning_tex.parallel.flight_record import TRAINING
 from lightning_tex.resilience.monitor import Monitor, current_monitor, join_monitor
-from lightning_tex.resilience.processes import failing, say
+from lightning_tex.resilience.processes import failing, say, stopping
 from lightning_tex.resilience.telling import described, mark_told, tell
 from lightning_tex.resilience.verdict import Report, Verdict
 from lightning_tex.saving import Search
@@ -41,8 +41,11 @@ class GuardedRun:
         self._enter(current_monitor())
         try:
             yield
+            if self._monitor is not None:
+                self._monitor.wait_for_all()
         except StoppedTogether:
             self._inside = False
+            stopping.set()
             self.leave()
             raise
         except BaseException as error:

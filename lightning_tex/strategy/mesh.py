@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning import Trainer
+from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.utilities.distributed import (
     _get_default_process_group_backend_for_device,
@@ -32,8 +33,8 @@ from lightning_tex.parallel.groups import reaches_cpu
 from lightning_tex.parallel.initialization import has_values
 from lightning_tex.parallel.topology import Axis, Layout, build_mesh
 from lightning_tex.resilience.agreement import Agreement, Comparison
-from lightning_tex.resilience.elastic import store_of_this_attempt
 from lightning_tex.resilience.nccl import record_flights
+from lightning_tex.resilience.rendezvous import meet
 from lightning_tex.strategy import agreement
 from lightning_tex.strategy.guarded_run import GuardedRun
 from lightning_tex.strategy.launcher import RankLauncher
@@ -134,12 +135,8 @@ class MeshStrategy(ParallelStrategy):
         assert self.cluster_environment is not None and self.lightning_module is not None
         if "nccl" in backend:
             record_flights(Path(self.lightning_module.trainer.default_root_dir))
-        device_id = self.root_device if self.root_device.type == "cuda" else None
-        store = store_of_this_attempt(self.timeout)
-        options: dict[str, Any] = {"device_id": device_id, "timeout": self.group_timeout}
-        if store is not None:
-            options["store"] = store
-        _init_dist_connection(self.cluster_environment, backend, **options)
+        if not dist.is_initialized():
+            self._init_process_group(self.cluster_environment, backend)
         assert isinstance(self._launcher, RankLauncher)
         self._guarded_run.connect(
             self.cluster_environment.main_address,
@@ -152,6 +149,18 @@ class MeshStrategy(ParallelStrategy):
         if self._mesh is None:
             self._mesh = build_mesh(layout, self.root_device.type, self.group_timeout)
         self.lightning_module._device_mesh = self._mesh
+
+    def _init_process_group(self, environment: ClusterEnvironment, backend: str) -> None:
+        store = meet(
+            environment.main_address,
+            environment.main_port,
+            self.global_rank,
+            self.world_size,
+            self.timeout,
+            {"process_group_backend": repr(backend), "the accelerator": self.root_device.type},
+        )
+        device_id = self.root_device if self.root_device.type == "cuda" else None
+        _init_dist_connection(environment, backend, store=store, device_id=device_id, timeout=self.group_timeout)
 
     def _require_agreement(self, comparison: Comparison) -> None:
         """Compare over all ranks; raises on all of them, naming ranks and values. What is advised is told once."""

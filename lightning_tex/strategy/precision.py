@@ -62,9 +62,7 @@ class TexMixedPrecision(TrainStep, MixedPrecision):  # type: ignore[misc]
         return module
 
     def state_config(self, wanted: OptimizerStateConfig) -> OptimizerStateConfig:
-        if self.scaler is None:
-            return wanted
-        return replace(super().state_config(wanted), max_skipped_steps=None)  # the loss scale looks for infinities
+        return wanted if self.scaler is None else super().state_config(wanted)
 
     def _unscale(self, optimizer: TiledOptimizer) -> None:
         if self.scaler is not None and optimizer.reduction_stage is not ReductionStage.UNSCALED:
@@ -94,7 +92,10 @@ class TexMixedPrecision(TrainStep, MixedPrecision):  # type: ignore[misc]
 
 
 class ShardedGradScaler(torch.amp.GradScaler):
-    """torch's dynamic loss scale for gradients of which a rank has its own part, scaled on their way to the step."""
+    """torch's dynamic loss scale for gradients of which a rank has its own part, scaled on their way to the step.
+
+    An infinity or NaN counts towards ``max_skipped_steps`` once the scale has fallen to 1: then it is not the scale's.
+    """
 
     @classmethod
     def like(cls, scaler: torch.amp.GradScaler, device: str) -> ShardedGradScaler:
@@ -113,6 +114,8 @@ class ShardedGradScaler(torch.amp.GradScaler):
     def _maybe_opt_step(  # type: ignore[override]
         self, optimizer: TiledOptimizer, state: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
+        assert self._scale is not None
+        optimizer.guard.excused = self._scale > 1.0
         return optimizer.step(*args, **kwargs)  # which leaves out what is not finite, without asking the device
 
 

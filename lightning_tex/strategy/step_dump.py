@@ -6,6 +6,8 @@ import importlib
 import importlib.util
 import inspect
 import json
+import pickle
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -128,13 +130,15 @@ class Dump:
     Args:
         path: its folder.
         about: what the run was.
+        unpickles: classes other than tensors and plain containers, which can run any code.
     """
 
     path: Path
     about: dict[str, Any]
+    unpickles: bool = False
 
     @classmethod
-    def read(cls, path: Path) -> Dump:
+    def read(cls, path: Path, unpickles: bool = False) -> Dump:
         """Open one.
 
         Raises:
@@ -143,7 +147,7 @@ class Dump:
         missing = [name for name in (_ABOUT, _STATE) if not (path / name).exists()]
         if missing:
             raise UserFileError(f"{path} is no dump of a step: it has no {', '.join(missing)}")
-        return cls(path, json.loads((path / _ABOUT).read_text()))
+        return cls(path, json.loads((path / _ABOUT).read_text()), unpickles)
 
     @property
     def state(self) -> Path:
@@ -167,7 +171,7 @@ class Dump:
         cls: Any = source
         for name in about["name"].split("."):
             cls = getattr(cls, name)
-        hparams = torch.load(self.path / _HPARAMS, weights_only=False)
+        hparams = self._loaded(_HPARAMS)
         taken = inspect.signature(cls).parameters
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
             hparams = {name: value for name, value in hparams.items() if name in taken}  # as load_from_checkpoint does
@@ -200,8 +204,18 @@ class Dump:
         return kept
 
     def _of(self, data_rank: int) -> dict[str, Any]:
-        # The user's own dump, of batches of any class.
-        loaded: dict[str, Any] = torch.load(self.path / _of_data_rank(data_rank), weights_only=False)
+        return self._loaded(_of_data_rank(data_rank))
+
+    def _loaded(self, name: str) -> dict[str, Any]:
+        path = self.path / name
+        try:
+            loaded: dict[str, Any] = torch.load(path, weights_only=not self.unpickles)
+        except pickle.UnpicklingError as error:
+            kind = re.search(r"GLOBAL (\S+)", str(error))
+            raise UserTypeError(
+                f"{path} holds {kind[1] if kind else 'objects'}, and unpickling classes runs code; legal for a dump of "
+                "your own: --unpickle"
+            ) from None
         return loaded
 
 

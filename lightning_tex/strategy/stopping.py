@@ -27,6 +27,7 @@ from lightning_tex.resilience.signals import StopSignals, exit_code
 from lightning_tex.resilience.vote import Vote
 from lightning_tex.saving.newest import STOPPED
 from lightning_tex.saving.random_streams import random_streams, restore_random_streams
+from lightning_tex.strategy.early_end import EarlyEnd
 from lightning_tex.strategy.time_limits import TimeLimits
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class Stopping:
         name = f"[rank {strategy.global_rank}]"
         self._signals = StopSignals(self._stop_signals(), name, self._end_at_once)
         self._vote: Vote | None = None
+        self._early_end: EarlyEnd | None = None
         self._in_stage = False
         self._limits = TimeLimits(trainer)
         self._random_in_validation: dict[str, Any] = {}
@@ -80,6 +82,7 @@ class Stopping:
         """A stage begins: note signals, and vote at its boundaries."""
         if self._vote is None:
             self._vote = Vote(self._strategy.topology.host)
+            self._early_end = EarlyEnd(self.trainer, self._vote)
         self._in_stage = True
         loop: Any = self.trainer.fit_loop.epoch_loop
         advance = loop.advance
@@ -92,6 +95,8 @@ class Stopping:
         # There is no hook between two batches. In Lightning's own vote only rank 0 counts, and it waits for the device.
         loop.advance = advance_together
         loop._broadcast_sigterm_tensor = _no_vote
+        assert self._early_end is not None
+        self._early_end.install()
         self._signals.install()
 
     def end(self) -> None:
@@ -101,6 +106,8 @@ class Stopping:
         loop = self.trainer.fit_loop.epoch_loop
         for name in ("advance", "_broadcast_sigterm_tensor"):
             vars(loop).pop(name, None)
+        if self._early_end is not None:
+            self._early_end.remove()
 
     def _end_at_once(self, number: int) -> None:
         launcher: Any = self._strategy.launcher

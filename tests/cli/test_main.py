@@ -9,6 +9,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from helpers import tiny_recipe
 
@@ -155,6 +156,12 @@ def test_what_is_no_number_of_processes_is_refused(recipe, capsys, command, devi
     )
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_devices_of_a_host_that_has_no_gpu(recipe, capsys):
+    (told,) = _refused(capsys, "--config", str(recipe), "--trainer.accelerator", "auto", "--trainer.devices", "-1")
+    assert told.endswith("legal: auto; a whole number of at least 1, such as 4; this host has no GPU")
+
+
 @pytest.mark.parametrize("devices", ["auto", "-1", "3", "0,1", "[0, 1]", "1,"])
 def test_what_may_be_devices_of_gpus(recipe, devices):
     found = Recipe(str(recipe), ["--trainer.accelerator", "gpu", "--trainer.devices", devices]).config.trainer.devices
@@ -191,7 +198,8 @@ def test_the_version_is_printed(capsys):
         (["trace"], "unknown command trace; nearest: plan --trace; legal: fit, "),
         (["chekpoint", "inspect"], "unknown command chekpoint; nearest: checkpoint; legal: fit, "),
         (["colour"], "unknown command colour; legal: fit, "),
-        ([], "a command is needed; legal: fit, "),
+        ([], "a command is needed, before its options; legal: fit, "),
+        (["--config", "r.yaml"], "a command is needed, before its options; legal: fit, "),
     ],
 )
 def test_an_unknown_command_is_told_with_the_nearest_of_all(words, told, capsys):
@@ -200,6 +208,19 @@ def test_an_unknown_command_is_told_with_the_nearest_of_all(words, told, capsys)
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert end.value.code == 2
     assert line.startswith(f"error: {told}") and line.endswith("plan, plan --trace, bench, checkpoint, verify, replay")
+
+
+def test_an_own_command_after_its_options_is_told_the_order(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["-c", "r.yaml", "plan", "--cluster", "h100"])
+    told = "error: the command comes first: lightning-tex plan -c r.yaml --cluster h100\n"
+    assert capsys.readouterr().err == told
+
+
+def test_a_misspelt_option_of_the_command_line_is_told_its_nearest(recipe, capsys):
+    assert "unknown option --restart; nearest: --restarts" in "".join(
+        _refused(capsys, "--config", str(recipe), "--restart", "2")
+    )
 
 
 def test_a_bug_keeps_its_traceback(recipe, monkeypatch):

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_tex.data.corpus import Source, cut_at_lines, held_out, standard_library_files
+from lightning_tex.data.prepared import Preparation
 from lightning_tex.data.tokenizer import texts_of
 
 
@@ -104,6 +105,16 @@ def test_refusals(jsonl, tmp_path):
         Source(str(tmp_path / "mixed")).load(tmp_path)
     with pytest.raises(ValueError, match="max_bytes=10 holds 0 files"):
         Source(max_bytes=10).load(tmp_path)
+
+
+def test_a_cache_among_the_data_is_no_data(folder, tmp_path):
+    before = texts(Source(str(folder)), tmp_path / "elsewhere")
+    cache = folder / "cache"
+    Preparation(Source(str(folder)), None, 300, None, 8).run(cache, None)
+    (folder / ".git").mkdir()
+    (folder / ".git" / "index.json").write_text("{}")
+    assert list(cache.rglob("*.json"))
+    assert texts(Source(str(folder)), cache / "sources") == before
 
 
 def test_import_needs_neither_datasets_nor_tokenizers():

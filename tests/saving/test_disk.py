@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 import lightning_tex as tex
 from lightning_tex.errors import UserError
 from lightning_tex.parallel.topology import Axis
-from lightning_tex.saving import archive
+from lightning_tex.saving import archive, consolidated
 from lightning_tex.saving.archive import NewFile, write_tensors
 from lightning_tex.saving.disk import require_writable
 from lightning_tex.saving.global_tensor import GlobalTensor
@@ -127,3 +129,32 @@ def test_it_is_found_before_the_first_step_on_all_ranks(tmp_path: Path) -> None:
         assert text.startswith(f"checkpoints cannot be saved: rank 0: {place}: ")
         assert f"rank 1: {place}: " in text
         assert steps == 0
+
+
+class Room(NamedTuple):
+    free: int
+
+
+def _fit_with_room(folder: str, free: int) -> tuple[str, int, int]:
+    """What ends it, steps taken, and bytes of the tensors in a checkpoint."""
+    module = Steps()
+    with mock.patch("shutil.disk_usage", return_value=Room(free)):
+        run = trainer(tex.TexMoEStrategy(), 2, callbacks=[ModelCheckpoint(folder, save_top_k=1)])
+        try:
+            run.fit(module, Data())
+        except UserError as error:
+            return str(error), module.taken, 0
+    (checkpoint,) = Path(folder).glob("*.ckpt")
+    whole = consolidated(checkpoint)
+    tensors = [*whole["state_dict"].values()]
+    tensors += [t for states in whole["optimizer_states"][0]["state"].values() for t in states.values()]
+    return "", module.taken, sum(tensor.nbytes for tensor in tensors)
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_found_after_one_step(tmp_path: Path) -> None:
+    (_, taken, size), _ = run_ranks(2, _fit_with_room, str(tmp_path / "roomy"), 10**12)
+    assert taken > 1
+    for text, steps, _ in run_ranks(2, _fit_with_room, str(tmp_path / "full"), 1000):
+        told = re.match(r"checkpoints cannot be saved: .* of this run takes ([\d,]+) bytes, and (\S+) has", text)
+        assert told is not None and told[2] == str(tmp_path / "full"), text
+        assert steps == 1 and int(told[1].replace(",", "")) == size

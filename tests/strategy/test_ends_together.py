@@ -19,7 +19,7 @@ from helpers.behaviour_modules import (
     new_trainer,
     own_slices,
 )
-from helpers.ranks import on_ranks
+from helpers.ranks import on_ranks, together
 from helpers.trainers import gathered
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -41,6 +41,46 @@ def test_training_with_unequal_numbers_of_batches_ends_together(iterable: bool) 
     outcomes = on_ranks(4, train_unequal, TED, iterable)
     assert [outcome["steps"] for outcome in outcomes] == [6] * 4
     assert outcomes[0]["warned"], outcomes[0]["texts"]
+
+
+class StopsItself(L.Callback):
+    """One rank alone asks for the end, in a hook."""
+
+    def __init__(self, hook: str) -> None:
+        setattr(self, hook, self._stop)
+
+    def _stop(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_rank == 1 and trainer.global_step in (0, 3, 6):
+            trainer.should_stop = True
+
+
+class Validated(PublicNames):
+    """Looks at validation data."""
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.training_step(batch, batch_idx)
+
+
+HOOKS = {
+    "on_train_start": 0,
+    "on_train_batch_end": 3,
+    "on_validation_end": 3,
+    "on_train_epoch_end": 6,
+}
+
+
+def stopped_by_one(hook: str) -> tuple[int, int]:
+    trainer = new_trainer({}, max_epochs=3, callbacks=[StopsItself(hook)], val_check_interval=3, num_sanity_val_steps=0)
+    given = own_slices(trainer, batches(6))
+    trainer.fit(Validated(), loader(given), loader(given[:1]))
+    return trainer.global_step, trainer.current_epoch
+
+
+def test_one_rank_that_ends_the_training_ends_it_everywhere() -> None:
+    found = together(2, {hook: (stopped_by_one, hook) for hook in HOOKS})
+    for hook, steps in HOOKS.items():
+        assert {ended[0] for ended in found[hook]} == {steps}, hook
+        assert len(set(found[hook])) == 1, hook
 
 
 def fit_short_last_batch(layout: Any, uneven: bool) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from helpers.behaviour_modules import TED
 from helpers.learning import Learns, fitted
 from helpers.ranks import on_ranks, together
+from lightning.pytorch.plugins import MixedPrecision
 
 from lightning_tex.callbacks import RunSummary
 
@@ -49,3 +50,20 @@ def test_training_stops_after_too_many_and_names_the_parameter() -> None:
     spoil = {(1, step): float("nan") for step in range(2, 6)}
     for said in on_ranks(4, guarded_run, "32-true", spoil, 3):
         assert "norm.weight (rank" in said and "last 3 steps" in said and "max_skipped_steps" in said
+
+
+def scaled_run() -> tuple[str, int]:
+    """With a loss scale of 4, which is 1 after two skipped steps."""
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=4.0))
+    module = Learns({(0, step): float("nan") for step in range(9)})
+    said = ""
+    try:
+        fitted(module, {"max_skipped_steps": 3}, 8, precision=None, plugins=[plugin])
+    except RuntimeError as error:
+        said = str(error)
+    return said, module.trainer.global_step
+
+
+def test_a_loss_scale_that_can_fall_no_further_is_not_to_blame() -> None:
+    ((said, steps),) = on_ranks(1, scaled_run)
+    assert "each of the last 3 steps" in said and "in step 5" in said and steps == 5
