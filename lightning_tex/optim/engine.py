@@ -13,9 +13,12 @@ from torch.optim import Optimizer
 
 from lightning_tex.optim.formats import StateFormat, Window
 from lightning_tex.optim.skipping import DeviceFactor
+from lightning_tex.parallel.device import device_type
 
-# Classes whose fused kernel exists on CPU and CUDA; torch picks the slow loop on CPU when nothing is said.
-_FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
+# Classes with a fused kernel; torch picks the slow loop on CPU when nothing is said. Adagrad has none on GPUs before
+# torch 2.12.
+_FUSED_ANYWHERE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+_FUSED_ON_CPU = (*_FUSED_ANYWHERE, torch.optim.Adagrad)
 
 
 class Engine:
@@ -66,19 +69,19 @@ class Engine:
             self.step(window, self._scaled(gradient.to(window.tile.dtype), scale), options)
 
     def _scaled(self, gradient: Tensor, scale: float | DeviceFactor) -> Tensor:
-        if not isinstance(scale, DeviceFactor):
-            return gradient if scale == 1 else gradient.mul_(scale)
-        if gradient.dtype == torch.float64:  # for which the kernel's fp32 is not enough
-            return gradient.mul_(scale.factor)
-        self.optimizer.grad_scale = scale.inverse  # type: ignore[attr-defined]
-        return gradient
+        # fp32, in which a kernel takes its factor, is not enough for fp64.
+        by_kernel = isinstance(scale, DeviceFactor) and gradient.dtype != torch.float64
+        self.optimizer.grad_scale = scale.inverse if by_kernel else None  # type: ignore[attr-defined, union-attr]
+        if by_kernel or scale == 1:
+            return gradient
+        return gradient.mul_(scale.factor if isinstance(scale, DeviceFactor) else scale)
 
     # --- steps that the device decides upon
 
     def leaves_out(self, states: StateFormat, group: dict[str, Any]) -> bool:
         """Whether the optimizer's kernel itself leaves out what :meth:`leaving_out` says."""
         options = fastest(self.optimizer, group)
-        if type(self.optimizer) not in _FUSED or not options.get("fused"):
+        if type(self.optimizer) not in _FUSED_ANYWHERE or not options.get("fused"):
             return False
         # The kernel leaves a momentum that it has just been given memory for as that memory was.
         return not options.get("momentum") or all(
@@ -96,8 +99,7 @@ class Engine:
         try:
             yield
         finally:
-            for name in ("found_inf", "grad_scale"):
-                self.optimizer.__dict__.pop(name, None)
+            self.optimizer.found_inf = None  # type: ignore[attr-defined]
 
 
 def fastest(optimizer: Optimizer, group: dict[str, Any]) -> dict[str, Any]:
@@ -105,6 +107,8 @@ def fastest(optimizer: Optimizer, group: dict[str, Any]) -> dict[str, Any]:
     options = {key: value for key, value in group.items() if key != "params"}
     unset = options.get("fused") is None and options.get("foreach") is None
     special = options.get("differentiable") or options.get("capturable")
-    if type(optimizer) in _FUSED and unset and not special and not isinstance(options.get("lr"), Tensor):
+    on_cpu = all(device_type(parameter) != "cuda" for parameter in group.get("params", ())[:1])
+    has_kernel = type(optimizer) in (_FUSED_ON_CPU if on_cpu else _FUSED_ANYWHERE)
+    if has_kernel and unset and not special and not isinstance(options.get("lr"), Tensor):
         options["fused"] = True
     return options

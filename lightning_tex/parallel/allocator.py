@@ -10,6 +10,8 @@ import torch
 _SETTING = "expandable_segments:True"
 # What torch reads, and what it read before 2.9 and still does.
 _NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+# torch 2.13 deprecates the second.
+_SET = getattr(torch._C, "_accelerator_setAllocatorSettings", None) or torch.cuda.memory._set_allocator_settings
 
 
 def use_growing_segments(environment: MutableMapping[str, str] = os.environ) -> bool:
@@ -24,5 +26,5 @@ def use_growing_segments(environment: MutableMapping[str, str] = os.environ) -> 
         return False
     environment[_NAMES[0]] = _SETTING  # for processes that this one starts
     if torch.cuda.is_available():  # torch may have read it already
-        torch.cuda.memory._set_allocator_settings(_SETTING)
+        _SET(_SETTING)
     return True

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.checkpoint_runs import Data, Model
-from helpers.on_a_gpu import ACCELERATOR, IS_GPU, one_rank
+from helpers.on_a_gpu import ACCELERATOR, IS_GPU, close, one_rank
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 FORMATS = {"32-true": ("fp32",), "bf16-mixed": ("fp32", "split", "int8", "stochastic"), "16-mixed": ("fp32",)}
@@ -35,11 +35,11 @@ def test_a_run_that_goes_on_is_the_run_that_never_stopped(precision: str, form: 
     losses, parameters = run(ACCELERATOR, tmp_path / "whole", 4, precision, form)
     saved = str(tmp_path / "whole" / "step=2.ckpt")
     resumed, theirs = run(ACCELERATOR, tmp_path / "resumed", 4, precision, form, saved)
-    assert resumed == pytest.approx(losses[2:], rel=1e-5), f"losses {losses}, after step 2: {resumed}"
     # Kernels that add in another order each time differ in the last bits.
-    tolerance = 1e-5 if precision == "32-true" else 1e-2
-    far = [name for name, p in parameters.items() if not torch.allclose(theirs[name], p, tolerance, tolerance)]
-    assert not far, f"{far} differ after going on"
+    tolerance = 1e-5 if precision == "32-true" else 2e-3
+    assert resumed == pytest.approx(losses[2:], rel=tolerance), f"losses {losses}, after step 2: {resumed}"
+    for name, parameter in parameters.items():
+        close(theirs[name], parameter, tolerance, f"{name} after going on")
     if IS_GPU and precision != "16-mixed":  # which Lightning has not on the CPU
         elsewhere, _ = run("cpu", tmp_path / "cpu", 4, precision, form, saved)
         assert elsewhere == pytest.approx(losses[2:], rel=0.03), f"on the CPU from step 2: {elsewhere}, {losses}"

@@ -59,6 +59,8 @@ class Communicates(L.LightningModule):
         self.timeouts = timeouts({name: group for name, group in groups.items() if group is not None})
         self.backends = {name: dist.get_backend(group) for name, group in groups.items()}
         self.host_reaches_cpu = reaches_cpu(groups["host"])
+        if IS_GPU:
+            torch.cuda.synchronize()
         self.device_waits = strategy._device_waits()
 
     def configure_optimizers(self) -> Any:

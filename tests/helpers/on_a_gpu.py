@@ -24,8 +24,8 @@ DEVICE = torch.device(os.environ.get("LIGHTNING_TEX_TEST_DEVICE", "cuda"))
 IS_GPU = DEVICE.type == "cuda"
 ACCELERATOR = "gpu" if IS_GPU else "cpu"
 FIRST_SCALE = 2.0**10  # of 16-mixed: no step of a small model is left out for it
-# Places where the host reads what lies on it.
-_ON_THE_HOST = ("parallel/host_copy.py:", "resilience/vote.py:", "strategy/batches.py:", "data/token_ids.py:")
+# Places where the host reads what lies on it; the head looks at its targets on the CPU only.
+_ON_THE_HOST = ("parallel/host_copy.py:", "resilience/vote.py:", "data/token_ids.py:", "layers/vocab.py:")
 
 
 def leave_the_world() -> None:

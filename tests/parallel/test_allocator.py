@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
+from lightning_tex.parallel import allocator
 from lightning_tex.parallel.allocator import use_growing_segments
 
 
@@ -21,4 +21,6 @@ def test_what_the_user_has_set_stays(name: str) -> None:
 
 
 def test_torch_still_takes_the_setting() -> None:
-    assert callable(torch.cuda.memory._set_allocator_settings)
+    allocator._SET("expandable_segments:True")
+    with pytest.raises(RuntimeError):
+        allocator._SET("no such setting")

@@ -17,10 +17,12 @@ from helpers.trainers import quiet, silence
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from lightning_tex import TexMoEStrategy
+from lightning_tex import LanguageModel, TexMoEStrategy
 from lightning_tex.callbacks import LateProgress
 from lightning_tex.layers import ColumnParallelLinear, RowParallelLinear
+from lightning_tex.models import DecoderConfig
 from lightning_tex.parallel.device import pretend_device
 
 STEPS = 7
@@ -70,6 +72,38 @@ class Counts(L.Callback):
             self._counting.close()
 
 
+def language_model(recomputation: str | None, capacity_factor: float | None) -> list[HostRead]:
+    """All of a language model's fit, its MoE layers and the library's callbacks included."""
+    counts = Counts(2, STEPS - 1)
+    sizes = {"dim": 16, "num_layers": 2, "num_heads": 2, "hidden_dim": 16, "max_sequence_length": 16}
+    experts = {"num_experts": 4, "top_k": 2, "capacity_factor": capacity_factor}
+    trainer = quiet(
+        strategy=TexMoEStrategy(compile=False, activation_checkpointing=recomputation),
+        precision="bf16-mixed",
+        max_epochs=1,
+        gradient_clip_val=1.0,
+        enable_progress_bar=True,
+        log_every_n_steps=50,
+        callbacks=[counts, TQDMProgressBar(refresh_rate=1)],
+    )
+    ids = torch.randint(0, 61, (STEPS, 2, 17), generator=torch.Generator().manual_seed(0))
+    batches = [{"input_ids": block[:, :-1], "labels": block[:, 1:]} for block in ids]
+    with pretend_device("cuda"):
+        trainer.fit(
+            LanguageModel(DecoderConfig(vocab_size=61, **sizes, **experts)), DataLoader(batches, batch_size=None)
+        )
+    # Ids and targets are looked at on the CPU only.
+    on_the_host = (*ON_THE_HOST, "data/token_ids.py:", "layers/vocab.py:")
+    return [read for read in counts.reads if not read.place.startswith(on_the_host)]
+
+
+@pytest.mark.parametrize(
+    ("recomputation", "capacity_factor"), [(None, 1.25), ("full", None), ("communication_aware", None)]
+)
+def test_no_step_of_a_language_model_waits(recomputation: str | None, capacity_factor: float | None) -> None:
+    assert on_ranks(1, language_model, recomputation, capacity_factor) == [[]]
+
+
 def counted(world: int, precision: str, clip: str, accumulate: int) -> tuple[list[HostRead], list[float | None], int]:
     counts = Counts(2, STEPS - 1)
     flags: dict[str, Any] = {"precision": precision}
@@ -90,7 +124,7 @@ def counted(world: int, precision: str, clip: str, accumulate: int) -> tuple[lis
     )
     batches = torch.randn(STEPS, 4, 8, generator=torch.Generator().manual_seed(0))
     with pretend_device("cuda"):
-        trainer.fit(Plain(), torch.utils.data.DataLoader(batches, batch_size=None))
+        trainer.fit(Plain(), DataLoader(batches, batch_size=None))
     reads = [read for read in counts.reads if not read.place.startswith(ON_THE_HOST)]
     return reads, counts.shown, trainer.strategy.tiled_optimizer.skipped.total
 
