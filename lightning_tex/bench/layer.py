@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import statistics
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +17,7 @@ from lightning_tex.bench.counting import kept_bytes, launches, synchronisations
 from lightning_tex.bench.layer_contestants import OURS, Ours, peers
 from lightning_tex.bench.layer_shapes import Routing, Shape, choices, tokens_that_choose
 from lightning_tex.bench.memory import peak_bytes
-from lightning_tex.planner.cluster import Cluster
-
-_PRODUCT_WIDTH = {"cpu": 1024, "cuda": 8192}
+from lightning_tex.bench.moments import LargeProduct, Moment, peak, synchronise
 
 
 @dataclass(frozen=True)
@@ -159,10 +156,11 @@ class Case:
                 continue
             reference = output if reference is None else reference
             rows[name]["difference"] = float((output - reference).norm() / reference.norm())
-        times, product = self._timed()
-        peak = self._peak(product)
+        product = LargeProduct(self.plan.device, self.dtype)
+        times = self._timed(product)
+        of = peak(self.plan.device, "32-true" if self.dtype is torch.float32 else "bf16-mixed", product)
         for name, clocked in times.items():
-            rows[name] |= self._rates(clocked, times[OURS], peak["flops_per_second"])
+            rows[name] |= self._rates(clocked, times[OURS], of["flops_per_second"])
         return {
             "shape": self.shape.name,
             "dim": self.shape.dim,
@@ -175,8 +173,8 @@ class Case:
             "recomputed": self.recomputed,
             "largest_load": float(self.load.max() / self.load.float().mean()),
             "forward_flops": self.shape.forward_flops(self.plan.tokens),
-            "product_flops_per_second": product,
-            "peak": peak,
+            "product_flops_per_second": product.flops,
+            "peak": of,
             "layers": rows,
             "skipped": self.skipped,
         }
@@ -207,58 +205,32 @@ class Case:
             "synchronisations": None if forward_waits is None else [forward_waits, backward_waits],
         }
 
-    def _timed(self) -> tuple[dict[str, list[Clocked]], float]:
-        """Passes of all layers in turns, and FLOP/s of the fastest large product beside them."""
-        width = _PRODUCT_WIDTH[self.plan.device.type]
-        square = torch.randn(width, width, device=self.plan.device).to(self.dtype)
+    def _timed(self, product: LargeProduct) -> dict[str, list[Clocked]]:
+        """Passes of all layers in turns, with a large product beside them."""
         times: dict[str, list[Clocked]] = {name: [] for name in self.passes}
-        products = []
         names = list(times)
         for turn in range(self.plan.turns):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 times[name] += self._turn(self.passes[name])
-            begin, end = self._clock(), self._clock()
-            torch.mm(square, square)
-            begin()
-            torch.mm(square, square)
-            end()
-            products.append(self._elapsed(begin, end))
-        return times, 2 * width**3 / min(products)
+            product.time()
+        return times
 
     def _turn(self, one: Pass) -> list[Clocked]:
         """As one micro-batch follows another: nothing waits for the device but what the layer itself waits for."""
-        self._synchronise()
+        device = self.plan.device
+        synchronise(device)
         marks = []
         for _ in range(1 + self.plan.repeat):
-            begin, middle, end = self._clock(), self._clock(), self._clock()
             one.prepare()
-            begin()
+            begin = Moment(device)
             y = one.forward()
-            middle()
+            middle = Moment(device)
             one.backward(y)
-            end()
+            end = Moment(device)
             del y
             marks.append((begin, middle, end))
-        return [Clocked(self._elapsed(b, m), self._elapsed(m, e)) for b, m, e in marks[1:]]
-
-    def _clock(self) -> _Mark:
-        return _CudaMark() if self.plan.device.type == "cuda" else _Mark()
-
-    def _elapsed(self, begin: _Mark, end: _Mark) -> float:
-        self._synchronise()
-        return end - begin
-
-    def _synchronise(self) -> None:
-        if self.plan.device.type == "cuda":
-            torch.cuda.synchronize(self.plan.device)
-
-    def _peak(self, product: float) -> dict[str, Any]:
-        """What shares are of: the data sheet of the device, or else the product that was measured."""
-        sheet = Cluster.of_device(self.plan.device)
-        if sheet is None or (self.dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest"):
-            return {"flops_per_second": product, "of": "a product of this run"}
-        precision = "32-true" if self.dtype is torch.float32 else "bf16-mixed"
-        return {"flops_per_second": sheet.peak(precision), "of": f"the data sheet of {sheet.name}"}
+        synchronise(device)
+        return [Clocked(middle - begin, end - middle) for begin, middle, end in marks[1:]]
 
     def _rates(self, clocked: Sequence[Clocked], ours: Sequence[Clocked], peak: float) -> dict[str, Any]:
         forward = statistics.median(time.forward for time in clocked)
@@ -276,33 +248,6 @@ class Case:
                 both / statistics.median(time.both for time in ours),
             ],
         }
-
-
-class _Mark:
-    """A moment: called, it is now."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def __call__(self) -> None:
-        self.seconds = time.perf_counter()
-
-    def __sub__(self, earlier: Any) -> float:
-        return self.seconds - earlier.seconds
-
-
-class _CudaMark(_Mark):
-    """A moment on the current stream, known once the device has been waited for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.event = torch.cuda.Event(enable_timing=True)
-
-    def __call__(self) -> None:
-        self.event.record()
-
-    def __sub__(self, earlier: Any) -> float:
-        return earlier.event.elapsed_time(self.event) / 1e3
 
 
 def conditions(plan: Plan) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""``lightning-tex bench``: measure communication, a layer, the optimizer's step or the machine, where it runs."""
+"""``lightning-tex bench``: measure communication, steps, layers, the optimizer's step or the machine, where it runs."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from lightning_tex.bench.candidates import Build, OptimizerName, Workload
 from lightning_tex.bench.combinations import COMBINATIONS
 from lightning_tex.bench.communication import CommunicationBench
 from lightning_tex.cli.bench_layer import LAYER
+from lightning_tex.cli.bench_step import STEP
 from lightning_tex.cli.bench_tables import LEGEND, draw_steps, show_communication, show_profile, show_steps
 from lightning_tex.cli.options import Command, Count, Device, device_of, run_one_of
 from lightning_tex.cli.tables import require_matplotlib, tell
@@ -186,6 +187,7 @@ def bench_calibrate(options: CalibrateOptions) -> dict[str, Any] | None:
 OPTIMIZER = Command("bench optimizer", bench_optimizer, (OptimizerOptions,))
 COMMANDS = (
     Command("bench communication", bench_communication, (CommunicationOptions,), takes_recipe=True),
+    STEP,
     LAYER,
     OPTIMIZER,
     Command("bench calibrate", bench_calibrate, (CalibrateOptions,)),
