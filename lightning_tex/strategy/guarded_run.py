@@ -96,6 +96,8 @@ class GuardedRun:
         kind = "consequence" if follows else "error"
         verdict = monitor.report(Report(rank, kind, described(error), step, TRAINING.number))  # type: ignore[arg-type]
         TRAINING.leave()
+        if verdict is not None and not verdict.ends_others and verdict.text and rank:
+            mark_told(error)  # rank 0 says it for all
         if verdict is not None and verdict.kind == "together":
             return
         if verdict is None or verdict.ends_others:
