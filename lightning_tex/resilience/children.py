@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from time import monotonic, sleep
 
-from lightning_tex.resilience.processes import end_process, ending, failing, on_end, say, stopping
+from lightning_tex.resilience.processes import end_process, ending, failing, on_end, say, through
 
 # Holds the launching process's number, for the ranks it starts.
 LAUNCHER = "LIGHTNING_TEX_LAUNCHER"
@@ -68,13 +68,17 @@ class Children(threading.Thread):
 
     def _at_exit(self) -> None:
         """The command ends with its processes, and fails where one of them does."""
-        until = monotonic() + (_REAP_S if failing.is_set() else _GONE_ON_S)
+        if failing.is_set():
+            self._wait(_REAP_S)
+            self.kill()
+        elif through.is_set():
+            self._wait(_GONE_ON_S)
+            self._end_as_they_did()
+
+    def _wait(self, seconds: float) -> None:
+        until = monotonic() + seconds
         while None in self._codes() and monotonic() < until:
             sleep(_POLL_S / 2)
-        if failing.is_set():
-            self.kill()
-        elif not stopping.is_set():
-            self._end_as_they_did()
 
     def _end_as_they_did(self) -> None:
         for index, code in enumerate(self._codes(), start=1):

@@ -117,8 +117,8 @@ def stacks() -> str:
 
 # Set once the run has failed, so that this process will end by an error.
 failing = threading.Event()
-# Set once a run was asked to stop, so that this process will end by an exit code that says so.
-stopping = threading.Event()
+# Set while the last run of this process has ended as it should.
+through = threading.Event()
 
 # What this process has started besides multiprocessing's children, and how to end it.
 _started: list[Callable[[], None]] = []

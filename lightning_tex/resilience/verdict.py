@@ -41,7 +41,7 @@ class Verdict:
         kind: ``together``: all ranks raise at one place, and whatever needs all of them still works; ``apart``: all
             raise errors of their own at different ones; ``error``, ``death`` or ``stall`` of some rank.
         ranks: whose fault it is.
-        text: of the cause, for the others to say.
+        text: of the cause, for the others to say; of errors of all ranks, if they are alike.
         speaker: the rank that speaks for all of them.
         doomed: processes that cannot end by themselves.
     """
@@ -115,4 +115,5 @@ class Deliberation:
         if len(reports) < self._world or any(report.kind != "error" for report in reports):
             return None
         places = {(report.step, report.number) for report in reports}
-        return Verdict("together" if len(places) == 1 else "apart")
+        texts = {report.text for report in reports}
+        return Verdict("together" if len(places) == 1 else "apart", text=texts.pop() if len(texts) == 1 else "")

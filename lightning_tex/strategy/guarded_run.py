@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_tex.parallel.errors import is_consequence
 from lightning_tex.parallel.flight_record import TRAINING
 from lightning_tex.resilience.monitor import Monitor, current_monitor, join_monitor
-from lightning_tex.resilience.processes import failing, say, stopping
+from lightning_tex.resilience.processes import failing, say, through
 from lightning_tex.resilience.telling import described, mark_told, tell
 from lightning_tex.resilience.verdict import Report, Verdict
 from lightning_tex.saving import Search
@@ -34,6 +34,7 @@ class GuardedRun:
     def frame(self, trainer: Trainer) -> Iterator[None]:
         """Around a whole run on this rank, from before set-up until its error, if any, has passed."""
         self._held_back.close()
+        through.clear()
         if trainer.world_size == 1:
             yield
             return
@@ -45,7 +46,6 @@ class GuardedRun:
                 self._monitor.wait_for_all()
         except StoppedTogether:
             self._inside = False
-            stopping.set()
             self.leave()
             raise
         except BaseException as error:
@@ -53,6 +53,7 @@ class GuardedRun:
             if self._monitor is not None and not self._monitor.nested:
                 self._end(trainer, error, self._monitor)
             raise
+        through.set()
         self._inside = False
         self.leave()
 
@@ -96,6 +97,8 @@ class GuardedRun:
         kind = "consequence" if follows else "error"
         verdict = monitor.report(Report(rank, kind, described(error), step, TRAINING.number))  # type: ignore[arg-type]
         TRAINING.leave()
+        if verdict is not None and not verdict.ends_others and verdict.text and rank:
+            mark_told(error)  # rank 0 says it for all
         if verdict is not None and verdict.kind == "together":
             return
         if verdict is None or verdict.ends_others:

@@ -192,7 +192,7 @@ class Stopping:
         path = folder / f"{STOPPED}{step}.ckpt"
         self._write(path)
         self._remove_older(path)  # a later stop replaces it
-        self._say(f"saved {path}; ckpt_path='last' goes on from it")
+        self._say(f"saved {path}; ckpt_path='last' (--ckpt_path last) goes on from it")
 
     def _write(self, path: Path) -> None:
         began = time.monotonic()

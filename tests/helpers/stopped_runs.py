@@ -66,4 +66,4 @@ def fit(incident: dict[str, Any] | None, timeout: float = 60.0, callbacks: tuple
 
 
 if __name__ == "__main__":
-    fit(json.loads(sys.argv[1]), callbacks=(Slow(float(sys.argv[2])),))
+    fit(json.loads(sys.argv[1]), callbacks=tuple(map(Slow, map(float, sys.argv[2:]))))

@@ -38,6 +38,13 @@ def test_all_ranks_that_raise_at_one_place_do_so_together() -> None:
     assert deliberation.of_all() == Verdict("together")
 
 
+def test_what_all_ranks_raise_alike_is_told_once() -> None:
+    deliberation = Deliberation(2)
+    for rank in range(2):
+        deliberation.add(Report(rank, "error", "ValueError: no", step=4, number=9), 1.0)
+    assert deliberation.of_all() == Verdict("together", text="ValueError: no")
+
+
 def test_errors_at_different_steps_or_collectives_are_not_at_one_place() -> None:
     for last in (Report(1, "error", "", step=5, number=9), Report(1, "error", "", step=4, number=8)):
         deliberation = Deliberation(2)
