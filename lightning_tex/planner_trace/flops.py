@@ -20,8 +20,13 @@ def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor,
     return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
 
 
+def _product_added(_: Tensor, left: Tensor, right: Tensor, **__: Any) -> int:
+    return 2 * prod(left.shape) * right.shape[-1]
+
+
 # torch's counter has no entry for these.
 _MORE: dict[Any, Any] = {
+    aten.addmm_: _product_added,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
