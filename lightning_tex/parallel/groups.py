@@ -6,7 +6,6 @@ one node with an expert axis of all ranks, its all-to-alls would wait for the re
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -101,19 +100,10 @@ def reaches_cpu(group: dist.ProcessGroup | None) -> bool:
     return "cpu:" in str(dist.get_backend_config(group))
 
 
-def timeouts(groups: Mapping[str, dist.ProcessGroup | None]) -> dict[str, timedelta]:
-    """Of groups, by name, as their backends have them."""
-    return {name: _backend(group).options._timeout for name, group in groups.items() if group is not None}
-
-
 def _whole() -> dist.ProcessGroup:
     world = dist.group.WORLD
     assert world is not None
     return world
-
-
-def _backend(group: dist.ProcessGroup) -> Any:
-    return group._get_backend(group._device_types[0])
 
 
 def _options(timeout: timedelta | None, high_priority: bool) -> Any:

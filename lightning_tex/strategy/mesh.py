@@ -246,7 +246,7 @@ class MeshStrategy(ParallelStrategy):
             return super().all_gather(there, group, sync_grads).to(tensor.device)
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        votes = self.reduce(torch.tensor(int(decision), device=self.root_device), dist.group.WORLD, "sum")
+        votes = self.reduce(torch.tensor(int(decision)), self._host_group() or dist.group.WORLD, "sum")
         return bool(votes == self.world_size) if all else bool(votes)
 
     def _data_group(self) -> Any:

@@ -24,6 +24,8 @@ from lightning_tex.strategy.stopping import checkpoint_folder
 if TYPE_CHECKING:
     from lightning_tex.strategy.checkpointing import CheckpointingStrategy
 
+# Steps in a row that may all be over before the first is known not to have been taken, and the next is watched.
+_UNWATCHED = 2
 # Messages at once, and seconds between further ones.
 _SAID_AT_ONCE = 10
 _BETWEEN = 30.0
@@ -143,7 +145,7 @@ class SkippedSteps:
             elif self._watch is not None:
                 self._watch.remove()
                 self._watch = None
-        if watched or self._most == 1:
+        if watched or self._most <= _UNWATCHED:
             if not self._kept.batches:
                 self._kept = KeptStep(random=random_streams())
             known = self._replayed[len(self._kept.batches) :]

@@ -12,10 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.on_a_gpu import ACCELERATOR, DEVICE, IS_GPU, leave_the_world, one_rank
+from helpers.topologies import timeouts
 from torch import Tensor
 
 from lightning_tex.layers import ColumnParallelLinear, RowParallelLinear
-from lightning_tex.parallel.groups import ProcessGroups, reaches_cpu, timeouts
+from lightning_tex.parallel.groups import ProcessGroups, reaches_cpu
 from lightning_tex.parallel.topology import AXES
 
 TIMEOUT = timedelta(seconds=1234)

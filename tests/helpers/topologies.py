@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from datetime import timedelta
 from functools import cache
 
 import torch.distributed as dist
 
 from lightning_tex.parallel.topology import Communication, Layout, Topology
+
+
+def timeouts(groups: Mapping[str, dist.ProcessGroup]) -> dict[str, timedelta]:
+    """Of groups, by name, as their backends have them."""
+    return {name: group._get_backend(group._device_types[0]).options._timeout for name, group in groups.items()}
 
 
 @cache

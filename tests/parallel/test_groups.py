@@ -6,8 +6,8 @@ from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
+from helpers.topologies import timeouts
 
-from lightning_tex.parallel.groups import timeouts
 from lightning_tex.parallel.topology import AXES, Layout, Topology
 from lightning_tex.testing.ranks import run_ranks
 

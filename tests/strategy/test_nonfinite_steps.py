@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from helpers.nonfinite_runs import replayed, spoilt_fit
 
+from lightning_tex.parallel.device import pretend_device
 from lightning_tex.testing.ranks import run_ranks
 
 RANK = 1  # tensor 1 of data 0; expert 0 of expert_tensor 1: experts 0 and 1 of 4
@@ -47,6 +48,27 @@ def test_the_end_names_where_it_arose_and_the_dump_shows_it_again(
     report, *others = run_ranks(4, replayed, str(dump))
     assert others == [None] * 3 and report is not None
     assert re.search(ORIGINS[what], report["found"]), report["found"]
+
+
+def stopped_by_the_device(folder: str, what: str) -> dict[str, Any]:
+    with pretend_device("cuda"):
+        return stopped(folder, what)
+
+
+@pytest.mark.parametrize("what", ["gradient", pytest.param("expert", marks=pytest.mark.faults)])
+def test_what_devices_have_decided_all_ranks_learn_in_the_next_step(
+    what: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ended = run_ranks(4, stopped_by_the_device, str(tmp_path), what)
+    said = {own["said"] for own in ended}
+    assert len(said) == 1 and [own["skipped"] for own in ended] == [2] * 4
+    (text,) = said
+    assert "each of the last 2 steps" in text and "in step 4" in text
+    messages = [line for line in capfd.readouterr().err.splitlines() if line.startswith("lightning_tex: step")]
+    assert [line.split()[2] for line in messages] == ["3", "4"]
+    # Both were over before they could be watched, but what they were is kept.
+    report, *_ = run_ranks(4, replayed, str(tmp_path / "nonfinite-step=4"))
+    assert report is not None and re.search(ORIGINS[what], report["found"]), report
 
 
 def once(folder: str) -> dict[str, Any]:
