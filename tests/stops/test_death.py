@@ -65,6 +65,8 @@ def check_death(folder: Path, deed: str, rank: int, point: str, launcher: str) -
         assert_error_first(ending, rank, ERRORS[deed])
     else:
         assert "Traceback" not in ending.text
+    if point != "save":  # where the one of step 2 is on its way
+        assert ending.text.count("checkpoints/step=2.ckpt, step 2; ckpt_path='last'") == 1, ending.text
 
 
 @pytest.mark.parametrize(
