@@ -2,7 +2,7 @@
 
     python benchmarks/cost_of_trust.py [--config recipes/quickstart.yaml] [--steps 20]
 
-Every optimizer step has one vote about stopping, an entry in the flight record for each collective and a look at the
+Every optimizer step has two votes about stopping, an entry in the flight record for each collective and a look at the
 batch's token ids; copies are compared after some steps. Times are medians, of processor and of the clock, on rank 0;
 what a vote waits for a slower rank is not a cost, since the next collective would wait as long.
 """
@@ -108,7 +108,7 @@ def main() -> None:
     found = run_ranks(world, measured, options.config, 5, options.steps, timeout=600)[0]
     step = found["step"]
     rows = {
-        "vote about stopping": (1.0, found["vote"]),
+        "votes about stopping": (2.0, found["vote"]),
         "flight record": (found["collectives"], found["record"]),
         "token ids in range": (1.0, found["ids"]),
         "copies compared": (1 / PERIOD, found["compare"]),

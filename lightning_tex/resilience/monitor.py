@@ -42,6 +42,11 @@ class Monitor(threading.Thread):
     Args:
         lines: the connection.
         rank: this rank.
+
+    Attributes:
+        timeout_s: after which a collective that has not returned is a stall.
+        device_waits: whether the device has work that does not end.
+        advice: what to do about a run that has ended by an error.
     """
 
     def __init__(self, lines: Lines, rank: int) -> None:
@@ -50,6 +55,7 @@ class Monitor(threading.Thread):
         self._group = dist.group.WORLD
         self.timeout_s = timedelta(minutes=30).total_seconds()
         self.device_waits: Callable[[], bool] = lambda: False
+        self.advice: Callable[[], str] = lambda: ""
         self._first_process = ProcessId("", 0, 0)
         self._run, self._depth, self._first_has_left = 0, 0, 0
         self._verdict: Verdict | None = None
@@ -181,6 +187,8 @@ class Monitor(threading.Thread):
         seconds = HOOKS_S if own_error else FOLLOWER_S + 0.5 * (self._rank == 0)
         self._end_at = monotonic() + seconds
         end_process_at_the_latest(seconds + REAP_S)
+        if verdict.kind != "error" and self._rank == verdict.speaker and (advice := self.advice()):
+            say(advice)
         self._told.set()
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,11 +11,13 @@ from typing import Any
 
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_tex.parallel.errors import is_consequence
 from lightning_tex.parallel.flight_record import TRAINING
 from lightning_tex.resilience.monitor import Monitor, current_monitor, join_monitor
 from lightning_tex.resilience.processes import failing, say, through
+from lightning_tex.resilience.signals import SUPERVISED
 from lightning_tex.resilience.telling import described, mark_told, tell
 from lightning_tex.resilience.verdict import Report, Verdict
 from lightning_tex.saving import Search
@@ -29,6 +32,7 @@ class GuardedRun:
         self._monitor: Monitor | None = None
         self._inside = False
         self._held_back = ExitStack()
+        self._trainer: Trainer | None = None
 
     @contextmanager
     def frame(self, trainer: Trainer) -> Iterator[None]:
@@ -38,7 +42,7 @@ class GuardedRun:
         if trainer.world_size == 1:
             yield
             return
-        self._inside = True
+        self._inside, self._trainer = True, trainer
         self._enter(current_monitor())
         try:
             yield
@@ -77,6 +81,7 @@ class GuardedRun:
         monitor = join_monitor(address, one_host, child_ending)
         if monitor is not None:
             monitor.timeout_s, monitor.device_waits = timeout.total_seconds(), device_waits
+            monitor.advice = self._advice
             if self._inside:
                 self._enter(monitor)
 
@@ -111,9 +116,24 @@ class GuardedRun:
             tell(error, rank, socket.gethostname(), step)
         elif verdict.kind == "error" and rank in verdict.ranks:
             tell(error, rank, socket.gethostname(), step)
+            if advice := self._advice():
+                say(advice)
             monitor.printed()
         else:
             mark_told(error)
+
+    def _advice(self) -> str:
+        """Where a fit that has failed goes on; nothing where something starts it again, or there is no checkpoint."""
+        trainer = self._trainer
+        if trainer is None or trainer.state.fn != TrainerFn.FITTING or SUPERVISED in os.environ:
+            return ""
+        newest = next(iter(Search(places(trainer))), None)
+        if newest is None:
+            return ""
+        return (
+            f"lightning_tex: the newest complete checkpoint is {newest.path}, step {newest.step}; ckpt_path='last' "
+            "(--ckpt_path last) goes on from it"
+        )
 
     def _hold_back_saves(self, trainer: Trainer, verdict: Verdict | None, rank: int) -> None:
         """A checkpoint takes all ranks: hooks that save one on an exception would wait for those that are gone."""

@@ -43,6 +43,8 @@ from lightning_tex.strategy.sent_objects import from_bytes, to_bytes
 # By how much longer process groups wait than the watchdog, which says more than they do. NCCL's aborts the process.
 _MARGIN = {"nccl": timedelta(seconds=60)}
 _USUAL_MARGIN = timedelta(seconds=3)
+# Ranks build models and read data at speeds of their own: a short timeout of collectives is not meant for that.
+_SET_UP = timedelta(minutes=1)
 
 
 class MeshStrategy(ParallelStrategy):
@@ -164,15 +166,16 @@ class MeshStrategy(ParallelStrategy):
 
     def _require_agreement(self, comparison: Comparison) -> None:
         """Compare over all ranks; raises on all of them, naming ranks and values. What is advised is told once."""
-        advice = self._agreement(range(self.world_size), "world").require(comparison)
+        patience = max(self.timeout, _SET_UP)
+        advice = self._agreement(range(self.world_size), "world", patience).require(comparison)
         if advice and comparison.complaint not in self._advised:
             self._advised.add(comparison.complaint)
             rank_zero_warn(f"Ranks differ in what is usually alike: {advice}", category=UserWarning)
 
-    def _agreement(self, ranks: Sequence[int], name: str) -> Agreement:
+    def _agreement(self, ranks: Sequence[int], name: str, timeout: timedelta | None = None) -> Agreement:
         """What compares over some global ranks, this one among them, under a name of theirs."""
         store = dist.distributed_c10d._get_default_store()
-        return Agreement(store, self.global_rank, ranks, self.timeout, name)
+        return Agreement(store, self.global_rank, ranks, timeout or self.timeout, name)
 
     @property
     def group_timeout(self) -> timedelta:

@@ -99,7 +99,7 @@ class Incident(L.Callback):
     Args:
         deed: a key of DEEDS.
         rank: to which; -1: all.
-        point: where in a step; see POINTS, and EARLY, where the step does not count.
+        point: where in a step; see POINTS, and EARLY and ``end``, where the step does not count.
         step: optimizer steps done by then.
     """
 
@@ -143,6 +143,9 @@ class Incident(L.Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, *_: Any) -> None:
         self._at("save", trainer)
 
+    def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.early("end", trainer.global_rank, trainer)
+
 
 @dataclass
 class Ending:
@@ -153,12 +156,18 @@ class Ending:
         seconds: from the incident until no process was left.
         codes: exit codes by rank, negative for signals; of ranks whose end was seen.
         left: processes that had to be ended.
+        hindered: of the seconds, those in which a process of this machine waited for a CPU; 0 where it does not say.
     """
 
     text: str
     seconds: float
     codes: dict[int, int]
     left: list[int] = field(default_factory=list)
+    hindered: float = 0.0
+
+    def took_less_than(self, seconds: float) -> bool:
+        """Whether it did, or would have on a machine that has nothing else to do. A hang is a process left over."""
+        return not self.left and self.seconds - self.hindered < seconds
 
     @property
     def lines(self) -> list[str]:
@@ -232,7 +241,7 @@ def _watched(
     meanwhile: Callable[[dict[int, int]], None] | None,
 ) -> Ending:
     codes: dict[int, int] = {}
-    until, since = time.time() + start, 0.0
+    until, since, waited = time.time() + start, 0.0, 0.0
     try:
         while _alive(session) and time.time() < until:
             _reap(codes)
@@ -243,8 +252,9 @@ def _watched(
                     times = [time.time()]
                 since = min(times)
                 until = since + within
+                waited = _seconds_waited_for_a_cpu()
             time.sleep(0.02)
-        seconds = time.time() - since
+        seconds, hindered = time.time() - since, _seconds_waited_for_a_cpu() - waited
     finally:
         left = _alive(session)
         for pid in left:
@@ -255,7 +265,16 @@ def _watched(
     by_rank = {ranks[pid]: code for pid, code in codes.items() if pid in ranks}
     for path in folder.glob("code.*"):
         by_rank.setdefault(ranks[int(path.suffix[1:])], int(path.read_text()))
-    return Ending((folder / "output.txt").read_text(), seconds, by_rank, left)
+    return Ending((folder / "output.txt").read_text(), seconds, by_rank, left, hindered)
+
+
+def _seconds_waited_for_a_cpu() -> float:
+    """Since the machine's start, those in which some process could run and did not."""
+    try:
+        some = Path("/proc/pressure/cpu").read_text().splitlines()[0]
+    except OSError:
+        return 0.0
+    return int(some.rpartition("total=")[2]) / 1e6
 
 
 @contextmanager

@@ -75,7 +75,7 @@ def test_a_third_signal_ends_at_once(tmp_path: Path, rank: int) -> None:
     ending = stopped(tmp_path, [rank], TERM, times=3, incident={"deed": "busy", "rank": rank})
     assert not ending.left and 0 not in ending.codes.values(), ending
     assert ending.codes[rank] == CODES[TERM]
-    assert ending.seconds < 5, ending
+    assert ending.took_less_than(5), ending
     assert "for the third time: ends at once" in ending.text
 
 
