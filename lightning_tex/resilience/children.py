@@ -71,9 +71,10 @@ class Children(threading.Thread):
         if failing.is_set():
             self._wait(_REAP_S)
             self.kill()
-        elif through.is_set():
+        elif self._connected():  # they end with the run, in whatever way, unless the script goes on
             self._wait(_GONE_ON_S)
-            self._end_as_they_did()
+            if through.is_set():
+                self._end_as_they_did()
 
     def _wait(self, seconds: float) -> None:
         until = monotonic() + seconds
