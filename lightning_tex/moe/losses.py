@@ -3,40 +3,100 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lightning_tex.moe.router import Route
 from lightning_tex.parallel.activation_layout import ActivationLayout
-from lightning_tex.parallel.collectives import sum_over
+from lightning_tex.parallel.collectives import all_reduce
+from lightning_tex.parallel.compiled import leaf
 from lightning_tex.parallel.topology import Axis
 
 # T tokens, E experts, k choices per token
 
 
-def routing_losses(
-    route: Route, counts: Tensor, token_mask: Tensor | None, data: Axis, layout: ActivationLayout
-) -> tuple[Tensor, Tensor]:
-    """Load-balance loss and z-loss of one micro-step over the data axis: two scalars.
+def routing_loss(
+    route: Route,
+    counts: Tensor,
+    token_mask: Tensor | None,
+    data: Axis,
+    layout: ActivationLayout,
+    load_balance: float,
+    z: float,
+) -> Tensor:
+    """Load-balance loss and z-loss of one micro-step over the data axis, summed by their coefficients: a scalar.
 
     Load balance is E * sum_e f_e P_e (Switch, Eq. 4-6): f_e the fraction of choices that fell on expert e, without
     gradient, P_e its mean score. The z-loss is the mean of logsumexp(logits)^2 (ST-MoE, Eq. 5). Means are over the
     tokens of all data ranks that are not masked, so the values do not depend on the layout; their gradients, averaged
     over data as all others are, come out once.
+
+    Args:
+        counts: [E] choices of this rank's tokens that fell on each expert.
+        token_mask: [T] boolean.
+        load_balance, z: the coefficients.
     """
-    scores, log_z = route.scores, route.logits.logsumexp(-1).square()
-    if token_mask is not None:
-        scores, log_z = scores * token_mask[:, None], log_z * token_mask
-    experts = scores.shape[-1]
-    counts = counts.to(scores.dtype)
-    tokens = scores.new_full((1,), len(scores)) if token_mask is None else token_mask.sum(dtype=scores.dtype)[None]
-    totals = sum_over(layout.total(torch.cat([scores.sum(0), log_z.sum()[None], counts, tokens])), data)
-    score_sum, z_sum, counts, tokens = totals.split([experts, 1, experts, 1])
-    counts, tokens = counts.detach(), tokens.detach().clamp(min=1)
-    fraction = counts / counts.sum().clamp(min=1)
-    balance = experts * (fraction * score_sum / tokens).sum()
-    return balance, (z_sum / tokens).squeeze()
+    return _RoutingLoss.apply(route.scores, route.logits, counts, token_mask, data, layout, load_balance, z)
+
+
+class _RoutingLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, scores: Tensor, logits: Tensor, counts: Tensor, mask: Tensor | None, data: Axis,
+        layout: ActivationLayout, load_balance: float, z: float,
+    ) -> Tensor:  # fmt: skip
+        log_sums = logits.logsumexp(-1) if z else None  # [T]
+        totals = all_reduce(layout.total(_totals(scores, counts, mask, log_sums)), data)
+        loss, by_score, by_square = _loss(totals, load_balance, z)
+        # Gradients are averaged over data later, and this is the loss of all ranks together.
+        ctx.ranks, ctx.shape = data.size, scores.shape
+        ctx.save_for_backward(by_score, by_square, mask, logits if z else None, log_sums)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        by_score, by_square, mask, logits, log_sums = ctx.saved_tensors
+        grad = grad * ctx.ranks
+        d_scores, d_logits = (grad * by_score).expand(ctx.shape), None
+        if mask is not None:
+            d_scores = d_scores * mask[:, None]
+        if logits is not None:
+            d_logits = _z_backward(grad * by_square, logits, log_sums, mask)
+        return d_scores, d_logits, None, None, None, None, None, None
+
+
+@leaf
+def _totals(scores: Tensor, counts: Tensor, mask: Tensor | None, log_sums: Tensor | None) -> Tensor:
+    """[2 E + 2]: sums of scores, of squared sums of logits, counts, tokens."""
+    squares = scores.new_zeros(1) if log_sums is None else log_sums.square()
+    tokens = torch.full((1,), scores.shape[0], dtype=scores.dtype, device=scores.device)
+    if mask is not None:
+        scores, squares = scores * mask[:, None], squares * mask if log_sums is not None else squares
+        tokens = mask.sum(dtype=scores.dtype)[None]
+    return torch.cat([scores.sum(0), squares.sum()[None], counts.to(scores.dtype), tokens])
+
+
+@leaf
+def _loss(totals: Tensor, load_balance: float, z: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, its derivative by each expert's score of a token [E], and that by a token's square."""
+    experts = (totals.shape[0] - 2) // 2
+    scores, squares, counts, tokens = totals.split([experts, 1, experts, 1])
+    tokens = tokens.clamp(min=1)
+    by_score = load_balance * experts * counts / counts.sum().clamp(min=1) / tokens
+    by_square = z / tokens
+    return ((by_score * scores).sum() + (by_square * squares).sum()), by_score, by_square
+
+
+@leaf
+def _z_backward(by_square: Tensor, logits: Tensor, log_sums: Tensor, mask: Tensor | None) -> Tensor:
+    of_token = 2 * by_square * log_sums
+    if mask is not None:
+        of_token = of_token * mask
+    return (logits - log_sums[:, None]).exp() * of_token[:, None]
 
 
 def count_choices(indices: Tensor, experts: int) -> Tensor:  # [.., k] -> [E] int64
