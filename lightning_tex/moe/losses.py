@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from lightning_tex.moe.router import Route
 from lightning_tex.parallel.activation_layout import ActivationLayout
-from lightning_tex.parallel.collectives import all_reduce
+from lightning_tex.parallel.collectives import sum_over
 from lightning_tex.parallel.compiled import leaf
 from lightning_tex.parallel.topology import Axis
 
@@ -39,61 +39,72 @@ def routing_loss(
         token_mask: [T] boolean.
         load_balance, z: the coefficients.
     """
-    return _RoutingLoss.apply(route.scores, route.logits, counts, token_mask, data, layout, load_balance, z)
+    totals = _Totals.apply(route.scores, route.logits, counts, token_mask, bool(z))
+    return _Loss.apply(sum_over(layout.total(totals), data), load_balance, z)
 
 
-class _RoutingLoss(torch.autograd.Function):
+class _Totals(torch.autograd.Function):
+    """[2 E + 2] sums over own tokens: scores, squared logsumexp of logits, and without gradient counts and tokens."""
+
     @staticmethod
-    def forward(
-        ctx: Any, scores: Tensor, logits: Tensor, counts: Tensor, mask: Tensor | None, data: Axis,
-        layout: ActivationLayout, load_balance: float, z: float,
-    ) -> Tensor:  # fmt: skip
-        log_sums = logits.logsumexp(-1) if z else None  # [T]
-        totals = all_reduce(layout.total(_totals(scores, counts, mask, log_sums)), data)
-        loss, by_score, by_square = _loss(totals, load_balance, z)
-        # Gradients are averaged over data later, and this is the loss of all ranks together.
-        ctx.ranks, ctx.shape = data.size, scores.shape
-        ctx.save_for_backward(by_score, by_square, mask, logits if z else None, log_sums)
-        return loss
+    def forward(ctx: Any, scores: Tensor, logits: Tensor, counts: Tensor, mask: Tensor | None, squares: bool) -> Tensor:
+        log_sums = logits.logsumexp(-1) if squares else None  # [T]
+        ctx.shape = scores.shape
+        ctx.save_for_backward(mask, logits if squares else None, log_sums)
+        return _totals(scores, counts, mask, log_sums)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        by_score, by_square, mask, logits, log_sums = ctx.saved_tensors
-        grad = grad * ctx.ranks
-        d_scores, d_logits = (grad * by_score).expand(ctx.shape), None
+        mask, logits, log_sums = ctx.saved_tensors
+        experts = ctx.shape[1]
+        d_scores = grad[:experts].expand(ctx.shape)
         if mask is not None:
             d_scores = d_scores * mask[:, None]
-        if logits is not None:
-            d_logits = _z_backward(grad * by_square, logits, log_sums, mask)
-        return d_scores, d_logits, None, None, None, None, None, None
+        d_logits = None if logits is None else _squares_backward(grad[experts], logits, log_sums, mask)
+        return d_scores, d_logits, None, None, None
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, totals: Tensor, load_balance: float, z: float) -> Tensor:
+        loss, derivative = _loss(totals, load_balance, z)
+        ctx.save_for_backward(derivative)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad * ctx.saved_tensors[0], None, None
 
 
 @leaf
 def _totals(scores: Tensor, counts: Tensor, mask: Tensor | None, log_sums: Tensor | None) -> Tensor:
-    """[2 E + 2]: sums of scores, of squared sums of logits, counts, tokens."""
-    squares = scores.new_zeros(1) if log_sums is None else log_sums.square()
     tokens = torch.full((1,), scores.shape[0], dtype=scores.dtype, device=scores.device)
+    squares = None if log_sums is None else log_sums.square()
     if mask is not None:
-        scores, squares = scores * mask[:, None], squares * mask if log_sums is not None else squares
-        tokens = mask.sum(dtype=scores.dtype)[None]
-    return torch.cat([scores.sum(0), squares.sum()[None], counts.to(scores.dtype), tokens])
+        scores, tokens = scores * mask[:, None], mask.sum(dtype=scores.dtype)[None]
+        squares = None if squares is None else squares * mask
+    total = scores.new_zeros(1) if squares is None else squares.sum()[None]
+    return torch.cat([scores.sum(0), total, counts.to(scores.dtype), tokens])
 
 
 @leaf
-def _loss(totals: Tensor, load_balance: float, z: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, its derivative by each expert's score of a token [E], and that by a token's square."""
+def _loss(totals: Tensor, load_balance: float, z: float) -> tuple[Tensor, Tensor]:
+    """The loss, and its derivative by the totals."""
     experts = (totals.shape[0] - 2) // 2
-    scores, squares, counts, tokens = totals.split([experts, 1, experts, 1])
+    _, _, counts, tokens = totals.split([experts, 1, experts, 1])
     tokens = tokens.clamp(min=1)
-    by_score = load_balance * experts * counts / counts.sum().clamp(min=1) / tokens
-    by_square = z / tokens
-    return ((by_score * scores).sum() + (by_square * squares).sum()), by_score, by_square
+    fractions = counts / counts.sum().clamp(min=1)
+    derivative = torch.cat(
+        [load_balance * experts * fractions / tokens, z / tokens, torch.zeros_like(totals[experts + 1 :])]
+    )
+    return (derivative * totals).sum(), derivative
 
 
 @leaf
-def _z_backward(by_square: Tensor, logits: Tensor, log_sums: Tensor, mask: Tensor | None) -> Tensor:
-    of_token = 2 * by_square * log_sums
+def _squares_backward(grad: Tensor, logits: Tensor, log_sums: Tensor, mask: Tensor | None) -> Tensor:
+    of_token = 2 * grad * log_sums
     if mask is not None:
         of_token = of_token * mask
     return (logits - log_sums[:, None]).exp() * of_token[:, None]

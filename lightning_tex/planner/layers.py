@@ -55,7 +55,7 @@ class Mlp:
 
 @dataclass(frozen=True)
 class Moe:
-    """A :class:`MoE` layer; ``routing_losses``: whether it has any, ``z_loss``: whether that of logits is among them."""
+    """A :class:`MoE` layer; ``routing_losses``: whether it has any, ``z_loss``: whether one of them is of logits."""
 
     dim: int
     hidden: int
