@@ -89,8 +89,8 @@ class CapacityDispatcher(Dispatcher):
     factor: float
 
     def dispatch(self, x: Tensor, route: Route) -> tuple[Arrived, DispatchMetadata]:
-        exchange, queued = decided("the exchange by capacity", lambda: self._exchange(route.indices))
-        metadata = DispatchMetadata(exchange, x.dtype, queued.overflowed, queued.counts)
+        exchange, counts, overflowed = decided("the exchange by capacity", lambda: self._exchange(route.indices))
+        metadata = DispatchMetadata(exchange, x.dtype, overflowed, counts)
         return arrive(x.reshape(-1, x.shape[-1]), route.weights, exchange), metadata
 
     def queues(self, indices: Tensor, allowed: int) -> Queues:
@@ -101,24 +101,29 @@ class CapacityDispatcher(Dispatcher):
         """Choices that an expert takes of this rank's tokens."""
         return capacity(self.factor, top_k, tokens, self.num_experts)
 
-    def _exchange(self, indices: Tensor) -> tuple[Exchange, Queues]:
+    def _exchange(self, indices: Tensor) -> tuple[Exchange, Tensor, Tensor]:
+        """The exchange of the choices [T, k], how many fell on each expert, and how many overflowed."""
         tokens, top_k = indices.shape
         allowed, axes = self.allowed(tokens, top_k), self.axes
-        queued = self.queues(indices, allowed)
+        place, counts, overflowed = self.queues(indices, allowed)
         if max(axes.expert.size, axes.split.size, axes.gather.size) == 1:
-            served = indices.masked_fill(queued.place >= allowed, self.num_experts)
-            return LocalExchange.of(axes, served, group_by_expert(served.flatten(), self.num_experts)), queued
+            served = indices.masked_fill(place >= allowed, self.num_experts)
+            return (
+                LocalExchange.of(axes, served, group_by_expert(served.flatten(), self.num_experts)),
+                counts,
+                overflowed,
+            )
         largest = allowed
         if axes.expert.size > 1:
             own = torch.full((1,), allowed, device=indices.device)
             largest = int(all_reduce(own, axes.expert, "max", "exchange_counts"))
         rows = buffer_rows(largest, axes.split.size)
-        slots = assign_slots(indices, queued.place, self.num_experts, allowed, rows)
+        slots = assign_slots(indices, place, self.num_experts, allowed, rows)
         # Duplicate-token dropping (paper section 5.1): of rows that tensor ranks hold alike, each sends its own.
         choice = own_slice(slots.choice.view(self.num_experts, rows), 1, axes.split).flatten()
         here, senders = self.num_experts // axes.expert.size, axes.expert.size * axes.gather.size
         groups = Groups.equal(here, rows // axes.split.size * senders, indices.device)
-        return CapacityExchange(axes, groups, choice, True, slots.slot, True, self.num_experts), queued
+        return CapacityExchange(axes, groups, choice, True, slots.slot, True, self.num_experts), counts, overflowed
 
 
 def capacity(factor: float, top_k: int, tokens: int, num_experts: int) -> int:

@@ -11,7 +11,7 @@ from lightning_tex.moe.dispatch import Dispatcher, DispatchMetadata
 from lightning_tex.moe.dropless import DroplessDispatcher
 from lightning_tex.moe.expert_axes import ExpertAxes
 from lightning_tex.moe.experts import Experts
-from lightning_tex.moe.losses import LossLedger, count_choices, routing_losses
+from lightning_tex.moe.losses import LossLedger, count_choices, routing_loss
 from lightning_tex.moe.router import Route, Router, make_router
 from lightning_tex.moe.sequence_parallel import SequenceShardedCapacityDispatcher
 from lightning_tex.parallel.activation_checkpointing import first_forward_only
@@ -148,6 +148,8 @@ class MoE(TexModule):
         self.load.add(counts, metadata.overflowed)
         if torch.is_grad_enabled() and (self.load_balance_coefficient or self.z_loss_coefficient):
             with first_forward_only():  # a recomputation does not come here and must not miss what is saved here
-                balance, z = routing_losses(route, counts, mask, self.data, self.activation_layout)
-                loss = self.load_balance_coefficient * balance + self.z_loss_coefficient * z
+                loss = routing_loss(
+                    route, counts, mask, self.data, self.activation_layout,
+                    self.load_balance_coefficient, self.z_loss_coefficient,
+                )  # fmt: skip
             self.ledger.record(loss, y)

@@ -3,40 +3,111 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lightning_tex.moe.router import Route
 from lightning_tex.parallel.activation_layout import ActivationLayout
 from lightning_tex.parallel.collectives import sum_over
+from lightning_tex.parallel.compiled import leaf
 from lightning_tex.parallel.topology import Axis
 
 # T tokens, E experts, k choices per token
 
 
-def routing_losses(
-    route: Route, counts: Tensor, token_mask: Tensor | None, data: Axis, layout: ActivationLayout
-) -> tuple[Tensor, Tensor]:
-    """Load-balance loss and z-loss of one micro-step over the data axis: two scalars.
+def routing_loss(
+    route: Route,
+    counts: Tensor,
+    token_mask: Tensor | None,
+    data: Axis,
+    layout: ActivationLayout,
+    load_balance: float,
+    z: float,
+) -> Tensor:
+    """Load-balance loss and z-loss of one micro-step over the data axis, summed by their coefficients: a scalar.
 
     Load balance is E * sum_e f_e P_e (Switch, Eq. 4-6): f_e the fraction of choices that fell on expert e, without
     gradient, P_e its mean score. The z-loss is the mean of logsumexp(logits)^2 (ST-MoE, Eq. 5). Means are over the
     tokens of all data ranks that are not masked, so the values do not depend on the layout; their gradients, averaged
     over data as all others are, come out once.
+
+    Args:
+        counts: [E] choices of this rank's tokens that fell on each expert.
+        token_mask: [T] boolean.
+        load_balance, z: the coefficients.
     """
-    scores, log_z = route.scores, route.logits.logsumexp(-1).square()
-    if token_mask is not None:
-        scores, log_z = scores * token_mask[:, None], log_z * token_mask
-    experts = scores.shape[-1]
-    counts = counts.to(scores.dtype)
-    tokens = scores.new_full((1,), len(scores)) if token_mask is None else token_mask.sum(dtype=scores.dtype)[None]
-    totals = sum_over(layout.total(torch.cat([scores.sum(0), log_z.sum()[None], counts, tokens])), data)
-    score_sum, z_sum, counts, tokens = totals.split([experts, 1, experts, 1])
-    counts, tokens = counts.detach(), tokens.detach().clamp(min=1)
-    fraction = counts / counts.sum().clamp(min=1)
-    balance = experts * (fraction * score_sum / tokens).sum()
-    return balance, (z_sum / tokens).squeeze()
+    totals = _Totals.apply(route.scores, route.logits, counts, token_mask, bool(z))
+    return _Loss.apply(sum_over(layout.total(totals), data), load_balance, z)
+
+
+class _Totals(torch.autograd.Function):
+    """[2 E + 2] sums over own tokens: scores, squared logsumexp of logits, and without gradient counts and tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, logits: Tensor, counts: Tensor, mask: Tensor | None, squares: bool) -> Tensor:
+        log_sums = logits.logsumexp(-1) if squares else None  # [T]
+        ctx.shape = scores.shape
+        ctx.save_for_backward(mask, logits if squares else None, log_sums)
+        return _totals(scores, counts, mask, log_sums)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        mask, logits, log_sums = ctx.saved_tensors
+        experts = ctx.shape[1]
+        d_scores = grad[:experts].expand(ctx.shape)
+        if mask is not None:
+            d_scores = d_scores * mask[:, None]
+        d_logits = None if logits is None else _squares_backward(grad[experts], logits, log_sums, mask)
+        return d_scores, d_logits, None, None, None
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, totals: Tensor, load_balance: float, z: float) -> Tensor:
+        loss, derivative = _loss(totals, load_balance, z)
+        ctx.save_for_backward(derivative)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad * ctx.saved_tensors[0], None, None
+
+
+@leaf
+def _totals(scores: Tensor, counts: Tensor, mask: Tensor | None, log_sums: Tensor | None) -> Tensor:
+    tokens = torch.full((1,), scores.shape[0], dtype=scores.dtype, device=scores.device)
+    squares = None if log_sums is None else log_sums.square()
+    if mask is not None:
+        scores, tokens = scores * mask[:, None], mask.sum(dtype=scores.dtype)[None]
+        squares = None if squares is None else squares * mask
+    total = scores.new_zeros(1) if squares is None else squares.sum()[None]
+    return torch.cat([scores.sum(0), total, counts.to(scores.dtype), tokens])
+
+
+@leaf
+def _loss(totals: Tensor, load_balance: float, z: float) -> tuple[Tensor, Tensor]:
+    """The loss, and its derivative by the totals."""
+    experts = (totals.shape[0] - 2) // 2
+    _, _, counts, tokens = totals.split([experts, 1, experts, 1])
+    tokens = tokens.clamp(min=1)
+    fractions = counts / counts.sum().clamp(min=1)
+    derivative = torch.cat(
+        [load_balance * experts * fractions / tokens, z / tokens, torch.zeros_like(totals[experts + 1 :])]
+    )
+    return (derivative * totals).sum(), derivative
+
+
+@leaf
+def _squares_backward(grad: Tensor, logits: Tensor, log_sums: Tensor, mask: Tensor | None) -> Tensor:
+    of_token = 2 * grad * log_sums
+    if mask is not None:
+        of_token = of_token * mask
+    return (logits - log_sums[:, None]).exp() * of_token[:, None]
 
 
 def count_choices(indices: Tensor, experts: int) -> Tensor:  # [.., k] -> [E] int64

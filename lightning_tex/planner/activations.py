@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from lightning_tex.planner.layers import Attention, CrossEntropy, Embedding, Head, Layer, Mlp, Moe, Norm
 from lightning_tex.planner.micro_step import MicroStep
 
-_INT64 = 8
+_INT64, _INT32 = 8, 4
 
 # T tokens of a data rank's micro-batch, s of them held between layers (T/tensor under sequence parallelism, else T),
 # D model width, H hidden width, E experts, k choices per token, N rows at a rank's experts, v columns of the logits
@@ -37,8 +37,7 @@ class Activations:
             case Mlp():
                 return self._mlp(layer)
             case Moe():
-                experts = self.arrived(layer) + between(layer) * self.hidden(layer)
-                return self._router(layer) + experts + self._combine(layer) + self.indices(layer)
+                return self._router(layer) + self._experts(layer) + self.indices(layer)
             case Embedding():
                 return self.step.tokens * _INT64
             case Head():
@@ -83,38 +82,69 @@ class Activations:
         return self.step.rows(layer) * layer.dim * self.step.element_bytes
 
     def home(self, layer: Moe) -> int:
-        """What comes home, by choice: [t k, D]."""
-        return self.step.own_tokens(layer) * layer.top_k * layer.dim * self.step.element_bytes
+        """What comes home, summed over a token's choices: [t, D]."""
+        return self.step.own_tokens(layer) * layer.dim * self.step.element_bytes
 
     def hidden(self, layer: Moe) -> int:
         """One tensor between the experts' products: [N, H]."""
         return self.step.rows(layer) * layer.hidden // self.step.layout.expert_tensor * self.step.element_bytes
 
     def _router(self, layer: Moe) -> int:
-        """The input in full precision, scores, choices, and for the routing losses logits."""
+        """The input, scores and choices, and for the routing losses logits."""
         score = self.step.score_bytes
-        per_token = score * (layer.dim + layer.num_experts) + _INT64 * layer.top_k
+        per_token = self.step.element_bytes * layer.dim + score * layer.num_experts
         if layer.norm_topk_prob:
             per_token += score * (layer.top_k + 1)
-        return self.step.held * per_token + self.routing_losses(layer)
+        return self.step.held * per_token + self.choices(layer) + self.routing_losses(layer)
+
+    def choices(self, layer: Moe) -> int:
+        """Which experts: [s, k]."""
+        return _INT64 * self.step.held * layer.top_k
 
     def routing_losses(self, layer: Layer) -> int:
-        """Logits and two numbers of each token; kept in recomputation as well."""
-        if not isinstance(layer, Moe) or not layer.routing_losses:
+        """Logits and one number of each token, for the z-loss; kept in recomputation as well."""
+        if not isinstance(layer, Moe) or not layer.z_loss:
             return 0
         return self.step.held * self.step.score_bytes * (layer.num_experts + 1)
 
-    def _combine(self, layer: Moe) -> int:
-        """What came home, by choice, and the weights: all that are held, of which the own may be a view."""
-        return self.home(layer) + layer.top_k * self.step.held * self.step.score_bytes
+    def _experts(self, layer: Moe) -> int:
+        """Weights of the rows, what the first products gave, and rows that have travelled; else own tokens."""
+        step = self.step
+        rows = self.arrived(layer) if step.moved(layer) else self.home(layer) * (step.split > 1)
+        products = (2 if layer.gated else 1) * self.hidden(layer)
+        return rows + self.row_weights(layer) + products
+
+    def given_back(self, layer: Moe) -> int:
+        """What the experts' backward lets go of: but for what is on a tape."""
+        step = self.step
+        taped = step.candidate.activation_checkpointing == "communication_aware" and step.moved(layer)
+        return self._experts(layer) - (self.arrived(layer) + self.row_weights(layer) if taped else 0)
+
+    def row_weights(self, layer: Moe) -> int:
+        """Of the rows at the experts: [N]."""
+        return self.step.rows(layer) * self.step.score_bytes
 
     def indices(self, layer: Moe) -> int:
-        """Which row each choice has, and the order of rows: int64 numbers that the exchange keeps."""
+        """What the exchange keeps: which row each choice has and the other way round, and where groups end."""
         step = self.step
+        here = layer.num_experts // step.layout.expert
         slots = step.own_tokens(layer) * layer.top_k
+        of_experts = _INT64 * layer.num_experts + _INT32 * here
         if step.static(layer):
-            return _INT64 * (slots + layer.num_experts * step.capacity_rows(layer))
-        return _INT64 * (slots + step.chosen_rows(layer) + 2 * step.rows(layer))
+            whole = layer.num_experts * step.capacity_rows(layer)
+            rows = whole + 1 if step.split == 1 else whole // step.split  # where it is not split with its last
+            return _INT64 * (slots + rows) + of_experts
+        regrouped = 2 * step.rows(layer) if here > 1 and step.layout.expert * step.gather > 1 else 0
+        return _INT64 * (slots + step.chosen_rows(layer) + regrouped) + of_experts
+
+    def decisions(self, layer: Layer) -> int:
+        """What a recomputation does not decide again."""
+        if not isinstance(layer, Moe):
+            return 0
+        overflowed = 0
+        if layer.capacity_factor is not None:  # how many choices do, or which
+            overflowed = self.step.held * layer.top_k if self.step.communication.sequence_parallel else _INT64
+        return self.choices(layer) + self.indices(layer) + overflowed
 
     # --- blocks
 
@@ -135,27 +165,21 @@ class Activations:
                 enter = self.whole(layer.dim) if sharded and self.step.candidate.sequence_parallel else 0
                 return enter + (self.stream(layer.dim) if sharded else 0)
             case Moe():
-                return self._stashed_moe(layer) + self.arrived(layer) + self.home(layer)
+                together = self.whole(layer.dim) if self.step.split > 1 and not self.step.static(layer) else 0
+                return self.exchanged(layer) + together
         return 0
 
-    def _stashed_moe(self, layer: Moe) -> int:
-        """Choices and counts that ranks agree on, and tokens that are put together at the end."""
-        step, layout = self.step, self.step.layout
-        sequence, sharded = step.candidate.sequence_parallel, layout.tensor > 1
-        total = _INT64 * step.tokens * layer.top_k if sharded and not sequence else 0
-        if step.static(layer):
-            return total + (_INT64 if layout.expert > 1 else 0)
-        counts = _INT64 * layer.num_experts
-        total += counts * (layout.expert > 1) + step.gather * counts * (step.gather > 1)
-        if sequence and sharded and layer.capacity_factor is not None:
-            total += _INT64 * layout.tensor * layer.top_k * step.sequences * (layer.num_experts + 1)
-        return total + (self.whole(layer.dim) if step.split > 1 else 0)
+    def exchanged(self, layer: Moe) -> int:
+        """Rows and their weights at the experts, and the sums at home, where anything passes between ranks."""
+        if not self.step.moved(layer):
+            return 0
+        return self.arrived(layer) + self.row_weights(layer) + self.home(layer)
 
     def kept(self, layers: tuple[Layer, ...]) -> int:
         """What is left of a block when its forward is over, without the stash."""
         if self.step.candidate.activation_checkpointing is None:
             return self.block(layers)
-        return self.stream(width(layers)) + sum(map(self.routing_losses, layers))
+        return self.stream(width(layers)) + sum(self.routing_losses(each) + self.decisions(each) for each in layers)
 
     # --- both ends
 
@@ -179,7 +203,7 @@ class Activations:
         return self.stream(layer.dim) + self.vocabulary(layer)
 
 
-def between(layer: Mlp | Moe) -> int:
+def between(layer: Mlp) -> int:
     """Tensors of hidden width: gelu's input and result; of swiglu both products, silu's result and the product."""
     return 4 if layer.gated else 2
 

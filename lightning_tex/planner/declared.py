@@ -24,7 +24,7 @@ class DeclaredFormulas(ActivationSource):
             next(layer for layer in model.outside_blocks if isinstance(layer, kind)) for kind in (Embedding, Head)
         )
         assert isinstance(embedding, Embedding) and isinstance(head, Head)
-        costs, kinds = [_BlockCosts.of(at, layers) for layers in model.blocks.kinds], model.blocks.order
+        costs, kinds = [_BlockCosts.of(at, layers, device) for layers in model.blocks.kinds], model.blocks.order
         kept = list(accumulate(costs[kind].kept for kind in kinds))
         stash = list(accumulate(costs[kind].stash for kind in kinds))
         forward = kept[-1] + at.block(model.outside_blocks)
@@ -39,7 +39,7 @@ class DeclaredFormulas(ActivationSource):
             cost, after = costs[kinds[block]], model.first_after_block[block]
             yield Instant(f"block {block}", kept[block], stash[block], tied + cost.backward, reached=after)
             if cost.first_gradients:
-                # The experts' last matrix is the block's last parameter.
+                # All gradients of experts come at once. Their last matrix is the block's last parameter.
                 first = tied + cost.first_gradients
                 yield Instant(f"experts of block {block}", kept[block], stash[block], first, reached=after - 1)
         yield Instant("embedding", working=tied + at.embedding_backward(embedding), reached=0)
@@ -53,7 +53,7 @@ class _BlockCosts:
         kept: between its forward and its backward, without the stash.
         stash: likewise, of its collectives' results.
         backward: the most that its backward takes beside what forwards kept: a bound over its instants.
-        first_gradients: the same when its experts' first gradient is given to its buffer; 0 without experts.
+        first_gradients: the same when its experts' gradients are given to their buffers; 0 without experts.
     """
 
     kept: int
@@ -62,12 +62,12 @@ class _BlockCosts:
     first_gradients: int
 
     @classmethod
-    def of(cls, at: Activations, layers: tuple[Layer, ...]) -> _BlockCosts:
+    def of(cls, at: Activations, layers: tuple[Layer, ...], device: str) -> _BlockCosts:
         again, stream = _recomputed(at, layers), at.stream(width(layers))
         flows = [_mlp_flow(at, layer) for layer in layers if isinstance(layer, Mlp)]
         experts = [layer for layer in layers if isinstance(layer, Moe)]
-        flows += [_moe_flow(at, layer) for layer in experts]
-        first = [_expert_matrix(at, layer) - _given_back(at, layer) for layer in experts]
+        flows += [_moe_flow(at, layer, device) for layer in experts]
+        first = [_matrices(at, layer) + at.home(layer) - at.given_back(layer) for layer in experts]
         first_gradients = again + stream + max(first) if first else 0
         return cls(at.kept(layers), at.stash(layers), again + stream + max(flows), first_gradients)
 
@@ -80,8 +80,10 @@ def _recomputed(at: Activations, layers: tuple[Layer, ...]) -> int:
     made = at.block(layers)
     if at.norm_sees_stream:
         made -= at.stream(width(layers))
+    made -= sum(at.routing_losses(layer) + at.decisions(layer) for layer in layers)
     if mode == "communication_aware":
-        made -= sum(at.arrived(layer) + at.home(layer) for layer in layers if isinstance(layer, Moe))
+        moved = [layer for layer in layers if isinstance(layer, Moe) and at.step.moved(layer)]
+        made -= sum(at.row_weights(layer) + at.arrived(layer) for layer in moved)
     return made
 
 
@@ -91,40 +93,47 @@ def _mlp_flow(at: Activations, layer: Mlp) -> int:
     return (at.step.tokens + layer.dim) * hidden * at.step.element_bytes
 
 
-def _moe_flow(at: Activations, layer: Moe) -> int:
+def _moe_flow(at: Activations, layer: Moe, device: str) -> int:
     """Of the instants of a MoE layer's backward the one that takes most.
 
-    The weighted sum: gradients of rows and weights in the weights' precision. The way to the experts: gradients at
-    home, picked, the own part of them, and at the experts. The last product: gradients of its result, its input and its
-    matrix, when what came home is given back (unless it is on a tape). The end of a recomputed forward.
+    Gradients of the rows on their way to the experts. What is between the experts' products and the gradients of all of
+    it, beside the gradients of rows; then the gradient of the last matrix in place of what was made on the way. All
+    matrices' gradients and, of the first products, theirs, beside what becomes the input's. The way back.
     """
-    step, arrived, home, given_back = at.step, at.arrived(layer), at.home(layer), _given_back(at, layer)
-    instants = [
-        2 * home // step.element_bytes * step.score_bytes,
-        2 * home + arrived + (arrived // step.gather if step.gather > 1 else 0) - given_back,
-        arrived + _expert_matrix(at, layer) + at.hidden(layer) - given_back,
-    ]
-    if step.candidate.activation_checkpointing == "full":
-        instants += [3 * arrived, _brought_back(at, layer)]
-    return max(instants)
-
-
-def _brought_back(at: Activations, layer: Moe) -> int:
-    """What the way back from the experts makes, beside its result.
-
-    What the experts gave; that by sender; the own part of it; and with the row of zeros that overflowed choices pick
-    the own part, or the whole buffer, which takes as much once more while it is gathered.
-    """
-    step, arrived = at.step, at.arrived(layer)
+    step, arrived, hidden, matrices = at.step, at.arrived(layer), at.hidden(layer), _matrices(at, layer)
+    if device == "cpu" and not step.moved(layer):
+        return _by_expert(at, layer)
     own = arrived // step.gather
-    moved = arrived + own if step.gather * step.layout.expert > 1 else 0
-    return arrived + moved + (2 * own * step.split if step.static(layer) and step.split > 1 else own)
+    there = own * (1 + (step.layout.expert > 1)) + arrived * ((step.gather > 1) + _regrouped(at, layer))
+    products, made = (2, 6) if layer.gated else (1, 4)
+    # A sum of two grouped products is made of both.
+    summed = arrived * (1 + (layer.gated and device == "cuda"))
+    picked = 0 if step.moved(layer) else arrived
+    return max(
+        there,
+        arrived + made * hidden,
+        arrived + (products + 2) * hidden + matrices // (products + 1),
+        max(summed, picked) + products * hidden + matrices,
+        there + at.home(layer) - at.given_back(layer),
+    )
 
 
-def _expert_matrix(at: Activations, layer: Moe) -> int:
+def _by_expert(at: Activations, layer: Moe) -> int:
+    """The same where rows are picked and summed one expert after the other."""
+    step = at.step
+    total = step.tokens * layer.dim * step.score_bytes
+    hidden, rows = at.hidden(layer) // layer.num_experts, at.arrived(layer) // layer.num_experts
+    summed = rows // step.element_bytes * step.score_bytes if step.element_bytes < step.score_bytes else 0
+    return _matrices(at, layer) + total + max(2 * rows + (6 if layer.gated else 4) * hidden, 3 * rows + summed)
+
+
+def _regrouped(at: Activations, layer: Moe) -> bool:
+    """Whether rows lie otherwise at the experts than they arrive."""
+    senders, here = at.step.layout.expert * at.step.gather, layer.num_experts // at.step.layout.expert
+    return senders > 1 and here > 1
+
+
+def _matrices(at: Activations, layer: Moe) -> int:
+    """Gradients of the experts' matrices held here."""
     experts, hidden = layer.num_experts // at.step.layout.expert, layer.hidden // at.step.layout.expert_tensor
-    return experts * hidden * layer.dim * at.step.element_bytes
-
-
-def _given_back(at: Activations, layer: Moe) -> int:
-    return 0 if at.step.candidate.activation_checkpointing == "communication_aware" else at.home(layer)
+    return (3 if layer.gated else 2) * experts * hidden * layer.dim * at.step.element_bytes

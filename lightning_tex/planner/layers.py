@@ -55,7 +55,7 @@ class Mlp:
 
 @dataclass(frozen=True)
 class Moe:
-    """A :class:`MoE` layer; ``routing_losses``: whether it has any."""
+    """A :class:`MoE` layer; ``routing_losses``: whether it has any, ``z_loss``: whether one of them is of logits."""
 
     dim: int
     hidden: int
@@ -65,6 +65,7 @@ class Moe:
     capacity_factor: float | None
     norm_topk_prob: bool
     routing_losses: bool
+    z_loss: bool
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ def known_layer(module: nn.Module) -> Layer | None:
             return Moe(
                 module.router.dim, module.hidden_dim, module.experts.gate is not None, module.num_experts,
                 module.top_k, module.capacity_factor, module.router.norm_topk_prob, losses,
+                bool(module.z_loss_coefficient),
             )  # fmt: skip
         case VocabParallelHead():
             return Head(module.dim, module.size, module.gather_output)

@@ -82,7 +82,12 @@ class MicroStep:
 
     def static(self, layer: Moe) -> bool:
         """Whether rows travel in buffers of a shape that does not depend on the routing."""
-        return layer.capacity_factor is not None and not self.communication.sequence_parallel
+        travels = max(self.layout.expert, self.split, self.gather) > 1
+        return layer.capacity_factor is not None and not self.communication.sequence_parallel and travels
+
+    def moved(self, layer: Moe) -> bool:
+        """Whether rows at the experts come from, or sums of theirs go to, other ranks: elsewhere nobody keeps them."""
+        return self.static(layer) or max(self.layout.expert, self.layout.expert_tensor) > 1
 
     def capacity_rows(self, layer: Moe) -> int:
         """Rows of the buffer per expert, C: of one data rank's tokens, a multiple of the ranks that split it."""
@@ -102,7 +107,8 @@ class MicroStep:
         """N, at the fullest rank, when choices fall evenly but for the job's imbalance."""
         if self.static(layer):
             return layer.num_experts * self.capacity_rows(layer) // self.split * self.gather
-        return ceil(self.chosen_rows(layer) * self.gather * self.job.imbalance)
+        imbalance = self.job.imbalance if self.layout.expert > 1 else 1
+        return ceil(self.chosen_rows(layer) * self.gather * imbalance)
 
     def own_tokens(self, layer: Moe) -> int:
         """Tokens whose choices this rank brings home."""

@@ -172,10 +172,10 @@ class MicroStepTraffic:
         """Router, dispatch, combine and routing losses."""
         step = self.step
         sequence = step.communication.sequence_parallel
-        if not sequence:
-            yield from self._over("tensor", "broadcast", _INT64 * step.tokens * layer.top_k, forward)
+        if not sequence:  # what is decided is not decided again
+            yield from self._over("tensor", "broadcast", _INT64 * step.tokens * layer.top_k, [FORWARD])
         if step.static(layer):
-            yield from self._capacity(layer, forward)
+            yield from self._capacity(layer, forward, last)
         else:
             yield from self._dropless(layer, forward, last)
         if layer.routing_losses:
@@ -183,49 +183,56 @@ class MicroStepTraffic:
             for axis in ("tensor", "data") if sequence else ("data",):
                 yield from self._over(axis, "all_reduce", totals, [FORWARD])
 
-    def _capacity(self, layer: Moe, forward: tuple[str, ...]) -> Iterator[Collective]:
-        yield from self._over("expert", "all_reduce", _INT64, forward, "exchange_counts")
-        buffer = self.step.element_bytes * layer.num_experts * self.step.capacity_rows(layer) * layer.dim
-        yield from self._exchange(buffer, forward)
+    def _capacity(self, layer: Moe, forward: tuple[str, ...], last: tuple[str, ...]) -> Iterator[Collective]:
+        yield from self._over("expert", "all_reduce", _INT64, [FORWARD], "exchange_counts")
+        yield from self._exchange(layer, layer.num_experts * self.step.capacity_rows(layer), forward, last)
 
     def _dropless(self, layer: Moe, forward: tuple[str, ...], last: tuple[str, ...]) -> Iterator[Collective]:
         step, sequence = self.step, self.step.communication.sequence_parallel
         counts, size = _INT64 * layer.num_experts, step.element_bytes
         if sequence and layer.capacity_factor is not None:
             queues = step.layout.tensor * layer.top_k * step.sequences * (layer.num_experts + 1)
-            yield from self._over("tensor", "all_gather", _INT64 * queues, forward, "exchange_counts")
-        yield from self._over("expert", "all_to_all", counts, forward, "exchange_counts")
+            yield from self._over("tensor", "all_gather", _INT64 * queues, [FORWARD], "exchange_counts")
+        yield from self._over("expert", "all_to_all", counts, [FORWARD], "exchange_counts")
         if step.gather > 1:
             whole = step.gather * counts
-            yield from self._over("expert_tensor", "all_gather", whole, forward, "exchange_counts")
+            yield from self._over("expert_tensor", "all_gather", whole, [FORWARD], "exchange_counts")
         if step.split > 1:  # gathers are padded to the longest part
             longest = step.split * -(-step.tokens // step.split)
             yield from self._over("tensor", "all_gather", size * longest * layer.dim, [BACKWARD])
             yield from self._over("tensor", "all_gather", step.score_bytes * longest * layer.top_k, [BACKWARD])
             yield from self._over("tensor", "all_gather", size * longest * layer.dim, last)
-        yield from self._exchange(size * step.chosen_rows(layer) * step.split * layer.dim, forward, home=False)
+        yield from self._exchange(layer, step.chosen_rows(layer) * step.split, forward, last, home=False)
 
-    def _exchange(self, buffer: int, forward: tuple[str, ...], home: bool = True) -> Iterator[Collective]:
-        """To the experts and back in every pass; in the backward each is the other.
+    def _exchange(
+        self, layer: Moe, rows: int, forward: tuple[str, ...], last: tuple[str, ...], home: bool = True
+    ) -> Iterator[Collective]:
+        """Rows and their weights to the experts, rows back; in the backward each the other way.
 
         Args:
-            buffer: bytes before the split.
-            forward: the passes of the forward.
+            rows: before the split.
+            forward, last: passes of the way there, and of the way back.
             home: what comes back is gathered over the split axis.
         """
+        row, weight = self.step.element_bytes * layer.dim, self.step.score_bytes
+        for of_row, there, back in ((row, (*forward, BACKWARD), (*last, BACKWARD)), (weight, forward, (BACKWARD,))):
+            yield from self._to_experts(rows * of_row, there)
+            yield from self._from_experts(rows * of_row, back, home)
+
+    def _to_experts(self, buffer: int, passes: Iterable[str]) -> Iterator[Collective]:
+        share = buffer // self.step.split
+        yield from self._over("expert", "all_to_all", share, passes)
+        if self.step.gather > 1:
+            yield from self._over("expert_tensor", "all_gather", share * self.step.gather, passes)
+
+    def _from_experts(self, buffer: int, passes: Iterable[str], home: bool) -> Iterator[Collective]:
         step = self.step
         share = buffer // step.split
-        for during in ([each] for each in (*forward, BACKWARD)):
-            for _ in range(2):
-                yield from self._over("expert", "all_to_all", share, during)
-            if step.gather > 1:
-                yield from self._over("expert_tensor", "all_gather", share * step.gather, during)
-            if step.gather > 1 and step.communication.fused:
-                yield from self._over("expert_tensor", "reduce_scatter", share * step.gather, during)
-            else:
-                yield from self._over("expert_tensor", "all_reduce", share * step.gather, during)
-            if home and step.split > 1:
-                yield from self._over("tensor", "all_gather", buffer, during)
+        operation = "reduce_scatter" if step.gather > 1 and step.communication.fused else "all_reduce"
+        yield from self._over("expert_tensor", operation, share * step.gather, passes)
+        yield from self._over("expert", "all_to_all", share, passes)
+        if home and step.split > 1:
+            yield from self._over("tensor", "all_gather", buffer, passes)
 
 
 def micro_step(job: Job, candidate: Candidate) -> list[Collective]:

@@ -26,7 +26,7 @@ from lightning_tex.planner.layers import (
 )
 from lightning_tex.planner.layouts import Candidate, Job
 from lightning_tex.planner.micro_step import MicroStep
-from lightning_tex.planner.model import ModelDescription
+from lightning_tex.planner.model import ModelDescription, PlacedLayer
 
 
 class Product(NamedTuple):
@@ -34,6 +34,7 @@ class Product(NamedTuple):
 
     Args:
         recorded: what comes of it goes to a collective only: communication-aware recomputation leaves it out.
+        last: comes after all that its layer keeps: a recomputation that ends with the layer leaves it out.
         full_precision: computed in fp32.
         backward: products of that size in the backward; attention's kernel computes the scores once more.
         attention: of attention's kernel.
@@ -44,6 +45,7 @@ class Product(NamedTuple):
     k: float
     batch: float = 1
     recorded: bool = False
+    last: bool = False
     full_precision: bool = False
     backward: float = 2.0
     attention: bool = False
@@ -108,7 +110,7 @@ class Work:
         rows = self.step.rows(layer) / here
         yield Product(self.step.held, layer.num_experts, layer.dim, full_precision=True)
         yield Product(rows, _ups(layer) * hidden, layer.dim, here)
-        yield Product(rows, layer.dim, hidden, here, recorded=True)
+        yield Product(rows, layer.dim, hidden, here, recorded=self.step.moved(layer), last=True)
 
     # --- bytes that everything but products reads and writes, as the layers' code does it
 
@@ -141,19 +143,19 @@ class Work:
         heads = layer.num_heads + layer.num_kv_heads
         return 9 * per_head * heads + per_head * 2 * heads + 3 * self._stream(layer.dim)
 
-    def _between_bytes(self, layer: Mlp | Moe, hidden: float) -> float:
+    def _between_bytes(self, layer: Mlp, hidden: float) -> float:
         return hidden * self.step.element_bytes * (5 if layer.gated else 2)
 
     def _moe_bytes(self, layer: Moe) -> float:
-        """Router, rows picked and reordered on both ways, what stands between the products, the weighted sum."""
+        """Router, rows picked (and reordered where they travel), what stands between the products, the sum."""
         step, size, score, dim = self.step, self.step.element_bytes, self.step.score_bytes, layer.dim
-        router = step.held * (dim * (size + score) + 8 * layer.num_experts * score)
+        router = step.held * (dim * (size + 2 * score) + 8 * layer.num_experts * score)
         rows = step.rows(layer)
-        home = step.own_tokens(layer) * layer.top_k * dim
-        picked = 2 * self._stream(dim) + 2 * home * size * 2
-        weighted = home * (size + 2 * score) + step.held * dim * (score + size)
-        between = self._between_bytes(layer, rows * layer.hidden / step.layout.expert_tensor)
-        return router + rows * dim * size * 2 * 2 + picked + weighted + between + 3 * self._stream(dim)
+        own = step.own_tokens(layer) * layer.top_k
+        reordered = 4 * rows if step.moved(layer) else 0
+        hidden = rows * layer.hidden / step.layout.expert_tensor * size
+        between = (3 if layer.gated else 2) * hidden
+        return router + (3 * own + reordered) * dim * size + between + 4 * self._stream(dim)
 
     def loss_bytes(self, layer: Head) -> float:
         """Cross-entropy of a head's logits in full precision, forward and backward together."""
@@ -196,13 +198,11 @@ def computation(job: Job, candidate: Candidate, cluster: Cluster) -> Computation
     """Roofline time of all that one rank computes in a micro-step; a backward is two forwards, attention's 2.5."""
     model, work = job.model, Work(MicroStep(job, candidate))
     with_loss = any(isinstance(placed.layer, CrossEntropy) for placed in model.layers)
-    times = {
-        (placed.layer, placed.in_block): _layer_time(work, placed.layer, cluster, placed.in_block, with_loss)
-        for placed in model.layer_counts
-    }
+    of_placed = {placed: _layer_time(work, placed, cluster, with_loss) for placed in model.layer_counts}
+    times = {(placed.layer, placed.in_block): time for placed, time in of_placed.items()}
     forward = recompute = backward = flops = 0.0
     for placed, count in model.layer_counts.items():
-        time = times[placed.layer, placed.in_block]
+        time = of_placed[placed]
         forward += count * time.forward
         recompute += count * time.recompute
         backward += count * time.backward
@@ -214,7 +214,8 @@ def computation(job: Job, candidate: Candidate, cluster: Cluster) -> Computation
     return Computation(forward, recompute, backward, flops, tuple(of_kind[kind] for kind in model.backward_parts.order))
 
 
-def _layer_time(work: Work, layer: Layer, cluster: Cluster, in_block: bool, with_loss: bool) -> LayerTime:
+def _layer_time(work: Work, placed: PlacedLayer, cluster: Cluster, with_loss: bool) -> LayerTime:
+    layer, in_block = placed.layer, placed.in_block
     job, mode = work.step.job, work.step.candidate.activation_checkpointing
     products = list(work.products(layer))
     seconds = [product.seconds(cluster, job.precision, work.step.element_bytes) for product in products]
@@ -225,7 +226,8 @@ def _layer_time(work: Work, layer: Layer, cluster: Cluster, in_block: bool, with
     flops = sum((1 + product.backward) * product.flops for product in products)
     if not in_block or mode is None:
         return LayerTime(forward, 0.0, backward + loss / 2, flops)
-    again = [not (mode == "communication_aware" and product.recorded) for product in products]
+    replayed = mode == "communication_aware"
+    again = [not ((replayed and product.recorded) or (placed.ends_block and product.last)) for product in products]
     recompute = sum(time for time, repeated in zip(seconds, again, strict=True) if repeated) + rest
     flops += sum(product.flops for product, repeated in zip(products, again, strict=True) if repeated)
     return LayerTime(forward, recompute, backward + loss / 2, flops)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_tex.moe import MoE, Route, auxiliary_loss
-from lightning_tex.moe.losses import count_choices, routing_losses
+from lightning_tex.moe.losses import count_choices, routing_loss
 from lightning_tex.parallel import collectives
 from lightning_tex.parallel.activation_layout import Replicated
 from lightning_tex.parallel.sharding import shard_module
@@ -33,30 +33,27 @@ def moe(**options):
 # --- formulas
 
 
+def loss_of(route, load_balance, z):
+    counts = count_choices(route.indices, route.scores.shape[1])
+    return routing_loss(route, counts, None, Axis("data"), Replicated(Axis("tensor")), load_balance, z).item()
+
+
 def test_losses_by_hand():
     logits = torch.tensor([[0.0, 0.0], [math.log(3.0), 0.0]], dtype=torch.float64)
     scores = torch.tensor([[0.5, 0.5], [0.75, 0.25]], dtype=torch.float64)
     route = Route(torch.tensor([[0], [0]]), scores[:, :1], scores, logits)
-    balance, z = routing_losses(route, count_choices(route.indices, 2), None, Axis("data"), Replicated(Axis("tensor")))
-    torch.testing.assert_close(balance.item(), 2 * (1.0 * 0.625 + 0.0 * 0.375))
-    torch.testing.assert_close(z.item(), (math.log(2) ** 2 + math.log(4) ** 2) / 2)
+    balance, z = 2 * (1.0 * 0.625 + 0.0 * 0.375), (math.log(2) ** 2 + math.log(4) ** 2) / 2
+    torch.testing.assert_close(loss_of(route, 1, 0), balance)
+    torch.testing.assert_close(loss_of(route, 0, 1), z)
+    torch.testing.assert_close(loss_of(route, 0.2, 3), 0.2 * balance + 3 * z)
 
 
 def test_balanced_routing_costs_one_and_collapse_costs_the_number_of_experts():
     uniform = torch.full((8, 4), 0.25)
     even = Route(torch.arange(8)[:, None] % 4, uniform[:, :1], uniform, uniform)
-    torch.testing.assert_close(
-        routing_losses(even, count_choices(even.indices, 4), None, Axis("data"), Replicated(Axis("tensor")))[0],
-        torch.tensor(1.0),
-    )
+    assert loss_of(even, 1, 0) == pytest.approx(1)
     sure = torch.eye(4)[[2] * 8]
-    collapsed = Route(torch.full((8, 1), 2), sure[:, :1], sure, sure)
-    torch.testing.assert_close(
-        routing_losses(collapsed, count_choices(collapsed.indices, 4), None, Axis("data"), Replicated(Axis("tensor")))[
-            0
-        ],
-        torch.tensor(4.0),
-    )
+    assert loss_of(Route(torch.full((8, 1), 2), sure[:, :1], sure, sure), 1, 0) == pytest.approx(4)
 
 
 def test_a_single_token_is_its_own_mean():

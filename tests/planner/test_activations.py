@@ -13,10 +13,12 @@ from torch import nn
 from lightning_tex.models import DecoderConfig
 from lightning_tex.models.decoder import Block
 from lightning_tex.moe import auxiliary_loss
-from lightning_tex.moe.losses import count_choices, routing_losses
+from lightning_tex.moe.losses import count_choices, routing_loss
 from lightning_tex.moe.router import Route
 from lightning_tex.parallel.activation_checkpointing import recompute_blocks, stash_bytes
 from lightning_tex.parallel.activation_layout import Replicated
+from lightning_tex.parallel.allocations import storage_bytes
+from lightning_tex.parallel.device import pretend_device
 from lightning_tex.parallel.sharding import shard_module
 from lightning_tex.parallel.topology import Axis, Layout
 from lightning_tex.planner.activations import Activations
@@ -91,26 +93,29 @@ def compare(layouts: tuple[tuple[int, int, int, bool], ...]) -> int:
 PRECISIONS = ("32-true", "bf16-mixed")
 
 
-def test_what_routing_losses_keep() -> None:
-    config = CONFIGS[1]
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[1]], ids=["balance", "balance and z"])
+def test_what_routing_losses_keep(config: DecoderConfig) -> None:
     tokens, experts = B * S, config.num_experts
     logits = torch.randn(tokens, experts, requires_grad=True) * 1.0
     indices = logits.detach().topk(config.top_k).indices
     saved: dict[int, torch.Tensor] = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
-        route = Route(indices, logits, logits.softmax(-1), logits)
+        route = Route(indices, logits, logits.detach(), logits)
+        coefficients = config.load_balance_coefficient, config.z_loss_coefficient
         counts = count_choices(indices, experts)
-        routing_losses(route, counts, None, Axis("data"), Replicated(Axis("tensor")))
+        routing_loss(route, counts, None, Axis("data"), Replicated(Axis("tensor")), *coefficients)
     planned = Activations(MicroStep(Job(describe_decoder(config), 1, S, B, "32-true"), Candidate(Layout(1), B)))
-    of_each_token = [t for t in saved.values() if t.dim() and t.shape[0] == tokens and t is not None]
-    softmax = tokens * experts * 4  # the router's own
-    assert sum(t.untyped_storage().nbytes() for t in of_each_token) - softmax == planned.routing_losses(
-        layers_of(config, True)[-1]
-    )
+    of_each_token = [t for t in saved.values() if t.dim() and t.shape[0] == tokens]
+    assert storage_bytes(of_each_token) == planned.routing_losses(layers_of(config, True)[-1])
+
+
+def compare_as_on_a_gpu() -> int:
+    with pretend_device("cuda"):  # where all choices are rows, whichever overflow
+        return compare(((1, 1, 1, True),))
 
 
 def test_saved_bytes_of_a_block_in_one_process() -> None:
-    assert run_ranks(1, compare, ((1, 1, 1, True),), detail=False) == [12]
+    assert run_ranks(1, compare_as_on_a_gpu, detail=False) == [12]
 
 
 def test_saved_bytes_of_a_block_on_four_ranks() -> None:
@@ -133,14 +138,28 @@ def compare_stashes(layouts: tuple[tuple[int, int, int, bool], ...]) -> int:
         shard_module(model, topology)
         recompute_blocks(model, "communication_aware")
         x = torch.randn(B, S // layout[0] if sequence else S, config.dim).requires_grad_()
-        y = model.blocks[1](model.blocks[0](x))
-        (y.sum() + auxiliary_loss(model)).backward()
+        with pretend_device("cpu" if topology.layout.world > 1 else "cuda"):
+            y = model.blocks[1](model.blocks[0](x))
+            tapes = [tape for block in model.blocks for tape in block.forward.tapes]
+            decided = [storage_bytes(tensors_of(tape._decisions)) for tape in tapes]
+            del tapes
+            (y.sum() + auxiliary_loss(model)).backward()
         planned = [
             Activations(MicroStep(job, candidate)).stash(layers_of(config, experts)) for experts in (False, True)
         ]
         assert list(stash_bytes(model).values()) == planned, (layout, sequence, config)
+        at, moe = Activations(MicroStep(job, candidate)), layers_of(config, True)[-1]
+        assert decided == [0, at.decisions(moe)], (layout, sequence, config, decided)
         seen += 1
     return seen
+
+
+def tensors_of(value: object) -> list[torch.Tensor]:
+    """All tensors that an object holds."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    inside = value if isinstance(value, (list, tuple)) else vars(value).values() if hasattr(value, "__dict__") else []
+    return [tensor for each in inside for tensor in tensors_of(each)]
 
 
 @pytest.mark.parametrize("world", [1, 4])
