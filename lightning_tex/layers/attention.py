@@ -100,27 +100,25 @@ class ParallelAttention(TexModule):
         query, key, value = self.heads(x)
         rotary = self.rotary.tables(x.shape[-2], x) if rotary is None else rotary
         query, key = rotary.turn(query, key)
-        y = self._attend(query, key, value, self._mask(attention_mask), self.causal or context is not None)
-        y = y.transpose(-3, -2).flatten(-2)
+        y = self._attend(query, key, value, self._mask(attention_mask), self.causal or context is not None).flatten(-2)
         return self.out(y if context is None else context.unpack(y))
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of this rank's heads, before they turn: [B, S, D] -> [B, h, S, d] each."""
-        query, key, value = (self._split(project.columns(x)) for project in (self.query, self.key, self.value))
+        """Queries, keys and values of this rank's heads, before they turn: [B, S, D] -> [B, S, h, d] each."""
+        projections = self.query, self.key, self.value
+        query, key, value = (project.columns(x).unflatten(-1, (-1, self.head_dim)) for project in projections)
         return query, key, value
 
-    def _split(self, x: Tensor) -> Tensor:  # [B, S, h*d] -> [B, h, S, d]
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(-3, -2)
-
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, causal: bool) -> Tensor:
-        """[B, h, S, d] each -> [B, h, S, d]. ``visible``: what may be seen, whatever ``causal`` says."""
+        """[B, S, h, d] each -> [B, S, h, d]. ``visible``: what may be seen, whatever ``causal`` says."""
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         shared = self.num_heads // self.num_kv_heads
         if visible is not None and shared > 1:
             # Flash kernels on GPUs take no mask, and the one that does takes no heads in groups.
-            key, value = (x.repeat_interleave(shared, -3) for x in (key, value))
+            key, value = (x.repeat_interleave(shared, 1) for x in (key, value))
         dropout = self.dropout if self.training else 0.0
         with rank_random_state(self.tensor, enabled=dropout > 0):
-            return F.scaled_dot_product_attention(
+            y = F.scaled_dot_product_attention(
                 query,
                 key,
                 value,
@@ -129,6 +127,7 @@ class ParallelAttention(TexModule):
                 is_causal=causal and visible is None,
                 enable_gqa=key.shape[-3] != query.shape[-3],
             )
+        return y.transpose(1, 2)
 
     def _mask(self, mask: Tensor | None) -> Tensor | None:
         if mask is None:

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from lightning_tex.parallel.compiled import leaf
 
-# D model width
+# T tokens, D model width
 
 
 class RMSNorm(nn.RMSNorm):
@@ -31,19 +31,21 @@ class RMSNorm(nn.RMSNorm):
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        normed, scale = _normed(x, weight, eps)
+        normed, scale = _normed(x.flatten(0, -2), weight=weight, eps=eps)
         ctx.save_for_backward(x, weight, scale)
-        return normed
+        return normed.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        return *_gradients(grad, *ctx.saved_tensors), None
+        x, weight, scale = ctx.saved_tensors
+        d_x, d_weight = _gradients(grad.flatten(0, -2), x.flatten(0, -2), scale, weight=weight)
+        return d_x.view(x.shape), d_weight, None
 
 
 @leaf
 def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x / sqrt(mean(x^2) + eps) * weight, and 1 / sqrt(mean(x^2) + eps): [.., D], [.., 1]."""
+    """x / sqrt(mean(x^2) + eps) * weight, and 1 / sqrt(mean(x^2) + eps): [T, D], [T, 1]."""
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     wide = x.to(weight.dtype)
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
@@ -52,12 +54,12 @@ def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 @leaf
-def _gradients(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def _gradients(grad: Tensor, x: Tensor, scale: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and weight."""
     grad, wide = grad.to(scale.dtype), weight.to(scale.dtype)
     normed = x * scale
     pull = grad * normed
-    d_weight = pull.flatten(0, -2).sum(0)
+    d_weight = pull.sum(0)
     along = pull.mul_(wide).mean(-1, keepdim=True)
     d_x = normed.mul_(-along).addcmul_(grad, wide).mul_(scale)
     return d_x.to(x.dtype), d_weight.to(weight.dtype)

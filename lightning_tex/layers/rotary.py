@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_tex.parallel.compiled import leaf
+from lightning_tex.parallel.compiled import sequence_leaf
 from lightning_tex.parallel.precision import product_dtype
 
 # B sequences, S positions, h heads, d head width
@@ -20,14 +20,14 @@ class RotaryTables:
     """Cosines and sines of the angles by which positions turn.
 
     Args:
-        cos: [S, d], in the dtype of queries and keys.
-        sin: [S, d / 2], likewise.
+        cos: [1, S, 1, d], in the dtype of queries and keys.
+        sin: [1, S, 1, d / 2], likewise.
     """
 
     cos: Tensor
     sin: Tensor
 
-    def turn(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:  # [B, h, S, d] each, of any h
+    def turn(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:  # [B, S, h, d] each, of any h
         """Queries and keys at their positions."""
         turned: tuple[Tensor, Tensor] = _Turn.apply(query, key, self.cos, self.sin)
         return turned
@@ -55,7 +55,8 @@ class Rotary:
         dtype = product_dtype(like)
         wide = torch.promote_types(dtype, torch.float32)
         angle = torch.arange(length, device=like.device, dtype=wide)[:, None] * self.rates(like.device, wide)
-        return RotaryTables(angle.cos().repeat(1, 2).to(dtype), angle.sin().to(dtype))
+        angle = angle[None, :, None]
+        return RotaryTables(angle.cos().repeat(1, 1, 1, 2).to(dtype), angle.sin().to(dtype))
 
 
 class _Turn(torch.autograd.Function):
@@ -73,7 +74,7 @@ class _Turn(torch.autograd.Function):
         return *_turned(query, key, cos, sin, True), None, None
 
 
-@leaf
+@sequence_leaf
 def _turned(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
     """(a, b) -> (a cos - b sin, b cos + a sin), or by the opposite angles."""
     half, sign = sin.shape[-1], -1 if back else 1

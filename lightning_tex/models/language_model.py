@@ -146,9 +146,9 @@ class LanguageModel(LightningModule):
         """Summed cross-entropy over this rank's valid tokens, and their number."""
         assert self.decoder is not None, "configure_model() has not been called"
         ids, labels, mask = batch["input_ids"], batch["labels"], batch.get("attention_mask")
+        hidden = self.decoder.hidden(ids, token_mask=mask)
         if mask is not None:
             labels = labels.masked_fill(predicts_nothing(ids, labels, mask.bool()), self.cross_entropy.ignore_index)
-        hidden = self.decoder.hidden(ids, token_mask=mask)
         loss = self.cross_entropy(hidden, self.decoder.head, labels)
         return loss, (labels != self.cross_entropy.ignore_index).sum()
 

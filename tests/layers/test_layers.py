@@ -232,11 +232,11 @@ def test_masked_positions_do_not_influence_seen_ones():
 
 
 def test_scores_depend_on_distance_only():
-    x = torch.randn(1, 5, 4, 4).double().transpose(1, 2)  # [B, H, S, d]
-    shifted = F.pad(x, (0, 0, 3, 0))
+    x = torch.randn(1, 5, 4, 4).double()  # [B, S, H, d]
+    shifted = F.pad(x, (0, 0, 0, 0, 3, 0))
 
     def scores(x):
-        query, key = Rotary(4).tables(x.shape[-2], x).turn(x, x)
+        query, key = (t.transpose(1, 2) for t in Rotary(4).tables(x.shape[1], x).turn(x, x))
         return query @ key.transpose(-1, -2)
 
     torch.testing.assert_close(scores(x), scores(shifted)[..., 3:, 3:], rtol=1e-12, atol=1e-12)
