@@ -24,6 +24,7 @@ from lightning_tex.planner.layers import (
     Head,
     Layer,
     Linear,
+    LinearCrossEntropy,
     Mlp,
     Moe,
     RowLinear,
@@ -41,6 +42,7 @@ _OF_LAYERS: dict[type, str] = {
     RowLinear: "linear layers",
     Head: "head and loss",
     CrossEntropy: "head and loss",
+    LinearCrossEntropy: "head and loss",
 }
 # Methods of the strategy's optimizer that a step calls.
 _OF_OPTIMIZER = ("zero_grad", "reduce_gradients", "unscale", "clip_by_norm", "clip_by_value", "step")

@@ -2,8 +2,10 @@
 
 from lightning_tex.layers.attention import ParallelAttention
 from lightning_tex.layers.linear import ColumnParallelLinear, RowParallelLinear
+from lightning_tex.layers.linear_cross_entropy import VocabParallelLinearCrossEntropy
 from lightning_tex.layers.mlp import ParallelMLP
 from lightning_tex.layers.norm import RMSNorm
+from lightning_tex.layers.rotary import Rotary, RotaryTables
 from lightning_tex.layers.token_context import TokenContext
 from lightning_tex.layers.vocab import VocabParallelCrossEntropy, VocabParallelEmbedding, VocabParallelHead
 
@@ -12,9 +14,12 @@ __all__ = [
     "ParallelAttention",
     "ParallelMLP",
     "RMSNorm",
+    "Rotary",
+    "RotaryTables",
     "RowParallelLinear",
     "TokenContext",
     "VocabParallelCrossEntropy",
     "VocabParallelEmbedding",
     "VocabParallelHead",
+    "VocabParallelLinearCrossEntropy",
 ]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_tex.layers.linear import ColumnParallelLinear, RowParallelLinear, require_divisible
+from lightning_tex.layers.rotary import Rotary, RotaryTables
 from lightning_tex.layers.token_context import TokenContext, visible_keys
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.hashing import stable_hash
@@ -58,7 +59,8 @@ class ParallelAttention(TexModule):
         if num_heads % num_kv_heads:
             raise UserValueError(f"num_heads={num_heads} is not divisible by num_kv_heads={num_kv_heads}")
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, dim // num_heads
-        self.rope_base, self.causal, self.dropout = rope_base, causal, dropout
+        self.causal, self.dropout = causal, dropout
+        self.rotary = Rotary(self.head_dim, rope_base)
         self.query = ColumnParallelLinear(dim, dim, bias)
         self.key = ColumnParallelLinear(dim, num_kv_heads * self.head_dim, bias)
         self.value = ColumnParallelLinear(dim, num_kv_heads * self.head_dim, bias)
@@ -68,7 +70,13 @@ class ParallelAttention(TexModule):
         require_divisible(name, "num_heads", self.num_heads, layout)
         require_divisible(name, "num_kv_heads", self.num_kv_heads, layout)
 
-    def forward(self, x: Tensor, attention_mask: Tensor | None = None, context: TokenContext | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None = None,
+        context: TokenContext | None = None,
+        rotary: RotaryTables | None = None,
+    ) -> Tensor:
         """Attend.
 
         Args:
@@ -76,7 +84,8 @@ class ParallelAttention(TexModule):
             attention_mask: boolean, True where a position may be seen: [B, S] over keys, or anything that broadcasts
                 to [B, H, S, S] with a head dim of 1. S is the whole sequence's, always.
             context: in place of a mask, what all layers of a model have in common: it alone decides what is seen, and
-                where tokens stand.
+                where tokens stand. The result at padding is nobody's.
+            rotary: ``self.rotary.tables(S, x)``, made once for all layers that turn alike; ``None``: made here.
 
         Returns:
             [B, S, D]
@@ -87,36 +96,38 @@ class ParallelAttention(TexModule):
         if attention_mask is not None and context is not None:
             raise UserValueError("attention_mask and context both say what is seen; legal: one of them")
         x = self.activation_layout.enter(x)
-        query, key, value = (self._heads(project.columns(x)) for project in (self.query, self.key, self.value))
-        positions = None if context is None else context.position_ids
-        query, key = self._rotate(query, positions), self._rotate(key, positions)
-        visible = self._mask(attention_mask) if context is None else context.visible
-        with rank_random_state(self.tensor, enabled=self.training and self.dropout > 0):
+        x = x if context is None else context.pack(x)
+        query, key, value = self.heads(x)
+        rotary = self.rotary.tables(x.shape[-2], x) if rotary is None else rotary
+        query, key = rotary.turn(query, key)
+        y = self._attend(query, key, value, self._mask(attention_mask), self.causal or context is not None).flatten(-2)
+        return self.out(y if context is None else context.unpack(y))
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of this rank's heads, before they turn: [B, S, D] -> [B, S, h, d] each."""
+        projections = self.query, self.key, self.value
+        query, key, value = (project.columns(x).unflatten(-1, (-1, self.head_dim)) for project in projections)
+        return query, key, value
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, causal: bool) -> Tensor:
+        """[B, S, h, d] each -> [B, S, h, d]. ``visible``: what may be seen, whatever ``causal`` says."""
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        shared = self.num_heads // self.num_kv_heads
+        if visible is not None and shared > 1:
+            # Flash kernels on GPUs take no mask, and the one that does takes no heads in groups.
+            key, value = (x.repeat_interleave(shared, 1) for x in (key, value))
+        dropout = self.dropout if self.training else 0.0
+        with rank_random_state(self.tensor, enabled=dropout > 0):
             y = F.scaled_dot_product_attention(
                 query,
                 key,
                 value,
                 attn_mask=visible,
-                dropout_p=self.dropout if self.training else 0.0,
-                is_causal=self.causal and visible is None,
-                enable_gqa=self.num_kv_heads != self.num_heads,
+                dropout_p=dropout,
+                is_causal=causal and visible is None,
+                enable_gqa=key.shape[-3] != query.shape[-3],
             )
-        return self.out(y.transpose(-3, -2).flatten(-2))
-
-    def _heads(self, x: Tensor) -> Tensor:  # [B, S, h*d] -> [B, h, S, d]
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(-3, -2)
-
-    def _rotate(self, x: Tensor, positions: Tensor | None = None) -> Tensor:  # [B, h, S, d], [B, S]; None: 0, 1, ..
-        # Pairs (i, i + d/2) turn by position / wavelength.
-        half = self.head_dim // 2
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        rate = self.rope_base ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
-        if positions is None:
-            angle = torch.arange(x.shape[-2], device=x.device, dtype=dtype)[:, None] * rate
-        else:
-            angle = positions[:, None, :, None].to(dtype) * rate
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        return x * torch.cat([cos, cos], dim=-1) + x.roll(half, -1) * torch.cat([-sin, sin], dim=-1)
+        return y.transpose(1, 2)
 
     def _mask(self, mask: Tensor | None) -> Tensor | None:
         if mask is None:

@@ -9,32 +9,57 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lightning_tex.parallel.compiled import leaf
+
+# T tokens, D model width
+
 
 class RMSNorm(nn.RMSNorm):
-    """``torch.nn.RMSNorm`` computed in its weight's dtype; the result has the input's dtype: [.., D] -> [.., D]."""
+    """``torch.nn.RMSNorm`` in its weight's precision, at least fp32: [.., D] -> [.., D], in the input's dtype.
+
+    For the backward it keeps its input as it is, and one number a row.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.to(self.weight.dtype)
-        plain = x.device.type != "cpu" or self.eps is None or len(self.normalized_shape) > 1
-        if plain or y.dtype in (torch.bfloat16, torch.float16):  # torch computes those in fp32
-            return F.rms_norm(y, self.normalized_shape, self.weight, self.eps).to(x.dtype)
-        return _RMSNorm.apply(y, self.weight, self.eps).to(x.dtype)
+        if len(self.normalized_shape) > 1:
+            return F.rms_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.eps).to(x.dtype)
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        normed: Tensor = _RMSNorm.apply(x, self.weight, torch.finfo(wide).eps if self.eps is None else self.eps)
+        return normed
 
 
 class _RMSNorm(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + eps) * weight. Torch has one kernel for it on GPUs, and on CPU a chain of small ones."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        scale = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        normed, scale = _normed(x.flatten(0, -2), weight=weight, eps=eps)
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight)
+        return normed.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
-        normed = x * scale
-        pull = grad * normed
-        along = (pull @ weight)[..., None] / x.shape[-1]
-        return (grad * weight).addcmul_(normed, along, value=-1).mul_(scale), pull.flatten(0, -2).sum(0), None
+        d_x, d_weight = _gradients(grad.flatten(0, -2), x.flatten(0, -2), scale, weight=weight)
+        return d_x.view(x.shape), d_weight, None
+
+
+@leaf
+def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x / sqrt(mean(x^2) + eps) * weight, and 1 / sqrt(mean(x^2) + eps): [T, D], [T, 1]."""
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    wide = x.to(weight.dtype)
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (wide * scale).mul_(weight).to(x.dtype), scale
+
+
+@leaf
+def _gradients(grad: Tensor, x: Tensor, scale: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and weight."""
+    grad, wide = grad.to(scale.dtype), weight.to(scale.dtype)
+    normed = x * scale
+    pull = grad * normed
+    d_weight = pull.sum(0)
+    along = pull.mul_(wide).mean(-1, keepdim=True)
+    d_x = normed.mul_(-along).addcmul_(grad, wide).mul_(scale)
+    return d_x.to(x.dtype), d_weight.to(weight.dtype)

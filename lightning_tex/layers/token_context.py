@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # B sequences, S positions
 
@@ -14,15 +16,18 @@ from torch import Tensor
 class TokenContext:
     """Which tokens are real, where they stand, and what each of them sees; over whole sequences on every rank.
 
+    Where tokens come first and padding last (:meth:`pack`), a token's place is its position, and causal attention needs
+    no mask: no token sees what comes later. What attention gives at padding is nobody's.
+
     Args:
         token_mask: [B, S] boolean, False for padding.
-        position_ids: [B, S] int64, of a token among the real ones of its sequence, from 0.
-        visible: [B, 1, S, S] boolean, True where a position (dim -2) sees another one (dim -1).
+        order: [B, S] int64, the position of what comes first, second, .. in a packed sequence.
+        places: [B, S] int64, the place of each position in it: the inverse.
     """
 
     token_mask: Tensor
-    position_ids: Tensor
-    visible: Tensor
+    order: Tensor
+    places: Tensor
 
     @classmethod
     def causal(cls, token_mask: Tensor) -> TokenContext:
@@ -32,8 +37,46 @@ class TokenContext:
             token_mask: [B, S], True or 1 for a token, False or 0 for padding.
         """
         token_mask = token_mask.bool()
-        positions = (token_mask.cumsum(-1) - 1).clamp(min=0)
-        return cls(token_mask, positions, visible_keys(token_mask[:, None, None, :], causal=True))
+        order = (~token_mask).to(torch.uint8).argsort(dim=-1, stable=True)
+        return cls(token_mask, order, order.argsort(-1))
+
+    @property
+    def position_ids(self) -> Tensor:
+        """[B, S] int64, of a token among the real ones of its sequence, from 0."""
+        return (self.token_mask.cumsum(-1) - 1).clamp(min=0)
+
+    @property
+    def visible(self) -> Tensor:
+        """[B, 1, S, S] boolean, True where a position (dim -2) sees another one (dim -1): for attention of your own."""
+        return visible_keys(self.token_mask[:, None, None, :], causal=True)
+
+    def pack(self, x: Tensor) -> Tensor:  # [B, S, D] -> [B, S, D]
+        """Each sequence's tokens in their order, then its padding."""
+        packed: Tensor = _Reordered.apply(x, self.order, self.places)
+        return packed
+
+    def unpack(self, x: Tensor) -> Tensor:  # [B, S, D] -> [B, S, D]
+        """What :meth:`pack` has put together, back where it stood."""
+        unpacked: Tensor = _Reordered.apply(x, self.places, self.order)
+        return unpacked
+
+
+class _Reordered(torch.autograd.Function):
+    """Rows of each sequence by index; their gradients by the inverse, where torch's own backward would add them up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return _rows(x, order)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _rows(grad, *ctx.saved_tensors), None, None
+
+
+def _rows(x: Tensor, order: Tensor) -> Tensor:
+    return x.gather(1, order[..., None].expand_as(x))
 
 
 def visible_keys(mask: Tensor, causal: bool) -> Tensor:

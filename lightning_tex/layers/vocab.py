@@ -123,8 +123,7 @@ class VocabParallelCrossEntropy(TexModule):
 
     def __init__(self, ignore_index: int = -100, reduction: Reduction = "mean") -> None:
         super().__init__()
-        if reduction not in get_args(Reduction):
-            raise UserValueError(f"reduction={reduction!r}; legal: {', '.join(map(repr, get_args(Reduction)))}")
+        require_reduction(reduction)
         self.ignore_index, self.reduction = ignore_index, reduction
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:  # [.., v], [..] -> scalar, or [..] for "none"
@@ -163,6 +162,19 @@ class _CrossEntropy(torch.autograd.Function):
         d_logits = softmax * grad[..., None]
         d_logits.scatter_add_(-1, local, -grad.masked_fill(absent, 0)[..., None])
         return d_logits.to(ctx.dtype), None, None
+
+
+def require_reduction(reduction: str) -> None:
+    """Raise ``ValueError`` unless the reduction is known."""
+    if reduction not in get_args(Reduction):
+        raise UserValueError(f"reduction={reduction!r}; legal: {', '.join(map(repr, get_args(Reduction)))}")
+
+
+def require_targets(target: Tensor, vocab_size: int) -> None:
+    """Raise ``IndexError`` unless targets are in the vocabulary, on CPU; a GPU does not wait to be asked."""
+    if target.device.type == "cpu" and bool(((target < 0) | (target >= vocab_size)).any()):
+        least, most = int(target.min()), int(target.max())
+        raise UserIndexError(f"targets must be between 0 and {vocab_size - 1}; found {least} to {most}")
 
 
 def require_both_ends(root: nn.Module) -> None:

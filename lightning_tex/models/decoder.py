@@ -12,6 +12,8 @@ from lightning_tex.layers import (
     ParallelAttention,
     ParallelMLP,
     RMSNorm,
+    Rotary,
+    RotaryTables,
     TokenContext,
     VocabParallelEmbedding,
     VocabParallelHead,
@@ -118,8 +120,8 @@ class Block(nn.Module):
             self.mlp = ParallelMLP(c.dim, c.hidden, c.activation)
         self.dropout = nn.Dropout(c.dropout)
 
-    def forward(self, x: Tensor, context: TokenContext | None = None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), context=context))
+    def forward(self, x: Tensor, context: TokenContext | None = None, rotary: RotaryTables | None = None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), context=context, rotary=rotary))
         return x + self.dropout(self._feed_forward(self.mlp_norm(x), context))
 
     def _feed_forward(self, x: Tensor, context: TokenContext | None) -> Tensor:
@@ -138,6 +140,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
+        self.rotary = Rotary(config.dim // config.num_heads, config.rope_base)
         self.embedding = VocabParallelEmbedding(config.vocab_size, config.dim, std=config.dim**-0.5)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.dim, eps=1e-5)
@@ -146,7 +149,11 @@ class Decoder(nn.Module):
             self.head.weight = self.embedding.weight
 
     def forward(self, ids: Tensor, *, token_mask: Tensor | None = None) -> Tensor:
-        """Score next tokens.
+        """Score next tokens; arguments and errors as of :meth:`hidden`."""
+        return self.head(self.hidden(ids, token_mask=token_mask))
+
+    def hidden(self, ids: Tensor, *, token_mask: Tensor | None = None) -> Tensor:
+        """What the head scores next tokens by: [B, S] -> [B, S, D], or a rank's part of it under sequence parallelism.
 
         Args:
             ids: [B, S] integer, S at most ``max_sequence_length``.
@@ -163,9 +170,10 @@ class Decoder(nn.Module):
             )
         context = None if token_mask is None else TokenContext.causal(require_token_mask(token_mask, ids))
         x = self.embedding(ids)
+        rotary = self.rotary.tables(ids.shape[-1], x)
         for block in self.blocks:
-            x = block(x, context)
-        return self.head(self.norm(x))
+            x = block(x, context, rotary)
+        return self.norm(x)
 
     def moe_layers(self) -> Iterator[tuple[int, MoE]]:
         """The MoE layers with their block's number."""

@@ -14,7 +14,7 @@ from torchmetrics import MeanMetric
 
 from lightning_tex.callbacks import ExpertMonitor, LateProgress, Throughput
 from lightning_tex.data import require_token_ids
-from lightning_tex.layers import VocabParallelCrossEntropy
+from lightning_tex.layers import VocabParallelLinearCrossEntropy
 from lightning_tex.models import Decoder, DecoderConfig
 from lightning_tex.moe import auxiliary_loss
 from lightning_tex.parallel.initialization import materialise
@@ -48,7 +48,7 @@ class LanguageModel(LightningModule):
         self.save_hyperparameters({"config": asdict(config)})
         self.config = config
         self.decoder: Decoder | None = None
-        self.cross_entropy = VocabParallelCrossEntropy(reduction="sum")
+        self.cross_entropy = VocabParallelLinearCrossEntropy(reduction="sum")
         self.mean_val_loss, self.mean_test_loss = MeanMetric(), MeanMetric()
 
     def configure_model(self) -> None:
@@ -144,11 +144,13 @@ class LanguageModel(LightningModule):
 
     def _loss_sum(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy over this rank's valid tokens, and their number."""
-        ids, mask = batch["input_ids"], batch.get("attention_mask")
-        logits, labels = self(ids, mask), batch["labels"]
+        assert self.decoder is not None, "configure_model() has not been called"
+        ids, labels, mask = batch["input_ids"], batch["labels"], batch.get("attention_mask")
+        hidden = self.decoder.hidden(ids, token_mask=mask)
         if mask is not None:
             labels = labels.masked_fill(predicts_nothing(ids, labels, mask.bool()), self.cross_entropy.ignore_index)
-        return self.cross_entropy(logits, labels), (labels != self.cross_entropy.ignore_index).sum()
+        loss = self.cross_entropy(hidden, self.decoder.head, labels)
+        return loss, (labels != self.cross_entropy.ignore_index).sum()
 
     def _place(self) -> str:
         """What is being read, for messages."""

@@ -4,10 +4,10 @@ A leaf takes and gives tensors and numbers and calls no collective. Run eagerly 
 ``torch.compile``, a chain of element-wise work and gathers becomes one pass over memory. What is compiled is decided by
 one setting of the process, since a backward runs in threads of autograd's own.
 
-Only the first dim of a positional tensor, its rows, may change between calls without compiling anew. With all dims
-free, a gather or a sum of gathered rows takes two to three times as long on an H200; with the width known it runs at
-the memory's speed. A sum over few gathered rows is best written out, an addition each: as a reduction it takes four
-times as long.
+Only the first dim of a positional tensor, its rows, may change between calls without compiling anew (of sequences, the
+first two). With all dims free, a gather or a sum of gathered rows takes two to three times as long on an H200; with the
+width known it runs at the memory's speed. A sum over few gathered rows is best written out, an addition each: as a
+reduction it takes four times as long.
 """
 
 from __future__ import annotations
@@ -57,11 +57,13 @@ class Leaf(Generic[Arguments, Result]):
     Args:
         function: takes tensors whose number of rows (dim 0) changes as positional arguments, and others, such as
             weights, by keyword.
+        free_dims: how many dims from the first on may change.
     """
 
-    def __init__(self, function: Callable[Arguments, Result]) -> None:
+    def __init__(self, function: Callable[Arguments, Result], free_dims: int = 1) -> None:
         functools.update_wrapper(self, function)
         self.eager = function
+        self.free_dims = free_dims
         self._compiled: Callable[Arguments, Result] | None = None
         self._gave_up = False
 
@@ -72,8 +74,9 @@ class Leaf(Generic[Arguments, Result]):
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
             self._compiled = torch.compile(self.eager, fullgraph=True, dynamic=False)
         for arg in args:
-            if isinstance(arg, Tensor) and arg.dim():
-                torch._dynamo.maybe_mark_dynamic(arg, 0)
+            if isinstance(arg, Tensor):
+                for dim in range(min(self.free_dims, arg.dim())):
+                    torch._dynamo.maybe_mark_dynamic(arg, dim)
         if _Setting.mode is True:
             return self._compiled(*args, **kwargs)
         try:
@@ -104,3 +107,8 @@ class Leaf(Generic[Arguments, Result]):
 def leaf(function: Callable[Arguments, Result]) -> Leaf[Arguments, Result]:
     """Decorator: make a function a :class:`Leaf`."""
     return Leaf(function)
+
+
+def sequence_leaf(function: Callable[Arguments, Result]) -> Leaf[Arguments, Result]:
+    """Decorator: make a function of [B, S, ..] tensors, of any B and S, a :class:`Leaf`."""
+    return Leaf(function, free_dims=2)

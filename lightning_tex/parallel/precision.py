@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_tex.parallel.sharding import TexModule
 
@@ -37,3 +37,11 @@ PRECISIONS: dict[str, StoredDtypes] = {
 def keeps_full_precision(module: nn.Module) -> bool:
     """Whether mixed precision leaves a module's own parameters in fp32: routers and norms."""
     return isinstance(module, _NORMS) or (isinstance(module, TexModule) and module.full_precision)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a product with ``x`` is computed in here: autocast's where that is on, else its own."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:  # which autocast leaves as it is
+        return torch.get_autocast_dtype(kind)
+    return x.dtype

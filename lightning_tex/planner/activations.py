@@ -8,7 +8,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lightning_tex.planner.layers import Attention, CrossEntropy, Embedding, Head, Layer, Mlp, Moe, Norm
+from lightning_tex.layers.linear_cross_entropy import SLICE_BYTES
+from lightning_tex.planner.layers import (
+    Attention,
+    CrossEntropy,
+    Embedding,
+    Head,
+    Layer,
+    LinearCrossEntropy,
+    Mlp,
+    Moe,
+    Norm,
+)
 from lightning_tex.planner.micro_step import MicroStep
 
 _INT64, _INT32 = 8, 4
@@ -44,6 +55,8 @@ class Activations:
                 return self.whole(layer.dim)
             case CrossEntropy():
                 return self.step.tokens * (_INT64 + 1)
+            case LinearCrossEntropy():
+                return self.step.tokens * (_INT64 + 1 + self.step.score_bytes)
         raise AssertionError(f"no formula for what {layer} keeps")
 
     def stream(self, dim: int) -> int:
@@ -54,23 +67,21 @@ class Activations:
         """Activations inside a region sharded over tensor, before they are sharded: [T, D]."""
         return self.step.tokens * dim * self.step.element_bytes
 
-    @property
-    def norm_sees_stream(self) -> bool:
-        """Whether a norm keeps the stream itself, and no copy in another precision."""
-        return self.step.norm_bytes == self.step.element_bytes
-
     def _norm(self, layer: Norm) -> int:
-        """The input in the weight's dtype, and a scale a token."""
-        return self.step.held * (layer.dim + 1) * self.step.norm_bytes
+        """The stream that it is given, and a scale a token."""
+        return self.stream(layer.dim) + self.step.held * self.step.score_bytes
+
+    def rotary(self, layer: Attention) -> int:
+        """Cosines and sines that all layers have in common."""
+        return self.step.job.sequence_length * 3 * layer.head_dim // 2 * self.step.element_bytes
 
     def _attention(self, layer: Attention) -> int:
-        """The input of the projections; sines and cosines; what the attention kernel saves, its result included."""
+        """The input of the projections; what the attention kernel saves, its result included."""
         step, tensor = self.step, self.step.layout.tensor
         heads = 2 * layer.num_heads + 2 * layer.num_kv_heads  # query and result, key and value
         kernel = step.tokens * heads * layer.head_dim // tensor * step.element_bytes
         log_sums = step.tokens * layer.num_heads // tensor * step.score_bytes
-        rotary = 4 * step.job.sequence_length * layer.head_dim * step.element_bytes
-        return self.whole(layer.dim) + rotary + kernel + log_sums
+        return self.whole(layer.dim) + kernel + log_sums
 
     def _mlp(self, layer: Mlp) -> int:
         """The input of the first product, and what stands between the products."""
@@ -197,6 +208,27 @@ class Activations:
         """Gradients of the logits, of the head's matrix and of its input."""
         logits = self.step.tokens * self.step.columns(layer) * self.step.element_bytes
         return logits + self.vocabulary(layer) + self.whole(layer.dim)
+
+    def linear_loss(self, layer: Head, device: str) -> int:
+        """A chunk's logits and their exponentials, and the gradients of the head's matrix and input."""
+        size, score, chunks = self.step.element_bytes, self.step.score_bytes, self.step.loss_chunks(layer, device)
+        logits = max(chunks) * self.step.columns(layer) * (score if score == size else score + size)
+        added = min(SLICE_BYTES, self.vocabulary(layer)) if self._added_apart(layer, device) else 0
+        return logits + added + self._matrix_sums(layer, device) + self.whole(layer.dim)
+
+    def linear_loss_backward(self, layer: Head, device: str) -> int:
+        """The same gradients, and that of the matrix in its dtype."""
+        sums, vocabulary = self._matrix_sums(layer, device), self.vocabulary(layer)
+        return sums + (vocabulary if sums > vocabulary else 0) + self.whole(layer.dim)
+
+    def _matrix_sums(self, layer: Head, device: str) -> int:
+        """The gradient of the head's matrix, of several chunks in full precision."""
+        several = len(self.step.loss_chunks(layer, device)) > 1
+        return self.step.columns(layer) * layer.dim * (self.step.score_bytes if several else self.step.element_bytes)
+
+    def _added_apart(self, layer: Head, device: str) -> bool:
+        """Whether a chunk's part of that gradient is computed before it is added."""
+        return device == "cpu" and self._matrix_sums(layer, device) > self.vocabulary(layer)
 
     def embedding_backward(self, layer: Embedding) -> int:
         """Gradients of the stream and of the embedding."""

@@ -8,7 +8,7 @@ from itertools import accumulate
 
 from lightning_tex.planner.activations import Activations, width
 from lightning_tex.planner.instants import Instant
-from lightning_tex.planner.layers import Embedding, Head, Layer, Mlp, Moe
+from lightning_tex.planner.layers import Attention, Embedding, Head, Layer, LinearCrossEntropy, Mlp, Moe
 from lightning_tex.planner.layouts import ActivationSource, Candidate, Job
 from lightning_tex.planner.micro_step import MicroStep
 
@@ -25,11 +25,16 @@ class DeclaredFormulas(ActivationSource):
         )
         assert isinstance(embedding, Embedding) and isinstance(head, Head)
         costs, kinds = [_BlockCosts.of(at, layers, device) for layers in model.blocks.kinds], model.blocks.order
-        kept = list(accumulate(costs[kind].kept for kind in kinds))
+        attention = next(layer for layer in model.blocks.kinds[0] if isinstance(layer, Attention))
+        kept = list(accumulate((costs[kind].kept for kind in kinds), initial=at.rotary(attention)))[1:]
         stash = list(accumulate(costs[kind].stash for kind in kinds))
         forward = kept[-1] + at.block(model.outside_blocks)
-        yield Instant("logits", forward, stash[-1], at.logits(head))
-        yield Instant("head", forward, stash[-1], at.head_backward(head))
+        if LinearCrossEntropy() in model.outside_blocks:
+            yield Instant("loss", forward, stash[-1], at.linear_loss(head, device))
+            yield Instant("head", forward, stash[-1], at.linear_loss_backward(head, device))
+        else:
+            yield Instant("logits", forward, stash[-1], at.logits(head))
+            yield Instant("head", forward, stash[-1], at.head_backward(head))
         # Of a shared matrix, the head's gradient waits for the embedding's.
         tied = at.vocabulary(head) if model.tied else 0
         # An earlier block of the same kind holds less, unless gradients gather on the way to it.
@@ -77,9 +82,7 @@ def _recomputed(at: Activations, layers: tuple[Layer, ...]) -> int:
     mode = at.step.candidate.activation_checkpointing
     if mode is None:
         return 0
-    made = at.block(layers)
-    if at.norm_sees_stream:
-        made -= at.stream(width(layers))
+    made = at.block(layers) - at.stream(width(layers))
     made -= sum(at.routing_losses(layer) + at.decisions(layer) for layer in layers)
     if mode == "communication_aware":
         moved = [layer for layer in layers if isinstance(layer, Moe) and at.step.moved(layer)]

@@ -16,10 +16,11 @@ from lightning_tex.parallel.precision import keeps_full_precision
 from lightning_tex.parallel.sharding import TexModule, check_sizes, declared_partial
 from lightning_tex.planner.layers import (
     Attention,
-    CrossEntropy,
     Embedding,
     Head,
     Layer,
+    LinearCrossEntropy,
+    Loss,
     Mlp,
     Moe,
     Norm,
@@ -53,7 +54,9 @@ def describe(
 
 
 def describe_decoder(config: DecoderConfig) -> ModelDescription:
-    """Describe a :class:`Decoder` and its cross-entropy, by a decoder of one block of each kind on the meta device.
+    """Describe a :class:`Decoder` and the loss that :class:`LanguageModel` takes of it.
+
+    By a decoder of one block of each kind on the meta device.
 
     Raises:
         ValueError: sizes that no decoder has.
@@ -76,7 +79,7 @@ def decoder_parameters(config: DecoderConfig) -> int:
 def _describe_decoder(values: tuple[Any, ...]) -> ModelDescription:
     config = DecoderConfig(*values)
     deep = _repeated(_shallow(config), config.num_layers)
-    return replace(deep, layers=(*deep.layers, PlacedLayer(CrossEntropy())), config=config)
+    return replace(deep, layers=(*deep.layers, PlacedLayer(LinearCrossEntropy())), config=config)
 
 
 def _shallow(config: DecoderConfig) -> ModelDescription:
@@ -119,14 +122,16 @@ def _formulas_hold(root: nn.Module, blocks: list[nn.Module], layers: tuple[Place
     decoders = [module for module in root.modules() if isinstance(module, Decoder)]
     if len(decoders) != 1 or not all(parameter.requires_grad for parameter in root.parameters()):
         return False
-    outside = [type(placed.layer) for placed in layers if not placed.in_block]
+    losses = [placed.layer for placed in layers if isinstance(placed.layer, Loss)]
+    outside = [type(placed.layer) for placed in layers if not placed.in_block and placed.layer not in losses]
     inside = [type(placed.layer) for placed in layers if placed.in_block]
     patterns = [inside[start : start + len(_BLOCK)] for start in range(0, len(inside), len(_BLOCK))]
     return (
         type(decoders[0]).forward is Decoder.forward
         and all(type(block) is Block for block in blocks)
         and blocks == list(decoders[0].blocks)
-        and [kind for kind in outside if kind is not CrossEntropy] == [Embedding, Norm, Head]
+        and outside == [Embedding, Norm, Head]
+        and len(set(losses)) <= 1
         and all(pattern[:-1] == _BLOCK[:-1] and pattern[-1] in (Mlp, Moe) for pattern in patterns)
     )
 
@@ -156,7 +161,7 @@ class _Walk:
         block = self._blocks.get(name) if block is None else block
         around = layer
         if layer is None and (known := known_layer(module)) is not None:
-            if isinstance(known, CrossEntropy):
+            if isinstance(known, Loss):
                 self._losses.append(known)
             else:
                 layer = len(self._layers)

@@ -15,6 +15,7 @@ from lightning_tex.layers import (
     VocabParallelCrossEntropy,
     VocabParallelEmbedding,
     VocabParallelHead,
+    VocabParallelLinearCrossEntropy,
 )
 from lightning_tex.moe import MoE
 
@@ -83,6 +84,11 @@ class CrossEntropy:
 
 
 @dataclass(frozen=True)
+class LinearCrossEntropy:
+    """A :class:`VocabParallelLinearCrossEntropy`, of the one head that there is."""
+
+
+@dataclass(frozen=True)
 class ColumnLinear:
     """A :class:`ColumnParallelLinear`: [.., in_features] -> [.., out_features / tensor]."""
 
@@ -114,9 +120,8 @@ class Other:
     kind: str
 
 
-Layer = (
-    Embedding | Norm | Attention | Mlp | Moe | Head | CrossEntropy | ColumnLinear | RowLinear | Linear | Other
-)  # fmt: skip
+Loss = CrossEntropy | LinearCrossEntropy
+Layer = Embedding | Norm | Attention | Mlp | Moe | Head | Loss | ColumnLinear | RowLinear | Linear | Other
 
 
 def known_layer(module: nn.Module) -> Layer | None:
@@ -142,6 +147,8 @@ def known_layer(module: nn.Module) -> Layer | None:
             return Head(module.dim, module.size, module.gather_output)
         case VocabParallelCrossEntropy():
             return CrossEntropy()
+        case VocabParallelLinearCrossEntropy():
+            return LinearCrossEntropy()
         case ColumnParallelLinear():
             return ColumnLinear(module.in_features, module.out_features, module.gather_output)
         case RowParallelLinear():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
+from lightning_tex.layers.linear_cross_entropy import chunk_sizes
 from lightning_tex.moe.capacity import buffer_rows, capacity
 from lightning_tex.moe.expert_axes import DispatchCase
 from lightning_tex.parallel.topology import Communication, Layout
@@ -55,11 +56,6 @@ class MicroStep:
         return self.job.dtypes.usual.itemsize
 
     @property
-    def norm_bytes(self) -> int:
-        """Of a number as norms see it: their weights' dtype."""
-        return self.job.dtypes.full.itemsize
-
-    @property
     def score_bytes(self) -> int:
         """Of a router's score, and of logits in a loss: fp32, or fp64 of fp64."""
         return max(4, self.element_bytes)
@@ -67,6 +63,10 @@ class MicroStep:
     def columns(self, layer: Embedding | Head) -> int:
         """Of the vocabulary, what a rank has, padding included."""
         return -(-layer.vocab_size // self.layout.tensor)
+
+    def loss_chunks(self, head: Head, device: str) -> list[int]:
+        """Tokens of each chunk that a linear cross-entropy takes of this head's logits."""
+        return chunk_sizes(self.tokens, self.columns(head), self.element_bytes, device)
 
     # --- rows at the experts
 

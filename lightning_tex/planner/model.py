@@ -16,7 +16,7 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 from lightning_tex.models.decoder import DecoderConfig
 from lightning_tex.parallel.sharding import Box, ParameterSharding
 from lightning_tex.parallel.topology import Layout, Topology
-from lightning_tex.planner.layers import CrossEntropy, Embedding, Head, Layer, Moe, Norm
+from lightning_tex.planner.layers import Embedding, Head, Layer, Loss, Moe, Norm
 
 Kind = Literal["sharded", "replicated", "expert"]
 # Layers that a backward passes together, each with whether it is in a block.
@@ -164,7 +164,7 @@ class ModelDescription:
             one = ((placed.layer, placed.in_block),)
             if isinstance(placed.layer, Norm):
                 norms += one
-            elif isinstance(placed.layer, CrossEntropy) and parts:
+            elif isinstance(placed.layer, Loss) and parts:
                 parts[-1] += one
             else:
                 parts.append(norms + one)

@@ -20,6 +20,7 @@ from lightning_tex.planner.layers import (
     Embedding,
     Head,
     Linear,
+    LinearCrossEntropy,
     Mlp,
     Moe,
     Norm,
@@ -129,6 +130,12 @@ class MicroStepTraffic:
                 for of in (1, 3):  # the largest logit; sum, target and whether it was found: in fp32
                     whole = of * self.step.score_bytes * self.step.tokens
                     yield from self._over("tensor", "all_reduce", whole, forward)
+            case LinearCrossEntropy():
+                head = next(placed.layer for placed in self.step.job.model.layers if isinstance(placed.layer, Head))
+                # The log of the sum of exponentials and the target's logit: in fp32, in as many chunks as on a GPU.
+                for tokens in self.step.loss_chunks(head, "cuda"):
+                    whole = 2 * self.step.score_bytes * tokens * self.step.layout.tensor
+                    yield from self._over("tensor", "all_gather", whole, forward)
             case Norm() | Linear() | Other():
                 pass
 

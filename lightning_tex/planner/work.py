@@ -19,6 +19,8 @@ from lightning_tex.planner.layers import (
     Head,
     Layer,
     Linear,
+    LinearCrossEntropy,
+    Loss,
     Mlp,
     Moe,
     Norm,
@@ -118,7 +120,7 @@ class Work:
         """Of a layer's forward; of its backward twice as many."""
         match layer:
             case Norm():
-                return self._norm_bytes(layer)
+                return 2 * self._stream(layer.dim)
             case Attention():
                 return self._attention_bytes(layer)
             case Mlp():
@@ -131,17 +133,11 @@ class Work:
     def _stream(self, dim: int) -> int:
         return self.step.held * dim * self.step.element_bytes
 
-    def _norm_bytes(self, layer: Norm) -> float:
-        """Upcast, norm, downcast where the weight has another dtype."""
-        size, full = self.step.element_bytes, self.step.norm_bytes
-        casts = 2 * (size + full) if size != full else 0
-        return self.step.held * layer.dim * (2 * full + casts)
-
     def _attention_bytes(self, layer: Attention) -> float:
-        """Rotation of queries and keys (four passes), the kernel, and the residual."""
+        """Rotation of queries and keys (three passes), the kernel, and the residual."""
         per_head = self.step.tokens * layer.head_dim / self.step.layout.tensor * self.step.element_bytes
         heads = layer.num_heads + layer.num_kv_heads
-        return 9 * per_head * heads + per_head * 2 * heads + 3 * self._stream(layer.dim)
+        return 5 * per_head * heads + per_head * 2 * heads + 3 * self._stream(layer.dim)
 
     def _between_bytes(self, layer: Mlp, hidden: float) -> float:
         return hidden * self.step.element_bytes * (5 if layer.gated else 2)
@@ -157,11 +153,15 @@ class Work:
         between = (3 if layer.gated else 2) * hidden
         return router + (3 * own + reordered) * dim * size + between + 4 * self._stream(dim)
 
-    def loss_bytes(self, layer: Head) -> float:
-        """Cross-entropy of a head's logits in full precision, forward and backward together."""
+    def loss_bytes(self, layer: Head, loss: Loss) -> float:
+        """Of a loss of a head's logits in full precision, forward and backward together."""
         size, score = self.step.element_bytes, self.step.score_bytes
         casts = 2 * (size + score) if size != score else 0
-        return self.step.tokens * self.step.columns(layer) * (casts + (1 + 2 + 2 + 1 + 2 + 2) * score)
+        logits = self.step.tokens * self.step.columns(layer)
+        if isinstance(loss, CrossEntropy):
+            return logits * (casts + (1 + 2 + 2 + 1 + 2 + 2) * score)
+        added = 2 * score * self.step.columns(layer) * layer.dim * len(self.step.loss_chunks(layer, "cuda"))
+        return logits * (casts + (1 + 2 + 2 + 1 + 2) * score) + added
 
 
 class LayerTime(NamedTuple):
@@ -197,8 +197,8 @@ class Computation:
 def computation(job: Job, candidate: Candidate, cluster: Cluster) -> Computation:
     """Roofline time of all that one rank computes in a micro-step; a backward is two forwards, attention's 2.5."""
     model, work = job.model, Work(MicroStep(job, candidate))
-    with_loss = any(isinstance(placed.layer, CrossEntropy) for placed in model.layers)
-    of_placed = {placed: _layer_time(work, placed, cluster, with_loss) for placed in model.layer_counts}
+    loss = next((placed.layer for placed in model.layers if isinstance(placed.layer, Loss)), None)
+    of_placed = {placed: _layer_time(work, placed, cluster, loss) for placed in model.layer_counts}
     times = {(placed.layer, placed.in_block): time for placed, time in of_placed.items()}
     forward = recompute = backward = flops = 0.0
     for placed, count in model.layer_counts.items():
@@ -214,23 +214,27 @@ def computation(job: Job, candidate: Candidate, cluster: Cluster) -> Computation
     return Computation(forward, recompute, backward, flops, tuple(of_kind[kind] for kind in model.backward_parts.order))
 
 
-def _layer_time(work: Work, placed: PlacedLayer, cluster: Cluster, with_loss: bool) -> LayerTime:
+def _layer_time(work: Work, placed: PlacedLayer, cluster: Cluster, loss: Loss | None) -> LayerTime:
     layer, in_block = placed.layer, placed.in_block
     job, mode = work.step.job, work.step.candidate.activation_checkpointing
     products = list(work.products(layer))
     seconds = [product.seconds(cluster, job.precision, work.step.element_bytes) for product in products]
     rest = cluster.passes(work.moved_bytes(layer))
-    loss = cluster.passes(work.loss_bytes(layer)) if with_loss and isinstance(layer, Head) else 0.0
-    forward = sum(seconds) + rest + loss / 2
+    forward = sum(seconds) + rest
     backward = sum(product.backward * time for product, time in zip(products, seconds, strict=True)) + 2 * rest
     flops = sum((1 + product.backward) * product.flops for product in products)
+    if isinstance(layer, Head) and loss is not None:
+        of_loss = cluster.passes(work.loss_bytes(layer, loss))
+        if isinstance(loss, LinearCrossEntropy):  # whose forward makes the gradients
+            return LayerTime(forward + backward + of_loss, 0.0, 0.0, flops)
+        forward, backward = forward + of_loss / 2, backward + of_loss / 2
     if not in_block or mode is None:
-        return LayerTime(forward, 0.0, backward + loss / 2, flops)
+        return LayerTime(forward, 0.0, backward, flops)
     replayed = mode == "communication_aware"
     again = [not ((replayed and product.recorded) or (placed.ends_block and product.last)) for product in products]
     recompute = sum(time for time, repeated in zip(seconds, again, strict=True) if repeated) + rest
     flops += sum(product.flops for product, repeated in zip(products, again, strict=True) if repeated)
-    return LayerTime(forward, recompute, backward + loss / 2, flops)
+    return LayerTime(forward, recompute, backward, flops)
 
 
 def _ups(layer: Mlp | Moe) -> int:

@@ -25,12 +25,10 @@ class HeadNorms(ParallelAttention):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__(dim, num_heads)
         self.query_norm, self.key_norm = nn.RMSNorm(self.head_dim), nn.RMSNorm(self.head_dim)
-        self.calls = 0
 
-    def _rotate(self, x: Tensor, *positions: Any) -> Tensor:
-        norm = self.key_norm if self.calls % 2 else self.query_norm
-        self.calls += 1
-        return super()._rotate(norm(x), *positions)
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = super().heads(x)
+        return self.query_norm(query), self.key_norm(key), value
 
 
 class Declared(HeadNorms):

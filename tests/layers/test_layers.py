@@ -13,6 +13,7 @@ from lightning_tex.layers import (
     ParallelAttention,
     ParallelMLP,
     RMSNorm,
+    Rotary,
     RowParallelLinear,
     VocabParallelCrossEntropy,
     VocabParallelEmbedding,
@@ -165,7 +166,7 @@ def plain_attention(layer, x, mask=None):
     def project(part, x):
         return x @ part.weight.T + (0 if part.bias is None else part.bias)
 
-    wavelength = layer.rope_base ** (torch.arange(width // 2).double() / (width // 2))
+    wavelength = layer.rotary.base ** (torch.arange(width // 2).double() / (width // 2))
     angle = torch.arange(length).double()[:, None] / wavelength
     turn = torch.polar(torch.ones_like(angle), angle)
 
@@ -231,12 +232,14 @@ def test_masked_positions_do_not_influence_seen_ones():
 
 
 def test_scores_depend_on_distance_only():
-    layer = ParallelAttention(16, 4, causal=False).double()
-    x = torch.randn(1, 5, 4, 4).double().transpose(1, 2)  # [B, H, S, d]
-    shifted = F.pad(x, (0, 0, 3, 0))
-    scores = layer._rotate(x) @ layer._rotate(x).transpose(-1, -2)
-    moved = (layer._rotate(shifted) @ layer._rotate(shifted).transpose(-1, -2))[..., 3:, 3:]
-    torch.testing.assert_close(scores, moved, rtol=1e-12, atol=1e-12)
+    x = torch.randn(1, 5, 4, 4).double()  # [B, S, H, d]
+    shifted = F.pad(x, (0, 0, 0, 0, 3, 0))
+
+    def scores(x):
+        query, key = (t.transpose(1, 2) for t in Rotary(4).tables(x.shape[1], x).turn(x, x))
+        return query @ key.transpose(-1, -2)
+
+    torch.testing.assert_close(scores(x), scores(shifted)[..., 3:, 3:], rtol=1e-12, atol=1e-12)
 
 
 def test_attention_dropout_acts_in_training_only():

@@ -16,7 +16,7 @@ from helpers.own_modules import FEATURES, TwoKinds, regression
 from helpers.topologies import join
 from torch import nn
 
-from lightning_tex.layers import ParallelAttention, VocabParallelCrossEntropy
+from lightning_tex.layers import ParallelAttention, VocabParallelLinearCrossEntropy
 from lightning_tex.models import Decoder, DecoderConfig
 from lightning_tex.moe import MoE, auxiliary_loss
 from lightning_tex.optim import OptimizerStateConfig, TiledOptimizer, flat_sizes
@@ -228,13 +228,13 @@ def training_step(model, topology, mode, stage, micro_steps):
     optimizer = TiledOptimizer(
         torch.optim.AdamW(groups), placed, topology.world, OptimizerStateConfig(zero_stage=stage)
     )
-    cross_entropy = VocabParallelCrossEntropy()
+    cross_entropy = VocabParallelLinearCrossEntropy()
     cross_entropy.bind(topology)
     with topology.world.meter.measure() as meter:
         meter.clear()
         for _ in range(micro_steps):
             ids = torch.randint(98, (B, EVEN), generator=torch.Generator().manual_seed(topology.data.rank))
-            loss = cross_entropy(model(ids), ids) + auxiliary_loss(model)
+            loss = cross_entropy(model.hidden(ids), model.head, ids) + auxiliary_loss(model)
             announced_backward(optimizer, loss)
         optimizer.clip_by_norm(1.0)
         optimizer.step()

@@ -43,20 +43,21 @@ def layers_of(config: DecoderConfig, experts: bool) -> tuple[Layer, ...]:
     return next(kind for kind in describe_decoder(config).blocks.kinds if isinstance(kind[-1], Moe) == experts)
 
 
-def saved_bytes(block: nn.Module, x: torch.Tensor, precision: str) -> int:
-    """Bytes of the distinct storages that autograd saves, parameters not included; then a backward."""
-    parameters = {p.untyped_storage().data_ptr() for p in block.parameters()}
+def saved_bytes(block: Block, x: torch.Tensor, precision: str) -> int:
+    """Bytes of the distinct storages that autograd saves, without parameters and what all blocks have in common."""
+    rotary = block.attention.rotary.tables(S, x)
+    common = {t.untyped_storage().data_ptr() for t in (*block.parameters(), rotary.cos, rotary.sin)}
     saved: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         at = tensor.untyped_storage().data_ptr()
-        if at not in parameters:
+        if at not in common:
             saved[at] = tensor  # held, so that no address is used twice
         return tensor
 
     autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16-mixed" else nullcontext()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
-        y = block(x)
+        y = block(x, None, rotary)
         return sum(t.untyped_storage().nbytes() for t in saved.values()) if y.requires_grad else 0
 
 

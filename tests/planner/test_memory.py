@@ -18,7 +18,7 @@ from helpers.cases import case, in_full, pairwise
 from helpers.topologies import join
 
 from lightning_tex.bench.memory import peak_bytes
-from lightning_tex.layers import VocabParallelCrossEntropy
+from lightning_tex.layers import VocabParallelLinearCrossEntropy
 from lightning_tex.models import Decoder, DecoderConfig
 from lightning_tex.moe import auxiliary_loss
 from lightning_tex.optim import OptimizerStateConfig, TiledOptimizer
@@ -59,13 +59,13 @@ def measured_and_planned(
     optimizer = TiledOptimizer(
         torch.optim.AdamW(groups), shardings, topology.world, state_config, topology.communication
     )
-    cross_entropy = VocabParallelCrossEntropy(reduction="sum")
+    cross_entropy = VocabParallelLinearCrossEntropy(reduction="sum")
     cross_entropy.bind(topology)
     ids = torch.randint(config.vocab_size, (B, S), generator=torch.Generator().manual_seed(topology.data.rank))
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16) if precision == "bf16-mixed" else nullcontext():
-            loss = cross_entropy(model(ids), ids) / ids.numel() + auxiliary_loss(model)
+            loss = cross_entropy(model.hidden(ids), model.head, ids) / ids.numel() + auxiliary_loss(model)
         optimizer.zero_grad()
         announced_backward(optimizer, loss, undisturbed=True)
         optimizer.step()

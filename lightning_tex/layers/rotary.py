@@ -1,0 +1,85 @@
+"""Rotary position embedding: tables made once for all layers of a model, and queries and keys that they turn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightning_tex.parallel.compiled import sequence_leaf
+from lightning_tex.parallel.precision import product_dtype
+
+# B sequences, S positions, h heads, d head width
+
+
+@dataclass(frozen=True)
+class RotaryTables:
+    """Cosines and sines of the angles by which positions turn.
+
+    Args:
+        cos: [1, S, 1, d], in the dtype of queries and keys.
+        sin: [1, S, 1, d / 2], likewise.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def turn(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:  # [B, S, h, d] each, of any h
+        """Queries and keys at their positions."""
+        turned: tuple[Tensor, Tensor] = _Turn.apply(query, key, self.cos, self.sin)
+        return turned
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Pairs (i, i + d/2) of a head turn by position * base^(-2i/d) (RoFormer, arXiv 2104.09864, in halves).
+
+    Args:
+        width: d, even.
+        base: of the wavelengths.
+    """
+
+    width: int
+    base: float = 10000.0
+
+    def rates(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Radians by which each pair turns from one position to the next: [d / 2]."""
+        half = self.width // 2
+        return self.base ** (-torch.arange(half, device=device, dtype=dtype) / half)
+
+    def tables(self, length: int, like: Tensor) -> RotaryTables:
+        """Those of positions 0 to length - 1, where ``like`` is and in the dtype that products with it have."""
+        dtype = product_dtype(like)
+        wide = torch.promote_types(dtype, torch.float32)
+        angle = torch.arange(length, device=like.device, dtype=wide)[:, None] * self.rates(like.device, wide)
+        angle = angle[None, :, None]
+        return RotaryTables(angle.cos().repeat(1, 1, 1, 2).to(dtype), angle.sin().to(dtype))
+
+
+class _Turn(torch.autograd.Function):
+    """Queries and keys turned forward, their gradients turned back: nothing but the tables is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        return _turned(query, key, cos, sin, False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return *_turned(query, key, cos, sin, True), None, None
+
+
+@sequence_leaf
+def _turned(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+    """(a, b) -> (a cos - b sin, b cos + a sin), or by the opposite angles."""
+    half, sign = sin.shape[-1], -1 if back else 1
+    results = query * cos, key * cos
+    for x, result in zip((query, key), results, strict=True):
+        result[..., :half].addcmul_(x[..., half:], sin, value=-sign)
+        result[..., half:].addcmul_(x[..., :half], sin, value=sign)
+    return results
