@@ -13,7 +13,7 @@ for ((i = 0; i < $#; i++)); do
   [ "${words[i]}" = --out ] && out=${words[i + 1]}
 done
 export PYTHONPATH="$here/..:$here${PYTHONPATH:+:$PYTHONPATH}"
-python "$here/gpu_parts.py" --out "$out" "$@"
+python3 "$here/gpu_parts.py" --out "$out" "$@"
 ended=$?
-python "$here/gpu_tables.py" --results "$out"
+python3 "$here/gpu_tables.py" --results "$out"
 exit $ended
