@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import statistics
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +39,7 @@ class Plan:
         repeat: passes of a layer in a turn that are timed, after one that is not.
         new_gradients: every backward makes gradients anew; else it adds to those that are there, as a strategy's does.
         only: peers that are measured beside ours; ``None``: all that can be had.
+        seconds: after which no further combination is begun; ``None``: all are.
     """
 
     shapes: Sequence[Shape]
@@ -51,6 +54,7 @@ class Plan:
     repeat: int = 3
     new_gradients: bool = False
     only: list[str] | None = None
+    seconds: float | None = None
 
 
 class Clocked(NamedTuple):
@@ -66,14 +70,14 @@ class Clocked(NamedTuple):
 
 def cases(plan: Plan) -> Iterator[dict[str, Any]]:
     """Measure one combination of shape, dtype, routing and recomputation after the other."""
-    for shape in plan.shapes:
-        for dtype in plan.dtypes:
-            for routing in plan.routings:
-                for recomputed in plan.recomputations:
-                    yield Case(shape, dtype, routing, recomputed, plan).report()
-                    gc.collect()
-                    if plan.device.type == "cuda":
-                        torch.cuda.empty_cache()
+    until = None if plan.seconds is None else time.monotonic() + plan.seconds
+    for combination in product(plan.shapes, plan.dtypes, plan.routings, plan.recomputations):
+        if until is not None and time.monotonic() > until:
+            return
+        yield Case(*combination, plan).report()
+        gc.collect()
+        if plan.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 class Pass:
@@ -156,9 +160,9 @@ class Case:
                 continue
             reference = output if reference is None else reference
             rows[name]["difference"] = float((output - reference).norm() / reference.norm())
-        product = LargeProduct(self.plan.device, self.dtype)
-        times = self._timed(product)
-        of = peak(self.plan.device, "32-true" if self.dtype is torch.float32 else "bf16-mixed", product)
+        large = LargeProduct(self.plan.device, self.dtype)
+        times = self._timed(large)
+        of = peak(self.plan.device, "32-true" if self.dtype is torch.float32 else "bf16-mixed", large)
         for name, clocked in times.items():
             rows[name] |= self._rates(clocked, times[OURS], of["flops_per_second"])
         return {
@@ -173,7 +177,7 @@ class Case:
             "recomputed": self.recomputed,
             "largest_load": float(self.load.max() / self.load.float().mean()),
             "forward_flops": self.shape.forward_flops(self.plan.tokens),
-            "product_flops_per_second": product.flops,
+            "product_flops_per_second": large.flops,
             "peak": of,
             "layers": rows,
             "skipped": self.skipped,
@@ -205,14 +209,14 @@ class Case:
             "synchronisations": None if forward_waits is None else [forward_waits, backward_waits],
         }
 
-    def _timed(self, product: LargeProduct) -> dict[str, list[Clocked]]:
+    def _timed(self, large: LargeProduct) -> dict[str, list[Clocked]]:
         """Passes of all layers in turns, with a large product beside them."""
         times: dict[str, list[Clocked]] = {name: [] for name in self.passes}
         names = list(times)
         for turn in range(self.plan.turns):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 times[name] += self._turn(self.passes[name])
-            product.time()
+            large.time()
         return times
 
     def _turn(self, one: Pass) -> list[Clocked]:

@@ -48,6 +48,7 @@ class LayerOptions:
         alone: compare with none.
         turns: of which medians are taken.
         repeat: passes of each layer that are timed in a turn.
+        seconds: after which no further combination of these is begun; left out: all are.
         threads: of torch, on CPU.
         device: where; left out: cuda if torch sees one.
     """
@@ -69,6 +70,7 @@ class LayerOptions:
     alone: bool = False
     turns: Count = Count(5)
     repeat: Count = Count(3)
+    seconds: PositiveFloat | None = None
     threads: Count = Count(1)
     device: Device | None = None
 
@@ -95,6 +97,7 @@ def bench_layer(options: LayerOptions) -> dict[str, Any]:
         options.repeat,
         options.new_gradients,
         [] if options.alone else options.only,
+        options.seconds,
     )
     report: dict[str, Any] = {**layer.conditions(plan), "cases": []}
     tell(
@@ -104,6 +107,10 @@ def bench_layer(options: LayerOptions) -> dict[str, Any]:
         report["cases"].append(case)
         show(case)
     tell(LEGEND)
+    wanted = len(plan.shapes) * len(plan.routings) * len(plan.dtypes) * len(plan.recomputations)
+    report["left_out"] = wanted - len(report["cases"])
+    if report["left_out"]:
+        tell(f"{report['left_out']} of {wanted} combinations were left out after {options.seconds:g} s")
     return report
 
 
