@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from lightning_tex.bench.moments import synchronise
 from lightning_tex.layers import RMSNorm
 
 
@@ -60,19 +61,15 @@ class Clock:
         measured = []
         for _ in range(self.turns):
             dist.barrier()
-            self._synchronise()
+            synchronise(torch.device(self.device))
             start = time.perf_counter()
             for _ in range(repeat):
                 work()
-            self._synchronise()
+            synchronise(torch.device(self.device))
             measured.append((time.perf_counter() - start) / repeat)
         slowest = torch.tensor(statistics.median(measured), device=self.device, dtype=torch.float64)
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
         return float(slowest)
-
-    def _synchronise(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from lightning_tex.bench.candidates import REFERENCE, Build, Candidate, Tiled, Workload, ours, torchs
 from lightning_tex.bench.memory import live_bytes, peak_bytes
+from lightning_tex.bench.moments import synchronise
 from lightning_tex.optim.state_config import OptimizerStateFormat
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.topology import Layout, Topology
@@ -203,15 +204,11 @@ class Case:
         """All ranks starting together."""
         if self.workload.topology.world.size > 1:
             dist.barrier(group=self.workload.topology.world.group)
-        self._synchronise()
+        synchronise(self.workload.device)
         wall, cpu = time.perf_counter(), time.process_time()
         run()
-        self._synchronise()
+        synchronise(self.workload.device)
         return Clocked(1e3 * (time.perf_counter() - wall), 1e3 * (time.process_time() - cpu))
-
-    def _synchronise(self) -> None:
-        if self.workload.device.type == "cuda":
-            torch.cuda.synchronize(self.workload.device)
 
 
 class Clocked(NamedTuple):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
+from lightning_tex.bench.moments import synchronise
 from lightning_tex.parallel.activation_checkpointing import stash_bytes
 from lightning_tex.parallel.collectives import all_reduce
 from lightning_tex.strategy import TexMoEStrategy
@@ -81,7 +82,6 @@ class Stopwatch(Callback):
             self.measured = Measured(wall * per_step, float(cpus) * per_step, self._sent, self._stash, float(loss))
 
     def _now(self, trainer: Trainer) -> tuple[float, float]:
-        if trainer.strategy.root_device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronise(trainer.strategy.root_device)
         trainer.strategy.barrier()
         return time.perf_counter(), time.process_time()

@@ -23,7 +23,7 @@ from lightning_tex.planner_trace.patches import patch_trainer, patched_for_a_tra
 from lightning_tex.planner_trace.states import state_bytes, states
 from lightning_tex.planner_trace.tracker import Tracker
 from lightning_tex.planner_trace.world import one_of_many
-from lightning_tex.recipe import Recipe, quiet
+from lightning_tex.recipe import BARE_TRAINER, Recipe, quiet
 from lightning_tex.strategy import TexMoEStrategy
 
 
@@ -138,6 +138,7 @@ _ALONE: dict[str, Any] = {"check_replicas_every_n_steps": 0}
 
 # What a Trainer does besides training.
 _DRY: dict[str, Any] = {
+    **BARE_TRAINER,
     "accelerator": "cpu",
     "num_nodes": 1,
     "max_steps": 2,
@@ -149,14 +150,9 @@ _DRY: dict[str, Any] = {
     "check_val_every_n_epoch": 1,
     "num_sanity_val_steps": 0,
     "log_every_n_steps": 1000,
-    "logger": False,
-    "callbacks": [],
     "profiler": None,
     "fast_dev_run": False,
     "overfit_batches": 0.0,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
 }
 
 

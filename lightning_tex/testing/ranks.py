@@ -114,6 +114,7 @@ def _rank(
 ) -> None:
     # A collection that walked what was there before the fork would copy all of its pages: half of a small fit's time.
     gc.freeze()
+    _share_processors(rank, world)
     end_with_parent(signal.SIGKILL, parent)
     os.environ.update(
         RANK=str(rank),
@@ -142,6 +143,14 @@ def _rank(
             _stay_for_the_others(Path(folder), world)
         dist.destroy_process_group()
     os._exit(0 if returned else 1)
+
+
+def _share_processors(rank: int, world: int) -> None:
+    """Keep a rank's threads together: gloo's spin while another of them holds a lock and waits for a processor."""
+    if world > 1:
+        processors = sorted(os.sched_getaffinity(0))
+        count = len(processors)
+        os.sched_setaffinity(0, processors[rank::world] or [processors[rank % count]])
 
 
 def _stay_for_the_others(folder: Path, world: int) -> None:

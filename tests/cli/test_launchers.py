@@ -16,6 +16,7 @@ from torch.distributed.run import config_from_args, parse_args
 
 from lightning_tex.testing.ranks import reserved_port, run_ranks
 
+ON_TWO = ("--trainer.devices", "2", "--trainer.strategy.init_args.expert_parallel_size", "1")
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -35,15 +36,14 @@ def expected(recipe) -> list[float]:
 
 def test_lightnings_own_launcher(recipe, expected, tmp_path):
     script = Path(sys.executable).with_name("lightning-tex")
-    _launch([str(script), "fit", "--config", str(recipe)], tmp_path)
+    _launch([str(script), "fit", "--config", str(recipe), *ON_TWO], tmp_path)
     assert tiny_recipe.losses(tmp_path) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.full
 def test_torchrun(recipe, expected, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    on_two = ["--trainer.devices", "2", "--trainer.strategy.init_args.expert_parallel_size", "1"]
-    _launch([*torchrun, "-m", "lightning_tex", "fit", "--config", str(recipe), *on_two], tmp_path)
+    _launch([*torchrun, "-m", "lightning_tex", "fit", "--config", str(recipe), *ON_TWO], tmp_path)
     assert tiny_recipe.losses(tmp_path) == pytest.approx(expected, rel=1e-6)
 
 

@@ -19,11 +19,6 @@ TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 CODES = {TERM: 143, INT: 1, USR1: 138}
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(4, resumed_fit, str(tmp_path_factory.mktemp("undisturbed")))
-
-
 def stops_and_goes_on(
     folder: Path, undisturbed: list[dict[str, Any]], ranks: list[int], point: str, numbers: list[int], step: int = 4
 ) -> None:

@@ -14,11 +14,6 @@ from lightning_tex.testing.ranks import run_ranks
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(4, resumed_fit, str(tmp_path_factory.mktemp("undisturbed")))
-
-
 def longer_fit(folder: str, path: str) -> Any:
     return resumed_fit(folder, path, max_time={"hours": 1})
 
