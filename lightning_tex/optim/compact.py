@@ -113,7 +113,7 @@ class CompactStates(StateFormat):
         self.begun: list[set[str]] = [set() for _ in self.spans]
 
     @contextmanager
-    def window(self, i: int) -> Iterator[Window]:
+    def window(self, i: int, skip: Tensor | None = None) -> Iterator[Window]:
         span = self.spans[i]
         tile = nn.Parameter(self.master.read(span), requires_grad=False)
         state = {**self.numbers[i], **{key: self.moments.read(key, span) for key in sorted(self.begun[i])}}
@@ -121,7 +121,7 @@ class CompactStates(StateFormat):
         for key, value in state.items():
             if per_element(value, tile):
                 self._begin(i, key)
-                self.moments.write(key, span, value)
+                self.moments.write(key, span, value, skip=skip)
             else:
                 self.numbers[i][key] = value
         self.master.write(span, tile.detach())

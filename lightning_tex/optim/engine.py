@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_tex.optim.formats import StateFormat, Window
-from lightning_tex.optim.skipping import DeviceFactor
+from lightning_tex.optim.fused_kernels import fused_kernel
+from lightning_tex.optim.walk import Walk
 from lightning_tex.parallel.device import device_type
 
 # Classes with a fused kernel; torch picks the slow loop on CPU when nothing is said. Adagrad has none on GPUs before
 # torch 2.12.
 _FUSED_ANYWHERE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 _FUSED_ON_CPU = (*_FUSED_ANYWHERE, torch.optim.Adagrad)
+
+
+class Held(NamedTuple):
+    """A window of some shard's states, and the gradient that it is stepped by, still to be divided. [n]"""
+
+    states: StateFormat
+    place: int
+    gradient: Tensor
+    divisor: float
 
 
 class Engine:
@@ -42,44 +52,66 @@ class Engine:
         # torch wraps it to call hooks, the global ones too, which belong to the whole step.
         self._step = step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[attr-defined]
 
-    def step(self, window: Window, gradient: Tensor, options: dict[str, Any]) -> None:
-        """Update a window's tile and state in place by a group's options. ``gradient``: [n]."""
-        tile, state = window
-        tile.grad = gradient
-        del gradient
-        self.optimizer.state = defaultdict(dict, {tile: state})
-        self.optimizer.param_groups = [{**options, "params": [tile]}]
-        self._step(self.optimizer)
-        tile.grad = None
-        if (left := self.optimizer.state[tile]) is not state:
-            state.clear()
-            state.update(left)
-        # Else the window would live on while the next one is put together.
-        self.optimizer.state, self.optimizer.param_groups = defaultdict(dict), []
-
-    def step_window(
-        self, states: StateFormat, i: int, gradient: Tensor, scale: float | DeviceFactor, options: dict[str, Any]
+    def step(
+        self,
+        windows: Sequence[Window],
+        gradients: list[Tensor],
+        options: dict[str, Any],
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
     ) -> None:
-        """Update window ``i``: upcast the gradient, times ``scale``, step, and let the parameters follow.
+        """Update the tiles and states of windows in place by a group's options, all in one call.
 
-        The gradient is used up. [n]
+        Args:
+            windows, gradients: what is stepped. [n] each
+            options: of the group.
+            grad_scale, found_inf: for fused kernels, as torch's own loss scaler hands them over: what gradients are
+                divided by, and whether everything stays as it is.
         """
-        with states.window(i) as window:
-            # No name for the upcast one: it is gone when the window is taken apart.
-            self.step(window, self._scaled(gradient.to(window.tile.dtype), scale), options)
+        kernel = fused_kernel(self.optimizer, options, windows)
+        if kernel is not None:
+            kernel(windows, gradients, options, grad_scale, found_inf)
+            return
+        tiles = [window.tile for window in windows]
+        for tile, gradient in zip(tiles, gradients, strict=True):
+            tile.grad = gradient
+        del gradients, gradient
+        optimizer = self.optimizer
+        optimizer.grad_scale, optimizer.found_inf = grad_scale, found_inf  # type: ignore[attr-defined]
+        optimizer.state = defaultdict(dict, {window.tile: window.state for window in windows})
+        optimizer.param_groups = [{**options, "params": tiles}]
+        self._step(optimizer)
+        for tile, state in windows:
+            tile.grad = None
+            if (left := optimizer.state[tile]) is not state:
+                state.clear()
+                state.update(left)
+        # Else the windows would live on while the next ones are put together.
+        optimizer.state, optimizer.param_groups = defaultdict(dict), []
 
-    def _scaled(self, gradient: Tensor, scale: float | DeviceFactor) -> Tensor:
-        # fp32, in which a kernel takes its factor, is not enough for fp64.
-        by_kernel = isinstance(scale, DeviceFactor) and gradient.dtype != torch.float64
-        self.optimizer.grad_scale = scale.inverse if by_kernel else None  # type: ignore[attr-defined, union-attr]
-        if by_kernel or scale == 1:
-            return gradient
-        return gradient.mul_(scale.factor if isinstance(scale, DeviceFactor) else scale)
+    def step_windows(self, held: Sequence[Held], walk: Walk, options: dict[str, Any]) -> None:
+        """Update windows of one dtype: upcast their gradients, scale, step, and let the parameters follow.
 
-    # --- steps that the device decides upon
+        The gradients may be used up.
+        """
+        kernel_scales = options.get("fused") and type(self.optimizer) in _FUSED_ON_CPU
+        divisor = held[0].divisor
+        with ExitStack() as windows_open:
+            windows = [windows_open.enter_context(each.states.window(each.place, walk.skip)) for each in held]
+            dtype = windows[0].tile.dtype
+            gradients = walk.upcast([each.gradient for each in held], dtype)
+            inverse = None
+            if kernel_scales and dtype != torch.float64:  # of which fp32 scales would take the precision
+                inverse = walk.inverse(divisor, gradients[0].device)
+            else:
+                walk.scale_in_place(gradients, divisor)
+            self.step(windows, gradients, options, inverse, walk.skip)
+            del windows, gradients
+            if not held[0].states.in_place:
+                walk.free()  # windows that are taken apart need room for that
 
     def leaves_out(self, states: StateFormat, group: dict[str, Any]) -> bool:
-        """Whether the optimizer's kernel itself leaves out what :meth:`leaving_out` says."""
+        """Whether the optimizer's kernel itself leaves out a step that a scalar on the device says is not taken."""
         options = fastest(self.optimizer, group)
         if type(self.optimizer) not in _FUSED_ANYWHERE or not options.get("fused"):
             return False
@@ -87,19 +119,6 @@ class Engine:
         return not options.get("momentum") or all(
             "momentum_buffer" in states.saved_states(i) for i in range(len(states.spans))
         )
-
-    @contextmanager
-    def leaving_out(self, left_out: Tensor | None) -> Iterator[None]:
-        """Inside, steps change nothing where the device has a 1 here, and multiply gradients by device factors.
-
-        Args:
-            left_out: an fp32 scalar; ``None``: all are taken.
-        """
-        self.optimizer.found_inf = left_out  # type: ignore[attr-defined]
-        try:
-            yield
-        finally:
-            self.optimizer.found_inf = None  # type: ignore[attr-defined]
 
 
 def fastest(optimizer: Optimizer, group: dict[str, Any]) -> dict[str, Any]:

@@ -35,17 +35,27 @@ class StateFormat(ABC):
     Args:
         own: the shard's parameters, in the dtype the model computes with. [n]
         tile_size: elements of a window, but for the last one.
+
+    Attributes:
+        has_master: whether values of more precision than the parameters' are kept.
+        in_place: windows are what is kept.
     """
 
     has_master: bool
+    in_place = False
 
     def __init__(self, own: Tensor, tile_size: int) -> None:
         self.own, self.tile_size = own, tile_size
         self.spans = [slice(start, min(start + tile_size, len(own))) for start in range(0, len(own), tile_size)]
 
     @abstractmethod
-    def window(self, i: int) -> AbstractContextManager[Window]:
-        """Window ``i``, to be stepped inside; what the step leaves is kept, and the parameters follow."""
+    def window(self, i: int, skip: Tensor | None = None) -> AbstractContextManager[Window]:
+        """Window ``i``, to be stepped inside; what the step leaves is kept, and the parameters follow.
+
+        Args:
+            i: which.
+            skip: 1 where the step leaves everything as it was: then what is kept stays so to the bit.
+        """
 
     @abstractmethod
     def adopt_parameters(self) -> None:
@@ -84,6 +94,8 @@ class PlainStates(StateFormat):
         master: keep an fp32 copy of the parameters and update that.
     """
 
+    in_place = True
+
     def __init__(self, own: Tensor, tile_size: int, master: bool) -> None:
         super().__init__(own, tile_size)
         self.has_master = master
@@ -93,7 +105,7 @@ class PlainStates(StateFormat):
         ]
 
     @contextmanager
-    def window(self, i: int) -> Iterator[Window]:
+    def window(self, i: int, skip: Tensor | None = None) -> Iterator[Window]:
         yield self.windows[i]
         if self.has_master:
             self.own[self.spans[i]].copy_(self.windows[i].tile)

@@ -36,11 +36,13 @@ class Moments(ABC):
         """A state's values, to be changed in place. [n] fp32"""
 
     @abstractmethod
-    def write(self, key: str, span: slice, values: Tensor, exact: bool = False) -> None:
+    def write(self, key: str, span: slice, values: Tensor, exact: bool = False, skip: Tensor | None = None) -> None:
         """Keep a state's values, which are used up. [n] fp32
 
         Args:
+            key, span, values: which.
             exact: they were kept in this form before: round to nearest, which changes nothing.
+            skip: 1 where that is so, which only the device knows.
         """
 
     @abstractmethod
@@ -66,7 +68,7 @@ class Fp32Moments(Moments):
     def read(self, key: str, span: slice) -> Tensor:
         return self.values[key][span]
 
-    def write(self, key: str, span: slice, values: Tensor, exact: bool = False) -> None:
+    def write(self, key: str, span: slice, values: Tensor, exact: bool = False, skip: Tensor | None = None) -> None:
         kept = self.values[key][span]
         if not values.is_set_to(kept):
             kept.copy_(values)
@@ -94,7 +96,7 @@ class RoundedMoments(Moments):
     def read(self, key: str, span: slice) -> Tensor:
         return self.values[key][span].float()
 
-    def write(self, key: str, span: slice, values: Tensor, exact: bool = False) -> None:
+    def write(self, key: str, span: slice, values: Tensor, exact: bool = False, skip: Tensor | None = None) -> None:
         kept = self.values[key][span]
         if exact:
             kept.copy_(values)
@@ -144,7 +146,7 @@ class Int8Moments(Moments):
         values.view(-1, BLOCK).mul_(self._scales(key, span))
         return values
 
-    def write(self, key: str, span: slice, values: Tensor, exact: bool = False) -> None:
+    def write(self, key: str, span: slice, values: Tensor, exact: bool = False, skip: Tensor | None = None) -> None:
         codes = self.codes[key][span]
         size = values.abs()
         blocks = size.view(-1, BLOCK)
@@ -160,7 +162,11 @@ class Int8Moments(Moments):
         elif exact:
             codes.copy_(size.round_())
         else:
-            size.add_(self.rounding.bits(span, key), alpha=2**-16 * (1 - 2**-11))
+            if skip is None:
+                size.add_(self.rounding.bits(span, key), alpha=2**-16 * (1 - 2**-11))
+            else:
+                noise = self.rounding.bits(span, key).float().mul_(2**-16 * (1 - 2**-11))
+                size.add_(torch.where(skip > 0, 0.5, noise))
             codes.copy_(size.maximum(values.sign_()))  # cuts off, downwards
 
     def _scales(self, key: str, span: slice) -> Tensor:

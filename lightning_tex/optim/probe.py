@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import _disable_current_modes
 
-from lightning_tex.optim.engine import Engine, fastest
+from lightning_tex.optim.engine import Engine, Held, fastest
 from lightning_tex.optim.formats import StateFormat, Window, per_element
+from lightning_tex.optim.walk import Walk
 from lightning_tex.parallel.allocations import AllocationWatch
 from lightning_tex.parallel.errors import UserValueError
 
@@ -55,7 +56,7 @@ def _try(optimizer: Optimizer, group: dict[str, Any]) -> Probed:
         windows = [Window(nn.Parameter(tile), {}) for tile in flat.split(64)]
         for gradient in gradients:
             for window, part in zip(windows, gradient.flatten().split(64), strict=True):
-                engine.step(window, part.clone(), options)
+                engine.step([window], [part.clone()], options)
         whole = nn.Parameter(start.clone())
         reference = Engine(optimizer).optimizer
         reference.param_groups = [{**options, "params": [whole]}]
@@ -159,9 +160,10 @@ def _tried_bytes(
     states, gradient = make_states(values.clone(), _ELEMENTS), values
     with torch.no_grad():
         for _ in range(2):  # the first step makes the states
-            allocations = Allocations()
+            walk, allocations = Walk(0.5), Allocations()
+            walk.inverse(1, device)  # a scalar for all windows
             with allocations:
-                engine.step_window(states, 0, gradient, 0.5, options)
+                engine.step_windows([Held(states, 0, gradient, 1)], walk, options)
     return allocations.peak_bytes / _ELEMENTS
 
 

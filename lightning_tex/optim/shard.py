@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from lightning_tex.optim.engine import Engine, fastest
+from lightning_tex.optim.engine import Held
 from lightning_tex.optim.flat import Entry, FlatBuffer
 from lightning_tex.optim.formats import StateFormat
 from lightning_tex.optim.gradients import Gradients
-from lightning_tex.optim.skipping import DeviceFactor
 from lightning_tex.parallel.extent import Extent
 from lightning_tex.parallel.sharding import ParameterSharding
 
@@ -55,13 +54,15 @@ class Shard:
         self.buffer, self.gradients, self.states, self.group = buffer, gradients, states, group
         self._versions = self._current_versions()
 
-    def step(self, engine: Engine, scale: float | DeviceFactor) -> None:
-        """Update the own part: upcast gradients as they are held, times ``scale``, one window at a time."""
-        self.refresh()
-        options = fastest(engine.optimizer, self.group)
-        own, spans = self.gradients.own, self.states.spans
-        for i, span in enumerate(spans):
-            engine.step_window(self.states, i, own[span] if len(spans) > 1 else own, scale, options)
+    def held(self) -> list[Held]:
+        """The windows with their gradients, to be stepped."""
+        own, spans, divisor = self.gradients.own, self.states.spans, self.gradients.divisor
+        return [Held(self.states, i, own[span] if len(spans) > 1 else own, divisor) for i, span in enumerate(spans)]
+
+    def steps_with(self, other: Shard) -> bool:
+        """Whether windows of both may be stepped in one call."""
+        alike = self.group is other.group and self.gradients.divisor == other.gradients.divisor
+        return alike and self.states.own.dtype == other.states.own.dtype
 
     def refresh(self) -> None:
         """Take up parameters that somebody else wrote since the last step (a loaded state dict, a callback)."""
@@ -86,3 +87,35 @@ class Shard:
                 common = entry.extent.intersect(window)
                 if common.numel:
                     yield Piece(entry, common.within(entry.extent), self, i, common.within(window))
+
+
+class Batch(NamedTuple):
+    """Windows that are stepped in one call.
+
+    Args:
+        group: the optimizer group of all.
+        windows: together as many elements as one window may have.
+        complete: shards of which no window is left afterwards.
+    """
+
+    group: dict[str, Any]
+    windows: list[Held]
+    complete: list[Shard]
+
+
+def batches(shards: Iterable[Shard]) -> Iterator[Batch]:
+    """All windows of some shards, in their order: many small ones at once, and large ones by themselves."""
+    batch, last, elements = Batch({}, [], []), None, 0
+    for shard in shards:
+        shard.refresh()
+        for held in shard.held():
+            alike = last is None or shard.steps_with(last)
+            if batch.windows and not (alike and elements + len(held.gradient) <= shard.states.tile_size):
+                yield batch
+                batch, elements = Batch({}, [], []), 0
+            batch = batch._replace(group=shard.group)
+            batch.windows.append(held)
+            elements += len(held.gradient)
+            last = shard
+        batch.complete.append(shard)
+    yield batch

@@ -152,17 +152,3 @@ class StepGuard:
                 f"the last {self._most} steps, none of which was taken; look at the data and the learning rate of the "
                 "steps before. Legal: TexMoEStrategy(max_skipped_steps=..), None to take such steps"
             )
-
-
-class DeviceFactor:
-    """What gradients are multiplied by, known to the device alone.
-
-    Args:
-        factor: an fp64 scalar.
-
-    Attributes:
-        inverse: what fused kernels divide by, fp32.
-    """
-
-    def __init__(self, factor: Tensor) -> None:
-        self.factor, self.inverse = factor, factor.reciprocal().to(torch.float32)

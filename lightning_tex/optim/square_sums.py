@@ -48,6 +48,12 @@ def square_sums(buffers: Sequence[Gradients], device: torch.device) -> Tensor:
     return torch.stack([squares[:counted].sum(), squares.sum()])
 
 
+def _upcast_norms(pieces: list[Tensor], kind: torch.dtype) -> list[Tensor]:
+    """The same, each piece upcast to the same memory: to allocate it anew costs the CPU more than the norm."""
+    memory = torch.empty(max(map(len, pieces)), dtype=kind, device=pieces[0].device)
+    return [torch.linalg.vector_norm(memory[: len(piece)].copy_(piece)) for piece in pieces]
+
+
 def _norms(pieces: list[Tensor]) -> list[Tensor]:
     """The 2-norm of each: scalars of one dtype."""
     kind = reduce(torch.promote_types, {piece.dtype for piece in pieces}, torch.float32)
@@ -58,6 +64,9 @@ def _norms(pieces: list[Tensor]) -> list[Tensor]:
             norms[i] = torch.linalg.vector_norm(piece, dtype=kind)
         else:
             lists.setdefault(piece.dtype, []).append(i)
-    for places in lists.values():
-        norms.update(zip(places, torch._foreach_norm([pieces[i] for i in places], dtype=kind), strict=True))
+    for dtype, places in lists.items():
+        listed = [pieces[i] for i in places]
+        upcast = dtype.itemsize < 4 and device_type(listed[0]) == "cpu"
+        found = _upcast_norms(listed, kind) if upcast else torch._foreach_norm(listed, dtype=kind)
+        norms.update(zip(places, found, strict=True))
     return [norms[i] for i in range(len(pieces))]

@@ -3,13 +3,13 @@
 How one step is tiled, from the whole to the tile:
 
 - :class:`TiledOptimizer` (here) has one :class:`~lightning_tex.optim.shard.Shard` for every flat buffer of parameters
-  (``flat.py``): the part of it that this rank owns. A step walks the shards.
-- ``Shard.step`` (``shard.py``) walks the tiles of its shard: upcast the gradient, scale, step.
+  (``flat.py``): the part of it that this rank owns. A step walks the tiles of all shards, many small ones at once
+  (``batches`` in ``shard.py``), by what was decided of it (``walk.py``).
 - The tiles are ``StateFormat.spans`` (``formats.py``), windows of ``tile_size`` consecutive elements that cut through
   parameters; ``StateFormat.window`` puts one together and takes it apart: in place (``PlainStates``), or from what
   less is kept (``compact.py``, ``moments.py``).
-- ``Engine.step_window`` (``engine.py``) runs the user's own ``step`` on one of them; ``probe.py`` has tried first
-  whether it may, and how many temporary bytes an element costs.
+- ``Engine.step_windows`` (``engine.py``) upcasts gradients, scales and runs the user's own ``step`` on some of them;
+  ``probe.py`` has tried first whether it may, and how many temporary bytes an element costs.
 - ``OptimizerStateConfig.for_group`` (``state_config.py``) decides: format and size of the tiles, from the user's
   ``tile_size`` or the budget of ``flat_sizes.py``. An option of the tile begins there, is handed to a ``StateFormat``
   and is an argument of :class:`~lightning_tex.TexMoEStrategy`.
@@ -21,22 +21,22 @@ ZeRO keeps of them) and ``overlap.py`` (when they leave).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_tex.optim.engine import Engine
+from lightning_tex.optim.engine import Engine, fastest
 from lightning_tex.optim.flat import FlatBuffer, Member, buckets, kind
 from lightning_tex.optim.gradient_reducer import GradientReducer, ReductionStage
 from lightning_tex.optim.overlap import optimizer_pass
 from lightning_tex.optim.rounding import RoundingSeed
-from lightning_tex.optim.shard import Piece, Shard
-from lightning_tex.optim.skipping import DeviceFactor, Skipped, StepGuard
+from lightning_tex.optim.shard import Piece, Shard, batches
+from lightning_tex.optim.skipping import Skipped, StepGuard
 from lightning_tex.optim.stand_in import StandIn
 from lightning_tex.optim.state_config import OptimizerStateConfig
+from lightning_tex.optim.walk import Walk
 from lightning_tex.parallel.errors import UserRuntimeError, UserValueError
 from lightning_tex.parallel.sharding import ParameterSharding
 from lightning_tex.parallel.topology import Axis, Communication
@@ -250,26 +250,23 @@ class TiledOptimizer(StandIn):
         guarded = self.state_config.max_skipped_steps is not None or self.reduction_stage is ReductionStage.UNSCALED
         if self._device_decides():
             infinite = self.infinite() if guarded else None
-            self._step_if_finite(infinite)
+            self._walk(Walk(self._reducer.state.scale, infinite))
             if infinite is not None:
                 self.guard.undecided(infinite)
         elif guarded and not self.gradients_are_finite():
             self.guard.left_out()
         else:
-            self._step_shards(lambda divisor: float(self._reducer.state.scale) / divisor)
+            self._walk(Walk(float(self._reducer.state.scale)))
             self.guard.taken()
 
-    def _step_shards(self, scale: Callable[[float], float | DeviceFactor]) -> None:
-        """Step all shards, and gather what they made.
-
-        Args:
-            scale: what gradients are to be multiplied by, by what they are still to be divided by.
-        """
+    def _walk(self, walk: Walk) -> None:
+        """Step all windows, and gather the parameters of every shard as soon as it is through; collective."""
         under_way = []
-        for shard in self.shards:
-            shard.step(self.engine, scale(shard.gradients.divisor))
+        for group, windows, complete in batches(self.shards):
+            if windows:
+                self.engine.step_windows(windows, walk, fastest(self.engine.optimizer, group))
             with optimizer_pass(self.world):
-                under_way.append(shard.buffer.gather())
+                under_way += [shard.buffer.gather() for shard in complete]
         for gathering in under_way:
             gathering.wait()
         self.rounding_seed.step += 1
@@ -288,22 +285,6 @@ class TiledOptimizer(StandIn):
     def _device_decides(self) -> bool:
         """Whether a step can be left out without the host's knowing."""
         return self._reducer.host_waits and all(self.engine.leaves_out(s.states, s.group) for s in self.shards)
-
-    def _step_if_finite(self, infinite: Tensor | None) -> None:
-        """Step, but for the device's having a 1 in ``infinite``."""
-        scale = self._reducer.state.scale
-        device = next(iter(self.shardings)).device
-
-        @cache
-        def factor(divisor: float) -> float | DeviceFactor:
-            if isinstance(scale, Tensor):
-                return DeviceFactor(scale.double() / divisor)
-            if scale == divisor:
-                return 1.0
-            return DeviceFactor(torch.full((), scale / divisor, dtype=torch.float64, device=device))
-
-        with self.engine.leaving_out(infinite):
-            self._step_shards(factor)
 
     def refresh(self) -> None:
         """Take up parameters that were written from outside since the last step."""

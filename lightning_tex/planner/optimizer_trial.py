@@ -93,7 +93,7 @@ def _costs(optimizer: Optimizer, group: dict[str, Any]) -> StateCosts:
     probed, options = probe(optimizer, group), fastest(optimizer, group)
     window = Window(nn.Parameter(torch.linspace(-1, 1, 64)), {})
     with torch.no_grad():
-        Engine(optimizer).step(window, torch.ones(64), options)
+        Engine(optimizer).step([window], [torch.ones(64)], options)
     kept = [value for value in window.state.values() if isinstance(value, Tensor)]
     states = [value for value in kept if per_element(value, window.tile)]
     numbers = sum(value.nbytes for value in kept if not per_element(value, window.tile))

@@ -28,7 +28,7 @@ def test_engine_leaves_the_users_optimizer_untouched():
     window = nn.Parameter(torch.full((4,), 2.0))
     engine, state = Engine(users), {}
     for _ in range(2):
-        engine.step(Window(window, state), torch.ones(4), fastest(users, users.param_groups[0]))
+        engine.step([Window(window, state)], [torch.ones(4)], fastest(users, users.param_groups[0]))
     assert [dict(g) for g in users.param_groups] == groups_before
     assert users.step is step_before
     assert not users.state and not called

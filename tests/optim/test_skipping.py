@@ -10,9 +10,7 @@ from helpers.guarded_steps import CASES, everything, made, step, whole_step
 from helpers.host_reads import host_reads
 from torch import nn
 
-from lightning_tex.optim.engine import Engine, fastest
-from lightning_tex.optim.formats import PlainStates
-from lightning_tex.optim.skipping import DeviceFactor
+from lightning_tex.optim.engine import fastest
 from lightning_tex.parallel.device import pretend_device
 
 CPU = torch.device("cpu")
@@ -80,16 +78,6 @@ def test_guard_and_clip_read_nothing(kind: str, form: str, clip: str) -> None:
             whole_step(model, optimizer, x, clip)
     # The step before, whose copy has arrived while this one's backward was handed to the device.
     assert [read.place.split(":")[0] for read in reads] == ["parallel/host_copy.py"] * len(reads) and len(reads) <= 3
-
-
-def test_a_factor_of_one_shard_is_not_the_next_ones() -> None:
-    engine = Engine(torch.optim.SGD([nn.Parameter(torch.zeros(4))], lr=1.0))
-    states = [PlainStates(torch.zeros(4), 4, master=False) for _ in range(2)]
-    options = fastest(engine.optimizer, {"params": [], **engine.optimizer.defaults})
-    with torch.no_grad(), engine.leaving_out(None):
-        for own, factor in zip(states, (DeviceFactor(torch.tensor(0.5, dtype=torch.float64)), 1.0), strict=True):
-            engine.step_window(own, 0, torch.ones(4), factor, options)
-    assert [own.own.tolist() for own in states] == [[-0.5] * 4, [-1.0] * 4]
 
 
 def test_adagrad_has_no_kernel_on_gpus() -> None:
