@@ -57,7 +57,7 @@ def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def _gradients(grad: Tensor, x: Tensor, scale: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and weight."""
     grad, wide = grad.to(scale.dtype), weight.to(scale.dtype)
-    normed = x * scale
+    normed = x.to(scale.dtype) * scale
     pull = grad * normed
     d_weight = pull.sum(0)
     along = pull.mul_(wide).mean(-1, keepdim=True)

@@ -1,6 +1,7 @@
 """Every layer sharded over 2 and 4 tensor ranks equals itself in one process, in fp64, forward and gradients."""
 
 import copy
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,9 @@ from lightning_tex.layers import (
     VocabParallelCrossEntropy,
     VocabParallelEmbedding,
     VocabParallelHead,
+    VocabParallelLinearCrossEntropy,
 )
+from lightning_tex.layers import linear_cross_entropy as chunks
 from lightning_tex.layers.attention import rank_random_state
 from lightning_tex.parallel.activation_layout import Replicated
 from lightning_tex.parallel.sharding import check_shardable, parameter_shardings, shard_module
@@ -172,6 +175,38 @@ def cross_entropy():
 
 def test_cross_entropy():
     run_ranks(4, cross_entropy)
+
+
+def linear_cross_entropy():
+    """The vocabulary whole and sharded, sequences whole and sharded, in one chunk and in many."""
+    for tensor, sequence, chunk in itertools.product((2, 4), (False, True), (1 << 20, 3 * 16 * 8)):
+        chunks.CHUNK_BYTES["cpu"] = chunk
+        topology = join(tensor, sequence_parallel=sequence)
+        for (size, fill), reduction in itertools.product(((61, 0), (64, 1), (5, 2)), ("mean", "sum", "none")):
+            with case(tensor=tensor, sequence=sequence, chunk=chunk, size=size, reduction=reduction):
+                target = torch.randint(size, (2, 8), generator=torch.Generator().manual_seed(fill))
+                target[1, 2:4] = -100
+                torch.manual_seed(0)
+                head = VocabParallelHead(6, size).double()
+                whole = (4 * randn(1, 2, 8, 6)).requires_grad_()
+                theirs = F.cross_entropy(head(whole).transpose(1, 2), target, reduction=reduction)
+                theirs.backward(upstream := randn(2, *theirs.shape))
+                parted = copy.deepcopy(head)
+                parted.weight.grad = None
+                shard_module(parted, topology)
+                loss = VocabParallelLinearCrossEntropy(reduction=reduction)
+                x = (own(whole.detach(), topology.tensor, 1) if sequence else whole.detach().clone()).requires_grad_()
+                ours = loss(x, parted, target)
+                same(ours, theirs)
+                ours.backward(upstream)
+                same(x.grad, own(whole.grad, topology.tensor, 1) if sequence else whole.grad)
+                found = parameter_shardings(parted, topology)["weight"]
+                same(found.gather(parted.weight.grad), head.weight.grad)
+                same(parted.weight.grad, found.box.shard(head.weight.grad))  # padding rows have none
+
+
+def test_linear_cross_entropy():
+    run_ranks(4, linear_cross_entropy)
 
 
 class Tied(nn.Module):

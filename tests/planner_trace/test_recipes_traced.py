@@ -64,7 +64,7 @@ def small(recipe: Path) -> list[str]:
 def test_a_recipe_is_cut_and_takes_steps(recipe, corpus):
     world, found = run_ranks(1, on_a_local_stream, recipe, corpus, small(recipe))[0]
     assert world == found.layout.world == WORLDS[recipe.stem]
-    assert found.rank == 1 and found.flops["backward"] > found.flops["forward"] > 0
+    assert found.rank == 1 and found.flops["backward"] > 0 and found.flops["forward"] > 0
     assert any(kind.during == "optimizer" for kind in found.sent_bytes)
 
 

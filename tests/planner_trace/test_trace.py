@@ -87,10 +87,11 @@ def test_flops_are_those_of_the_products(tmp_path):
     attention = 2 * tokens * width * (2 * width + 2 * (width // 2)) + 2 * 2 * tokens * 32 * width
     experts = 3 * 2 * (2 * tokens) * width * hidden + 2 * tokens * width * 4  # two of them, and the router
     dense = 3 * 2 * tokens * width * hidden
-    assert flops["forward"] == 2 * attention + experts + dense + 2 * tokens * width * vocabulary
-    # Twice that, but for attention, whose kernel computes its scores again: 5 products for 2.
+    blocks, head = 2 * attention + experts + dense, 2 * tokens * width * vocabulary
+    assert flops["forward"] == blocks + 3 * head  # whose gradients are made there
+    # Twice that of the blocks, but for attention, whose kernel computes its scores again: 5 products for 2.
     extra = 2 * 2 * tokens * 32 * width // 2
-    assert flops["backward"] == 2 * flops["forward"] + 2 * extra
+    assert flops["backward"] == 2 * blocks + 2 * extra
 
 
 def refusals(path):
