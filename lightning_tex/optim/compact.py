@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_tex.optim.formats import MASTER, SavedState, StateFormat, Window, per_element
 from lightning_tex.optim.moments import Moments
 from lightning_tex.optim.rounding import Rounding, round_stochastically
+from lightning_tex.parallel.compiled import leaf
 
 # n elements of a window; those of 16-bit storage are seen as int16, those of fp32 as int32
 
@@ -59,14 +60,10 @@ class SplitMaster(Master):
         self.remainder = torch.zeros_like(own, dtype=torch.int16)
 
     def read(self, span: slice) -> Tensor:
-        values = self.own[span].float()  # its bits are the parameter's, shifted up
-        values.view(torch.int32).add_(self.remainder[span])
-        return values
+        return joined(self.own[span], self.remainder[span])
 
     def write(self, span: slice, values: Tensor) -> None:
-        bits = values.view(torch.int32)
-        self.remainder[span].copy_(bits)  # the lower half, as a signed number
-        self.own[span].view(torch.int16).copy_(bits.add_(0x8000).bitwise_right_shift_(16))
+        split(values, self.own[span], self.remainder[span])
 
     def adopt_parameters(self) -> None:
         self.remainder.zero_()
@@ -162,3 +159,25 @@ class CompactStates(StateFormat):
 
     def set_number(self, i: int, key: str, value: Any) -> None:
         self.numbers[i][key] = value
+
+
+@leaf
+def joined(upper: Tensor, remainder: Tensor) -> Tensor:
+    """What :func:`split` took apart. [n] bf16, [n] int16 -> [n] fp32"""
+    values = upper.float()  # its bits, shifted up
+    values.view(torch.int32).add_(remainder)
+    return values
+
+
+@leaf
+def split(values: Tensor, upper: Tensor, remainder: Tensor) -> None:
+    """Take values apart, to the bit: rounded, and the rest.
+
+    Args:
+        values: used up. [n] fp32
+        upper: for the rounded ones. [n] bf16
+        remainder: for the lower half of their bits, as a signed number. [n] int16
+    """
+    bits = values.view(torch.int32)
+    remainder.copy_(bits)
+    upper.view(torch.int16).copy_(bits.add_(0x8000).bitwise_right_shift_(16))

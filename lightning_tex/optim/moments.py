@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_tex.optim.rounding import Rounding, round_stochastically
+from lightning_tex.parallel.compiled import leaf
 
 # n elements of a window
 
@@ -137,40 +138,15 @@ class Int8Moments(Moments):
         self.scales[key] = torch.zeros(len(self.own) // BLOCK, dtype=torch.float32, device=self.own.device)
 
     def read(self, key: str, span: slice) -> Tensor:
-        codes = self.codes[key][span]
-        values = codes.float().div_(_CODES[codes.dtype])
-        if codes.dtype == torch.int8:
-            values = values.square().square_().copysign_(values)
-        else:
-            values.square_().square_()
-        values.view(-1, BLOCK).mul_(self._scales(key, span))
-        return values
+        return decoded(self.codes[key][span], self._scales(key, span))
 
     def write(self, key: str, span: slice, values: Tensor, exact: bool = False, skip: Tensor | None = None) -> None:
         codes = self.codes[key][span]
-        size = values.abs()
-        blocks = size.view(-1, BLOCK)
-        scales = blocks.amax(1, keepdim=True)
-        self._scales(key, span).copy_(scales)
-        # The fourth root of a quotient, as a quotient of roots. However these are rounded, the largest value gets the
-        # largest code: it comes out a little above that, and what is added at random stays as much below 1.
-        roots = scales.sqrt_().sqrt_().clamp_(min=_SMALLEST_ROOT)
-        size.sqrt_().sqrt_()
-        blocks.mul_(roots.reciprocal_().mul_(_CODES[codes.dtype] * (1 + 2**-21)))
-        if codes.dtype == torch.int8:
-            codes.copy_(size.round_().copysign_(values))
-        elif exact:
-            codes.copy_(size.round_())
-        else:
-            if skip is None:
-                size.add_(self.rounding.bits(span, key), alpha=2**-16 * (1 - 2**-11))
-            else:
-                noise = self.rounding.bits(span, key).float().mul_(2**-16 * (1 - 2**-11))
-                size.add_(torch.where(skip > 0, 0.5, noise))
-            codes.copy_(size.maximum(values.sign_()))  # cuts off, downwards
+        at_random = codes.dtype == torch.uint8 and not exact
+        encode(values, codes, self._scales(key, span), self.rounding.bits(span, key) if at_random else None, skip)
 
     def _scales(self, key: str, span: slice) -> Tensor:
-        return self.scales[key][span.start // BLOCK : span.stop // BLOCK, None]
+        return self.scales[key][span.start // BLOCK : span.stop // BLOCK]
 
     def memory(self) -> list[Tensor]:
         return [*self.codes.values(), *self.scales.values()]
@@ -179,3 +155,47 @@ class Int8Moments(Moments):
         super().clear()
         self.codes.clear()
         self.scales.clear()
+
+
+@leaf
+def decoded(codes: Tensor, scales: Tensor) -> Tensor:
+    """Values of eight-bit codes. [n] int8 or uint8, [n / 64] fp32 -> [n] fp32"""
+    values = codes.float().div_(_CODES[codes.dtype])
+    if codes.dtype == torch.int8:
+        values = values.square().square_().copysign_(values)
+    else:
+        values.square_().square_()
+    values.view(-1, BLOCK).mul_(scales[:, None])
+    return values
+
+
+@leaf
+def encode(values: Tensor, codes: Tensor, scales: Tensor, bits: Tensor | None, skip: Tensor | None) -> None:
+    """Keep values as eight-bit codes.
+
+    Args:
+        values: used up. [n] fp32
+        codes: for them. [n] int8 or uint8
+        scales: for those of their blocks. [n / 64] fp32
+        bits: 16 random ones each, by which values that are never negative are rounded; ``None``: to the nearest. [n]
+        skip: 1 where they are rounded to the nearest nevertheless.
+    """
+    size = values.abs()
+    blocks = size.view(-1, BLOCK)
+    largest = blocks.amax(1, keepdim=True)
+    scales.copy_(largest[:, 0])
+    # The fourth root of a quotient, as a quotient of roots. However these are rounded, the largest value gets the
+    # largest code: it comes out a little above that, and what is added at random stays as much below 1.
+    roots = largest.sqrt_().sqrt_().clamp_(min=_SMALLEST_ROOT)
+    size.sqrt_().sqrt_()
+    blocks.mul_(roots.reciprocal_().mul_(_CODES[codes.dtype] * (1 + 2**-21)))
+    if codes.dtype == torch.int8:
+        codes.copy_(size.round_().copysign_(values))
+    elif bits is None:
+        codes.copy_(size.round_())
+    elif skip is None:
+        size.add_(bits, alpha=2**-16 * (1 - 2**-11))
+        codes.copy_(size.maximum(values.sign_()))  # cuts off, downwards
+    else:
+        size.add_(torch.where(skip > 0, 0.5, bits * (2**-16 * (1 - 2**-11))))
+        codes.copy_(size.maximum(values.sign_()))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_tex.optim.flat import Entry
-from lightning_tex.optim.rounding import Rounding, RoundingSeed, global_index, round_stochastically
+from lightning_tex.optim.rounding import Rounding, RoundingSeed, global_index, round_stochastically, table_of
 from lightning_tex.parallel.extent import Extent
 from lightning_tex.parallel.sharding import Box, ParameterSharding
 from lightning_tex.parallel.topology import Axis, Topology
@@ -61,10 +61,11 @@ def test_global_indices_are_those_of_the_whole_tensor(case):
     whole, shard_axes = case
     box = Box.of(whole, shard_axes)
     count = torch.Size(box.stored).numel()
-    index = global_index(box, 0, count, torch.device("cpu")).view(box.stored)
+    table = table_of(box, torch.device("cpu"))
+    index = global_index(box, 0, count, table).view(box.stored)
     expected = torch.arange(torch.Size(whole).numel()).view(whole)
     assert torch.equal(box.unpadded(index), expected[box.extent.slices])
-    assert torch.equal(global_index(box, count // 2, count, torch.device("cpu")), index.flatten()[count // 2 :])
+    assert torch.equal(global_index(box, count // 2, count, table), index.flatten()[count // 2 :])
 
 
 def test_random_bits_are_even_and_change_with_everything_they_depend_on():
