@@ -67,9 +67,14 @@ def resumed(request: pytest.FixtureRequest, folder: Path) -> dict[str, list[floa
     return run_ranks(4, resume_all, folder, sorted(selected(request, "layout")), timeout=300)[0]
 
 
+def test_both_forms_go_on_bit_equal(resumed: dict[str, list[float]]) -> None:
+    assert resumed["directory"] == resumed["plain"]
+
+
 @pytest.mark.parametrize("form", FORMS)
-def test_a_checkpoint_goes_on_bit_equal(resumed: dict[str, list[float]], form: str) -> None:
-    assert resumed[form] == LOSSES
+def test_a_checkpoint_goes_on_as_it_did_in_0_1(resumed: dict[str, list[float]], form: str) -> None:
+    # Experts' outputs were weighted where they were summed, and are now before they are made: another rounding.
+    assert resumed[form] == pytest.approx(LOSSES, rel=1e-6)
 
 
 @pytest.mark.parametrize("layout", in_full(OTHER_LAYOUTS, ("data",)))
