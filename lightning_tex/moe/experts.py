@@ -16,6 +16,7 @@ from lightning_tex.moe.dispatch import Arrived, LocalRows
 from lightning_tex.moe.exchange import Exchange, from_experts
 from lightning_tex.moe.expert_block import BlockByExpert, BlockOfRows, ExpertBlock, Gradients, Kept, Matrices
 from lightning_tex.moe.products import LoopedProducts, Products
+from lightning_tex.parallel.autocast import autocast_dtype, autocast_off
 from lightning_tex.parallel.device import device_type
 from lightning_tex.parallel.initialization import by_index, init_uniform_
 from lightning_tex.parallel.replay import replaying
@@ -70,7 +71,7 @@ class Experts(TexModule):
         matrices = Matrices(self.up, self.gate, self.down)
         local = arrived.exchange if isinstance(arrived, LocalRows) else None
         x = arrived.tokens if isinstance(arrived, LocalRows) else arrived.rows
-        dtype = _compute_dtype(x)
+        dtype = autocast_dtype(x)
         if local is not None and device_type(x) == "cpu":
             block: ExpertBlock = BlockByExpert(local)
         else:
@@ -83,24 +84,17 @@ class Experts(TexModule):
     def own_outputs(self, arrived: Arrived) -> Iterator[Tensor]:
         """What the experts held here give by themselves, one after another: partial sums over expert_tensor."""
         rows, weights = arrived.rows, arrived.weights
-        dtype = _compute_dtype(rows)
+        dtype = autocast_dtype(rows)
         up, gate, down = Matrices(self.up, self.gate, self.down).to(dtype)
-        products = LoopedProducts(arrived.groups)
-        for e, (part, weight) in enumerate(products.parts(rows.to(dtype), weights)):
-            value = hidden(part @ up[e].mT, None if gate is None else part @ gate[e].mT, weight)
-            yield value @ down[e].mT
+        for e, (part, weight) in enumerate(LoopedProducts(arrived.groups).parts(rows.to(dtype), weights)):
+            with autocast_off(rows):
+                value = hidden(part @ up[e].mT, None if gate is None else part @ gate[e].mT, weight)
+                output = value @ down[e].mT
+            yield output
 
     def extra_repr(self) -> str:
         kind = "gelu" if self.gate is None else "swiglu"
         return f"{self.num_experts} x ({self.dim} -> {self.hidden_dim} -> {self.dim}), {kind}"
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """What autocast, which does not know the block's operations, would compute in."""
-    kind = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
-        return x.dtype
-    return torch.get_autocast_dtype(kind)
 
 
 class _Call:
@@ -130,7 +124,7 @@ class _Inward(torch.autograd.Function):
         ctx: Any, x: Tensor, weights: Tensor, up: Tensor, gate: Tensor | None, down: Tensor, call: _Call
     ) -> Tensor:
         ctx.call = call
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast_off(x):
             matrices, tokens = Matrices(up, gate, down).to(call.dtype), x.to(call.dtype)
             products = call.block.inward(tokens, matrices)
         call.kept, call.down = Kept(tokens, weights, *products), matrices.down
@@ -143,7 +137,7 @@ class _Inward(torch.autograd.Function):
         x, weights, inward, gated, *parameters = ctx.saved_tensors
         call, matrices = ctx.call, Matrices(*parameters)
         grad, call.grad = call.grad, None
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast_off(x):
             kept = Kept(x.to(call.dtype), weights, inward, gated)
             wanted = Matrices(*ctx.needs_input_grad[2:5])
             found: Gradients = call.block.backward(grad, kept, matrices.to(call.dtype), wanted)
@@ -162,7 +156,7 @@ class _Outward(torch.autograd.Function):
         assert kept is not None and down is not None
         if not call.last_product:
             return kept.x.new_zeros(()).expand(kept.x.shape)
-        with torch.autocast(tie.device.type, enabled=False):
+        with autocast_off(tie):
             return call.block.outward(kept, down)
 
     @staticmethod

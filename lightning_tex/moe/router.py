@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lightning_tex.parallel.autocast import autocast_off
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.initialization import by_index, init_uniform_
 from lightning_tex.parallel.replay import decided
@@ -47,7 +48,7 @@ class _FullPrecisionLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        with torch.autocast(grad.device.type, enabled=False):
+        with autocast_off(grad):
             d_x = (grad @ weight.to(grad.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
             d_weight = (grad.mT @ x.to(grad.dtype)).to(weight.dtype) if ctx.needs_input_grad[1] else None
         return d_x, d_weight
@@ -96,7 +97,7 @@ class Router(TexModule):
             x: [T, D], any floating dtype; computed in fp32, or fp64 for fp64.
             token_mask: [T] boolean, False for tokens that go to no expert (padding).
         """
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast_off(x):
             logits = _FullPrecisionLinear.apply(x, self.weight)
             scores = self.score(logits)
             indices = decided("the choice of experts", lambda: self._choose(scores.detach()))

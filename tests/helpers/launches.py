@@ -1,46 +1,66 @@
-"""Counting what a GPU would be asked to do, without one."""
+"""What a GPU is asked to do, counted where there is none: operations of torch that are no views."""
+
+from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
 
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-NO_KERNEL = ("aten::empty", "aten::new_empty", "aten::detach", "aten::split", "aten::unbind", "aten::_unsafe_view")
-# torch's kernels over lists of tensors take so many chunks of so many elements in one launch.
-CHUNK, CHUNKS = 1 << 16, 320
+from lightning_tex.parallel.compiled import Leaf
+
+# They make or describe memory, or answer questions about dtypes.
+_NOTHING = {
+    "empty",
+    "empty_like",
+    "new_empty",
+    "empty_strided",
+    "detach",
+    "promote_types",
+    "lift_fresh",
+    "_unsafe_view",
+}
 
 
 class Launches(TorchDispatchMode):
-    """Counts the operations inside, but for views and allocations.
+    """Counts the operations inside, by name: each is a launch or more, a view is none.
 
-    Attributes:
-        names: how often each was called.
-        kernels: launches of them where operations over lists take several, as large lists do.
+    Args:
+        leaves: a leaf function counts as one, as compiled it is one or two kernels; else as its operations.
     """
 
-    def __init__(self):
+    def __init__(self, leaves: bool) -> None:
         super().__init__()
-        self.names = Counter()
-        self.kernels = 0
+        self.counts: Counter[str] = Counter()
+        self._leaves, self._in_leaf = leaves, False
 
     @property
-    def count(self):
-        """Operations."""
-        return self.names.total()
+    def total(self) -> int:
+        return sum(self.counts.values())
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        name = func._schema.name
-        made = any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)) or "_foreach_" in name or "_fused_" in name
-        if made and not func.is_view and not name.startswith(NO_KERNEL):
-            self.names[name] += 1
-            self.kernels += _kernels(name, args)
-        return result
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if not (self._in_leaf or func.is_view or name in _NOTHING):
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+    def _call(self, leaf: Leaf[Any, Any], args: Any, kwargs: Any) -> Any:
+        if not self._leaves or self._in_leaf:
+            return leaf.eager(*args, **kwargs)
+        self.counts[f"leaf {leaf.eager.__name__}"] += 1
+        self._in_leaf = True
+        try:
+            return leaf.eager(*args, **kwargs)
+        finally:
+            self._in_leaf = False
 
 
-def _kernels(name, args):
-    if "_foreach_" not in name and "_fused_" not in name:
-        return 1
-    listed = [leaf for leaf in tree_leaves(args[0]) if isinstance(leaf, Tensor)]
-    return -(-sum(-(-tensor.numel() // CHUNK) for tensor in listed) // CHUNKS)
+@contextmanager
+def launches(leaves: bool = True) -> Iterator[Launches]:
+    """Inside, counts in what it gives."""
+    counting = Launches(leaves)
+    with patch.object(Leaf, "__call__", lambda leaf, *args, **kwargs: counting._call(leaf, args, kwargs)), counting:
+        yield counting

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_tex.layers import ParallelAttention, ParallelMLP
-from lightning_tex.moe import MoE, auxiliary_loss
+from lightning_tex.moe import MoE, Route, Router, SoftmaxRouter, auxiliary_loss
 from lightning_tex.parallel.activation_checkpointing import recompute_blocks, stash_bytes
 from lightning_tex.parallel.collectives import all_reduce
 from lightning_tex.parallel.sharding import shard_module
@@ -150,6 +150,59 @@ def awkward_uses():
 
 def test_two_forwards_in_flight_validation_in_between_and_a_second_backward():
     run_ranks(4, awkward_uses)
+
+
+class Undecided(Router):
+    """Chooses other experts at every call, all with one weight: what a recomputation must not ask again."""
+
+    calls = 0
+
+    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Route:
+        self.calls += 1
+        indices = (torch.arange(len(x))[:, None] * self.calls + torch.arange(self.top_k)) % self.num_experts
+        scores = x.new_full((len(x), self.num_experts), 1 / self.num_experts)
+        return Route(indices, x.new_full(indices.shape, 0.5), scores, scores)
+
+
+class Wavering(SoftmaxRouter):
+    """Scores other experts best at every call."""
+
+    calls = 0
+
+    def score(self, logits: Tensor) -> Tensor:
+        self.calls += 1
+        return super().score(logits.roll(self.calls, -1))
+
+
+def deciding(topology, mode, router, capacity_factor):
+    """Gradients of a block with such a router, and the choices of both passes."""
+    torch.manual_seed(0)
+    model, choices = Stack(capacity_factor), []
+    for block in model.blocks:
+        block.moe = MoE(16, 24, 8, 2, capacity_factor, router=router, load_balance_coefficient=0)
+        block.moe.router.register_forward_hook(lambda _, __, route: choices.append(route.indices))
+    shard_module(model, topology)
+    recompute_blocks(model, mode)
+    torch.manual_seed(10 + topology.data.rank)
+    x = torch.randn(3, 4, 16, requires_grad=True)
+    model(x).square().sum().backward()
+    return [x.grad, *(p.grad for p in model.parameters() if p.grad is not None)], choices
+
+
+def decide_once():
+    for layout, sequence in (((1, 2, 1, True), False), ((2, 1, 2, True), False), ((2, 2, 1, True), True)):
+        topology = join(*layout, sequence_parallel=sequence)
+        for capacity_factor, mode in product((None, 1.0), MODES[1:]):
+            with case(layout, sequence, mode=mode, capacity_factor=capacity_factor):
+                expected, _ = deciding(topology, None, Undecided, capacity_factor)
+                found, _ = deciding(topology, mode, Undecided, capacity_factor)
+                assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+                _, (first, second, again_second, again_first) = deciding(topology, mode, Wavering, capacity_factor)
+                assert torch.equal(first, again_first) and torch.equal(second, again_second)
+
+
+def test_a_router_that_answers_differently_the_second_time_changes_nothing():
+    run_ranks(2, decide_once)
 
 
 def nested():
