@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.host_reads import HostRead, host_reads
-from helpers.launches import launches
+from helpers.launches import Launches
 from helpers.topologies import join
 from torch import Tensor, nn
 
@@ -41,13 +41,13 @@ def launched(experts: int, leaves: bool, masked: bool = False, **options: Any) -
     layer, x = build(experts, **options), tokens(256)
     mask = torch.arange(256) % 5 > 0 if masked else None
     with pretend_device("cuda"):
-        with launches(leaves) as forward:
+        with Launches(leaves) as forward:
             y = layer(x, mask)
             loss = auxiliary_loss(layer)
-        with launches(leaves) as backward:
+        with Launches(leaves) as backward:
             torch.autograd.backward([y, loss], [torch.ones_like(y), None])
-    assert forward.counts["_grouped_mm"] == 3 and backward.counts["_grouped_mm"] == 6
-    return forward.total, backward.total
+    assert forward.names["_grouped_mm"] == 3 and backward.names["_grouped_mm"] == 6
+    return forward.count, backward.count
 
 
 @pytest.mark.parametrize(
