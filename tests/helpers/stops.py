@@ -41,6 +41,11 @@ EARLY = ("start", "launch", "setup")
 LAUNCHERS = ("own", "external")
 
 
+# Commands are to import what the tests import, also where another copy is installed.
+_TESTS = Path(__file__).parents[1]
+_OF_COMMANDS = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": f"{_TESTS}:{_TESTS.parent}"}
+
+
 def _raise(_: L.Trainer) -> None:
     raise ValueError("what this rank cannot do\nsecond line")
 
@@ -222,7 +227,7 @@ def run_command(
         process = subprocess.Popen(
             command,
             cwd=folder,
-            env=inherited | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | environment,
+            env=inherited | _OF_COMMANDS | environment,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -241,9 +246,9 @@ def _watched(
     meanwhile: Callable[[dict[int, int]], None] | None,
 ) -> Ending:
     codes: dict[int, int] = {}
-    until, since, waited = time.time() + start, 0.0, 0.0
+    until, since, waited = time.time() + start, 0.0, _seconds_waited_for_a_cpu()
     try:
-        while _alive(session) and time.time() < until:
+        while _alive(session) and time.time() < until + _MOST_PATIENCE * (_seconds_waited_for_a_cpu() - waited):
             _reap(codes)
             if not since and (times := [float(p.read_text()) for p in folder.glob("happened.*")]):
                 if meanwhile is not None:
@@ -266,6 +271,10 @@ def _watched(
     for path in folder.glob("code.*"):
         by_rank.setdefault(ranks[int(path.suffix[1:])], int(path.read_text()))
     return Ending((folder / "output.txt").read_text(), seconds, by_rank, left, hindered)
+
+
+# Of the time in which processes wait for a CPU, the share by which a run may take longer.
+_MOST_PATIENCE = 0.8
 
 
 def _seconds_waited_for_a_cpu() -> float:

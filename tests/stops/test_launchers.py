@@ -10,7 +10,6 @@ import pytest
 from helpers.stopped_runs import fit
 from helpers.stops import Ending, run_command, run_to_its_end
 
-TESTS = Path(__file__).parents[1]
 SCRIPT = ["-m", "helpers.stopped_runs"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
 
@@ -46,9 +45,7 @@ def test_ranks_that_fail_before_the_run_is_set_up(tmp_path: Path, deed: str, ran
 @pytest.mark.parametrize(("deed", "rank"), [("raise", 0), ("raise", 2), ("SIGKILL", 0), ("SIGKILL", 3), ("exit", 1)])
 def test_launchers_of_users(tmp_path: Path, launcher: list[str], deed: str, rank: int) -> None:
     incident = json.dumps({"deed": deed, "rank": rank, "point": "forward"})
-    ending = run_command(
-        [sys.executable, *launcher, *SCRIPT, incident], folder=tmp_path, within=20, PYTHONPATH=f"{TESTS}:{TESTS.parent}"
-    )
+    ending = run_command([sys.executable, *launcher, *SCRIPT, incident], folder=tmp_path, within=20)
     assert not ending.left, ending.text
     assert ending.codes[0] != 0
     assert ending.took_less_than(8 if launcher else 5), ending  # torchrun reports at length

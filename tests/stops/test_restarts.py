@@ -15,7 +15,6 @@ from helpers.tiny_recipe import write_recipe
 from lightning_tex.saving import consolidated, latest
 from lightning_tex.testing.ranks import run_ranks
 
-TESTS = str(Path(restarted_run.__file__).parents[1])
 pytestmark = pytest.mark.faults
 
 
@@ -25,7 +24,7 @@ def test_ten_kills_under_torchrun(tmp_path: Path, seed: int) -> None:
     undisturbed = run_ranks(WORLD, restarted_run.run, str(tmp_path / "undisturbed"), 0, 0)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD)]
     script = ["--max-restarts", "10", restarted_run.__file__, "10", str(seed)]
-    ending = run_command([*torchrun, *script], folder=tmp_path, start=550, PYTHONPATH=TESTS)
+    ending = run_command([*torchrun, *script], folder=tmp_path, start=550)
     assert ending.codes[0] == 0, ending.text
     assert len(list(tmp_path.glob("attempt.*"))) == 11
     for rank, whole in enumerate(undisturbed):
@@ -39,7 +38,7 @@ def test_a_command_that_restarts_itself(tmp_path: Path) -> None:
         recipe = write_recipe(folder)
         killed = {"class_path": "helpers.restarted_run.Killed", "init_args": {"attempts": 2 * (name == "killed")}}
         fit = [sys.executable, "-m", "lightning_tex", "fit", "--config", str(recipe), "--restarts", "2"]
-        ending = run_command([*fit, f"--trainer.callbacks+={killed}"], folder=folder, start=250, PYTHONPATH=TESTS)
+        ending = run_command([*fit, f"--trainer.callbacks+={killed}"], folder=folder, start=250)
         assert ending.codes[0] == 0, ending.text
         assert len(list(folder.glob("attempt.*"))) == 1 + 2 * (name == "killed")
     newest = {name: next(folder.rglob("*.ckpt")).parent for name, folder in folders.items()}

@@ -89,8 +89,7 @@ def test_torchrun(tmp_path: Path, number: int) -> None:
         (agent,) = (int(path.name.removeprefix("rank.")) for path in tmp_path.glob("rank.*"))
         os.kill(agent, number)
 
-    here = str(Path(__file__).parents[1])
-    ending = run_command([*launch, *script], folder=tmp_path, within=30, meanwhile=to_the_agent, PYTHONPATH=here)
+    ending = run_command([*launch, *script], folder=tmp_path, within=30, meanwhile=to_the_agent)
     assert not ending.left, ending.text
     assert ending.codes[0] != 0
     newest = latest(tmp_path / "checkpoints")
