@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lightning_tex.moe.exchange import Exchange, to_experts, weights_to_experts
+from lightning_tex.moe.exchange import Exchange, ExchangeInRounds, to_experts, weights_to_experts
 from lightning_tex.moe.expert_axes import ExpertAxes
 from lightning_tex.moe.groups import Groups
 from lightning_tex.moe.router import Route
@@ -79,8 +79,37 @@ class LocalRows:
         return weights_to_experts(self.choice_weights, self.exchange)
 
 
+@dataclass(frozen=True)
+class RowsInRounds:
+    """Rows that come in rounds, wherever they are used, as nobody could keep them all.
+
+    Args:
+        tokens: [t, D].
+        choice_weights: [t, k].
+        exchange: brings them.
+    """
+
+    tokens: Tensor
+    choice_weights: Tensor
+    exchange: ExchangeInRounds
+
+    @property
+    def groups(self) -> Groups:
+        return self.exchange.groups
+
+    @property
+    def rows(self) -> Tensor:
+        return to_experts(self.tokens, self.exchange)
+
+    @property
+    def weights(self) -> Tensor:
+        return weights_to_experts(self.choice_weights, self.exchange)
+
+
 def arrive(tokens: Tensor, weights: Tensor, exchange: Exchange) -> Arrived:
     """[t, D] tokens and the [t, k] weights of their choices at the experts."""
+    if isinstance(exchange, ExchangeInRounds):
+        return RowsInRounds(tokens, weights, exchange)
     if exchange.communicates:
         return ArrivedRows(to_experts(tokens, exchange), weights_to_experts(weights, exchange), exchange.groups)
     return LocalRows(tokens, weights, exchange)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lightning_tex.moe.dispatch import Arrived, Dispatcher, DispatchMetadata, arrive
 from lightning_tex.moe.exchange import DroplessExchange, Exchange, LocalExchange, ServedAsFarAsKnown
-from lightning_tex.moe.groups import Groups
 from lightning_tex.moe.permute import Order, group_by_expert, invert
 from lightning_tex.moe.router import Route
 from lightning_tex.parallel.collectives import all_gather, all_to_all, gather, split
@@ -62,13 +61,8 @@ class DroplessDispatcher(Dispatcher):
         # The one thing that the host waits for.
         numbers = torch.cat([by_rank.sum(1), counts_here.sum(1), counts_gathered.sum((1, 2)), by_sender.sum(0)])
         sent, received, gathered, sizes = _split(numbers.tolist(), len(by_rank), len(by_rank), axes.gather.size)
-        n = sum(sent)
         slot = invert(order.sorted).view(indices.shape)
-        groups = Groups(sum(sizes), by_sender.sum(0).cumsum(0).int(), sizes)
-        return DroplessExchange(
-            axes, groups, order.sorted[:n], False, slot if n == slot.numel() else slot.clamp(max=n), n < slot.numel(),
-            sent, received, gathered, *_regrouped(by_sender, groups.rows),
-        )  # fmt: skip
+        return DroplessExchange.of(axes, order.sorted[: sum(sent)], slot, sent, received, gathered, sizes, by_sender)
 
     def _gathered(self, indices: Tensor, order: Order, tokens: list[int]) -> DroplessExchange:
         """Without an expert axis every rank sends all its choices, masked ones as empty rows: no count is asked for."""
@@ -78,12 +72,8 @@ class DroplessDispatcher(Dispatcher):
         served = ServedAsFarAsKnown.of(indices, order)
         counts = served.ends.diff(prepend=served.ends.new_zeros(1)).long()
         by_sender = all_gather(counts[None], 0, axes.gather, operation="exchange_counts")  # [senders, e]
-        groups = Groups(sum(gathered), by_sender.sum(0).cumsum(0).int())
         sent = [indices.numel()]
-        return DroplessExchange(
-            axes, groups, served.choice, True, served.slot, False, sent, sent, gathered,
-            *_regrouped(by_sender, groups.rows),
-        )  # fmt: skip
+        return DroplessExchange.of(axes, served.choice, served.slot, sent, sent, gathered, None, by_sender, gaps=True)
 
     def _tokens(self, total: int) -> list[int]:
         """Tokens of each rank of the split axis."""
@@ -98,24 +88,3 @@ def _split(numbers: list[int], *lengths: int) -> list[list[int]]:
         parts.append(numbers[:length])
         numbers = numbers[length:]
     return [*parts, numbers]
-
-
-def _regrouped(counts: Tensor, total: int) -> tuple[Tensor | None, Tensor | None]:
-    """From rows that lie by sender and expert to rows by expert and sender, and back: two orders of [N].
-
-    Args:
-        counts: [senders, e] rows of each sender for each expert.
-        total: N, their sum.
-
-    Returns:
-        ``None`` where both are the same.
-    """
-    if 1 in counts.shape:
-        return None, None
-    by_expert = counts.t()
-    before = (counts.flatten().cumsum(0) - counts.flatten()).view(counts.shape)  # place of each block by sender
-    after = (by_expert.flatten().cumsum(0) - by_expert.flatten()).view(by_expert.shape)  # and by expert
-    place = torch.arange(total, device=counts.device)
-    forth = place + (before.t() - after).flatten().repeat_interleave(by_expert.flatten(), output_size=total)
-    back = place + (after.t() - before).flatten().repeat_interleave(counts.flatten(), output_size=total)
-    return forth, back

@@ -147,6 +147,26 @@ class DroplessExchange(Exchange):
     by_expert: Tensor | None
     by_sender: Tensor | None
 
+    @classmethod
+    def of(
+        cls, axes: ExpertAxes, choice: Tensor, slot: Tensor, sent: list[int], received: list[int], gathered: list[int],
+        sizes: list[int] | None, by_sender: Tensor, gaps: bool = False,
+    ) -> DroplessExchange:  # fmt: skip
+        """From what is sent and what arrives.
+
+        Args:
+            slot: [t, k] the row of each choice; n or more where it is not sent.
+            sizes: rows of each expert here, where the host knows them.
+            by_sender: [senders, e] rows of each sender for each of them.
+            gaps: whether rows may be empty.
+        """
+        n, total = sum(sent), sum(gathered)
+        groups = Groups(total, by_sender.sum(0).cumsum(0).int(), sizes)
+        unserved = n < slot.numel()
+        slot = slot.clamp(max=n) if unserved else slot
+        regrouped = _regrouped(by_sender, total)
+        return cls(axes, groups, choice, gaps, slot, unserved, sent, received, gathered, *regrouped)
+
     def send(self, rows: Tensor) -> Tensor:
         received = all_to_all(rows, self.axes.expert, self.received, self.sent)
         arrived = all_gather(received, 0, self.axes.gather, self.gathered)
@@ -155,6 +175,27 @@ class DroplessExchange(Exchange):
     def bring(self, rows: Tensor) -> Tensor:
         by_sender = rows if self.by_sender is None else rows.index_select(0, self.by_sender)
         return all_to_all(self.axes.sum_own(by_sender, self.gathered), self.axes.expert, self.sent, self.received)
+
+
+def _regrouped(counts: Tensor, total: int) -> tuple[Tensor | None, Tensor | None]:
+    """From rows that lie by sender and expert to rows by expert and sender, and back: two orders of [N].
+
+    Args:
+        counts: [senders, e] rows of each sender for each expert.
+        total: N, their sum.
+
+    Returns:
+        ``None`` where both are the same.
+    """
+    if 1 in counts.shape:
+        return None, None
+    by_expert = counts.t()
+    before = (counts.flatten().cumsum(0) - counts.flatten()).view(counts.shape)  # place of each block by sender
+    after = (by_expert.flatten().cumsum(0) - by_expert.flatten()).view(by_expert.shape)  # and by expert
+    place = torch.arange(total, device=counts.device)
+    forth = place + (before.t() - after).flatten().repeat_interleave(by_expert.flatten(), output_size=total)
+    back = place + (after.t() - before).flatten().repeat_interleave(counts.flatten(), output_size=total)
+    return forth, back
 
 
 class ServedAsFarAsKnown(NamedTuple):
@@ -175,6 +216,17 @@ class ServedAsFarAsKnown(NamedTuple):
     def of(cls, indices: Tensor, order: Order) -> ServedAsFarAsKnown:
         """From choices [t, k], grouped."""
         return cls(*_masked_as_empty(order.sorted, order.starts), invert(order.sorted).view(indices.shape))
+
+
+@dataclass(frozen=True)
+class ExchangeInRounds(DroplessExchange):
+    """All rows, as they would be sent at once, and the same in rounds.
+
+    Args:
+        rounds: exchanges of a part of the choices each.
+    """
+
+    rounds: list[DroplessExchange]
 
 
 @leaf

@@ -60,7 +60,7 @@ class ExpertBlock(ABC):
         """The products with up and gate: [N, H] twice."""
 
     @abstractmethod
-    def outward(self, kept: Kept, down: Tensor) -> Tensor:
+    def outward(self, kept: Kept, matrices: Matrices) -> Tensor:
         """The rest, shaped as x."""
 
     @abstractmethod
@@ -81,7 +81,7 @@ class BlockOfRows(ExpertBlock):
         local: picks the rows from tokens and sums into them; ``None`` where rows have travelled.
     """
 
-    def __init__(self, products: Products, local: Exchange | None) -> None:
+    def __init__(self, products: Products, local: Exchange | None = None) -> None:
         self.products, self.local = products, local
 
     def inward(self, x: Tensor, matrices: Matrices) -> tuple[Tensor, Tensor | None]:
@@ -89,8 +89,8 @@ class BlockOfRows(ExpertBlock):
         gate = None if matrices.gate is None else self.products.forward(rows, matrices.gate)
         return self.products.forward(rows, matrices.up), gate
 
-    def outward(self, kept: Kept, down: Tensor) -> Tensor:
-        return self._summed(self.products.forward(hidden(kept.up, kept.gate, kept.weights), down))
+    def outward(self, kept: Kept, matrices: Matrices) -> Tensor:
+        return self._summed(self.products.forward(hidden(kept.up, kept.gate, kept.weights), matrices.down))
 
     def backward(self, grad: Tensor, kept: Kept, matrices: Matrices, wanted: Matrices) -> Gradients:
         products, grad = self.products, self._rows(grad).contiguous()
@@ -139,11 +139,11 @@ class BlockByExpert(ExpertBlock):
                 torch.mm(rows, matrices.gate[e].mT, out=gate[part])
         return up, gate
 
-    def outward(self, kept: Kept, down: Tensor) -> Tensor:
+    def outward(self, kept: Kept, matrices: Matrices) -> Tensor:
         total = self._zeros(kept.x)
         for e, part in self._parts():
             value = hidden(kept.up[part], None if kept.gate is None else kept.gate[part], kept.weights[part])
-            self._add(total, part, value @ down[e].mT)
+            self._add(total, part, value @ matrices.down[e].mT)
         return total.to(kept.x.dtype)
 
     def backward(self, grad: Tensor, kept: Kept, matrices: Matrices, wanted: Matrices) -> Gradients:

@@ -12,10 +12,12 @@ from torch.autograd.function import once_differentiable
 
 from lightning_tex.layers.mlp import Activation, require_activation
 from lightning_tex.moe.activation import hidden
-from lightning_tex.moe.dispatch import Arrived, LocalRows
+from lightning_tex.moe.dispatch import Arrived, LocalRows, RowsInRounds
 from lightning_tex.moe.exchange import Exchange, from_experts
 from lightning_tex.moe.expert_block import BlockByExpert, BlockOfRows, ExpertBlock, Gradients, Kept, Matrices
+from lightning_tex.moe.groups import Groups
 from lightning_tex.moe.products import LoopedProducts, Products
+from lightning_tex.moe.rounds import BlockInRounds
 from lightning_tex.parallel.autocast import autocast_dtype, autocast_off
 from lightning_tex.parallel.device import device_type
 from lightning_tex.parallel.initialization import by_index, init_uniform_
@@ -68,17 +70,27 @@ class Experts(TexModule):
 
         Rows that are picked from the own tokens are so again in the backward, and not kept.
         """
-        matrices = Matrices(self.up, self.gate, self.down)
-        local = arrived.exchange if isinstance(arrived, LocalRows) else None
-        x = arrived.tokens if isinstance(arrived, LocalRows) else arrived.rows
-        dtype = autocast_dtype(x)
-        if local is not None and device_type(x) == "cpu":
-            block: ExpertBlock = BlockByExpert(local)
-        else:
-            block = BlockOfRows(Products.of(arrived.groups, dtype, [m for m in matrices if m is not None]), local)
-        call = _Call(block, dtype, last_product=local is not None or not replaying())
-        y = _Outward.apply(_Inward.apply(x, arrived.weights, *matrices, call), call)
-        return from_experts(y, exchange) if local is None else y
+        x, weights, block, home = self._plan(arrived)
+        call = _Call(block, autocast_dtype(x), last_product=home or not replaying())
+        y = _Outward.apply(_Inward.apply(x, weights, self.up, self.gate, self.down, call), call)
+        return y if home else from_experts(y, exchange)
+
+    def _plan(self, arrived: Arrived) -> tuple[Tensor, Tensor, ExpertBlock, bool]:
+        """What is computed from, with which weights, how, and whether what it gives is home."""
+
+        def at_once(groups: Groups, local: Exchange | None = None) -> BlockOfRows:
+            matrices = [m for m in (self.up, self.gate, self.down) if m is not None]
+            return BlockOfRows(Products.of(groups, autocast_dtype(x), matrices), local)
+
+        if isinstance(arrived, RowsInRounds):
+            x = arrived.tokens
+            return x, arrived.choice_weights, BlockInRounds(arrived.exchange.rounds, at_once), True
+        if isinstance(arrived, LocalRows):
+            x, local = arrived.tokens, arrived.exchange
+            on_cpu = device_type(x) == "cpu"
+            return x, arrived.weights, BlockByExpert(local) if on_cpu else at_once(local.groups, local), True
+        x = arrived.rows
+        return x, arrived.weights, at_once(arrived.groups), False
 
     @torch.no_grad()
     def own_outputs(self, arrived: Arrived) -> Iterator[Tensor]:
@@ -106,10 +118,9 @@ class _Call:
         last_product: whether it is computed; where not, nobody looks at it.
     """
 
-    def __init__(self, block: ExpertBlock, dtype: torch.dtype, last_product: bool) -> None:
+    def __init__(self, block: ExpertBlock, dtype: torch.dtype, last_product: bool = True) -> None:
         self.block, self.dtype, self.last_product = block, dtype, last_product
-        self.kept: Kept | None = None
-        self.down: Tensor | None = None
+        self.kept: tuple[Kept, Matrices] | None = None
         self.grad: Tensor | None = None
 
 
@@ -127,7 +138,7 @@ class _Inward(torch.autograd.Function):
         with autocast_off(x):
             matrices, tokens = Matrices(up, gate, down).to(call.dtype), x.to(call.dtype)
             products = call.block.inward(tokens, matrices)
-        call.kept, call.down = Kept(tokens, weights, *products), matrices.down
+        call.kept = Kept(tokens, weights, *products), matrices
         ctx.save_for_backward(x, weights, *products, up, gate, down)
         return x.new_empty(0)
 
@@ -151,13 +162,14 @@ class _Outward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tie: Tensor, call: _Call) -> Tensor:
-        ctx.call, kept, down = call, call.kept, call.down
-        call.kept = call.down = None
-        assert kept is not None and down is not None
+        ctx.call = call
+        assert call.kept is not None
+        kept, matrices = call.kept
+        call.kept = None
         if not call.last_product:
             return kept.x.new_zeros(()).expand(kept.x.shape)
         with autocast_off(tie):
-            return call.block.outward(kept, down)
+            return call.block.outward(kept, matrices)
 
     @staticmethod
     @once_differentiable

@@ -12,6 +12,7 @@ from lightning_tex.moe.dropless import DroplessDispatcher
 from lightning_tex.moe.expert_axes import ExpertAxes
 from lightning_tex.moe.experts import Experts
 from lightning_tex.moe.losses import LossLedger, count_choices, routing_loss
+from lightning_tex.moe.rounds import BoundedDroplessDispatcher
 from lightning_tex.moe.router import Route, Router, make_router
 from lightning_tex.moe.sequence_parallel import SequenceShardedCapacityDispatcher
 from lightning_tex.parallel.activation_checkpointing import first_forward_only
@@ -39,10 +40,14 @@ class MoE(TexModule):
         capacity_factor: an expert takes ceil(factor * k * T / E) choices of a data rank's T tokens in a micro-step,
             first choices first, earlier tokens first; further ones overflow. ``None``: dropless, all are served.
         activation: ``"gelu"`` or ``"swiglu"``.
-        router: ``"softmax"``, a :class:`Router` subclass, or an instance.
+        router: ``"softmax"``; ``"forced_balance"``, which chooses by the token's place, for benches; a :class:`Router`
+            subclass, or an instance.
         norm_topk_prob: rescale a token's k weights to sum to 1.
         load_balance_coefficient: weight of E * sum_e f_e P_e.
         z_loss_coefficient: weight of the mean of logsumexp(logits)^2.
+        round_factor: of dropless routing over an expert axis: rows at a rank's experts at once, relative to their mean
+            over ranks; what is beyond is served in further rounds, to the same numbers. ``None``: all at once, whatever
+            memory the fullest rank needs.
 
     Raises:
         ValueError: sizes or names that are not legal.
@@ -62,12 +67,18 @@ class MoE(TexModule):
         norm_topk_prob: bool = False,
         load_balance_coefficient: float = 0.01,
         z_loss_coefficient: float = 0.0,
+        round_factor: float | None = None,
     ) -> None:
         super().__init__()
+        if round_factor is not None and (round_factor < 1 or capacity_factor is not None):
+            raise UserValueError(
+                f"round_factor={round_factor} with capacity_factor={capacity_factor}; legal: at least 1, with "
+                "capacity_factor=None, or round_factor=None"
+            )
         if capacity_factor is not None and capacity_factor <= 0:
             raise UserValueError(f"capacity_factor={capacity_factor} must be positive, or None for dropless routing")
         self.hidden_dim, self.num_experts, self.top_k = hidden_dim, num_experts, top_k
-        self.capacity_factor = capacity_factor
+        self.capacity_factor, self.round_factor = capacity_factor, round_factor
         self.load_balance_coefficient, self.z_loss_coefficient = load_balance_coefficient, z_loss_coefficient
         self.router = make_router(router, dim, num_experts, top_k, norm_topk_prob)
         self.experts = Experts(dim, hidden_dim, num_experts, activation)
@@ -103,6 +114,8 @@ class MoE(TexModule):
             topology: all axes of the run; ``ExpertAxes.of(topology)`` are those that tokens pass.
         """
         axes = ExpertAxes.of(topology)
+        if self.round_factor is not None:
+            return BoundedDroplessDispatcher(self.num_experts, axes, self.round_factor)
         if self.capacity_factor is None:
             return DroplessDispatcher(self.num_experts, axes)
         if topology.communication.sequence_parallel:

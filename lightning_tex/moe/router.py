@@ -100,7 +100,7 @@ class Router(TexModule):
         with autocast_off(x):
             logits = _FullPrecisionLinear.apply(x, self.weight)
             scores = self.score(logits)
-            indices = decided("the choice of experts", lambda: self._choose(scores.detach()))
+            indices = decided("the choice of experts", lambda: self.choose(scores.detach()))
             weights = scores.gather(-1, indices)
             if self.norm_topk_prob:
                 weights = weights / weights.sum(-1, keepdim=True)
@@ -109,7 +109,8 @@ class Router(TexModule):
                 weights = weights.masked_fill(~token_mask[:, None], 0)
         return Route(indices, weights, scores, logits)
 
-    def _choose(self, scores: Tensor) -> Tensor:  # [T, E] -> [T, k]
+    def choose(self, scores: Tensor) -> Tensor:  # [T, E] -> [T, k]
+        """Indices of the experts that are chosen, best first; alike on ranks that hold the same tokens."""
         return self.activation_layout.agree(scores.topk(self.top_k, dim=-1).indices)
 
     def extra_repr(self) -> str:
@@ -123,7 +124,18 @@ class SoftmaxRouter(Router):
         return logits.softmax(-1)
 
 
-ROUTERS: dict[str, type[Router]] = {"softmax": SoftmaxRouter}
+class ForcedBalanceRouter(SoftmaxRouter):
+    """Chooses by the token's place, as many tokens for each expert; weights are those of the softmax, with gradients.
+
+    Learns nothing worth having: it makes benches of one routing out of any weights and tokens.
+    """
+
+    def choose(self, scores: Tensor) -> Tensor:
+        tokens, experts = scores.shape
+        return torch.arange(tokens * self.top_k, device=scores.device).view(tokens, self.top_k) % experts
+
+
+ROUTERS: dict[str, type[Router]] = {"softmax": SoftmaxRouter, "forced_balance": ForcedBalanceRouter}
 
 
 def make_router(router: str | Router | type[Router], dim: int, num_experts: int, top_k: int, norm: bool) -> Router:

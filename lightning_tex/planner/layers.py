@@ -67,6 +67,7 @@ class Moe:
     norm_topk_prob: bool
     routing_losses: bool
     z_loss: bool
+    round_factor: float | None
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def known_layer(module: nn.Module) -> Layer | None:
             return Moe(
                 module.router.dim, module.hidden_dim, module.experts.gate is not None, module.num_experts,
                 module.top_k, module.capacity_factor, module.router.norm_topk_prob, losses,
-                bool(module.z_loss_coefficient),
+                bool(module.z_loss_coefficient), module.round_factor,
             )  # fmt: skip
         case VocabParallelHead():
             return Head(module.dim, module.size, module.gather_output)

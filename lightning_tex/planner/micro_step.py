@@ -108,6 +108,8 @@ class MicroStep:
         if self.static(layer):
             return layer.num_experts * self.capacity_rows(layer) // self.split * self.gather
         imbalance = self.job.imbalance if self.layout.expert > 1 else 1
+        if layer.round_factor is not None:
+            imbalance = min(imbalance, layer.round_factor)
         return ceil(self.chosen_rows(layer) * self.gather * imbalance)
 
     def own_tokens(self, layer: Moe) -> int:

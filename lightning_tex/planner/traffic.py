@@ -200,7 +200,11 @@ class MicroStepTraffic:
         if sequence and layer.capacity_factor is not None:
             queues = step.layout.tensor * layer.top_k * step.sequences * (layer.num_experts + 1)
             yield from self._over("tensor", "all_gather", _INT64 * queues, [FORWARD], "exchange_counts")
-        yield from self._over("expert", "all_to_all", counts, [FORWARD], "exchange_counts")
+        bounded = layer.round_factor is not None and step.layout.expert > 1
+        if bounded:  # everybody's, as all must agree on the rounds
+            counts *= step.layout.expert
+        operation = "all_gather" if bounded else "all_to_all"
+        yield from self._over("expert", operation, counts, [FORWARD], "exchange_counts")
         if step.gather > 1:
             whole = step.gather * counts
             yield from self._over("expert_tensor", "all_gather", whole, [FORWARD], "exchange_counts")

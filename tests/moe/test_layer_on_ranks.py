@@ -53,23 +53,31 @@ def tokens_of(scenario, rank):
     return x
 
 
-def build(capacity_factor, activation, top_k=2):
+def build(capacity_factor, activation, top_k=2, **options):
     torch.manual_seed(0)
     layer = MoE(
-        DIM, 8, EXPERTS, top_k, capacity_factor, activation, norm_topk_prob=True, load_balance_coefficient=0.0
+        DIM,
+        8,
+        EXPERTS,
+        top_k,
+        capacity_factor,
+        activation,
+        norm_topk_prob=True,
+        load_balance_coefficient=0.0,
+        **options,
     ).double()
     layer.router.weight.data = 3 * torch.eye(EXPERTS, DIM, dtype=torch.float64)
     return layer
 
 
-def compare_all(capacity_factor, activation):
+def compare_all(capacity_factor, activation, **options):
     overflowed = 0
     for layout in LAYOUTS:
         topology = join(*layout)
         data = topology.data
         for scenario in ROUTES:
             with case(layout, scenario):
-                layer = build(capacity_factor, activation)
+                layer = build(capacity_factor, activation, **options)
                 reference = copy.deepcopy(layer)
                 check_shardable(layer, topology.layout)
                 shard_module(layer, topology)

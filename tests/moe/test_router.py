@@ -100,10 +100,24 @@ def test_a_router_may_replace_all_of_forward():
         torch.testing.assert_close(y[t], expected)
 
 
+def test_forced_balance_serves_all_experts_alike_with_gradients_of_the_weights():
+    torch.manual_seed(0)
+    layer = MoE(4, 8, 6, top_k=3, router="forced_balance", norm_topk_prob=True).double().eval()
+    with torch.no_grad():
+        layer.router.weight[0] += 2  # which most would choose
+    x = torch.randn(10, 4, dtype=torch.float64)
+    route = layer.router(x)
+    assert torch.bincount(route.indices.flatten(), minlength=6).tolist() == [5] * 6
+    assert all(len(set(chosen)) == 3 for chosen in route.indices.tolist())
+    torch.testing.assert_close(route.weights.sum(-1), torch.ones(10, dtype=torch.float64))
+    layer(x).square().sum().backward()
+    assert layer.router.weight.grad.abs().min() > 0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"router": "hash"}, "router='hash'; legal: 'softmax', or a Router class or instance"),
+        ({"router": "hash"}, "router='hash'; legal: 'softmax', 'forced_balance', or a Router class or instance"),
         (
             {"router": SoftmaxRouter(4, 5, 2), "top_k": 2},
             "router is made for dim=4, num_experts=5, top_k=2; the MoE layer has dim=4, num_experts=6, top_k=2",

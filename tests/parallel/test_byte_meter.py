@@ -146,22 +146,22 @@ EVEN = 8  # positions, which 2 and 4 tensor ranks divide
 
 
 class Everywhere(Block):
-    def __init__(self, capacity_factor: float | None) -> None:
+    def __init__(self, capacity_factor: float | None, round_factor: float | None = None) -> None:
         super().__init__()
-        self.moe = MoE(D, 24, E, E, capacity_factor)
+        self.moe = MoE(D, 24, E, E, capacity_factor, round_factor=round_factor)
 
 
 def split_against_formulas(cases):
-    for layout, mode, (fused, factor) in cases:
-        with case(layout, mode=mode, fused=fused, factor=factor):
+    for layout, mode, (fused, *factors) in cases:
+        with case(layout, mode=mode, fused=fused, factors=factors):
             topology = join(*layout, sequence_parallel=True)
             x = torch.randn(B, EVEN // topology.tensor.size, D)
-            meter = one_pass(topology, mode, fused, partial(Everywhere, factor), x)
+            meter = one_pass(topology, mode, fused, partial(Everywhere, *factors), x)
             counted = {kind: Fraction(sent) for kind, sent in meter.sent_bytes().items()}
-            assert counted == formulas(topology, mode, fused, partial(Everywhere, factor), EVEN)
+            assert counted == formulas(topology, mode, fused, partial(Everywhere, *factors), EVEN)
 
 
-@few_or_every(LAYOUTS, MODES, ((True, None), (True, 1.0), (False, 1.0)))
+@few_or_every(LAYOUTS, MODES, ((True, None), (True, 1.0), (False, 1.0), (True, None, 1.0)))
 def test_counts_of_sequence_parallelism_equal_the_formulas(cases):
     run_ranks(4, split_against_formulas, cases)
 
