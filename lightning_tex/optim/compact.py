@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_tex.optim.formats import MASTER, SavedState, StateFormat, Window, per_element
 from lightning_tex.optim.moments import Moments
 from lightning_tex.optim.rounding import Rounding, round_stochastically
+from lightning_tex.optim.walk import Walk
 from lightning_tex.parallel.compiled import leaf
 
 # n elements of a window; those of 16-bit storage are seen as int16, those of fp32 as int32
@@ -110,7 +111,7 @@ class CompactStates(StateFormat):
         self.begun: list[set[str]] = [set() for _ in self.spans]
 
     @contextmanager
-    def window(self, i: int, skip: Tensor | None = None) -> Iterator[Window]:
+    def window(self, i: int, walk: Walk) -> Iterator[Window]:
         span = self.spans[i]
         tile = nn.Parameter(self.master.read(span), requires_grad=False)
         state = {**self.numbers[i], **{key: self.moments.read(key, span) for key in sorted(self.begun[i])}}
@@ -118,7 +119,7 @@ class CompactStates(StateFormat):
         for key, value in state.items():
             if per_element(value, tile):
                 self._begin(i, key)
-                self.moments.write(key, span, value, skip=skip)
+                self.moments.write(key, span, value, skip=walk.skip)
             else:
                 self.numbers[i][key] = value
         self.master.write(span, tile.detach())

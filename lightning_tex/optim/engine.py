@@ -97,7 +97,7 @@ class Engine:
         kernel_scales = options.get("fused") and type(self.optimizer) in _FUSED_ON_CPU
         divisor = held[0].divisor
         with ExitStack() as windows_open:
-            windows = [windows_open.enter_context(each.states.window(each.place, walk.skip)) for each in held]
+            windows = [windows_open.enter_context(each.states.window(each.place, walk)) for each in held]
             dtype = windows[0].tile.dtype
             gradients = walk.upcast([each.gradient for each in held], dtype)
             inverse = None
@@ -109,6 +109,7 @@ class Engine:
             del windows, gradients
             if not held[0].states.in_place:
                 walk.free()  # windows that are taken apart need room for that
+        walk.make_copies()
 
     def leaves_out(self, states: StateFormat, group: dict[str, Any]) -> bool:
         """Whether the optimizer's kernel itself leaves out a step that a scalar on the device says is not taken."""

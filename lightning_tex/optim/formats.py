@@ -10,6 +10,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_tex.optim.walk import Walk
+
 # The values of more precision behind a 16-bit parameter, among the states of the user's optimizer.
 MASTER = "master"
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -49,12 +51,12 @@ class StateFormat(ABC):
         self.spans = [slice(start, min(start + tile_size, len(own))) for start in range(0, len(own), tile_size)]
 
     @abstractmethod
-    def window(self, i: int, skip: Tensor | None = None) -> AbstractContextManager[Window]:
+    def window(self, i: int, walk: Walk) -> AbstractContextManager[Window]:
         """Window ``i``, to be stepped inside; what the step leaves is kept, and the parameters follow.
 
         Args:
             i: which.
-            skip: 1 where the step leaves everything as it was: then what is kept stays so to the bit.
+            walk: what it is a part of. Where that is skipped, what is kept stays so to the bit.
         """
 
     @abstractmethod
@@ -105,10 +107,10 @@ class PlainStates(StateFormat):
         ]
 
     @contextmanager
-    def window(self, i: int, skip: Tensor | None = None) -> Iterator[Window]:
+    def window(self, i: int, walk: Walk) -> Iterator[Window]:
         yield self.windows[i]
         if self.has_master:
-            self.own[self.spans[i]].copy_(self.windows[i].tile)
+            walk.copy(self.windows[i].tile, self.own[self.spans[i]])
 
     def adopt_parameters(self) -> None:
         if self.has_master:

@@ -20,6 +20,7 @@ class Walk:
         self.scale, self.skip = scale, skip
         self._memory: Tensor | None = None
         self._inverses: dict[float, Tensor] = {}
+        self._copies: tuple[list[Tensor], list[Tensor]] = [], []
 
     def factor(self, divisor: float) -> float | Tensor:
         """What gradients are multiplied by that are still to be divided by something."""
@@ -27,10 +28,10 @@ class Walk:
 
     def inverse(self, divisor: float, device: torch.device) -> Tensor | None:
         """What kernels divide gradients by instead, an fp32 scalar; ``None``: they are as they should be."""
-        factor = self.factor(divisor)
-        if isinstance(factor, float) and factor == 1:
-            return None
         if divisor not in self._inverses:
+            factor = self.factor(divisor)
+            if isinstance(factor, float) and factor == 1:
+                return None
             if isinstance(factor, Tensor):
                 inverse = factor.reciprocal().float()
             else:
@@ -47,11 +48,18 @@ class Walk:
             return list(gradients)
         lengths = [len(gradient) for gradient in gradients]
         copies = list(self._memory_for(sum(lengths), dtype, gradients[0].device).split(lengths))
-        if len(copies) == 1:
-            copies[0].copy_(gradients[0])
-        else:
-            torch._foreach_copy_(copies, list(gradients))
+        _copy_all(gradients, copies)
         return copies
+
+    def copy(self, values: Tensor, to: Tensor) -> None:
+        """Copy values when :meth:`make_copies` is called. [n] each"""
+        self._copies[0].append(values)
+        self._copies[1].append(to)
+
+    def make_copies(self) -> None:
+        """Make the copies that were asked for."""
+        _copy_all(*self._copies)
+        self._copies = [], []
 
     def free(self) -> None:
         """Let go of the memory that :meth:`upcast` would use again."""
@@ -72,3 +80,10 @@ class Walk:
             self._memory = torch.empty(length, dtype=dtype, device=device)
         assert self._memory is not None
         return self._memory[:length]
+
+
+def _copy_all(values: Sequence[Tensor], to: Sequence[Tensor]) -> None:
+    if len(to) == 1:  # of a long one, a list is several launches
+        to[0].copy_(values[0])
+    elif to:
+        torch._foreach_copy_(list(to), list(values))

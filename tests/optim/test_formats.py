@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_tex.optim.compact import SplitMaster
 from lightning_tex.optim.moments import BLOCK
+from lightning_tex.optim.walk import Walk
 
 
 def any_bits(count=1 << 16):
@@ -56,7 +57,7 @@ def all_states(optimizer):
 
 def windows(states):
     for i in range(len(states.spans)):
-        with states.window(i) as window:
+        with states.window(i, Walk()) as window:
             yield window
 
 

@@ -7,6 +7,8 @@ import torch
 from helpers.optimizer_alone import KINDS, backward, equal, network, pair, tiled
 from torch import nn
 
+from lightning_tex.optim.walk import Walk
+
 
 @pytest.mark.parametrize("tile_size", [64, 128, None])
 @pytest.mark.parametrize("kind", KINDS)
@@ -149,7 +151,7 @@ def test_frozen_parameters_stay_and_foreign_ones_are_refused():
 
 
 def values(piece):
-    with piece.shard.states.window(piece.window) as window:
+    with piece.shard.states.window(piece.window, Walk()) as window:
         return window.tile.detach()[piece.held.slices].clone()
 
 
