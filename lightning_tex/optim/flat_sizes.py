@@ -42,6 +42,22 @@ def bucketed(lengths: Sequence[int], replicas: int) -> Iterator[slice]:
     yield slice(start, len(lengths))
 
 
+def batched(windows: Sequence[int], tile: int) -> Iterator[slice]:
+    """Which consecutive windows are stepped in one call: many small ones, or one.
+
+    Args:
+        windows: elements of each.
+        tile: elements that one window may have, and all of one call together.
+    """
+    start = size = 0
+    for i, length in enumerate(windows):
+        if i > start and size + length > tile:
+            yield slice(start, i)
+            start, size = i, 0
+        size += length
+    yield slice(start, len(windows))
+
+
 def part_length(lengths: Sequence[int], owners: int) -> int:
     """Elements of one owner's part of a buffer of parameters; the buffer has ``owners`` times as many."""
     return aligned(-(-sum(map(aligned, lengths)) // owners))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from lightning_tex.optim.engine import Held
 from lightning_tex.optim.flat import Entry, FlatBuffer
+from lightning_tex.optim.flat_sizes import batched
 from lightning_tex.optim.formats import StateFormat
 from lightning_tex.optim.gradients import Gradients
 from lightning_tex.parallel.extent import Extent
@@ -54,15 +56,15 @@ class Shard:
         self.buffer, self.gradients, self.states, self.group = buffer, gradients, states, group
         self._versions = self._current_versions()
 
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What shards have in common whose windows may be stepped in one call."""
+        return id(self.group), self.gradients.divisor, self.states.own.dtype
+
     def held(self) -> list[Held]:
         """The windows with their gradients, to be stepped."""
         own, spans, divisor = self.gradients.own, self.states.spans, self.gradients.divisor
         return [Held(self.states, i, own[span] if len(spans) > 1 else own, divisor) for i, span in enumerate(spans)]
-
-    def steps_with(self, other: Shard) -> bool:
-        """Whether windows of both may be stepped in one call."""
-        alike = self.group is other.group and self.gradients.divisor == other.gradients.divisor
-        return alike and self.states.own.dtype == other.states.own.dtype
 
     def refresh(self) -> None:
         """Take up parameters that somebody else wrote since the last step (a loaded state dict, a callback)."""
@@ -104,18 +106,14 @@ class Batch(NamedTuple):
 
 
 def batches(shards: Iterable[Shard]) -> Iterator[Batch]:
-    """All windows of some shards, in their order: many small ones at once, and large ones by themselves."""
-    batch, last, elements = Batch({}, [], []), None, 0
-    for shard in shards:
-        shard.refresh()
-        for held in shard.held():
-            alike = last is None or shard.steps_with(last)
-            if batch.windows and not (alike and elements + len(held.gradient) <= shard.states.tile_size):
-                yield batch
-                batch, elements = Batch({}, [], []), 0
-            batch = batch._replace(group=shard.group)
-            batch.windows.append(held)
-            elements += len(held.gradient)
-            last = shard
-        batch.complete.append(shard)
-    yield batch
+    """All windows of some shards, in their order; shards take up what somebody else wrote."""
+    for _, run in groupby(shards, lambda shard: shard.kind):
+        alike, windows, ends = list(run), [], []
+        for shard in alike:
+            shard.refresh()
+            windows += shard.held()
+            ends.append(len(windows))
+        lengths = [len(window.gradient) for window in windows]
+        for span in batched(lengths, alike[0].states.tile_size):
+            complete = [shard for shard, end in zip(alike, ends, strict=True) if span.start < end <= span.stop]
+            yield Batch(alike[0].group, windows[span], complete)
