@@ -32,6 +32,7 @@ def test_simulated_savings_on_summit_are_the_models_own() -> None:
         assert rows["baseline"]["time_saved"] == 0
         assert rows["+DTD +CAC"]["time_saved"] > max(rows["+DTD"]["time_saved"], rows["+CAC"]["time_saved"]) > 0.1
         by_part = {name: row["by_part"]["all_to_all over expert"] for name, row in rows.items()}
-        # Two all-to-alls each of forward and backward, and one of full recomputation, which ends before the way back; weights travel too.
+        # Two all-to-alls of rows each of forward and backward, and one of full recomputation, which ends before the way
+        # back; weights, which travel too, are little.
         assert by_part["+CAC"] == pytest.approx(4 / 5 * by_part["baseline"], rel=1e-3)
         assert by_part["+DTD"] < 0.3 * by_part["baseline"]  # a share of four; latencies stay
