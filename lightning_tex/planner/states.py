@@ -6,12 +6,13 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import groupby
 from math import prod
 from typing import NamedTuple
 
 import torch
 
-from lightning_tex.optim.flat_sizes import ALIGNMENT, bucketed, most_elements, part_length
+from lightning_tex.optim.flat_sizes import ALIGNMENT, batched, bucketed, most_elements, part_length
 from lightning_tex.parallel.precision import PRECISIONS
 from lightning_tex.parallel.sharding import ParameterSharding
 from lightning_tex.parallel.topology import Layout
@@ -34,6 +35,7 @@ class Buffer:
         used: elements of the buffer that are parameters'.
         element_bytes: of its parameters.
         costs: what the optimizer keeps and takes of its elements.
+        group: of the optimizer, its number.
     """
 
     expert: bool
@@ -45,6 +47,7 @@ class Buffer:
     element_bytes: int
     costs: StateCosts
     declared_partial: bool = False
+    group: int = 0
 
     @property
     def elements(self) -> int:
@@ -110,7 +113,7 @@ class FlatBuffers:
                     part = part_length(lengths[span], owners)
                     buffer = Buffer(
                         kind.expert, kind.partial, kind.replicas, owners, part, sum(lengths[span]), kind.element_bytes,
-                        costs, kind.declared_partial,
+                        costs, kind.declared_partial, number,
                     )  # fmt: skip
                     buffers.append(same.setdefault(buffer, buffer))
                     first.append(of_kind[span.start])
@@ -254,10 +257,13 @@ def tile_bytes(
 ) -> int:
     """The most temporary memory of an optimizer step."""
     most = 0
-    for buffer in flat.distinct:
-        kept = kept_format(flat.precision, optimizer_state_format, buffer.element_bytes)
-        tile = min(buffer.part, tile_elements(kept, tile_size, device, buffer.costs))
-        most = max(most, int(tile * buffer.costs.temporaries.of(kept)))
+    for (_, element_bytes), alike in groupby(flat.buffers, lambda buffer: (buffer.group, buffer.element_bytes)):
+        buffers = list(alike)
+        costs, parts = buffers[0].costs, [buffer.part for buffer in buffers]
+        kept = kept_format(flat.precision, optimizer_state_format, element_bytes)
+        tile = tile_elements(kept, tile_size, device, costs)
+        at_once = tile if max(parts) >= tile else max(sum(parts[span]) for span in batched(parts, tile))
+        most = max(most, int(at_once * costs.temporaries.of(kept)))
     return most
 
 

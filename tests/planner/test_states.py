@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from math import prod
@@ -20,6 +21,7 @@ from torch import nn
 
 from lightning_tex.models import Decoder, DecoderConfig
 from lightning_tex.optim import OptimizerStateConfig, TiledOptimizer, flat_sizes
+from lightning_tex.optim.shard import batches
 from lightning_tex.parallel.sharding import check_shardable, parameter_shardings, shard_module
 from lightning_tex.parallel.topology import Axis, Layout, Topology
 from lightning_tex.planner.describe import describe, describe_decoder
@@ -27,7 +29,7 @@ from lightning_tex.planner.layouts import Candidate, Job, layouts
 from lightning_tex.planner.memory import memory
 from lightning_tex.planner.optimizer_trial import read_optimizer
 from lightning_tex.planner.optimizers import ADAMW, assumed_adamw
-from lightning_tex.planner.states import FlatBuffers, StateBytes, kept_format, state_bytes, tile_elements
+from lightning_tex.planner.states import FlatBuffers, StateBytes, kept_format, state_bytes, tile_bytes, tile_elements
 from lightning_tex.planner.traffic import combination
 from lightning_tex.strategy.precision import TexHalfPrecision, TexMixedPrecision, TexPrecision
 from lightning_tex.testing.ranks import run_ranks
@@ -123,6 +125,15 @@ def one_group(model: nn.Module) -> list[dict[str, object]]:
     return [{"params": list(model.parameters())}]
 
 
+def most_at_once(optimizer: TiledOptimizer) -> dict[int, int]:
+    """Elements of the largest call, by bytes of a parameter's element."""
+    most: dict[int, int] = defaultdict(int)
+    for batch in batches(optimizer.shards):
+        size = batch.windows[0].states.own.itemsize
+        most[size] = max(most[size], sum(len(window.gradient) for window in batch.windows))
+    return most
+
+
 def allocated(
     build: Callable[[], nn.Module],
     groups: Callable[[Any], list[dict[str, object]]],
@@ -133,7 +144,7 @@ def allocated(
     tile: int | None,
     optimizer_class: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
 ):
-    """Bytes that a real optimizer holds after a step, and those of frozen parameters."""
+    """Bytes that a real optimizer holds after a step, and those of frozen parameters; and :func:`most_at_once`."""
     topology = join(layout.tensor, layout.expert, layout.expert_tensor)
     torch.manual_seed(0)
     model = build()
@@ -173,7 +184,7 @@ def allocated(
             each = [value for numbers in states.numbers for value in numbers.values() if value is not None]
         found["moments"] += distinct_bytes([value for value in each if value.dim()])
         found["scalars"] += distinct_bytes([value for value in each if not value.dim()])
-    return found
+    return found, most_at_once(optimizer)
 
 
 KINDS = [
@@ -198,8 +209,12 @@ def compare_states(world: int, cases: list[tuple[str, Any, Any]]) -> None:
             candidate = Candidate(layout, zero_stage=stage, optimizer_state_format=optimizer_state_format)
             planned = state_bytes(FlatBuffers.of(job, candidate), stage, optimizer_state_format, tile, "cpu")
             build = partial(Groups, CONFIGS[name])
-            real = allocated(build, Groups.groups, layout, precision, stage, optimizer_state_format, tile)
+            real, at_once = allocated(build, Groups.groups, layout, precision, stage, optimizer_state_format, tile)
             assert vars(planned) == real
+            flat = FlatBuffers.of(job, candidate)
+            formats = {size: kept_format(precision, optimizer_state_format, size) for size in at_once}
+            needed = max(int(n * ADAMW.temporaries.of(formats[size])) for size, n in at_once.items())
+            assert tile_bytes(flat, optimizer_state_format, tile, "cpu") == needed
 
 
 @pytest.mark.parametrize("world", [1, 4])
@@ -226,7 +241,7 @@ def compare_own_modules(world: int) -> int:
             job = Job(described, world, 1, world, precision, optimizer=assumed_adamw(""))
             candidate = Candidate(layout, zero_stage=stage, optimizer_state_format=optimizer_state_format)
             planned = state_bytes(FlatBuffers.of(job, candidate), stage, optimizer_state_format, tile, "cpu")
-            real = allocated(build, one_group, layout, precision, stage, optimizer_state_format, tile)
+            real, _ = allocated(build, one_group, layout, precision, stage, optimizer_state_format, tile)
             assert vars(planned) == real, (build, layout, kind)
             needed = memory(job, candidate, "cpu", tile)
             assert needed.states.total <= needed.peak and not needed.fullest.activations
@@ -266,7 +281,7 @@ def compare_optimizers() -> None:
             job = Job(describe(TwoKinds()), 1, 1, 1, precision, optimizer=read)
             candidate = Candidate(Layout(1), zero_stage=stage, optimizer_state_format=optimizer_state_format)
             planned = state_bytes(FlatBuffers.of(job, candidate), stage, optimizer_state_format, tile, "cpu")
-            real = allocated(
+            real, _ = allocated(
                 TwoKinds, groups, Layout(1), precision, stage, optimizer_state_format, tile, build
             )  # fmt: skip
             assert vars(planned) == real
