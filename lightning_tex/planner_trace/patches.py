@@ -71,7 +71,7 @@ def _broadcast(obj: Any, src: int = 0) -> Any:
     return obj
 
 
-def _alone(ranks: object, name: str) -> Agreement:
+def _alone(ranks: object, name: str, timeout: object = None) -> Agreement:
     return Agreement(dist.HashStore(), 0, (0,), timedelta(0), name)
 
 
