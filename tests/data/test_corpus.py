@@ -1,4 +1,5 @@
 import itertools
+import shutil
 import subprocess
 import sys
 
@@ -108,13 +109,14 @@ def test_refusals(jsonl, tmp_path):
 
 
 def test_a_cache_among_the_data_is_no_data(folder, tmp_path):
-    before = texts(Source(str(folder)), tmp_path / "elsewhere")
-    cache = folder / "cache"
-    Preparation(Source(str(folder)), None, 300, None, 8).run(cache, None)
-    (folder / ".git").mkdir()
-    (folder / ".git" / "index.json").write_text("{}")
+    data = shutil.copytree(folder, tmp_path / "data")
+    before = texts(Source(str(data)), tmp_path / "elsewhere")
+    cache = data / "cache"
+    Preparation(Source(str(data)), None, 300, None, 8).run(cache, None)
+    (data / ".git").mkdir()
+    (data / ".git" / "index.json").write_text("{}")
     assert list(cache.rglob("*.json"))
-    assert texts(Source(str(folder)), cache / "sources") == before
+    assert texts(Source(str(data)), cache / "sources") == before
 
 
 def test_import_needs_neither_datasets_nor_tokenizers():
