@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -34,6 +35,7 @@ from lightning_tex.parallel.initialization import has_values
 from lightning_tex.parallel.topology import Axis, Layout, build_mesh
 from lightning_tex.resilience.agreement import Agreement, Comparison
 from lightning_tex.resilience.nccl import record_flights
+from lightning_tex.resilience.processes import through
 from lightning_tex.resilience.rendezvous import meet
 from lightning_tex.strategy import agreement
 from lightning_tex.strategy.guarded_run import GuardedRun
@@ -45,6 +47,12 @@ _MARGIN = {"nccl": timedelta(seconds=60)}
 _USUAL_MARGIN = timedelta(seconds=3)
 # Ranks build models and read data at speeds of their own: a short timeout of collectives is not meant for that.
 _SET_UP = timedelta(minutes=1)
+
+
+def _destroy_groups() -> None:
+    """At the end of a process whose last run ended well: their threads, left to themselves, can abort it."""
+    if through.is_set() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class MeshStrategy(ParallelStrategy):
@@ -163,6 +171,7 @@ class MeshStrategy(ParallelStrategy):
         )
         device_id = self.root_device if self.root_device.type == "cuda" else None
         _init_dist_connection(environment, backend, store=store, device_id=device_id, timeout=self.group_timeout)
+        atexit.register(_destroy_groups)
 
     def _require_agreement(self, comparison: Comparison) -> None:
         """Compare over all ranks; raises on all of them, naming ranks and values. What is advised is told once."""
