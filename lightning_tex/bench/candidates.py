@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -129,6 +129,7 @@ class Tiled(Candidate):
         tile_size: elements in a tile; ``None``: the default.
         optimizer_state_format: how states are kept.
         max_skipped_steps: look for infinities and NaN first, as the strategy does by default; that takes the norm.
+        clipped: clip by a norm that gradients exceed.
     """
 
     def __init__(
@@ -137,8 +138,10 @@ class Tiled(Candidate):
         tile_size: int | None,
         optimizer_state_format: OptimizerStateFormat = "fp32",
         max_skipped_steps: int | None = None,
+        clipped: bool = False,
     ) -> None:
         super().__init__(workload)
+        self.clipped = clipped
         module = workload.module().to_empty(device=workload.device)
         named = dict(module.named_parameters())
         for parameter in named.values():
@@ -149,9 +152,8 @@ class Tiled(Candidate):
             optimizer_state_format=optimizer_state_format, tile_size=tile_size, max_skipped_steps=max_skipped_steps
         )
         self.optimizer = TiledOptimizer(inner, places, workload.topology.world, state_config)
-        for parameter in named.values():
-            assert parameter.grad is not None
-            parameter.grad.copy_(workload.drawn(*parameter.shape))
+        self.parameters = list(named.values())
+        self._draw()
         self.has_master = workload.low_precision and optimizer_state_format == "fp32"
 
     @property
@@ -160,7 +162,18 @@ class Tiled(Candidate):
         spans = (span for shard in self.optimizer.shards for span in shard.states.spans)
         return max(span.stop - span.start for span in spans)
 
+    def _draw(self) -> None:
+        for parameter in self.parameters:
+            assert parameter.grad is not None
+            parameter.grad.copy_(self.workload.drawn(*parameter.shape))
+
+    def prepare(self) -> None:
+        if self.clipped:  # which uses them up
+            self._draw()
+
     def step(self) -> None:
+        if self.clipped:
+            self.optimizer.clip_by_norm(1e-3)
         self.optimizer.step()
 
     def close(self) -> None:
@@ -205,10 +218,16 @@ def average(gradient: Tensor, topology: Topology) -> None:
 
 Build = Callable[[Workload], Candidate]
 REFERENCE = "torch fused"
+FP32 = "torch fused, fp32 parameters"  # what plain mixed precision steps, which autocasts them
+
+
+def _in_fp32(workload: Workload, **options: Any) -> Flat:
+    return Flat(replace(workload, dtype=torch.float32), **options)
 
 
 def ours(tile_size: int | None, state_formats: Sequence[OptimizerStateFormat]) -> dict[str, Build]:
-    """This package's step by name: tiled, once for each state format, with the check of gradients, and in one tile.
+    """This package's step by name: tiled, once for each state format, with the check of gradients, with clipping too,
+    and in one tile.
 
     Args:
         tile_size: elements in a tile; ``None``: the default.
@@ -220,6 +239,7 @@ def ours(tile_size: int | None, state_formats: Sequence[OptimizerStateFormat]) -
             Tiled, tile_size=tile_size, optimizer_state_format=name
         )
     found["tiled, checked"] = partial(Tiled, tile_size=tile_size, max_skipped_steps=1)
+    found["tiled, checked, clipped"] = partial(Tiled, tile_size=tile_size, max_skipped_steps=1, clipped=True)
     return found | {"untiled": partial(Tiled, tile_size=UNBOUNDED)}
 
 
@@ -232,4 +252,5 @@ def torchs(low_precision: bool) -> dict[str, Build]:
     found: dict[str, Build] = {REFERENCE: partial(Flat, fused=True), "torch foreach": partial(Flat, foreach=True)}
     if low_precision:
         found["torch fused, no master"] = partial(Flat, master=False, fused=True)
+        found[FP32] = partial(_in_fp32, fused=True)
     return found | {"torch loop": partial(Flat, foreach=False, fused=False)}

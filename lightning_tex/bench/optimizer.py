@@ -157,7 +157,7 @@ class Case:
         """
         if self.workload.topology.world.size > 1:
             return None
-        parameters = gradients = self.workload.dtype.itemsize * self.elements
+        parameters = gradients = candidate.workload.dtype.itemsize * self.elements
         states = state_bytes - parameters - gradients
         return gradients + 2 * states + parameters * (1 if candidate.has_master else 2)
 
