@@ -76,7 +76,7 @@ class Walk:
     def _memory_for(self, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         kept = self._memory
         if kept is None or len(kept) < length or kept.dtype != dtype or kept.device != device:
-            self._memory = None  # before the next one is made
+            self._memory = kept = None  # before the next one is made
             self._memory = torch.empty(length, dtype=dtype, device=device)
         assert self._memory is not None
         return self._memory[:length]
