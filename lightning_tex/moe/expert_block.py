@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from itertools import accumulate
+from collections.abc import Iterator, Sequence
+from itertools import starmap
 from typing import NamedTuple
 
 import torch
@@ -27,6 +27,10 @@ class Matrices(NamedTuple):
     def to(self, dtype: torch.dtype) -> Matrices:
         """The same in a dtype; copies only where they have another."""
         return Matrices(*(None if m is None else m.to(dtype) for m in self))  # type: ignore[arg-type]
+
+    def of_each(self, experts: int) -> Iterator[Matrices]:
+        """Those of one expert after the other."""
+        return starmap(Matrices, zip(*([None] * experts if m is None else m.unbind() for m in self), strict=True))
 
 
 class Kept(NamedTuple):
@@ -115,6 +119,16 @@ class BlockOfRows(ExpertBlock):
         return rows if self.local is None else self.local.from_experts(rows)
 
 
+class _Expert(NamedTuple):
+    """What is one expert's: its rows' tokens, and views of its part of what is kept, and of its matrices."""
+
+    token: Tensor
+    weights: Tensor
+    up: Tensor
+    gate: Tensor | None
+    matrices: Matrices
+
+
 class BlockByExpert(ExpertBlock):
     """One expert after the other, where nothing travels and nobody waits: no more than an expert's rows exist at once.
 
@@ -126,53 +140,96 @@ class BlockByExpert(ExpertBlock):
 
     def __init__(self, local: Exchange) -> None:
         assert not local.gaps
-        self.groups = local.groups
+        self.local, self.sizes = local, local.groups.sizes
         self.token = local.choice // local.slot.shape[1]
 
     def inward(self, x: Tensor, matrices: Matrices) -> tuple[Tensor, Tensor | None]:
-        up = x.new_empty(self.groups.rows, matrices.up.shape[1])
+        up = x.new_empty(self.local.groups.rows, matrices.up.shape[1])
         gate = None if matrices.gate is None else torch.empty_like(up)
-        for e, part in self._parts():
-            rows = x.index_select(0, self.token[part])
-            torch.mm(rows, matrices.up[e].mT, out=up[part])
-            if gate is not None and matrices.gate is not None:
-                torch.mm(rows, matrices.gate[e].mT, out=gate[part])
+        for expert in self._experts(Kept(x, self.token, up, gate), matrices):
+            rows = x.index_select(0, expert.token)
+            torch.mm(rows, expert.matrices.up.t(), out=expert.up)
+            if expert.gate is not None and expert.matrices.gate is not None:
+                torch.mm(rows, expert.matrices.gate.t(), out=expert.gate)
         return up, gate
 
     def outward(self, kept: Kept, matrices: Matrices) -> Tensor:
-        total = self._zeros(kept.x)
-        for e, part in self._parts():
-            value = hidden(kept.up[part], None if kept.gate is None else kept.gate[part], kept.weights[part])
-            self._add(total, part, value @ matrices.down[e].mT)
-        return total.to(kept.x.dtype)
+        sums = self._sums(kept.x)
+        for expert in self._experts(kept, matrices):
+            value = hidden(expert.up, expert.gate, expert.weights)
+            sums.add(expert.token, [(value, expert.matrices.down.t())])
+        return sums.total()
 
     def backward(self, grad: Tensor, kept: Kept, matrices: Matrices, wanted: Matrices) -> Gradients:
-        d_x, d_weights = self._zeros(kept.x), torch.empty_like(kept.weights)
+        sums, d_weights = self._sums(kept.x), []
         d_matrices = Matrices(*(torch.empty_like(m) if w else None for m, w in zip(matrices, wanted, strict=True)))  # type: ignore[arg-type]
-        for e, part in self._parts():
-            token = self.token[part]
-            d_rows, rows = grad.index_select(0, token), kept.x.index_select(0, token)
-            gate = None if kept.gate is None else kept.gate[part]
-            again, d_up, d_gate, d_weights[part] = hidden_backward(
-                d_rows @ matrices.down[e], kept.up[part], gate, kept.weights[part]
-            )
-            for place, out, into in zip(d_matrices, (d_up, d_gate, d_rows), (rows, rows, again), strict=True):
+        for expert, places in zip(self._experts(kept, matrices), d_matrices.of_each(len(self.sizes)), strict=True):
+            d_rows, rows = grad.index_select(0, expert.token), kept.x.index_select(0, expert.token)
+            d_hidden = d_rows @ expert.matrices.down
+            again, d_up, d_gate, d_weight = hidden_backward(d_hidden, expert.up, expert.gate, expert.weights)
+            d_weights.append(d_weight)
+            for place, out, into in zip(places, (d_up, d_gate, d_rows), (rows, rows, again), strict=True):
                 if place is not None and out is not None:
-                    torch.mm(out.mT, into, out=place[e])
-            d_rows = d_up @ matrices.up[e]
-            if d_gate is not None and matrices.gate is not None:
-                d_rows.addmm_(d_gate, matrices.gate[e])
-            self._add(d_x, part, d_rows)
-        return Gradients(d_x.to(kept.x.dtype), d_weights, *d_matrices)
+                    torch.mm(out.t(), into, out=place)
+            pairs = [(d_up, expert.matrices.up)]
+            if d_gate is not None and expert.matrices.gate is not None:
+                pairs.append((d_gate, expert.matrices.gate))
+            sums.add(expert.token, pairs)
+        return Gradients(sums.total(), torch.cat(d_weights), *d_matrices)
 
-    def _parts(self) -> Iterator[tuple[int, slice]]:
-        ends = accumulate(self.groups.sizes)
-        return ((e, slice(end - n, end)) for e, (n, end) in enumerate(zip(self.groups.sizes, ends, strict=True)))
+    def _experts(self, kept: Kept, matrices: Matrices) -> Iterator[_Expert]:
+        # Views of all at once: of each by itself they take as long as small products.
+        gate = [None] * len(self.sizes) if kept.gate is None else kept.gate.split(self.sizes)
+        parts = (t.split(self.sizes) for t in (self.token, kept.weights.to(kept.up.dtype), kept.up))
+        return starmap(_Expert, zip(*parts, gate, matrices.of_each(len(self.sizes)), strict=True))
 
-    def _zeros(self, x: Tensor) -> Tensor:
-        return torch.zeros_like(
-            x, dtype=torch.promote_types(x.dtype, torch.float32), memory_format=torch.contiguous_format
-        )
+    def _sums(self, x: Tensor) -> _Sums:
+        if x.dtype == torch.promote_types(x.dtype, torch.float32):
+            return _SumsAtOnce(x)
+        return _SumsOfRows(x, self.local)
 
-    def _add(self, total: Tensor, part: slice, rows: Tensor) -> None:
-        total.index_add_(0, self.token[part], rows.to(total.dtype))
+
+class _Sums(ABC):
+    """Sums over each token's choices: [t, D]."""
+
+    @abstractmethod
+    def add(self, token: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Add the next rows: the sum of the products of some pairs of matrices, to these tokens."""
+
+    @abstractmethod
+    def total(self) -> Tensor:
+        """When all rows are there."""
+
+
+class _SumsAtOnce(_Sums):
+    """Rows are added when they are there, in the precision that they have."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._total = torch.zeros_like(x, memory_format=torch.contiguous_format)
+
+    def add(self, token: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        (a, b), *others = pairs
+        rows = a @ b
+        for a, b in others:
+            rows.addmm_(a, b)
+        self._total.index_add_(0, token, rows)
+
+    def total(self) -> Tensor:
+        return self._total
+
+
+class _SumsOfRows(_Sums):
+    """All rows are there before they are added, which is done in more precision than they have."""
+
+    def __init__(self, x: Tensor, local: Exchange) -> None:
+        self._local, self._rows = local, x.new_empty(local.groups.rows, x.shape[1])
+        self._places = iter(self._rows.split(local.groups.sizes))
+
+    def add(self, token: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        (a, b), *others = pairs
+        rows = torch.mm(a, b, out=next(self._places))
+        for a, b in others:
+            rows.addmm_(a, b)
+
+    def total(self) -> Tensor:
+        return self._local.from_experts(self._rows)
