@@ -27,8 +27,8 @@ class MoEOnAPage(nn.Module):
         y = torch.zeros_like(x)
         for e in range(len(self.up)):  # on many ranks: an all-to-all, each rank's own experts, and an all-to-all back
             token, choice = (served & (choices == e)).nonzero(as_tuple=True)  # [n], [n]
-            output = F.gelu(x[token] @ self.up[e].T) @ self.down[e].T  # [n, D]
-            y = y.index_add(0, token, output * weights[token, choice, None])
+            hidden = F.gelu(x[token] @ self.up[e].T) * weights[token, choice, None]  # [n, H]
+            y = y.index_add(0, token, hidden @ self.down[e].T)
         return y, self.load_balance_loss(scores, choices)
 
     def served(self, choices: Tensor) -> Tensor:  # [T, k] -> [T, k] boolean
