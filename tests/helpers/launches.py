@@ -34,7 +34,7 @@ class Launches(TorchDispatchMode):
     """Counts the operations inside, but for views and allocations.
 
     Args:
-        leaves: a leaf function counts as one, as compiled it is one or two kernels; else as its operations.
+        leaves: a leaf function counts as one, as compiled it is one kernel to five; else as its operations.
 
     Attributes:
         names: how often each was called.
