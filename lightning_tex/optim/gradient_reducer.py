@@ -244,7 +244,7 @@ class GradientReducer:
         Copies of gradients that the norm does not count are included.
         """
         if self.state.finite is None:
-            self._measured_norm()
+            self._measure(exact=self.host_waits)  # by which a device takes no longer
         assert self.state.finite is not None
         return self.state.finite
 
@@ -254,19 +254,24 @@ class GradientReducer:
         return device_type(next(iter(self.shardings))) != "cpu"
 
     def _measured_norm(self) -> Tensor:
-        """The norm before :attr:`ReductionState.scale`; takes ``finite`` with it."""
+        """The norm before :attr:`ReductionState.scale`."""
         self.combine()
-        if self.state.norm is not None:
-            return self.state.norm
+        if self.state.norm is None:
+            self._measure(exact=True)
+        assert self.state.norm is not None
+        return self.state.norm
+
+    def _measure(self, exact: bool) -> None:
+        """Take the norm, unless that is not asked for exactly, and whether it is finite."""
+        self.combine()
         device = next(iter(self.shardings)).device
-        total = square_sums(self.buffers, device)  # of what is counted, and of everything
+        total = square_sums(self.buffers, device, exact)  # of what is counted, and of everything
         for loss in self._losses:  # without a collective of its own: 0 where it is finite, else NaN
             total[1] += (loss * 0).sum()
         with optimizer_pass(self.world):
             counted, everything = collectives.all_reduce(total, self.world)
-        norm, finite = counted.sqrt(), self.state.finite
-        self.state = replace(self.state, norm=norm, finite=everything.isfinite() if finite is None else finite)
-        return norm
+        finite = everything.isfinite() if self.state.finite is None else self.state.finite
+        self.state = replace(self.state, norm=counted.sqrt() if exact else None, finite=finite)
 
     def clip_by_norm(self, max_norm: float) -> Tensor:
         """Scale all gradients so that their norm is at most ``max_norm``. Returns the norm before; collective."""

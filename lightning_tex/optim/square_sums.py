@@ -14,15 +14,17 @@ from torch import Tensor
 from lightning_tex.optim.gradients import Gradients
 from lightning_tex.parallel.device import device_type
 
-# Elements of which the CPU takes a norm at once: it adds them up one after the other, so that more would cost accuracy,
-# and 16-bit ones are upcast into memory of their own.
-_AT_ONCE = 1 << 18
+# On CPU a norm is taken of rows of so many elements: threads share the rows, and each is added up one element after the
+# other, so that more would cost accuracy.
+_ROW = 1 << 12
+# Rows at once: of those that are upcast, in memory of their own, and of others.
+_UPCAST_ROWS, _ROWS = 1 << 8, 1 << 12
 # GPUs add up as a tree. A list of tensors is walked in launches of some 2^24 elements; one that is larger than several
 # of them is a launch of its own.
 _LARGE = 1 << 26
 
 
-def square_sums(buffers: Sequence[Gradients], device: torch.device) -> Tensor:
+def square_sums(buffers: Sequence[Gradients], device: torch.device, exact: bool = True) -> Tensor:
     """Sums of squares of the combined own parts: of the buffers that a norm counts, and of all. [2] fp64
 
     Squares are added up in the gradients' precision, fp32 at least, and these sums in fp64.
@@ -30,43 +32,51 @@ def square_sums(buffers: Sequence[Gradients], device: torch.device) -> Tensor:
     Args:
         buffers: gradients, combined.
         device: theirs.
+        exact: else it matters only whether they are finite: the CPU takes half the time for bf16.
     """
-    pieces: list[Tensor] = []
-    divisors: list[float] = []
-    counted = 0  # pieces of buffers that are: they come first
-    for gradients in sorted(buffers, key=lambda gradients: not gradients.buffer.counted):
-        own = gradients.own
-        new = own.split(_AT_ONCE) if device_type(own) == "cpu" else (own,)
-        pieces += new
-        divisors += len(new) * [gradients.divisor]
-        counted += len(new) * gradients.buffer.counted
-    if not pieces:
+    if not buffers:
         return torch.zeros(2, dtype=torch.float64, device=device)
-    norms = torch.stack(_norms(pieces)).double()
-    torch._foreach_div_(list(norms.unbind()), divisors)
-    squares = norms.square_()
+    counted_first = sorted(buffers, key=lambda gradients: not gradients.buffer.counted)
+    parts = [gradients.own for gradients in counted_first]
+    if device_type(parts[0]) == "cpu":
+        squares = torch.stack([_square_by_rows(part, exact) for part in parts])
+    else:
+        squares = torch.stack(_norms(parts)).double().square_()
+    torch._foreach_div_(list(squares.unbind()), [gradients.divisor**2 for gradients in counted_first])
+    counted = sum(gradients.buffer.counted for gradients in buffers)
     return torch.stack([squares[:counted].sum(), squares.sum()])
 
 
-def _upcast_norms(pieces: list[Tensor], kind: torch.dtype) -> list[Tensor]:
-    """The same, each piece upcast to the same memory: to allocate it anew costs the CPU more than the norm."""
-    memory = torch.empty(max(map(len, pieces)), dtype=kind, device=pieces[0].device)
-    return [torch.linalg.vector_norm(memory[: len(piece)].copy_(piece)) for piece in pieces]
-
-
-def _norms(pieces: list[Tensor]) -> list[Tensor]:
+def _norms(parts: list[Tensor]) -> list[Tensor]:
     """The 2-norm of each: scalars of one dtype."""
-    kind = reduce(torch.promote_types, {piece.dtype for piece in pieces}, torch.float32)
+    kind = reduce(torch.promote_types, {part.dtype for part in parts}, torch.float32)
     norms: dict[int, Tensor] = {}
     lists: dict[torch.dtype, list[int]] = {}
-    for i, piece in enumerate(pieces):
-        if len(piece) > _LARGE:
-            norms[i] = torch.linalg.vector_norm(piece, dtype=kind)
+    for i, part in enumerate(parts):
+        if len(part) > _LARGE:
+            norms[i] = torch.linalg.vector_norm(part, dtype=kind)
         else:
-            lists.setdefault(piece.dtype, []).append(i)
-    for dtype, places in lists.items():
-        listed = [pieces[i] for i in places]
-        upcast = dtype.itemsize < 4 and device_type(listed[0]) == "cpu"
-        found = _upcast_norms(listed, kind) if upcast else torch._foreach_norm(listed, dtype=kind)
-        norms.update(zip(places, found, strict=True))
-    return [norms[i] for i in range(len(pieces))]
+            lists.setdefault(part.dtype, []).append(i)
+    for places in lists.values():
+        norms.update(zip(places, torch._foreach_norm([parts[i] for i in places], dtype=kind), strict=True))
+    return [norms[i] for i in range(len(parts))]
+
+
+def _square_by_rows(part: Tensor, exact: bool) -> Tensor:
+    """Sum of squares: an fp64 scalar."""
+    whole = len(part) // _ROW * _ROW
+    rows, rest = part[:whole].view(-1, _ROW), part[whole:].view(1, -1)
+    # Rounded to bf16 a norm is still finite or not; fp16 ends too early for that.
+    upcast = part.dtype.itemsize < 4 and (exact or part.dtype != torch.bfloat16)
+    if upcast:
+        # To allocate it anew every time costs more than the norm.
+        memory = torch.empty(min(len(rows), _UPCAST_ROWS) or 1, _ROW, dtype=torch.float32, device=part.device)
+        norms = [_norm(memory[: len(some)].copy_(some)) for some in rows.split(_UPCAST_ROWS)]
+        norms.append(_norm(memory[:1, : rest.shape[1]].copy_(rest)))
+    else:
+        norms = [_norm(some) for some in (*rows.split(_ROWS), rest)]
+    return torch.stack([norm.double().square_().sum() for norm in norms]).sum()
+
+
+def _norm(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=1)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.guarded_steps import CASES, FORMATS, KINDS, everything, gradients, made, step, values, whole_step
-from helpers.on_a_gpu import DEVICE, close, no_waiting
-from helpers.optimizer_alone import network
+from helpers.on_a_gpu import DEVICE, IS_GPU, close, no_waiting
+from helpers.optimizer_alone import network, tiled
+from torch.profiler import ProfilerActivity, profile
 
 
 @pytest.mark.parametrize(("kind", "form"), CASES)
@@ -92,3 +93,15 @@ def test_the_kernel_decides_and_clips_as_the_host_does(kind: str) -> None:
         other.step()
     for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
         close(p, q, 1e-5, f"{name} by {kind}")
+
+
+@pytest.mark.skipif(not IS_GPU, reason="the profiler counts launches of a GPU")
+def test_launches_of_a_step_and_its_norm() -> None:
+    model = torch.nn.Linear(1 << 13, 1 << 13, bias=False, device=DEVICE).bfloat16()
+    optimizer = tiled(model, torch.optim.AdamW(model.parameters()), None, max_skipped_steps=3)
+    optimizer.step()  # makes the states
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as record:
+        optimizer.clip_by_norm(1.0)
+        optimizer.step()
+    launched = sum(event.count for event in record.key_averages() if event.key.startswith("cudaLaunchKernel"))
+    assert 0 < launched <= 60, launched
