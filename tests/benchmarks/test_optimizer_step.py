@@ -37,7 +37,7 @@ def test_a_peers_bytes_are_counted_as_ours_are() -> None:
         assert row["state_bytes_per_parameter"] == pytest.approx(expected, rel=1e-3)
         assert row["moved_bytes"] / case["elements"] == pytest.approx(28 * expected / 16, rel=1e-3)
         assert row["gb_per_s"] == pytest.approx(row["moved_bytes"] / row["step_ms"] / 1e6)
-        assert list(case["candidates"])[:3] == ["tiled", "tiled, checked", "untiled"]
+        assert list(case["candidates"])[:4] == ["tiled", "tiled, checked", "tiled, checked, clipped", "untiled"]
 
 
 def left_alive() -> int:
