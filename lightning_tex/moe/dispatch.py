@@ -53,13 +53,13 @@ class ArrivedRows:
 
 
 @dataclass(frozen=True)
-class LocalRows:
-    """Rows that are picked from the own tokens wherever they are used, so that nobody keeps them.
+class _RowsWhereverUsed:
+    """Rows that are brought wherever they are used, so that nobody keeps them, see :class:`Arrived`.
 
     Args:
         tokens: [t, D].
         choice_weights: [t, k].
-        exchange: picks them; it communicates nothing.
+        exchange: brings them.
     """
 
     tokens: Tensor
@@ -79,31 +79,15 @@ class LocalRows:
         return weights_to_experts(self.choice_weights, self.exchange)
 
 
+class LocalRows(_RowsWhereverUsed):
+    """Those that are picked from the own tokens: the exchange communicates nothing."""
+
+
 @dataclass(frozen=True)
-class RowsInRounds:
-    """Rows that come in rounds, wherever they are used, as nobody could keep them all.
+class RowsInRounds(_RowsWhereverUsed):
+    """Those that come in rounds, as nobody could keep them all."""
 
-    Args:
-        tokens: [t, D].
-        choice_weights: [t, k].
-        exchange: brings them.
-    """
-
-    tokens: Tensor
-    choice_weights: Tensor
     exchange: ExchangeInRounds
-
-    @property
-    def groups(self) -> Groups:
-        return self.exchange.groups
-
-    @property
-    def rows(self) -> Tensor:
-        return to_experts(self.tokens, self.exchange)
-
-    @property
-    def weights(self) -> Tensor:
-        return weights_to_experts(self.choice_weights, self.exchange)
 
 
 def arrive(tokens: Tensor, weights: Tensor, exchange: Exchange) -> Arrived:
