@@ -107,7 +107,7 @@ class Recorded(L.LightningModule):
     def on_train_batch_end(self, *args: Any) -> None:
         for _, layer in self.model.moe_layers():
             taken = layer.load.take()
-            self.record.overflowed += int(taken[-1]) if taken is not None else 0
+            self.record.overflowed += int(taken[-4]) if taken is not None else 0
 
     def on_train_end(self) -> None:
         losses = torch.tensor(self.record.losses, dtype=torch.float64)
