@@ -291,8 +291,9 @@ class Recipe:
 
 
 def _without_run(cli: type[TexCLI], args: Any) -> TexCLI:
-    with warnings.catch_warnings():  # it warns of a command line beside explicit arguments
-        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # beside a command line
+        warnings.filterwarnings("ignore", message="No seed found")  # recipes need none
         # Nor does it write the configuration anywhere: what is measured is no run of the user's.
         return cli(**DEFAULTS, save_config_callback=None, args=args, run=False)
 

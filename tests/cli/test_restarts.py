@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -59,10 +58,8 @@ def test_a_signal_ends_the_attempt_and_all_of_it(tmp_path: Path) -> None:
     assert process.stdout is not None
     with process.stdout as output:
         assert output.readline() == "waits\n"
-        began = time.monotonic()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == 128 + signal.SIGTERM
-    assert time.monotonic() - began < 10
+        assert process.wait(timeout=50) == 128 + signal.SIGTERM, "before the attempt would have ended by itself"
 
 
 def test_the_first_attempt_goes_on_from_what_is_there() -> None:

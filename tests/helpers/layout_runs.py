@@ -23,7 +23,7 @@ from lightning_tex.moe.experts import Experts
 from lightning_tex.testing.sliced_capacity import decide_overflow_as
 
 STEPS = 20
-FEWER_STEPS = 6  # where collectives, of four and eight ranks on two cores, take all the time
+FEWER_STEPS = 4  # where collectives, of four and eight ranks on two cores, take all the time
 SAMPLES = 8  # of one micro-step over the whole data axis, whatever its size
 LENGTH = 6  # tokens of a sample that are predicted from
 
