@@ -72,7 +72,10 @@ def make_feed_forward(config: DecoderConfig, layer: int) -> nn.Module:
         c.top_k,
         c.capacity_factor,
         c.activation,
-        norm_topk_prob=c.norm_topk_prob,
+        c.router,
+        c.norm_topk_prob,
         load_balance_coefficient=c.load_balance_coefficient,
         z_loss_coefficient=c.z_loss_coefficient,
+        shared_hidden_dim=c.shared_expert_hidden_dim,
+        shared_gate=c.shared_expert_gate,
     )

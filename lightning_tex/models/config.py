@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from lightning_tex.layers.attention import head_width
 from lightning_tex.layers.mlp import Activation
@@ -43,6 +44,10 @@ class DecoderConfig:
         qk_norm: norm queries and keys, ``"head"`` by head, ``"full"`` over all heads together.
         clip_qkv: clamp queries, keys and values to plus and minus this.
         expert_hidden_dim: hidden width of each expert; ``None``: hidden_dim.
+        router: ``"softmax"``, ``"sigmoid"``, or one with arguments of its own, ``{"name": .., "init_args": {..}}``; see
+            :class:`lightning_tex.moe.MoE`.
+        shared_expert_hidden_dim: hidden width of an expert that every token uses beside its own; ``None``: none.
+        shared_expert_gate: that one's output is multiplied by a sigmoid gate.
         first_dense_layers: so many blocks from the first have no experts.
         moe_layers: the blocks that have experts, from 0, in place of ``moe_every`` and ``first_dense_layers``.
 
@@ -75,12 +80,16 @@ class DecoderConfig:
     qk_norm: QKNorm | None = None
     clip_qkv: float | None = None
     expert_hidden_dim: int | None = None
+    router: str | dict[str, Any] = "softmax"
+    shared_expert_hidden_dim: int | None = None
+    shared_expert_gate: bool = False
     first_dense_layers: int = 0
     moe_layers: list[int] | None = None
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "dim", "num_layers", "num_heads", "max_sequence_length", "num_experts", "moe_every")
-        for name in (*sizes, "num_kv_heads", "hidden_dim", "head_dim", "expert_hidden_dim"):
+        optional = ("num_kv_heads", "hidden_dim", "head_dim", "expert_hidden_dim", "shared_expert_hidden_dim")
+        for name in (*sizes, *optional):
             if (size := getattr(self, name)) is not None and size < 1:
                 raise UserValueError(f"{name}={size} must be at least 1")
         if wrong := [layer for layer in self.moe_layers or () if not 0 <= layer < self.num_layers]:

@@ -18,7 +18,7 @@ from lightning_tex.layers import (
     VocabParallelLinearCrossEntropy,
 )
 from lightning_tex.layers.qk_norm import HeadNorm, ShardedRMSNorm
-from lightning_tex.moe import MoE
+from lightning_tex.moe import MoE, Router, SoftmaxRouter
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,10 @@ class Mlp:
 
 @dataclass(frozen=True)
 class Moe:
-    """A :class:`MoE` layer; ``routing_losses``: whether it has any, ``z_loss``: whether one of them is of logits."""
+    """A :class:`MoE` layer; ``routing_losses``: whether it has any, ``z_loss``: whether one of them is of logits.
+
+    ``shared``: the expert that every token uses. ``plain``: what it keeps has a formula.
+    """
 
     dim: int
     hidden: int
@@ -81,6 +84,8 @@ class Moe:
     routing_losses: bool
     z_loss: bool
     round_factor: float | None
+    shared: Mlp | None
+    plain: bool
 
 
 @dataclass(frozen=True)
@@ -152,13 +157,15 @@ def known_layer(module: nn.Module) -> Layer | None:
                 isinstance(module.query_norm, HeadNorm), full_norms, module.clip_qkv is None and not full_norms,
             )  # fmt: skip
         case ParallelMLP():
-            return Mlp(module.up.in_features, module.hidden_dim, module.gate is not None)
+            return _mlp(module)
         case MoE():
+            shared = None if module.shared is None else _mlp(module.shared)
+            plain = shared is None and _is_plain(module.router)
             losses = bool(module.load_balance_coefficient or module.z_loss_coefficient)
             return Moe(
                 module.router.dim, module.hidden_dim, module.experts.gate is not None, module.num_experts,
                 module.top_k, module.capacity_factor, module.router.norm_topk_prob, losses,
-                bool(module.z_loss_coefficient), module.round_factor,
+                bool(module.z_loss_coefficient), module.round_factor, shared, plain,
             )  # fmt: skip
         case VocabParallelHead():
             return Head(module.dim, module.size, module.gather_output)
@@ -173,3 +180,13 @@ def known_layer(module: nn.Module) -> Layer | None:
         case nn.Linear():
             return Linear(module.in_features, module.out_features)
     return Other(type(module).__name__) if any(True for _ in module.parameters(recurse=False)) else None
+
+
+def _is_plain(router: Router) -> bool:
+    """Whether a router keeps scores, choices and weights, and nothing else."""
+    softmax = isinstance(router, SoftmaxRouter) and type(router).forward is Router.forward
+    return softmax and router.bias is None and router.routed_scaling_factor == 1
+
+
+def _mlp(module: ParallelMLP) -> Mlp:
+    return Mlp(module.up.in_features, module.hidden_dim, module.gate is not None)

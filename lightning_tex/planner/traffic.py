@@ -124,6 +124,9 @@ class MicroStepTraffic:
             case RowLinear():
                 yield from self._leave(layer.out_features, last)
             case Moe():
+                if layer.shared is not None:  # which comes first
+                    yield from self._enter(layer.dim, forward, backward)
+                    yield from self._leave(layer.dim, forward)
                 yield from self._moe(layer, forward, last)
             case Head():
                 yield from self._enter(layer.dim, forward, backward)

@@ -82,9 +82,10 @@ class Work:
             case Attention():
                 yield from self._attention(layer)
             case Mlp():
-                yield Product(tokens, _ups(layer) * layer.hidden / tensor, layer.dim)
-                yield Product(tokens, layer.dim, layer.hidden / tensor, recorded=tensor > 1)
+                yield from self._mlp(layer)
             case Moe():
+                if layer.shared is not None:
+                    yield from self._mlp(layer.shared)
                 yield from self._moe(layer)
             case Head():
                 yield Product(tokens, self.step.columns(layer), layer.dim)
@@ -106,6 +107,11 @@ class Work:
         yield Product(length, layer.head_dim, length / 2, heads, backward=2.5, attention=True)
         yield Product(tokens, d, inner / tensor, recorded=tensor > 1)
 
+    def _mlp(self, layer: Mlp) -> Iterator[Product]:
+        tokens, tensor = self.step.tokens, self.step.layout.tensor
+        yield Product(tokens, _ups(layer) * layer.hidden / tensor, layer.dim)
+        yield Product(tokens, layer.dim, layer.hidden / tensor, recorded=tensor > 1)
+
     def _moe(self, layer: Moe) -> Iterator[Product]:
         here = layer.num_experts / self.step.layout.expert
         hidden = layer.hidden / self.step.layout.expert_tensor
@@ -124,10 +130,9 @@ class Work:
             case Attention():
                 return self._attention_bytes(layer)
             case Mlp():
-                hidden = self.step.tokens * layer.hidden / self.step.layout.tensor
-                return self._between_bytes(layer, hidden) + 3 * self._stream(layer.dim)
+                return self._mlp_bytes(layer)
             case Moe():
-                return self._moe_bytes(layer)
+                return self._moe_bytes(layer) + (0 if layer.shared is None else self._mlp_bytes(layer.shared))
         return 0
 
     def _stream(self, dim: int) -> int:
@@ -140,8 +145,10 @@ class Work:
         norms = 2 * per_head * heads if layer.head_norms else 0
         return 5 * per_head * heads + per_head * 2 * heads + norms + 3 * self._stream(layer.dim)
 
-    def _between_bytes(self, layer: Mlp, hidden: float) -> float:
-        return hidden * self.step.element_bytes * (5 if layer.gated else 2)
+    def _mlp_bytes(self, layer: Mlp) -> float:
+        """What stands between the products, and the residual."""
+        hidden = self.step.tokens * layer.hidden / self.step.layout.tensor
+        return hidden * self.step.element_bytes * (5 if layer.gated else 2) + 3 * self._stream(layer.dim)
 
     def _moe_bytes(self, layer: Moe) -> float:
         """Router, rows picked (and reordered where they travel), what stands between the products, the sum."""
@@ -266,7 +273,8 @@ def _multiplications(layer: Layer, length: int) -> int:
         case Mlp():
             return (_ups(layer) + 1) * layer.dim * layer.hidden
         case Moe():
-            return (_ups(layer) + 1) * layer.dim * layer.hidden * layer.top_k + layer.dim * layer.num_experts
+            chosen = (_ups(layer) + 1) * layer.dim * layer.hidden * layer.top_k + layer.dim * layer.num_experts
+            return chosen + (0 if layer.shared is None else _multiplications(layer.shared, length))
         case Head():
             return layer.dim * layer.vocab_size
         case ColumnLinear() | RowLinear() | Linear():

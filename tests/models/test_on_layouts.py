@@ -14,6 +14,12 @@ FEATURES: dict[str, dict[str, Any]] = {
         "qk_norm": "head", "head_dim": 10, "attention_bias": True, "attention_out_bias": True, "norm_eps": 1e-2,
         "expert_hidden_dim": 6, "moe_layers": [1], "tie_embeddings": False,
     },
+    "shared expert": {"shared_expert_hidden_dim": 10, "shared_expert_gate": True, "first_dense_layers": 1},
+    "sigmoid router": {
+        "router": {"name": "sigmoid", "init_args": {"bias": True, "routed_scaling_factor": 1.7, "n_group": 2,
+                                                    "topk_group": 1}},
+        "norm_topk_prob": True,
+    },
     "norms over all heads, clipped": {"qk_norm": "full", "clip_qkv": 0.7},
 }  # fmt: skip
 TED = {"devices": 4, "tensor_parallel_size": 2, "expert_parallel_size": 2}

@@ -58,6 +58,15 @@ FAMILIES = {
         {**SIZES, **GROUPED, "num_local_experts": 5, "num_experts_per_tok": 2},
         {**DENSE, **MOE, "norm_topk_prob": True},
     ),
+    "Qwen2-MoE": Family(
+        "Qwen2Moe",
+        {**SIZES, **GROUPED, **EXPERTS, "moe_intermediate_size": 7, "shared_expert_intermediate_size": 9,
+         "decoder_sparse_step": 2, "qkv_bias": True, "norm_topk_prob": False},
+        {**DENSE, **MOE, "moe_every": 2, "expert_hidden_dim": 7, "shared_expert_hidden_dim": 9, "norm_eps": 1e-6,
+         "shared_expert_gate": True, "attention_bias": True},
+        {r"mlp\.shared_expert_gate\.": "mlp.shared.output_gate.",
+         r"mlp\.shared_expert\.(\w+)_proj\.": r"mlp.shared.\1."},
+    ),
     "Qwen3-MoE": Family(
         "Qwen3Moe",
         {**SIZES, **GROUPED, **EXPERTS, "head_dim": 10, "moe_intermediate_size": 7, "norm_topk_prob": True,
