@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_tex.layers.attention_scores import AttentionScores, AttentionSinks
 from lightning_tex.layers.linear import ColumnParallelLinear, RowParallelLinear, require_divisible
 from lightning_tex.layers.qk_norm import QKNorm, make_qk_norm
 from lightning_tex.layers.rotary import Rotary, RotaryTables
@@ -41,6 +41,11 @@ class ParallelAttention(TexModule):
         qk_norm: queries and keys are normed before they turn: ``"head"`` by head, ``"full"`` over all heads together.
         norm_eps: of these norms.
         clip_qkv: queries, keys and values are clamped to plus and minus this, after the norms.
+        rotary: how queries and keys turn; ``None``: whole heads, by ``rope_base``.
+        window: a position sees this many, itself included; ``None``: all.
+        sinks: each head has a learned score, which takes part in its softmax and has no value (gpt-oss).
+        scale: of the products of queries and keys; ``None``: 1 / sqrt(d).
+        softcap: of these scores, see :class:`AttentionScores`.
 
     Raises:
         ValueError: sizes that do not divide.
@@ -61,23 +66,30 @@ class ParallelAttention(TexModule):
         qk_norm: QKNorm | None = None,
         norm_eps: float = 1e-5,
         clip_qkv: float | None = None,
+        rotary: Rotary | None = None,
+        window: int | None = None,
+        sinks: bool = False,
+        scale: float | None = None,
+        softcap: float | None = None,
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         head_dim = head_width(dim, num_heads) if head_dim is None else head_dim
-        if head_dim % 2:
+        if rotary is None and head_dim % 2:
             raise UserValueError(f"head_dim={head_dim} must be even (rotary embedding pairs)")
         if num_heads % num_kv_heads:
             raise UserValueError(f"num_heads={num_heads} is not divisible by num_kv_heads={num_kv_heads}")
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.causal, self.dropout, self.clip_qkv = causal, dropout, clip_qkv
-        self.rotary = Rotary(head_dim, rope_base)
+        self.rotary = Rotary(head_dim, rope_base) if rotary is None else rotary
+        self.scores = AttentionScores(head_dim**-0.5 if scale is None else scale, window, softcap)
         self.query = ColumnParallelLinear(dim, num_heads * head_dim, bias)
         self.key = ColumnParallelLinear(dim, num_kv_heads * head_dim, bias)
         self.value = ColumnParallelLinear(dim, num_kv_heads * head_dim, bias)
         self.out = RowParallelLinear(num_heads * head_dim, dim, bias if out_bias is None else out_bias)
         self.query_norm = make_qk_norm(qk_norm, num_heads, head_dim, norm_eps)
         self.key_norm = make_qk_norm(qk_norm, num_kv_heads, head_dim, norm_eps)
+        self.sinks = AttentionSinks(num_heads) if sinks else None
 
     def check(self, name: str, layout: Layout) -> None:
         require_divisible(name, "num_heads", self.num_heads, layout)
@@ -129,21 +141,10 @@ class ParallelAttention(TexModule):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, causal: bool) -> Tensor:
         """[B, S, h, d] each -> [B, S, h, d]. ``visible``: what may be seen, whatever ``causal`` says."""
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        shared = self.num_heads // self.num_kv_heads
-        if visible is not None and shared > 1:
-            # Flash kernels on GPUs take no mask, and the one that does takes no heads in groups.
-            key, value = (x.repeat_interleave(shared, 1) for x in (key, value))
         dropout = self.dropout if self.training else 0.0
+        sinks = None if self.sinks is None else self.sinks.weight
         with rank_random_state(self.tensor, enabled=dropout > 0):
-            y = F.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                attn_mask=visible,
-                dropout_p=dropout,
-                is_causal=causal and visible is None,
-                enable_gqa=key.shape[-3] != query.shape[-3],
-            )
+            y = self.scores.attend(query, key, value, visible, causal, dropout, sinks)
         return y.transpose(1, 2)
 
     def _mask(self, mask: Tensor | None) -> Tensor | None:

@@ -50,13 +50,17 @@ def make_attention(config: DecoderConfig, layer: int) -> nn.Module:
         c.num_heads,
         c.num_kv_heads,
         c.attention_bias,
-        c.rope_base,
         dropout=c.dropout,
         head_dim=c.head,
         out_bias=c.attention_out_bias,
         qk_norm=c.qk_norm,
         norm_eps=c.norm_eps,
         clip_qkv=c.clip_qkv,
+        rotary=c.rotary,
+        window=c.window(layer),
+        sinks=c.attention_sinks,
+        scale=c.attention_multiplier,
+        softcap=c.attn_logit_softcapping,
     )
 
 

@@ -40,8 +40,8 @@ class Norm:
 class Attention:
     """A :class:`ParallelAttention`: [.., dim] -> [.., dim].
 
-    ``head_norms``, ``full_norms``: queries and keys are normed by head, or over all heads together. ``plain``: what it
-    keeps has a formula.
+    ``head_norms``, ``full_norms``: queries and keys are normed by head, or over all heads together. ``window``: how
+    many positions each sees. ``plain``: what it keeps has a formula.
     """
 
     dim: int
@@ -50,7 +50,13 @@ class Attention:
     head_dim: int
     head_norms: bool
     full_norms: bool
+    window: int | None
     plain: bool
+
+    def seen(self, length: int) -> float:
+        """Positions that one of a sequence sees in the mean, where none sees what comes later."""
+        window = length if self.window is None else min(self.window, length)
+        return window - window**2 / (2 * length)
 
     @property
     def inner(self) -> int:
@@ -90,11 +96,12 @@ class Moe:
 
 @dataclass(frozen=True)
 class Head:
-    """A :class:`VocabParallelHead`: [.., dim] -> [.., vocab_size]."""
+    """A :class:`VocabParallelHead`: [.., dim] -> [.., vocab_size]; ``plain``: what it keeps has a formula."""
 
     dim: int
     vocab_size: int
     gather_output: bool
+    plain: bool
 
 
 @dataclass(frozen=True)
@@ -151,11 +158,7 @@ def known_layer(module: nn.Module) -> Layer | None:
         case RMSNorm():
             return Norm(module.normalized_shape[-1])
         case ParallelAttention():
-            full_norms = isinstance(module.query_norm, ShardedRMSNorm)
-            return Attention(
-                module.query.in_features, module.num_heads, module.num_kv_heads, module.head_dim,
-                isinstance(module.query_norm, HeadNorm), full_norms, module.clip_qkv is None and not full_norms,
-            )  # fmt: skip
+            return _attention(module)
         case ParallelMLP():
             return _mlp(module)
         case MoE():
@@ -168,7 +171,7 @@ def known_layer(module: nn.Module) -> Layer | None:
                 bool(module.z_loss_coefficient), module.round_factor, shared, plain,
             )  # fmt: skip
         case VocabParallelHead():
-            return Head(module.dim, module.size, module.gather_output)
+            return Head(module.dim, module.size, module.gather_output, module.softcap is None)
         case VocabParallelCrossEntropy():
             return CrossEntropy()
         case VocabParallelLinearCrossEntropy():
@@ -180,6 +183,16 @@ def known_layer(module: nn.Module) -> Layer | None:
         case nn.Linear():
             return Linear(module.in_features, module.out_features)
     return Other(type(module).__name__) if any(True for _ in module.parameters(recurse=False)) else None
+
+
+def _attention(module: ParallelAttention) -> Attention:
+    full_norms, scores, rotary = isinstance(module.query_norm, ShardedRMSNorm), module.scores, module.rotary
+    whole = rotary.width == module.head_dim and not rotary.interleaved
+    unusual = full_norms or module.clip_qkv or module.sinks is not None or scores.window or scores.softcap
+    return Attention(
+        module.query.in_features, module.num_heads, module.num_kv_heads, module.head_dim,
+        isinstance(module.query_norm, HeadNorm), full_norms, scores.window, whole and not unusual,
+    )  # fmt: skip
 
 
 def _is_plain(router: Router) -> bool:

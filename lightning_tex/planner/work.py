@@ -1,8 +1,8 @@
 """Arithmetic of a step: products as 2 m n k each, and the bytes that everything else reads and writes.
 
 Model FLOPs are three forwards (a forward, and a backward of twice that) of every product on whole matrices, attention
-over whole squares: what MFU is usually measured by. What a rank computes besides (recomputation, equal work on tensor
-ranks, imbalance) takes time and is no model FLOP.
+over whole squares, or a window's whole width: what MFU is usually measured by. What a rank computes besides
+(recomputation, equal work on tensor ranks, imbalance) takes time and is no model FLOP.
 """
 
 from __future__ import annotations
@@ -97,14 +97,15 @@ class Work:
                 yield Product(self.step.held, layer.out_features, layer.in_features)
 
     def _attention(self, layer: Attention) -> Iterator[Product]:
-        """Projections, then scores and mix of each head over the half of the square that is seen."""
+        """Projections, then scores and mix of each head over the part of the square that is seen."""
         tokens, tensor = self.step.tokens, self.step.layout.tensor
         d, inner, kv = layer.dim, layer.inner, layer.num_kv_heads * layer.head_dim
         yield Product(tokens, inner / tensor, d)
         yield Product(tokens, 2 * kv / tensor, d)
         length, heads = self.step.job.sequence_length, self.step.sequences * layer.num_heads / tensor
-        yield Product(length, length / 2, layer.head_dim, heads, backward=2.5, attention=True)
-        yield Product(length, layer.head_dim, length / 2, heads, backward=2.5, attention=True)
+        seen = layer.seen(length)
+        yield Product(length, seen, layer.head_dim, heads, backward=2.5, attention=True)
+        yield Product(length, layer.head_dim, seen, heads, backward=2.5, attention=True)
         yield Product(tokens, d, inner / tensor, recorded=tensor > 1)
 
     def _mlp(self, layer: Mlp) -> Iterator[Product]:
@@ -269,7 +270,9 @@ def _multiplications(layer: Layer, length: int) -> int:
     match layer:
         case Attention():
             kv = layer.num_kv_heads * layer.head_dim
-            return 2 * layer.dim * layer.inner + 2 * layer.dim * kv + 2 * length * layer.inner
+            return (
+                2 * layer.dim * layer.inner + 2 * layer.dim * kv + 2 * min(length, layer.window or length) * layer.inner
+            )
         case Mlp():
             return (_ups(layer) + 1) * layer.dim * layer.hidden
         case Moe():

@@ -20,6 +20,11 @@ FEATURES: dict[str, dict[str, Any]] = {
                                                     "topk_group": 1}},
         "norm_topk_prob": True,
     },
+    "windows, sinks, caps, partial rotation": {
+        "sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"], "attention_sinks": True,
+        "final_logit_softcapping": 1.5, "partial_rotary_factor": 0.4, "head_dim": 10, "rope_interleaved": True,
+    },
+    "capped scores with sinks": {"attention_sinks": True, "attn_logit_softcapping": 0.4, "attention_multiplier": 1.3},
     "norms over all heads, clipped": {"qk_norm": "full", "clip_qkv": 0.7},
 }  # fmt: skip
 TED = {"devices": 4, "tensor_parallel_size": 2, "expert_parallel_size": 2}

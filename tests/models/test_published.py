@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -79,7 +80,49 @@ FAMILIES = {
         {**SIZES, **GROUPED, **EXPERTS, "clip_qkv": 0.9, "norm_topk_prob": False, "attention_bias": True},
         {**DENSE, **MOE, "qk_norm": "full", "clip_qkv": 0.9, "attention_bias": True, "attention_out_bias": True},
     ),
+    "Mistral, windows": Family(
+        "Mistral", {**SIZES, **GROUPED, "sliding_window": 5}, {**DENSE, "num_kv_heads": 2, "sliding_window": 5,
+         "norm_eps": 1e-6},
+    ),
+    "Qwen2-MoE, windows in some blocks": Family(
+        "Qwen2Moe",
+        {**SIZES, **GROUPED, **EXPERTS, "moe_intermediate_size": 7, "shared_expert_intermediate_size": 9,
+         "qkv_bias": False, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3},
+        {**DENSE, **MOE, "expert_hidden_dim": 7, "shared_expert_hidden_dim": 9, "norm_eps": 1e-6,
+         "shared_expert_gate": True, "sliding_window": 4,
+         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+        {r"mlp\.shared_expert_gate\.": "mlp.shared.output_gate.",
+         r"mlp\.shared_expert\.(\w+)_proj\.": r"mlp.shared.\1."},
+    ),
 }  # fmt: skip
+STRETCHED: dict[str, dict[str, Any]] = {
+    "linear": {"factor": 3.0},
+    "dynamic": {"factor": 3.0, "original_max_position_embeddings": 16},
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 3.0},
+    "yarn, mscales": {
+        "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 0.7, "mscale_all_dim": 1.4, "truncate": False,
+    },
+    "longrope, short": {
+        "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0], "original_max_position_embeddings": 23, "factor": 4.0,
+    },
+    "longrope, long": {
+        "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0], "original_max_position_embeddings": 16, "factor": 4.0,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STRETCHED)
+def test_stretched_rotation_is_that_of_transformers(name: str) -> None:
+    scaling = {"rope_type": name.partition(",")[0], **STRETCHED[name]}
+    most = {"max_position_embeddings": 16 if name == "dynamic" else 64}
+    theirs = random_model(
+        "Llama", **SIZES, **most, tie_word_embeddings=False, rope_parameters={"rope_theta": 100.0, **scaling}
+    )
+    config = DecoderConfig(VOCABULARY, **DENSE, norm_eps=1e-6, rope_base=100.0, rope_scaling=scaling)
+    assert relative_difference(with_the_weights_of(theirs, config, {}), theirs) < 1e-5
+    plain = with_the_weights_of(theirs, replace(config, rope_scaling=None), {})
+    assert relative_difference(plain, theirs) > 1e-3
 
 
 @pytest.mark.parametrize("name", FAMILIES)
