@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,7 +22,90 @@ from lightning_tex.parallel.topology import Axis, Layout
 # B sequences, S positions, D model width, H heads, K key/value heads, d head width (per rank: H/tensor, K/tensor)
 
 
-class ParallelAttention(TexModule):
+class Attention(TexModule):
+    """Self-attention with its heads sharded over the tensor axis: [B, S, D] -> [B, S, D].
+
+    Under sequence parallelism x and the result hold a rank's positions, but every position attends to whole sequences.
+    A subclass makes heads of what enters (:meth:`turned_heads`), and may make what enters of x (:meth:`entering`).
+
+    Args:
+        num_heads: query heads; divisible by the tensor axis.
+        rotary: how queries and keys turn.
+        scores: what becomes of their products.
+        causal: position t sees positions up to t.
+        dropout: probability with which attention weights are zeroed in training. Ranks draw different masks.
+        sinks: each head has a learned score that takes part in its softmax.
+    """
+
+    out: RowParallelLinear
+
+    def __init__(
+        self, num_heads: int, rotary: Rotary, scores: AttentionScores, causal: bool, dropout: float, sinks: bool
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.rotary, self.scores, self.causal, self.dropout = num_heads, rotary, scores, causal, dropout
+        self.sinks = AttentionSinks(num_heads) if sinks else None
+
+    def check(self, name: str, layout: Layout) -> None:
+        require_divisible(name, "num_heads", self.num_heads, layout)
+
+    def forward(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None = None,
+        context: TokenContext | None = None,
+        rotary: RotaryTables | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            x: [B, S, D].
+            attention_mask: boolean, True where a position may be seen: [B, S] over keys, or anything that broadcasts
+                to [B, H, S, S] with a head dim of 1. S is the whole sequence's, always.
+            context: in place of a mask, what all layers of a model have in common: it alone decides what is seen, and
+                where tokens stand. The result at padding is nobody's.
+            rotary: ``self.rotary.tables(S, x)``, made once for all layers that turn alike; ``None``: made here.
+
+        Returns:
+            [B, S, D]
+
+        Raises:
+            ValueError: a mask and a context.
+        """
+        if attention_mask is not None and context is not None:
+            raise UserValueError("attention_mask and context both say what is seen; legal: one of them")
+        x = self.activation_layout.enter(self.entering(x))
+        x = x if context is None else context.pack(x)
+        rotary = self.rotary.tables(x.shape[-2], x) if rotary is None else rotary
+        query, key, value = self.turned_heads(x, rotary)
+        y = self._attend(query, key, value, self._mask(attention_mask), self.causal or context is not None).flatten(-2)
+        return self.out(y if context is None else context.unpack(y))
+
+    def entering(self, x: Tensor) -> Tensor:  # [B, s, D] -> [B, s, ..]
+        """What enters the region that is sharded over tensor, of each token by itself."""
+        return x
+
+    @abstractmethod
+    def turned_heads(self, x: Tensor, rotary: RotaryTables) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of this rank's heads, of what has entered: [B, S, ..] -> [B, S, h, d] each."""
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, causal: bool) -> Tensor:
+        """[B, S, h, d] each -> [B, S, h, d]. ``visible``: what may be seen, whatever ``causal`` says."""
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        dropout = self.dropout if self.training else 0.0
+        sinks = None if self.sinks is None else self.sinks.weight
+        with rank_random_state(self.tensor, enabled=dropout > 0):
+            y = self.scores.attend(query, key, value, visible, causal, dropout, sinks)
+        return y.transpose(1, 2)
+
+    def _mask(self, mask: Tensor | None) -> Tensor | None:
+        if mask is None:
+            return None
+        mask = mask.bool()
+        return visible_keys(mask[:, None, None, :] if mask.dim() == 2 else mask, self.causal)
+
+
+class ParallelAttention(Attention):
     """Self-attention with its heads sharded over the tensor axis: [B, S, D] -> [B, S, D].
 
     Query, key and value are column parallel, the output row parallel: one all-reduce forward, one backward. Under
@@ -72,61 +156,30 @@ class ParallelAttention(TexModule):
         scale: float | None = None,
         softcap: float | None = None,
     ) -> None:
-        super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         head_dim = head_width(dim, num_heads) if head_dim is None else head_dim
         if rotary is None and head_dim % 2:
             raise UserValueError(f"head_dim={head_dim} must be even (rotary embedding pairs)")
         if num_heads % num_kv_heads:
             raise UserValueError(f"num_heads={num_heads} is not divisible by num_kv_heads={num_kv_heads}")
-        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.causal, self.dropout, self.clip_qkv = causal, dropout, clip_qkv
-        self.rotary = Rotary(head_dim, rope_base) if rotary is None else rotary
-        self.scores = AttentionScores(head_dim**-0.5 if scale is None else scale, window, softcap)
+        rotary = Rotary(head_dim, rope_base) if rotary is None else rotary
+        scores = AttentionScores(head_dim**-0.5 if scale is None else scale, window, softcap)
+        super().__init__(num_heads, rotary, scores, causal, dropout, sinks)
+        self.num_kv_heads, self.head_dim, self.clip_qkv = num_kv_heads, head_dim, clip_qkv
         self.query = ColumnParallelLinear(dim, num_heads * head_dim, bias)
         self.key = ColumnParallelLinear(dim, num_kv_heads * head_dim, bias)
         self.value = ColumnParallelLinear(dim, num_kv_heads * head_dim, bias)
         self.out = RowParallelLinear(num_heads * head_dim, dim, bias if out_bias is None else out_bias)
         self.query_norm = make_qk_norm(qk_norm, num_heads, head_dim, norm_eps)
         self.key_norm = make_qk_norm(qk_norm, num_kv_heads, head_dim, norm_eps)
-        self.sinks = AttentionSinks(num_heads) if sinks else None
 
     def check(self, name: str, layout: Layout) -> None:
-        require_divisible(name, "num_heads", self.num_heads, layout)
+        super().check(name, layout)
         require_divisible(name, "num_kv_heads", self.num_kv_heads, layout)
 
-    def forward(
-        self,
-        x: Tensor,
-        attention_mask: Tensor | None = None,
-        context: TokenContext | None = None,
-        rotary: RotaryTables | None = None,
-    ) -> Tensor:
-        """Attend.
-
-        Args:
-            x: [B, S, D].
-            attention_mask: boolean, True where a position may be seen: [B, S] over keys, or anything that broadcasts
-                to [B, H, S, S] with a head dim of 1. S is the whole sequence's, always.
-            context: in place of a mask, what all layers of a model have in common: it alone decides what is seen, and
-                where tokens stand. The result at padding is nobody's.
-            rotary: ``self.rotary.tables(S, x)``, made once for all layers that turn alike; ``None``: made here.
-
-        Returns:
-            [B, S, D]
-
-        Raises:
-            ValueError: a mask and a context.
-        """
-        if attention_mask is not None and context is not None:
-            raise UserValueError("attention_mask and context both say what is seen; legal: one of them")
-        x = self.activation_layout.enter(x)
-        x = x if context is None else context.pack(x)
+    def turned_heads(self, x: Tensor, rotary: RotaryTables) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = self.heads(x)
-        rotary = self.rotary.tables(x.shape[-2], x) if rotary is None else rotary
-        query, key = rotary.turn(query, key)
-        y = self._attend(query, key, value, self._mask(attention_mask), self.causal or context is not None).flatten(-2)
-        return self.out(y if context is None else context.unpack(y))
+        return *rotary.turn(query, key), value
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of this rank's heads, before they turn: [B, S, D] -> [B, S, h, d] each."""
@@ -137,21 +190,6 @@ class ParallelAttention(TexModule):
             columns = [column.clamp(-self.clip_qkv, self.clip_qkv) for column in columns]
         query, key, value = (column.unflatten(-1, (-1, self.head_dim)) for column in columns)
         return query, key, value
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, causal: bool) -> Tensor:
-        """[B, S, h, d] each -> [B, S, h, d]. ``visible``: what may be seen, whatever ``causal`` says."""
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        dropout = self.dropout if self.training else 0.0
-        sinks = None if self.sinks is None else self.sinks.weight
-        with rank_random_state(self.tensor, enabled=dropout > 0):
-            y = self.scores.attend(query, key, value, visible, causal, dropout, sinks)
-        return y.transpose(1, 2)
-
-    def _mask(self, mask: Tensor | None) -> Tensor | None:
-        if mask is None:
-            return None
-        mask = mask.bool()
-        return visible_keys(mask[:, None, None, :] if mask.dim() == 2 else mask, self.causal)
 
 
 def head_width(dim: int, num_heads: int) -> int:

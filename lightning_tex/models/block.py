@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lightning_tex.layers import ParallelAttention, ParallelMLP, RMSNorm, RotaryTables, TokenContext
+from lightning_tex.layers import (
+    ParallelAttention,
+    ParallelLatentAttention,
+    ParallelMLP,
+    RMSNorm,
+    RotaryTables,
+    TokenContext,
+)
 from lightning_tex.models.config import DecoderConfig
 from lightning_tex.moe import MoE
 
@@ -45,6 +52,8 @@ def make_norm(config: DecoderConfig) -> nn.Module:
 def make_attention(config: DecoderConfig, layer: int) -> nn.Module:
     """A block's attention, which takes ``(x, context=, rotary=)``."""
     c = config
+    if c.kv_lora_rank is not None:
+        return make_latent_attention(c)
     return ParallelAttention(
         c.dim,
         c.num_heads,
@@ -61,6 +70,24 @@ def make_attention(config: DecoderConfig, layer: int) -> nn.Module:
         sinks=c.attention_sinks,
         scale=c.attention_multiplier,
         softcap=c.attn_logit_softcapping,
+    )
+
+
+def make_latent_attention(config: DecoderConfig) -> nn.Module:
+    """The same of a decoder with latent attention."""
+    c = config
+    assert c.kv_lora_rank and c.qk_nope_head_dim and c.qk_rope_head_dim and c.v_head_dim, c
+    return ParallelLatentAttention(
+        c.dim,
+        c.num_heads,
+        c.kv_lora_rank,
+        c.qk_nope_head_dim,
+        c.qk_rope_head_dim,
+        c.v_head_dim,
+        c.q_lora_rank,
+        c.attention_bias,
+        c.rotary,
+        dropout=c.dropout,
     )
 
 

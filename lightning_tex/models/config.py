@@ -15,6 +15,9 @@ from lightning_tex.parallel.errors import UserValueError
 
 # V vocabulary, D model width
 
+# What makes attention latent.
+_LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+
 AttentionType = Literal["full_attention", "sliding_attention"]
 
 
@@ -57,6 +60,11 @@ class DecoderConfig:
         attention_multiplier: attention's scores are multiplied with it; ``None``: 1 / sqrt(head width).
         attn_logit_softcapping: attention's scores s become c * tanh(s / c), which no fast kernel has.
         final_logit_softcapping: the head's logits likewise.
+        kv_lora_rank: multi-head latent attention, whose keys and values are made of a latent of so many numbers;
+            ``None``: attention as above.
+        q_lora_rank: of the latent that queries are made of; ``None``: they are made of the model's width.
+        qk_nope_head_dim, qk_rope_head_dim: of latent attention, widths of the parts of a head that stay and that turn.
+        v_head_dim: of latent attention, width of a head's values.
         expert_hidden_dim: hidden width of each expert; ``None``: hidden_dim.
         router: ``"softmax"``, ``"sigmoid"``, or one with arguments of its own, ``{"name": .., "init_args": {..}}``; see
             :class:`lightning_tex.moe.MoE`.
@@ -102,6 +110,11 @@ class DecoderConfig:
     attention_multiplier: float | None = None
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
+    kv_lora_rank: int | None = None
+    q_lora_rank: int | None = None
+    qk_nope_head_dim: int | None = None
+    qk_rope_head_dim: int | None = None
+    v_head_dim: int | None = None
     expert_hidden_dim: int | None = None
     router: str | dict[str, Any] = "softmax"
     shared_expert_hidden_dim: int | None = None
@@ -113,10 +126,15 @@ class DecoderConfig:
         sizes = ("vocab_size", "dim", "num_layers", "num_heads", "max_sequence_length", "num_experts", "moe_every")
         optional = (
             "num_kv_heads", "hidden_dim", "head_dim", "expert_hidden_dim", "shared_expert_hidden_dim", "sliding_window",
+            *_LATENT, "q_lora_rank",
         )  # fmt: skip
         for name in (*sizes, *optional):
             if (size := getattr(self, name)) is not None and size < 1:
                 raise UserValueError(f"{name}={size} must be at least 1")
+        given = [name for name in _LATENT if getattr(self, name) is not None]
+        if given and len(given) < len(_LATENT):
+            missing = [name for name in _LATENT if name not in given]
+            raise UserValueError(f"{', '.join(given)} without {', '.join(missing)}; legal: all of them, or none")
         if not 0 < self.partial_rotary_factor <= 1:
             raise UserValueError(f"partial_rotary_factor={self.partial_rotary_factor}; legal: above 0, at most 1")
         make_scaling(self.rope_scaling)
@@ -143,7 +161,7 @@ class DecoderConfig:
     @property
     def rotary(self) -> Rotary:
         """How queries and keys turn, in all blocks alike."""
-        width = int(self.head * self.partial_rotary_factor)
+        width = self.qk_rope_head_dim or int(self.head * self.partial_rotary_factor)
         if width % 2:
             raise UserValueError(
                 f"partial_rotary_factor={self.partial_rotary_factor} of heads of {self.head} is {width}; legal: an "

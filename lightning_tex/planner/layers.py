@@ -9,6 +9,7 @@ from torch import nn
 from lightning_tex.layers import (
     ColumnParallelLinear,
     ParallelAttention,
+    ParallelLatentAttention,
     ParallelMLP,
     RMSNorm,
     RowParallelLinear,
@@ -62,6 +63,23 @@ class Attention:
     def inner(self) -> int:
         """Width of all query heads."""
         return self.num_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """A :class:`ParallelLatentAttention`: [.., dim] -> [.., dim].
+
+    ``entering``: width of what enters the sharded region. ``latents``: (in, out) of the products before it, whole on
+    every rank. ``columns``: of those within. ``head_dim``, ``v_head_dim``: widths of a head's keys, and of its values.
+    """
+
+    dim: int
+    num_heads: int
+    head_dim: int
+    v_head_dim: int
+    entering: int
+    latents: tuple[tuple[int, int], ...]
+    columns: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -147,7 +165,9 @@ class Other:
 
 
 Loss = CrossEntropy | LinearCrossEntropy
-Layer = Embedding | Norm | Attention | Mlp | Moe | Head | Loss | ColumnLinear | RowLinear | Linear | Other
+Layer = (
+    Embedding | Norm | Attention | LatentAttention | Mlp | Moe | Head | Loss | ColumnLinear | RowLinear | Linear | Other
+)
 
 
 def known_layer(module: nn.Module) -> Layer | None:
@@ -157,6 +177,8 @@ def known_layer(module: nn.Module) -> Layer | None:
             return Embedding(module.size, module.dim)
         case RMSNorm():
             return Norm(module.normalized_shape[-1])
+        case ParallelLatentAttention():
+            return _latent_attention(module)
         case ParallelAttention():
             return _attention(module)
         case ParallelMLP():
@@ -193,6 +215,20 @@ def _attention(module: ParallelAttention) -> Attention:
         module.query.in_features, module.num_heads, module.num_kv_heads, module.head_dim,
         isinstance(module.query_norm, HeadNorm), full_norms, scores.window, whole and not unusual,
     )  # fmt: skip
+
+
+def _latent_attention(module: ParallelLatentAttention) -> LatentAttention:
+    latents = [one for one in (module.query_latent, module.key_value_latent) if one is not None]
+    columns = module.query, module.key_value
+    return LatentAttention(
+        module.dim,
+        module.num_heads,
+        module.qk_nope_head_dim + module.qk_rope_head_dim,
+        module.v_head_dim,
+        module.query.in_features + module.key_value_latent.out_features,
+        tuple((one.in_features, one.out_features) for one in latents),
+        tuple((one.in_features, one.out_features) for one in columns),
+    )
 
 
 def _is_plain(router: Router) -> bool:

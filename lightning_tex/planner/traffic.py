@@ -19,6 +19,7 @@ from lightning_tex.planner.layers import (
     CrossEntropy,
     Embedding,
     Head,
+    LatentAttention,
     Linear,
     LinearCrossEntropy,
     Mlp,
@@ -113,6 +114,9 @@ class MicroStepTraffic:
                     sums = self.step.score_bytes * self.step.tokens
                     for _ in range(2):
                         yield from self._over("tensor", "all_reduce", sums, (*forward, BACKWARD))
+                yield from self._leave(layer.dim, last)
+            case LatentAttention():
+                yield from self._enter(layer.entering, forward, backward)
                 yield from self._leave(layer.dim, last)
             case Mlp():
                 yield from self._enter(layer.dim, forward, backward)

@@ -17,6 +17,7 @@ from lightning_tex.planner.layers import (
     ColumnLinear,
     CrossEntropy,
     Head,
+    LatentAttention,
     Layer,
     Linear,
     LinearCrossEntropy,
@@ -81,6 +82,8 @@ class Work:
         match layer:
             case Attention():
                 yield from self._attention(layer)
+            case LatentAttention():
+                yield from self._latent_attention(layer)
             case Mlp():
                 yield from self._mlp(layer)
             case Moe():
@@ -108,6 +111,18 @@ class Work:
         yield Product(length, layer.head_dim, seen, heads, backward=2.5, attention=True)
         yield Product(tokens, d, inner / tensor, recorded=tensor > 1)
 
+    def _latent_attention(self, layer: LatentAttention) -> Iterator[Product]:
+        """Latents of the tokens held here, the heads' projections, and the same scores and mix."""
+        tokens, tensor, length = self.step.tokens, self.step.layout.tensor, self.step.job.sequence_length
+        for width, made in layer.latents:
+            yield Product(self.step.held, made, width)
+        for width, made in layer.columns:
+            yield Product(tokens, made / tensor, width)
+        heads = self.step.sequences * layer.num_heads / tensor
+        yield Product(length, length / 2, layer.head_dim, heads, backward=2.5, attention=True)
+        yield Product(length, layer.v_head_dim, length / 2, heads, backward=2.5, attention=True)
+        yield Product(tokens, layer.dim, layer.num_heads * layer.v_head_dim / tensor, recorded=tensor > 1)
+
     def _mlp(self, layer: Mlp) -> Iterator[Product]:
         tokens, tensor = self.step.tokens, self.step.layout.tensor
         yield Product(tokens, _ups(layer) * layer.hidden / tensor, layer.dim)
@@ -130,6 +145,8 @@ class Work:
                 return 2 * self._stream(layer.dim)
             case Attention():
                 return self._attention_bytes(layer)
+            case LatentAttention():
+                return self._latent_bytes(layer)
             case Mlp():
                 return self._mlp_bytes(layer)
             case Moe():
@@ -145,6 +162,15 @@ class Work:
         heads = layer.num_heads + layer.num_kv_heads
         norms = 2 * per_head * heads if layer.head_norms else 0
         return 5 * per_head * heads + per_head * 2 * heads + norms + 3 * self._stream(layer.dim)
+
+    def _latent_bytes(self, layer: LatentAttention) -> float:
+        """Latents put together, heads put together (queries and keys), the kernel, and the residual."""
+        of_heads = self.step.tokens * layer.num_heads / self.step.layout.tensor * self.step.element_bytes
+        return (
+            2 * self._stream(layer.entering)
+            + of_heads * (8 * layer.head_dim + 2 * layer.v_head_dim)
+            + 3 * (self._stream(layer.dim))
+        )
 
     def _mlp_bytes(self, layer: Mlp) -> float:
         """What stands between the products, and the residual."""
@@ -273,6 +299,10 @@ def _multiplications(layer: Layer, length: int) -> int:
             return (
                 2 * layer.dim * layer.inner + 2 * layer.dim * kv + 2 * min(length, layer.window or length) * layer.inner
             )
+        case LatentAttention():
+            made = sum(width * made for width, made in (*layer.latents, *layer.columns))
+            widths = layer.num_heads * (layer.head_dim + layer.v_head_dim)
+            return made + length * widths + layer.num_heads * layer.v_head_dim * layer.dim
         case Mlp():
             return (_ups(layer) + 1) * layer.dim * layer.hidden
         case Moe():

@@ -35,6 +35,22 @@ DENSE = {"dim": 24, "hidden_dim": 20, "num_layers": 3, "num_heads": 6, "tie_embe
 GROUPED = {"num_key_value_heads": 2}
 EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2}
 MOE = {"num_kv_heads": 2, "num_experts": 5, "top_k": 2, "moe_every": 1}
+LATENT = {"kv_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
+YARN = {
+    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 0.7, "mscale_all_dim": 1.4,
+}  # fmt: skip
+LATENT_NAMES = {
+    r"self_attn\.q_a_proj\.": "attention.query_latent.",
+    r"self_attn\.q_a_layernorm\.": "attention.query_latent_norm.",
+    r"self_attn\.q_b_proj\.": "attention.query.",
+    r"self_attn\.kv_a_proj_with_mqa\.": "attention.key_value_latent.",
+    r"self_attn\.kv_a_layernorm\.": "attention.key_value_latent_norm.",
+    r"self_attn\.kv_b_proj\.": "attention.key_value.",
+}
+SHARED_NAMES = {
+    r"mlp\.shared_experts\.(\w+)_proj\.": r"mlp.shared.\1.",
+    r"mlp\.gate\.e_score_correction_bias": "mlp.router.correction_bias",
+}
 
 FAMILIES = {
     "Llama": Family(
@@ -79,6 +95,41 @@ FAMILIES = {
         "Olmoe",
         {**SIZES, **GROUPED, **EXPERTS, "clip_qkv": 0.9, "norm_topk_prob": False, "attention_bias": True},
         {**DENSE, **MOE, "qk_norm": "full", "clip_qkv": 0.9, "attention_bias": True, "attention_out_bias": True},
+    ),
+    "DeepSeek-V2": Family(
+        "DeepseekV2",
+        {**SIZES, **LATENT, "q_lora_rank": None, "n_routed_experts": 6, "num_experts_per_tok": 3, "n_group": 3,
+         "topk_group": 2, "topk_method": "group_limited_greedy", "routed_scaling_factor": 1.7, "n_shared_experts": 2,
+         "moe_intermediate_size": 7, "first_k_dense_replace": 1,
+         "rope_parameters": {**YARN, "rope_theta": 10000.0}},
+        {**DENSE, **LATENT, "num_experts": 6, "top_k": 3, "moe_every": 1, "first_dense_layers": 1, "norm_eps": 1e-6,
+         "router": {"name": "softmax", "init_args": {"n_group": 3, "topk_group": 2, "routed_scaling_factor": 1.7}},
+         "expert_hidden_dim": 7, "shared_expert_hidden_dim": 14, "rope_scaling": YARN, "rope_interleaved": True},
+        {**LATENT_NAMES, **SHARED_NAMES},
+    ),
+    "DeepSeek-V3": Family(
+        "DeepseekV3",
+        {**SIZES, **LATENT, "num_key_value_heads": 6, "q_lora_rank": 5, "n_routed_experts": 6,
+         "num_experts_per_tok": 2, "n_group": 3, "topk_group": 2, "routed_scaling_factor": 2.5, "n_shared_experts": 1, "moe_intermediate_size": 7,
+         "first_k_dense_replace": 1, "attention_bias": True, "num_mtp_layers": 0,
+         "rope_parameters": {**YARN, "rope_theta": 10000.0}},
+        {**DENSE, **LATENT, "q_lora_rank": 5, "num_experts": 6, "top_k": 2, "moe_every": 1, "first_dense_layers": 1,
+         "norm_eps": 1e-6, "norm_topk_prob": True, "attention_bias": True,
+         "router": {"name": "sigmoid", "init_args": {"n_group": 3, "topk_group": 2, "routed_scaling_factor": 2.5}},
+         "expert_hidden_dim": 7, "shared_expert_hidden_dim": 7, "rope_scaling": YARN, "rope_interleaved": True},
+        {**LATENT_NAMES, **SHARED_NAMES},
+    ),
+    "GLM-4-MoE": Family(
+        "Glm4Moe",
+        {**SIZES, **GROUPED, "head_dim": 8, "n_routed_experts": 6, "num_experts_per_tok": 2, "n_group": 2,
+         "topk_group": 1, "routed_scaling_factor": 1.5, "n_shared_experts": 1, "moe_intermediate_size": 7,
+         "first_k_dense_replace": 1, "attention_bias": True, "use_qk_norm": True,
+         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+        {**DENSE, "num_kv_heads": 2, "head_dim": 8, "num_experts": 6, "top_k": 2, "moe_every": 1,
+         "first_dense_layers": 1, "norm_eps": 1e-5, "norm_topk_prob": True, "attention_bias": True, "qk_norm": "head",
+         "router": {"name": "sigmoid", "init_args": {"n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.5}},
+         "expert_hidden_dim": 7, "shared_expert_hidden_dim": 7, "partial_rotary_factor": 0.5},
+        SHARED_NAMES,
     ),
     "Mistral, windows": Family(
         "Mistral", {**SIZES, **GROUPED, "sliding_window": 5}, {**DENSE, "num_kv_heads": 2, "sliding_window": 5,
