@@ -95,7 +95,7 @@ def make_feed_forward(config: DecoderConfig, layer: int) -> nn.Module:
     """A block's experts or MLP."""
     c = config
     if not c.has_experts(layer):
-        return ParallelMLP(c.dim, c.hidden, c.activation)
+        return ParallelMLP(c.dim, c.hidden, c.activation, c.mlp_bias)
     return MoE(
         c.dim,
         c.expert_hidden,
@@ -109,4 +109,5 @@ def make_feed_forward(config: DecoderConfig, layer: int) -> nn.Module:
         z_loss_coefficient=c.z_loss_coefficient,
         shared_hidden_dim=c.shared_expert_hidden_dim,
         shared_gate=c.shared_expert_gate,
+        bias=c.expert_bias,
     )

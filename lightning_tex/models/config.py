@@ -37,7 +37,8 @@ class DecoderConfig:
         top_k: experts per token.
         capacity_factor: see :class:`lightning_tex.moe.MoE`; ``None``: dropless.
         moe_every: every n-th block has experts, the last of each n (2: blocks 1, 3, 5, ..).
-        activation: ``"gelu"`` or ``"swiglu"``.
+        activation: of MLPs and experts, ``"swiglu"``, ``"gelu"`` and others; see
+            :class:`lightning_tex.layers.ParallelMLP`.
         norm_topk_prob: rescale a token's weights to sum to 1.
         load_balance_coefficient: weight of the load-balance loss.
         z_loss_coefficient: weight of the router's z-loss.
@@ -70,6 +71,8 @@ class DecoderConfig:
             :class:`lightning_tex.moe.MoE`.
         shared_expert_hidden_dim: hidden width of an expert that every token uses beside its own; ``None``: none.
         shared_expert_gate: that one's output is multiplied by a sigmoid gate.
+        expert_bias: biases in experts; dropless only.
+        mlp_bias: biases in MLPs.
         first_dense_layers: so many blocks from the first have no experts.
         moe_layers: the blocks that have experts, from 0, in place of ``moe_every`` and ``first_dense_layers``.
 
@@ -119,6 +122,8 @@ class DecoderConfig:
     router: str | dict[str, Any] = "softmax"
     shared_expert_hidden_dim: int | None = None
     shared_expert_gate: bool = False
+    expert_bias: bool = False
+    mlp_bias: bool = False
     first_dense_layers: int = 0
     moe_layers: list[int] | None = None
 

@@ -84,11 +84,12 @@ class LatentAttention:
 
 @dataclass(frozen=True)
 class Mlp:
-    """A :class:`ParallelMLP`; ``gated``: three matrices in place of two."""
+    """A :class:`ParallelMLP`; ``gated``: three matrices in place of two. ``plain``: what it keeps has a formula."""
 
     dim: int
     hidden: int
     gated: bool
+    plain: bool
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def known_layer(module: nn.Module) -> Layer | None:
             return _mlp(module)
         case MoE():
             shared = None if module.shared is None else _mlp(module.shared)
-            plain = shared is None and _is_plain(module.router)
+            plain = shared is None and module.output_biases is None and _is_plain(module.router)
             losses = bool(module.load_balance_coefficient or module.z_loss_coefficient)
             return Moe(
                 module.router.dim, module.hidden_dim, module.experts.gate is not None, module.num_experts,
@@ -238,4 +239,5 @@ def _is_plain(router: Router) -> bool:
 
 
 def _mlp(module: ParallelMLP) -> Mlp:
-    return Mlp(module.up.in_features, module.hidden_dim, module.gate is not None)
+    plain = module.activation not in ("relu", "clamped_swiglu")
+    return Mlp(module.up.in_features, module.hidden_dim, module.gate is not None, plain)

@@ -25,6 +25,10 @@ FEATURES: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 1.5, "partial_rotary_factor": 0.4, "head_dim": 10, "rope_interleaved": True,
     },
     "capped scores with sinks": {"attention_sinks": True, "attn_logit_softcapping": 0.4, "attention_multiplier": 1.3},
+    "biases and clamps in experts": {
+        "expert_bias": True, "activation": "clamped_swiglu", "mlp_bias": True, "moe_layers": [1],
+        "router": {"name": "softmax", "init_args": {"bias": True}},
+    },
     "latent attention": {
         "kv_lora_rank": 7, "q_lora_rank": 5, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 3,
         "attention_bias": True, "rope_interleaved": True, "moe_layers": [1],
