@@ -43,7 +43,7 @@ class MoE(TexModule):
         capacity_factor: an expert takes ceil(factor * k * T / E) choices of a data rank's T tokens in a micro-step,
             first choices first, earlier tokens first; further ones overflow. ``None``: dropless, all are served.
         activation: see :class:`lightning_tex.layers.ParallelMLP`.
-        router: ``"softmax"``; ``"sigmoid"`` (:class:`SigmoidRouter`); ``"forced_balance"``, which chooses by the
+        router: ``"softmax"``; ``"sigmoid"``, ``"sparsemixer"``; ``"forced_balance"``, which chooses by the
             token's place, for benches; one of these with arguments of its own, ``{"name": .., "init_args": {..}}``; a
             :class:`Router` subclass, or its import path, or an instance.
         norm_topk_prob: rescale a token's k weights to sum to 1.

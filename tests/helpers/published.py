@@ -83,10 +83,18 @@ def with_the_weights_of(
     theirs: nn.Module,
     config: DecoderConfig,
     names: Mapping[str, str],
+    norms_from_one: bool = False,
 ) -> Decoder:
-    """A decoder with all tensors of a model of transformers, and no others."""
+    """A decoder with all tensors of a model of transformers, and no others.
+
+    Args:
+        norms_from_one: norms multiply by 1 and their weight there.
+    """
     decoder = Decoder(config)
-    decoder.load_state_dict(named_as_here(theirs.state_dict(), names))
+    tensors = named_as_here(theirs.state_dict(), names)
+    if norms_from_one:
+        tensors = {name: 1 + tensor if "norm" in name else tensor for name, tensor in tensors.items()}
+    decoder.load_state_dict(tensors)
     return decoder.eval()
 
 

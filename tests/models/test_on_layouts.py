@@ -29,6 +29,11 @@ FEATURES: dict[str, dict[str, Any]] = {
         "expert_bias": True, "activation": "clamped_swiglu", "mlp_bias": True, "moe_layers": [1],
         "router": {"name": "softmax", "init_args": {"bias": True}},
     },
+    "multipliers, norms with biases before and after, biased head": {
+        "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 1.7, "norm": "layer",
+        "norm_placement": "sandwich", "head_bias": True, "tie_embeddings": False, "activation": "geglu",
+        "router": {"name": "sparsemixer", "init_args": {"jitter_eps": 0.3}},
+    },
     "latent attention": {
         "kv_lora_rank": 7, "q_lora_rank": 5, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 3,
         "attention_bias": True, "rope_interleaved": True, "moe_layers": [1],
