@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -52,6 +52,14 @@ class SigmoidRouter(Router):
         super().reset_parameters()
         if "correction_bias" in self._buffers and has_values(self.correction_bias):
             nn.init.zeros_(self.correction_bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SigmoidRouter:
+        kept = self.correction_bias
+        super()._apply(fn, recurse)
+        # A module that is cast casts its buffers; steps of this one would vanish in 16 bits.
+        if self.correction_bias.dtype != kept.dtype:
+            self.correction_bias = kept.to(self.correction_bias.device)
+        return self
 
     def score(self, logits: Tensor) -> Tensor:
         return logits.sigmoid()
