@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, instantiate_class
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_tex.data import TextDataModule
-from lightning_tex.models import DecoderConfig, LanguageModel
+from lightning_tex.models import Decoder, DecoderConfig, LanguageModel
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.topology import Axis, Communication, Layout
 from lightning_tex.planner.batches import Batches, TokenBlocks, batches_of
@@ -84,7 +84,7 @@ def read_recipe(path: str, more: Sequence[str] = (), sizes: Mapping[str, Any] | 
         "sequence_length": data.get("sequence_length") or length,
         "precision": str(trainer.get("precision") or "32-true"),
         "optimizer": _optimizer(module, config.get("optimizer")),
-        "activations": None if module is None or model.declared else _traced(module, recipe),
+        "activations": None if model.declared else _traced(module or language_model_on_meta(model), recipe),
     }
     if data.get("global_batch_size"):  # of a micro-step over all ranks
         numbers["global_batch_size"] = data["global_batch_size"] * accumulation
@@ -92,6 +92,15 @@ def read_recipe(path: str, more: Sequence[str] = (), sizes: Mapping[str, Any] | 
     if devices.isdigit():
         numbers["gpus"] = int(devices) * int(trainer.get("num_nodes") or 1)
     return PlannedRecipe(model, numbers, {**recipe.strategy_options(), "accumulate_grad_batches": accumulation})
+
+
+def language_model_on_meta(model: ModelDescription) -> LanguageModel:
+    """The module whose training step shows what a decoder keeps, where no formula does."""
+    assert model.config is not None
+    module = LanguageModel(model.config)
+    with torch.device("meta"):
+        module.decoder = Decoder(model.config)
+    return module
 
 
 def _optimizer(module: LightningModule | None, given: Any) -> OptimizerDescription:
