@@ -44,6 +44,8 @@ class DecoderConfig:
         moe_every: every n-th block has experts, the last of each n (2: blocks 1, 3, 5, ..).
         activation: ``"gelu"`` or ``"swiglu"``.
         norm_topk_prob: rescale a token's weights to sum to 1.
+        router: ``"softmax"``, or ``"forced_balance"`` for benches; see :class:`lightning_tex.moe.MoE`.
+        round_factor: of dropless routing over an expert axis, see :class:`lightning_tex.moe.MoE`.
         load_balance_coefficient: weight of the load-balance loss.
         z_loss_coefficient: weight of the router's z-loss.
         rope_base: base of the rotary embedding.
@@ -67,6 +69,8 @@ class DecoderConfig:
     moe_every: int = 2
     activation: Activation = "swiglu"
     norm_topk_prob: bool = False
+    router: str = "softmax"
+    round_factor: float | None = None
     load_balance_coefficient: float = 0.01
     z_loss_coefficient: float = 0.0
     rope_base: float = 10000.0
@@ -112,9 +116,11 @@ class Block(nn.Module):
                 c.top_k,
                 c.capacity_factor,
                 c.activation,
+                router=c.router,
                 norm_topk_prob=c.norm_topk_prob,
                 load_balance_coefficient=c.load_balance_coefficient,
                 z_loss_coefficient=c.z_loss_coefficient,
+                round_factor=c.round_factor,
             )
         else:
             self.mlp = ParallelMLP(c.dim, c.hidden, c.activation)
