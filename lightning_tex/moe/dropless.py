@@ -100,8 +100,7 @@ class DroplessDispatcher(Dispatcher):
 
     def _tokens(self, total: int) -> list[int]:
         """Tokens of each rank of the split axis."""
-        ranks = self.axes.split.size
-        return [total // ranks + (rank < total % ranks) for rank in range(ranks)]
+        return even_parts(total, self.axes.split.size)
 
 
 def _by_chunk(indices: Tensor, tokens: list[int], num_experts: int) -> Tensor:

@@ -262,8 +262,8 @@ class ChunkedExchange:
 
 
 def even_parts(total: int, parts: int) -> list[int]:
-    """Sizes of so many consecutive parts, as equal as can be."""
-    return [total * (part + 1) // parts - total * part // parts for part in range(parts)]
+    """Sizes of so many consecutive parts, as equal as can be, larger ones first: of no larger total is one larger."""
+    return [total // parts + (part < total % parts) for part in range(parts)]
 
 
 class Joined:

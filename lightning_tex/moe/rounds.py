@@ -78,10 +78,11 @@ def _part(
     """
     device, here = counts.device, known.shape[-1] // axes.expert.size
     own = slice(axes.expert.rank * here, (axes.expert.rank + 1) * here)
-    begin, end = (counts[axes.gather.rank, axes.expert.rank] * i // parts for i in (part, part + 1))
-    counts, known = (c * (part + 1) // parts - c * part // parts for c in (counts, known))
+    all_own = counts[axes.gather.rank, axes.expert.rank]
+    begin = all_own // parts * part + (all_own % parts).clamp(max=part)
+    counts, known = (c // parts + (c % parts > part) for c in (counts, known))
     sent = known[axes.gather.rank, axes.expert.rank].view(-1, here).sum(1).tolist()
-    total, lengths = sum(sent), end - begin
+    total, lengths = sum(sent), counts[axes.gather.rank, axes.expert.rank]
     shift = order.starts[:-1] + begin - (lengths.cumsum(0) - lengths)
     numbers = torch.arange(total, device=device)
     choice = order.sorted[numbers + shift.repeat_interleave(lengths, output_size=total)]

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_tex.parallel.flight_record import TRAINING
+from lightning_tex.parallel.replay import count_sent
 from lightning_tex.parallel.topology import Axis
 
 
@@ -22,5 +23,6 @@ def highest(number: int, host: Axis) -> int:
     ballot = np.array([number])
     on_host = torch.from_numpy(ballot)
     with TRAINING.inside("all_reduce", host, on_host):
-        dist.all_reduce(on_host, dist.ReduceOp.MAX, group=host.group)
+        dist.all_reduce(on_host, op=dist.ReduceOp.MAX, group=host.group)
+    count_sent("exchange_counts", host, 2 * (host.size - 1) * on_host.nbytes)
     return int(ballot[0])

@@ -291,7 +291,7 @@ class Topology:
             expert_data=axis("expert_data"),
             world=world,
             host=replace(world, group=groups.host(), meter=None),
-            expert_host=replace(expert, group=on_host, meter=None),
+            expert_host=replace(expert, group=on_host),
             mesh=mesh,
             expert_mesh=expert_mesh,
             communication=communication or Communication(),
