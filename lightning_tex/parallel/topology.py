@@ -180,6 +180,10 @@ class Layout:
             groups.setdefault(self.group_number(name, rank), []).append(rank)
         return [tuple(group) for group in groups.values()]
 
+    def leaves_nodes(self, name: str, ranks_per_node: int) -> bool:
+        """Whether groups of an axis have ranks on several nodes, of which each has that many."""
+        return any(len({rank // ranks_per_node for rank in group}) > 1 for group in self.groups(name))
+
     def __str__(self) -> str:
         experts = f"expert {self.expert} x expert_tensor {self.expert_tensor} x expert_data {self.expert_data}"
         return f"{self.world} ranks = tensor {self.tensor} x data {self.data} = {experts}"
