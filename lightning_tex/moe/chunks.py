@@ -34,7 +34,7 @@ class BlockInChunks(ExpertBlock):
     def __init__(self, exchange: ChunkedExchange, products: Callable[[Groups], Products]) -> None:
         self.exchange = exchange
         self._chunks = [(chunk, RowsAtOnce(products(chunk.groups))) for chunk in exchange.chunks]
-        self._early = len(self._chunks) > 1
+        self._leave: Callable[[], None] | None = None
 
     def depart(self, x: Tensor, weights: Tensor) -> None:
         self._x: Tensor | None = x
@@ -71,15 +71,21 @@ class BlockInChunks(ExpertBlock):
             inner = of_rows.inner_backward(grad.contiguous(), one, matrices, gradients)
             del grad
             d_rows = of_rows.rows_backward(inner, matrices)
-            if self._early:
-                self._home_backward.start(chunk, d_rows, inner.weights)
-                gradients.add_ups(of_rows.products, inner, one.x)
-            else:  # there is nothing to be early for that would be worth the memory
-                gradients.add_ups(of_rows.products, inner, one.x)
-                self._home_backward.start(chunk, d_rows, inner.weights)
+            leave = partial(self._home_backward.start, chunk, d_rows, inner.weights)
+            del d_rows
+            if len(self._chunks) > 1:
+                leave()
+            else:  # when what is kept and the matrices' gradients are let go of
+                self._leave = leave
+            del leave
+            gradients.add_ups(of_rows.products, inner, one.x)
         return gradients
 
     def arrive_backward(self) -> tuple[Tensor | None, Tensor | None]:
+        leave, self._leave = self._leave, None
+        if leave is not None:
+            leave()
+            del leave
         return self._home_backward.result()
 
 
