@@ -87,7 +87,7 @@ class ExpertMonitor(Callback):
         self._take_what_arrived()
         if not trainer._logger_connector.should_update_logs or not self._layers:
             return
-        loads = {label: _counted(layer).take() for label, layer in self._layers.items()}
+        loads = {label: _counted(layer).take_totals() for label, layer in self._layers.items()}
         used = {
             label: self._layers[label].activation_layout.total(load)
             for label, load in loads.items()

@@ -78,6 +78,7 @@ class DecoderConfig:
         expert_hidden_dim: hidden width of each expert; ``None``: hidden_dim.
         router: ``"softmax"``, ``"sigmoid"``, ``"sparsemixer"``, or one with arguments of its own,
             ``{"name": .., "init_args": {..}}``; see :class:`lightning_tex.moe.MoE`.
+        round_factor: of dropless routing over an expert axis, see :class:`lightning_tex.moe.MoE`.
         shared_expert_hidden_dim: hidden width of an expert that every token uses beside its own; ``None``: none.
         shared_expert_gate: that one's output is multiplied by a sigmoid gate.
         expert_bias: biases in experts; dropless only.
@@ -141,6 +142,7 @@ class DecoderConfig:
     mlp_bias: bool = False
     first_dense_layers: int = 0
     moe_layers: list[int] | None = None
+    round_factor: float | None = None
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "dim", "num_layers", "num_heads", "max_sequence_length", "num_experts", "moe_every")

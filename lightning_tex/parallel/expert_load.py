@@ -28,7 +28,7 @@ class LoadTotals(NamedTuple):
 
     @classmethod
     def of(cls, numbers: Tensor) -> LoadTotals:
-        """From one tensor, as :meth:`ExpertLoad.take` gives it. [E + 4]"""
+        """From one tensor, as :meth:`ExpertLoad.take_totals` gives it. [E + 4]"""
         return cls(numbers[:-4], *numbers[-4:].unbind())
 
 
@@ -41,14 +41,14 @@ class ExpertLoad:
 
     def __init__(self) -> None:
         self.looks_at_scores = False
-        self._counts: Tensor | None = None
-        self._overflowed: Tensor | None = None
+        self.counts: Tensor | None = None
+        self.overflowed: Tensor | None = None
         self._seen: Tensor | None = None
 
     def add(self, counts: Tensor, overflowed: Tensor) -> None:
         """Add one forward's [E] choices and its number of overflowed ones."""
-        self._counts = counts if self._counts is None else self._counts + counts
-        self._overflowed = overflowed if self._overflowed is None else self._overflowed + overflowed
+        self.counts = counts if self.counts is None else self.counts + counts
+        self.overflowed = overflowed if self.overflowed is None else self.overflowed + overflowed
 
     def look(self, scores: Tensor, token_mask: Tensor | None) -> None:
         """Add how sure the router was in one forward, if that is asked for.
@@ -62,13 +62,27 @@ class ExpertLoad:
             self._seen = seen if self._seen is None else self._seen + seen
 
     def take(self) -> Tensor | None:
-        """All of :class:`LoadTotals` in one tensor, fp64, then forgotten; ``None`` if there was nothing. [E + 4]"""
-        if self._counts is None or self._overflowed is None:
+        """[E + 1]: the choices of each expert, then the overflowed ones; then forgotten. None if there were none."""
+        if self.counts is None or self.overflowed is None:
             return None
-        seen = self._counts.new_zeros(3, dtype=torch.float64) if self._seen is None else self._seen
-        taken = torch.cat([self._counts.double(), self._overflowed[None].double(), seen])
-        self._counts = self._overflowed = self._seen = None
+        taken = torch.cat([self.counts, self.overflowed[None]])
+        self.counts = self.overflowed = None
         return taken
+
+    def take_seen(self) -> Tensor | None:
+        """[3] fp64: tokens that were looked at, entropies and first shares of their scores, summed; then forgotten.
+
+        None if nobody looked.
+        """
+        seen, self._seen = self._seen, None
+        return seen
+
+    def take_totals(self) -> Tensor | None:
+        """All of :class:`LoadTotals` in one tensor, fp64, then forgotten; ``None`` if there were no choices. [E + 4]"""
+        taken, seen = self.take(), self.take_seen()
+        if taken is None:
+            return None
+        return torch.cat([taken.double(), taken.new_zeros(3, dtype=torch.float64) if seen is None else seen])
 
 
 def _sureness(scores: Tensor, token_mask: Tensor | None) -> Tensor:

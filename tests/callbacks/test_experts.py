@@ -24,7 +24,7 @@ from lightning_tex import LanguageModel
 from lightning_tex.callbacks import ExpertMonitor
 from lightning_tex.callbacks.expert_history import ExpertHistory
 from lightning_tex.models import DecoderConfig
-from lightning_tex.moe.router import SoftmaxRouter
+from lightning_tex.moe.routers import SoftmaxRouter
 from lightning_tex.parallel.expert_load import ExpertLoad, LoadTotals
 
 EXPERTS, STEPS = 4, 6
@@ -89,8 +89,8 @@ def test_how_sure_a_router_is() -> None:
     load.looks_at_scores = True
     load.look(scores, torch.tensor([True, False, True]))
     load.add(torch.tensor([2, 2, 0, 0]), torch.tensor(1))
-    taken = load.take()
-    assert taken is not None and load.take() is None
+    taken = load.take_totals()
+    assert taken is not None and load.take_totals() is None
     totals = LoadTotals.of(taken)
     entropy = math.log(2) - 0.9 * math.log(0.9) - 0.1 * math.log(0.1)  # scores of any sum count by their shares
     assert totals.counts.tolist() == [2, 2, 0, 0] and (totals.overflowed, totals.tokens) == (1, 2)

@@ -107,7 +107,7 @@ class Recorded(L.LightningModule):
     def on_train_batch_end(self, *args: Any) -> None:
         for _, layer in self.model.moe_layers():
             taken = layer.load.take()
-            self.record.overflowed += int(taken[-4]) if taken is not None else 0
+            self.record.overflowed += int(taken[-1]) if taken is not None else 0
 
     def on_train_end(self) -> None:
         losses = torch.tensor(self.record.losses, dtype=torch.float64)
@@ -181,6 +181,7 @@ def train_case(run: Run) -> Record:
         expert_parallel_size=sizes.expert,
         expert_tensor_parallel_size=sizes.expert_tensor,
         duplicate_token_dropping=options.duplicate_token_dropping,
+        expert_chunks=2 if options.chunks else 1,
         tile_size=64 if options.small_tiles else None,
     )
     module = Recorded(decoder_config(options, **small(sizes)), options.adamw, options.collect)
