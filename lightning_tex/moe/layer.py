@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -122,7 +124,12 @@ class MoE(TexModule):
             return SequenceShardedCapacityDispatcher(self.num_experts, axes, self.capacity_factor, topology.tensor)
         return CapacityDispatcher(self.num_experts, axes, self.capacity_factor)
 
-    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        token_mask: Tensor | None = None,
+        beside: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """Mix experts.
 
         Args:
@@ -130,14 +137,18 @@ class MoE(TexModule):
             token_mask: boolean, shaped as x without its last dim (over whole sequences, if x holds a rank's part of
                 them); False for padding, which uses no expert, takes no capacity, counts in no routing loss, and
                 gives 0.
+            beside: a branch of the same tokens, such as a dense or shared expert, whose outcome for x is added. It is
+                computed while rows are on their way between ranks, forward and backward.
         """
         mask = None if token_mask is None else self.activation_layout.shard_mask(token_mask, x).reshape(-1).bool()
         route = self.router(x.reshape(-1, x.shape[-1]), mask)
         arrived, metadata = self.dispatcher.dispatch(x, route)
-        self._arrived_rows, self._routed_choices = arrived.groups.rows, route.indices.numel()
-        y = self.dispatcher.combine(self.experts(arrived, metadata.exchange), metadata).view_as(x)
+        self._arrived_rows, self._routed_choices = arrived.here, route.indices.numel()
+        branch: list[Tensor] = []
+        between = None if beside is None else lambda: branch.append(beside(x))
+        y = self.dispatcher.combine(self.experts(arrived, between), metadata).view_as(x)
         self._record(route, mask, metadata, y)
-        return y
+        return y + branch[0] if branch else y
 
     @property
     def last_arrived_rows(self) -> int:

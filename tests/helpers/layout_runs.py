@@ -181,6 +181,7 @@ def train_case(run: Run) -> Record:
         expert_parallel_size=sizes.expert,
         expert_tensor_parallel_size=sizes.expert_tensor,
         duplicate_token_dropping=options.duplicate_token_dropping,
+        expert_chunks=2 if options.chunks else 1,
         tile_size=64 if options.small_tiles else None,
     )
     module = Recorded(decoder_config(options, **small(sizes)), options.adamw, options.collect)
