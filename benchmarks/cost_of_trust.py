@@ -65,7 +65,8 @@ class Costs(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, _: Any, batch: Any, *__: Any) -> None:
         if self.numbers:
-            self.votes += sum(call.operation == "vote" for call in TRAINING.last_calls if call.number > self.numbers[-1])
+            since = self.numbers[-1]
+            self.votes += sum(call.operation == "vote" and call.number > since for call in TRAINING.last_calls)
         if trainer.global_step >= self.warmup:
             self.times.append(time.perf_counter())
             self.numbers.append(TRAINING.number)
