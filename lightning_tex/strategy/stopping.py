@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lightning_tex.resilience.processes import end_process, say
 from lightning_tex.resilience.signals import StopSignals, exit_code
 from lightning_tex.resilience.vote import Vote
 from lightning_tex.saving.newest import STOPPED
@@ -68,7 +68,12 @@ class Stopping:
 
     def _stop_signals(self) -> set[signal.Signals]:
         requeue = self._environment.requeue_signal if self._requeues else signal.SIGUSR1
-        return {signal.SIGTERM, signal.SIGINT, requeue}
+        return {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, requeue}
+
+    @property
+    def signals(self) -> tuple[signal.Signals, ...]:
+        """Those that ask a run to stop."""
+        return self._signals.signals
 
     @property
     def _requeues(self) -> bool:
@@ -112,7 +117,7 @@ class Stopping:
         launcher: Any = self._strategy.launcher
         if launcher is not None:
             launcher.kill(signal.SIGKILL)
-        os._exit(128 + number)
+        end_process(128 + number)
 
     # --- boundaries
 
@@ -243,7 +248,7 @@ class Stopping:
 
     def _say(self, text: str) -> None:
         if self._strategy.is_global_zero:
-            print(f"lightning_tex: {text}", file=sys.stderr, flush=True)
+            say(f"lightning_tex: {text}")
 
 
 def _rewind(progress: Any, batches: int) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lightning_tex.parallel.flight_record import TRAINING
+from lightning_tex.testing.ranks import RanksFailed
 
 
 def train_unequal(layout: Any, iterable: bool) -> dict[str, Any]:
@@ -162,6 +163,25 @@ def test_last_batch_that_is_shorter_on_some_ranks() -> None:
         assert int(outcome["steps"]) == 4
         assert all(bool(value.isfinite().all()) for value in outcome.values())
         assert all(torch.equal(value, outcomes[0][name]) for name, value in outcome.items())
+
+
+class RunsOut(PublicNames):
+    """Its own iterator does, on one rank."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        if self.trainer.global_rank == 1 and batch_idx == 2:
+            next(iter([]))
+        return super().training_step(batch, batch_idx)
+
+
+def fit_that_runs_out() -> None:
+    trainer = new_trainer({})
+    trainer.fit(RunsOut(), loader(own_slices(trainer, batches(4))))
+
+
+def test_a_step_that_raises_stop_iteration_does_not_end_one_rank_s_epoch() -> None:
+    with pytest.raises(RanksFailed, match=r"training_step raised StopIteration on rank 1: .*next\(iterator, default"):
+        on_ranks(2, fit_that_runs_out)
 
 
 class Numbers(Dataset):
