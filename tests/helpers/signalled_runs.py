@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 
+from helpers.behaviour_modules import PublicNames, batches, loader, new_trainer, own_slices
 from helpers.checkpoint_runs import fit, mean_over_data
 from lightning_tex.strategy.stopping import StoppedTogether
 
@@ -150,6 +151,28 @@ def timed_fit(folder: str, seconds: float, slow: L.Callback) -> Any:
     )
     validated = kept.module.trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.completed
     return {"losses": mean_over_data(kept.module.losses), "validated": validated}
+
+
+def stopped_evaluation(stage: str) -> tuple[Any, int]:
+    """A test or prediction in which the second rank gets SIGTERM: exit code, and batches it has begun."""
+    begun = 0
+
+    class Signalled(PublicNames):
+        def _step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+            nonlocal begun
+            begun += 1
+            if batch_idx == 2 and self.trainer.global_rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return self.loss(batch)
+
+        test_step = predict_step = validation_step = _step
+
+    trainer = new_trainer({})
+    try:
+        getattr(trainer, stage)(Signalled(), loader(own_slices(trainer, batches(6))))
+    except StoppedTogether as stop:
+        return stop.code, begun
+    return 0, begun
 
 
 def slurm_fit(folder: str, rank_signalled: int, **options: Any) -> Any:
