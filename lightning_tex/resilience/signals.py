@@ -149,7 +149,7 @@ class _Arrivals(threading.Thread):
         """Called by the main thread."""
         signal.set_wakeup_fd(-1)
         self._close()
-        self.join()
+        self.join(timeout=1.0)  # it may be writing where nobody reads
 
     def _close(self) -> None:
         self.descriptors.discard(self._written.fileno())
