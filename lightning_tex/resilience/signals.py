@@ -15,6 +15,9 @@ from typing import Any, ClassVar
 # A launcher may pass on what its processes got from the terminal already: the same signal so soon is one.
 _ONE_GESTURE = 0.05  # s
 
+# They ask every run to stop; beside them the one that a scheduler requeues a job with, SIGUSR1 if none is known.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
 # Set by who starts runs again: there Ctrl-C and a failure need different exit codes.
 SUPERVISED = "LIGHTNING_TEX_SUPERVISED"
 

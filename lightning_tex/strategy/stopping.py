@@ -23,7 +23,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_tex.resilience.processes import end_process, say
-from lightning_tex.resilience.signals import StopSignals, exit_code
+from lightning_tex.resilience.signals import STOP_SIGNALS, StopSignals, exit_code
 from lightning_tex.resilience.vote import Vote
 from lightning_tex.saving.newest import STOPPED
 from lightning_tex.saving.random_streams import random_streams, restore_random_streams
@@ -68,7 +68,7 @@ class Stopping:
 
     def _stop_signals(self) -> set[signal.Signals]:
         requeue = self._environment.requeue_signal if self._requeues else signal.SIGUSR1
-        return {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, requeue}
+        return {*STOP_SIGNALS, requeue}
 
     @property
     def signals(self) -> tuple[signal.Signals, ...]:
