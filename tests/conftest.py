@@ -25,24 +25,15 @@ MOST_WORKERS = 8  # each takes 5 s to begin
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """The default suite runs on all processors, a file at a time on each. What is asked for by name, and what takes a
-    GPU or a limit of time to itself, runs in this process, which begins at once."""
+    """Of the default suite one a processor, each with a file at a time.
+
+    None for what is asked for by name, which begins at once in this process, and for grids, faults and GPUs.
+    """
     asked_for = config.args_source is pytest.Config.ArgsSource.ARGS or config.option.keyword
     own_choice = config.option.markexpr not in config.getini("addopts")
     if asked_for or own_choice or torch.cuda.is_available():
         return 0
     return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
-
-
-def keep_to_own_processors(worker: str, workers: int) -> None:
-    """Let workers not take each other's processors, so that what a test waits for is its own."""
-    own = sorted(os.sched_getaffinity(0))[int(worker.removeprefix("gw")) :: workers]
-    if own:
-        os.sched_setaffinity(0, own)
-
-
-if "PYTEST_XDIST_WORKER" in os.environ:
-    keep_to_own_processors(os.environ["PYTEST_XDIST_WORKER"], int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
