@@ -1,0 +1,37 @@
+"""Llama: a dense decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from lightning_tex.models.decoder import DecoderConfig
+from lightning_tex.models.families.family import (
+    SIZES,
+    Family,
+    Fixed,
+    attention,
+    dense_mlp,
+    embedding_and_head,
+    norms,
+)
+from lightning_tex.pretrained.rules import Rule
+
+
+class Llama(Family):
+    """``LlamaForCausalLM``."""
+
+    model_type = "llama"
+    architecture = "LlamaForCausalLM"
+    fields = (*SIZES, Fixed("hidden_act", "silu"), Fixed("attention_bias", False), Fixed("mlp_bias", False))
+
+    def read(self, theirs: Any) -> dict[str, Any]:
+        return {**super().read(theirs), "num_experts": 1}
+
+    def rules(self, config: DecoderConfig) -> Iterator[Rule]:
+        yield from embedding_and_head(config)
+        for layer in range(config.num_layers):
+            theirs, ours = f"model.layers.{layer}", f"blocks.{layer}"
+            yield from attention(theirs, ours)
+            yield from norms(theirs, ours)
+            yield from dense_mlp(f"{theirs}.mlp", f"{ours}.mlp")

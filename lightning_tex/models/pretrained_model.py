@@ -1,0 +1,105 @@
+"""A published model as ours: its folder, its family, the decoder's configuration, and weights that fill it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_tex.models.decoder import Decoder, DecoderConfig
+from lightning_tex.models.families import FAMILIES, family_of
+from lightning_tex.models.families.family import Family
+from lightning_tex.parallel.sharding import parameter_shardings
+from lightning_tex.parallel.topology import Topology
+from lightning_tex.pretrained.folder import CONFIG, PretrainedFolder
+from lightning_tex.pretrained.hub import local_folder
+from lightning_tex.pretrained.reading import PretrainedWeights
+from lightning_tex.pretrained.rules import Bindings, Shapes, chosen
+
+# What a checkpoint calls the entry below.
+ORIGIN = "pretrained"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a model that began from a published one is known by, and what its export goes by.
+
+    Args:
+        name: the folder or repository.
+        revision: of a repository.
+        folder: where it lay here.
+        config: its ``config.json``.
+    """
+
+    name: str
+    revision: str | None
+    folder: str
+    config: dict[str, Any]
+
+    @property
+    def family(self) -> Family:
+        """Which rules its names follow."""
+        return FAMILIES[self.config["model_type"]]
+
+
+class PretrainedModel:
+    """A folder of pretrained weights with the configuration and the rules of its family.
+
+    Args:
+        name: a folder, or a repository of the Hugging Face hub.
+        revision: of a repository.
+        overrides: arguments of :class:`DecoderConfig` that take precedence over those of the folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: a family that is not known, or a configuration that is not expressed.
+    """
+
+    def __init__(self, name: str, revision: str | None = None, overrides: Mapping[str, Any] | None = None) -> None:
+        self.folder = PretrainedFolder(local_folder(name, revision))
+        self.family = family_of(self.folder.config, str(self.folder.path / CONFIG))
+        self.config = self.family.config(self.folder.config, overrides)
+        self.origin = Origin(str(name), revision, str(self.folder.path.absolute()), self.folder.config)
+
+    @cached_property
+    def weights(self) -> PretrainedWeights:
+        """What fills a :class:`LanguageModel`.
+
+        Raises:
+            ValueError: the files are damaged, or do not fit the configuration: all that is wrong, by name.
+        """
+        bindings, shapes = bind(self.family, self.config, self.folder)
+        ignored = [name for name in self.folder.tensors if name.endswith(self.family.ignored)]
+        return PretrainedWeights(self.folder, bindings, shapes, "decoder.", ignored)
+
+
+def read_config(name: str, revision: str | None = None, overrides: Mapping[str, Any] | None = None) -> DecoderConfig:
+    """The configuration of a published model, of which nothing but ``config.json`` is read."""
+    folder = PretrainedFolder(local_folder(name, revision, config_only=True))
+    return family_of(folder.config, str(folder.path / CONFIG)).config(folder.config, overrides)
+
+
+def bind(family: Family, config: DecoderConfig, folder: PretrainedFolder | None = None) -> tuple[Bindings, Shapes]:
+    """The family's rules for a decoder, and its parameters' whole shapes.
+
+    Args:
+        folder: whose layout of names is taken; ``None``: that which is written.
+    """
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    shapes = {
+        name: sharding.box.full for name, sharding in parameter_shardings(decoder, Topology.single()).items()
+    }
+    names = None if folder is None else folder.tensors.keys()
+    return Bindings.of(chosen(family.rules(config), names), shapes), shapes
+
+
+def folder_of(origin: Origin | None) -> Path | None:
+    """The folder that a model began from, if it is still there."""
+    if origin is None:
+        return None
+    return folder if (folder := Path(origin.folder)).is_dir() else None
