@@ -9,16 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning import LightningModule
 
+from lightning_tex.data import TextDataModule
+from lightning_tex.data.tokenizer import vocabulary
 from lightning_tex.models.decoder import Decoder, DecoderConfig
 from lightning_tex.models.families import FAMILIES, family_of
 from lightning_tex.models.families.family import Family
+from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.parallel.initialization import materialise
 from lightning_tex.parallel.sharding import parameter_shardings
 from lightning_tex.parallel.topology import Topology
 from lightning_tex.pretrained.folder import CONFIG, PretrainedFolder
 from lightning_tex.pretrained.hub import local_folder
 from lightning_tex.pretrained.reading import PretrainedWeights
 from lightning_tex.pretrained.rules import Bindings, Shapes, chosen
+from lightning_tex.saving.model_state import load_model
 
 # What a checkpoint calls the entry below.
 ORIGIN = "pretrained"
@@ -91,9 +97,7 @@ def bind(family: Family, config: DecoderConfig, folder: PretrainedFolder | None 
     """
     with torch.device("meta"):
         decoder = Decoder(config)
-    shapes = {
-        name: sharding.box.full for name, sharding in parameter_shardings(decoder, Topology.single()).items()
-    }
+    shapes = {name: sharding.box.full for name, sharding in parameter_shardings(decoder, Topology.single()).items()}
     names = None if folder is None else folder.tensors.keys()
     return Bindings.of(chosen(family.rules(config), names), shapes), shapes
 
@@ -103,3 +107,41 @@ def folder_of(origin: Origin | None) -> Path | None:
     if origin is None:
         return None
     return folder if (folder := Path(origin.folder)).is_dir() else None
+
+
+def fill_whole(module: LightningModule) -> None:
+    """Give a module in one process its weights: those it is to begin with, all others drawn."""
+    weights: PretrainedWeights | None = module.initial_weights()  # type: ignore[operator]
+    names = [] if weights is None else [name for _, name in weights.saved]
+    materialise(module, module.device, torch.initial_seed(), given=names)
+    if weights is not None:
+        load_model(module, Topology.single(), weights, strict=False)
+
+
+def require_own_tokens(module: LightningModule) -> None:
+    """Refuse data whose tokens mean nothing to a model.
+
+    Raises:
+        ValueError: more tokens than the model's vocabulary has, or another tokenizer than that of the published model
+            it begins with.
+    """
+    trainer: Any = module._trainer
+    data = None if trainer is None else trainer.datamodule
+    own = folder_of(module.origin)  # type: ignore[arg-type]
+    file = None if own is None else own / "tokenizer.json"
+    size, most = getattr(data, "vocab_size", None), module.config.vocab_size  # type: ignore[union-attr]
+    if isinstance(size, int) and size > most:  # type: ignore[operator]
+        fitting = f"data.tokenizer={str(own)!r}" if file and file.is_file() else f"a vocabulary of {most} at most"
+        raise UserValueError(f"the data's tokenizer has {size} tokens, and the model {most}; legal: {fitting}")
+    if file is None or not file.is_file() or not isinstance(data, TextDataModule):
+        return
+    theirs = data.prepared.tokenizer.tokenizer.get_vocab(with_added_tokens=True)
+    ours = vocabulary(file)
+    differing = sorted(token for token in theirs.keys() | ours.keys() if theirs.get(token) != ours.get(token))
+    if differing:
+        token = differing[0]
+        raise UserValueError(
+            f"the data's tokenizer is not that of {own}: {len(differing)} tokens differ, such as {token!r}, "
+            f"{theirs.get(token)} in the data's and {ours.get(token)} in the model's; legal: data.tokenizer="
+            f"{str(own)!r}"
+        )

@@ -34,9 +34,7 @@ def local_folder(name: str | Path, revision: str | None = None, config_only: boo
 
     wanted = [CONFIG] if config_only else ["*.json", f"*{SUFFIX}", *TOKENIZER_FILES]
     try:
-        return Path(
-            snapshot_download(str(name), revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"])
-        )
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))
     except Exception as error:  # the client has no common class for them
         reason = str(error).strip().partition("\n")[0]
         raise UserFileError(

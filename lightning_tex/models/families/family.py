@@ -159,7 +159,7 @@ class Family(ABC):
 def settled(config: DecoderConfig) -> DecoderConfig:
     """With what is left open said: equal for decoders that are equal."""
     experts = any(map(config.has_experts, range(config.num_layers)))
-    dense = {} if experts else {"num_experts": 1, "top_k": 1, "norm_topk_prob": False, "moe_every": 1}
+    dense: dict[str, Any] = {} if experts else {"num_experts": 1, "top_k": 1, "norm_topk_prob": False, "moe_every": 1}
     return replace(config, num_kv_heads=config.kv_heads, hidden_dim=config.hidden, **dense)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning_tex.models.decoder import DecoderConfig
 from lightning_tex.models.families.family import (
     SIZES,
     Family,
+    Field,
     Fixed,
     attention,
     dense_mlp,
@@ -23,7 +24,12 @@ class Llama(Family):
 
     model_type = "llama"
     architecture = "LlamaForCausalLM"
-    fields = (*SIZES, Fixed("hidden_act", "silu"), Fixed("attention_bias", False), Fixed("mlp_bias", False))
+    fields: ClassVar[tuple[Field | Fixed, ...]] = (
+        *SIZES,
+        Fixed("hidden_act", "silu"),
+        Fixed("attention_bias", False),
+        Fixed("mlp_bias", False),
+    )
 
     def read(self, theirs: Any) -> dict[str, Any]:
         return {**super().read(theirs), "num_experts": 1}
