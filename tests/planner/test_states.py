@@ -42,6 +42,9 @@ CONFIGS = {
     "gelu, untied": DecoderConfig(
         vocab_size=96, dim=48, num_layers=4, num_heads=4, num_experts=8, activation="gelu", tie_embeddings=False,
     ),
+    "experts in listed blocks": DecoderConfig(
+        vocab_size=96, dim=48, num_layers=5, num_heads=4, hidden_dim=32, num_experts=4, moe_layers=[1, 3, 4],
+    ),
     "no experts": DecoderConfig(vocab_size=96, dim=48, num_layers=2, num_heads=4),
 }  # fmt: skip
 
