@@ -16,7 +16,9 @@ from torchmetrics import MeanMetric
 from lightning_tex.callbacks import ExpertMonitor, LateProgress, Throughput
 from lightning_tex.data import require_token_ids
 from lightning_tex.layers import VocabParallelLinearCrossEntropy
-from lightning_tex.models.decoder import Decoder, DecoderConfig
+from lightning_tex.models.config import DecoderConfig
+from lightning_tex.models.decoder import Decoder
+from lightning_tex.models.exporting import SHARD_SIZE, Exported, save_module
 from lightning_tex.models.pretrained_model import ORIGIN, Origin, PretrainedModel, fill_whole, require_own_tokens
 from lightning_tex.moe import auxiliary_loss
 from lightning_tex.parallel.errors import UserValueError
@@ -106,6 +108,34 @@ class LanguageModel(LightningModule):
                 self.decoder = Decoder(self.config)
             if self._device_mesh is None:  # no strategy that draws meta parameters
                 fill_whole(self)
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        dtype: str | None = None,
+        max_shard_size: str | int = SHARD_SIZE,
+        tokenizer: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Write a folder that ``transformers.AutoModelForCausalLM.from_pretrained`` loads, complete or not at all.
+
+        All ranks call it, also after a fit; it needs no Trainer. Every rank writes its part of the safetensors files to
+        ``folder``, which all ranks must see. Configuration, generation configuration, tokenizer and a model card go
+        along.
+
+        Args:
+            folder: is made.
+            dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; ``None``: as in the published model that this began
+                from, or as the parameters are.
+            max_shard_size: of one file.
+            tokenizer: a folder or file whose tokenizer goes along; ``None``: that of the published model, or of the
+                Trainer's :class:`lightning_tex.TextDataModule`.
+
+        Raises:
+            ValueError: no known family has such a decoder, with the reasons.
+            RuntimeError: a rank cannot write.
+        """
+        data = None if self._trainer is None else self._trainer.datamodule  # type: ignore[attr-defined]
+        save_module(self, folder, Exported(self.config, self.origin, dtype, max_shard_size, tokenizer, data))
 
     def initial_weights(self) -> PretrainedWeights | None:
         """What a strategy fills parameters from that it would otherwise draw."""

@@ -13,7 +13,8 @@ from lightning import LightningModule
 
 from lightning_tex.data import TextDataModule
 from lightning_tex.data.tokenizer import vocabulary
-from lightning_tex.models.decoder import Decoder, DecoderConfig
+from lightning_tex.models.config import DecoderConfig
+from lightning_tex.models.decoder import Decoder
 from lightning_tex.models.families import FAMILIES, family_of
 from lightning_tex.models.families.family import Family
 from lightning_tex.parallel.errors import UserValueError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_tex.models.decoder import DecoderConfig
+from lightning_tex.models.config import DecoderConfig
 from lightning_tex.models.families.family import Family
 from lightning_tex.models.families.llama import Llama
 from lightning_tex.models.families.mistral import Mistral

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Final
 
-from lightning_tex.models.decoder import DecoderConfig
+from lightning_tex.models.config import DecoderConfig
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.pretrained.rules import Either, Rule
 
@@ -158,9 +158,10 @@ class Family(ABC):
 
 def settled(config: DecoderConfig) -> DecoderConfig:
     """With what is left open said: equal for decoders that are equal."""
-    experts = any(map(config.has_experts, range(config.num_layers)))
-    dense: dict[str, Any] = {} if experts else {"num_experts": 1, "top_k": 1, "norm_topk_prob": False, "moe_every": 1}
-    return replace(config, num_kv_heads=config.kv_heads, hidden_dim=config.hidden, **dense)
+    experts = [layer for layer in range(config.num_layers) if config.has_experts(layer)]
+    dense: dict[str, Any] = {} if experts else {"num_experts": 1, "top_k": 1, "norm_topk_prob": False}
+    given: dict[str, Any] = {"num_kv_heads": config.kv_heads, "hidden_dim": config.hidden, "moe_layers": experts}
+    return replace(config, moe_every=1, **given, **dense)
 
 
 # --- names that most families share

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lightning_tex.models.decoder import DecoderConfig
+from lightning_tex.models.config import DecoderConfig
 from lightning_tex.models.families.family import (
     SIZES,
     Family,
