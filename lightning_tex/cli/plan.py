@@ -13,19 +13,20 @@ from jsonargparse.typing import PositiveFloat
 
 from lightning_tex.cli import plan_scaling, plan_tables
 from lightning_tex.cli.options import Command, Count
-from lightning_tex.cli.plan_recipe import own_candidate, read_recipe
+from lightning_tex.cli.plan_recipe import language_model_on_meta, own_candidate, read_recipe
 from lightning_tex.cli.tables import require_matplotlib
 from lightning_tex.models import DecoderConfig
 from lightning_tex.optim.state_config import OPTIMIZER_STATE_FORMATS, ZERO_STAGES, OptimizerStateFormat, ZeroStage
 from lightning_tex.parallel.activation_checkpointing import ACTIVATION_CHECKPOINTING
 from lightning_tex.parallel.errors import UserFileError, UserValueError
+from lightning_tex.planner.batches import TokenBlocks
 from lightning_tex.planner.cluster import CLUSTERS, Cluster
 from lightning_tex.planner.describe import describe_decoder
 from lightning_tex.planner.layouts import Choices, Job
 from lightning_tex.planner.optimizers import LANGUAGE_MODELS_OWN
 from lightning_tex.planner.search import largest_base, plan, plan_all
 from lightning_tex.planner.states_only import StatesOnly
-from lightning_tex.planner.traced import UntraceableError
+from lightning_tex.planner.traced import TracedActivations, UntraceableError
 
 _BENCHMARKS = Path(__file__).parents[2] / "benchmarks"  # beside the package in a clone
 _RECOMPUTE = {value or "none": value for value in ACTIVATION_CHECKPOINTING}
@@ -225,6 +226,10 @@ def _job(wanted: JobOptions, given: dict[str, Any], more: list[str]) -> tuple[Jo
         if missing := [f"--{name}" for name in ("dim", "num_layers", "num_heads", "vocab_size") if name not in given]:
             raise UserValueError(f"--config, or sizes are needed: {', '.join(missing)} are missing")
         model = describe_decoder(DecoderConfig(**{"activation": _ACTIVATION, **given}))
+        if not model.declared:
+            defaults["activations"] = TracedActivations(
+                language_model_on_meta(model), None, TokenBlocks(given["vocab_size"])
+            )
     else:
         recipe = read_recipe(wanted.config, more, given)
         model, defaults, own = recipe.model, recipe.numbers, recipe.strategy

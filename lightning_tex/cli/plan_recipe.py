@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, instantiate_class
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_tex.data import TextDataModule
-from lightning_tex.models import DecoderConfig, LanguageModel
+from lightning_tex.models import Decoder, DecoderConfig, LanguageModel
 from lightning_tex.models.pretrained_model import read_config
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.topology import Axis, Communication, Layout
@@ -85,7 +85,7 @@ def read_recipe(path: str, more: Sequence[str] = (), sizes: Mapping[str, Any] | 
         "sequence_length": data.get("sequence_length") or length,
         "precision": str(trainer.get("precision") or "32-true"),
         "optimizer": _optimizer(module, config.get("optimizer")),
-        "activations": None if module is None or model.declared else _traced(module, recipe),
+        "activations": None if model.declared else _traced(module or language_model_on_meta(model), recipe),
     }
     if data.get("global_batch_size"):  # of a micro-step over all ranks
         numbers["global_batch_size"] = data["global_batch_size"] * accumulation
@@ -102,6 +102,15 @@ def _decoder(options: Namespace, sizes: Mapping[str, Any]) -> DecoderConfig:
         return DecoderConfig(**{**(given.as_dict() if given is not None else {}), **sizes})
     overrides = {**(options.get("overrides") or {}), **sizes}
     return read_config(options.pretrained, options.get("revision"), overrides)
+
+
+def language_model_on_meta(model: ModelDescription) -> LanguageModel:
+    """The module whose training step shows what a decoder keeps, where no formula does."""
+    assert model.config is not None
+    module = LanguageModel(model.config)
+    with torch.device("meta"):
+        module.decoder = Decoder(model.config)
+    return module
 
 
 def _optimizer(module: LightningModule | None, given: Any) -> OptimizerDescription:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_tex.layers.linear import ColumnParallelLinear, RowParallelLinear, require_divisible
+from lightning_tex.layers.qk_norm import QKNorm, make_qk_norm
 from lightning_tex.layers.rotary import Rotary, RotaryTables
 from lightning_tex.layers.token_context import TokenContext, visible_keys
 from lightning_tex.parallel.errors import UserValueError
@@ -27,14 +28,19 @@ class ParallelAttention(TexModule):
     sequence parallelism x and the result hold a rank's positions, but every position attends to whole sequences.
 
     Args:
-        dim: model width; divisible by num_heads.
+        dim: model width D.
         num_heads: query heads; divisible by the tensor axis.
         num_kv_heads: key/value heads, each shared by num_heads/num_kv_heads query heads; divisible by the tensor axis.
             ``None``: num_heads.
-        bias: biases in all four projections.
+        bias: biases in the projections of queries, keys and values.
         rope_base: base of the rotary embedding's wavelengths.
         causal: position t sees positions up to t.
         dropout: probability with which attention weights are zeroed in training. Ranks draw different masks.
+        head_dim: head width d, even; ``None``: dim / num_heads.
+        out_bias: bias in the output projection; ``None``: as ``bias``.
+        qk_norm: queries and keys are normed before they turn: ``"head"`` by head, ``"full"`` over all heads together.
+        norm_eps: of these norms.
+        clip_qkv: queries, keys and values are clamped to plus and minus this, after the norms.
 
     Raises:
         ValueError: sizes that do not divide.
@@ -49,22 +55,29 @@ class ParallelAttention(TexModule):
         rope_base: float = 10000.0,
         causal: bool = True,
         dropout: float = 0.0,
+        *,
+        head_dim: int | None = None,
+        out_bias: bool | None = None,
+        qk_norm: QKNorm | None = None,
+        norm_eps: float = 1e-5,
+        clip_qkv: float | None = None,
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if dim % num_heads or dim // num_heads % 2:
-            raise UserValueError(
-                f"dim={dim} must be an even multiple of num_heads={num_heads} (rotary embedding pairs)"
-            )
+        head_dim = head_width(dim, num_heads) if head_dim is None else head_dim
+        if head_dim % 2:
+            raise UserValueError(f"head_dim={head_dim} must be even (rotary embedding pairs)")
         if num_heads % num_kv_heads:
             raise UserValueError(f"num_heads={num_heads} is not divisible by num_kv_heads={num_kv_heads}")
-        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, dim // num_heads
-        self.causal, self.dropout = causal, dropout
-        self.rotary = Rotary(self.head_dim, rope_base)
-        self.query = ColumnParallelLinear(dim, dim, bias)
-        self.key = ColumnParallelLinear(dim, num_kv_heads * self.head_dim, bias)
-        self.value = ColumnParallelLinear(dim, num_kv_heads * self.head_dim, bias)
-        self.out = RowParallelLinear(dim, dim, bias)
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.causal, self.dropout, self.clip_qkv = causal, dropout, clip_qkv
+        self.rotary = Rotary(head_dim, rope_base)
+        self.query = ColumnParallelLinear(dim, num_heads * head_dim, bias)
+        self.key = ColumnParallelLinear(dim, num_kv_heads * head_dim, bias)
+        self.value = ColumnParallelLinear(dim, num_kv_heads * head_dim, bias)
+        self.out = RowParallelLinear(num_heads * head_dim, dim, bias if out_bias is None else out_bias)
+        self.query_norm = make_qk_norm(qk_norm, num_heads, head_dim, norm_eps)
+        self.key_norm = make_qk_norm(qk_norm, num_kv_heads, head_dim, norm_eps)
 
     def check(self, name: str, layout: Layout) -> None:
         require_divisible(name, "num_heads", self.num_heads, layout)
@@ -105,8 +118,12 @@ class ParallelAttention(TexModule):
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of this rank's heads, before they turn: [B, S, D] -> [B, S, h, d] each."""
-        projections = self.query, self.key, self.value
-        query, key, value = (project.columns(x).unflatten(-1, (-1, self.head_dim)) for project in projections)
+        columns = [project.columns(x) for project in (self.query, self.key, self.value)]
+        if self.query_norm is not None and self.key_norm is not None:
+            columns[:2] = self.query_norm(columns[0]), self.key_norm(columns[1])
+        if self.clip_qkv is not None:
+            columns = [column.clamp(-self.clip_qkv, self.clip_qkv) for column in columns]
+        query, key, value = (column.unflatten(-1, (-1, self.head_dim)) for column in columns)
         return query, key, value
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, causal: bool) -> Tensor:
@@ -134,6 +151,13 @@ class ParallelAttention(TexModule):
             return None
         mask = mask.bool()
         return visible_keys(mask[:, None, None, :] if mask.dim() == 2 else mask, self.causal)
+
+
+def head_width(dim: int, num_heads: int) -> int:
+    """dim / num_heads; ``ValueError`` unless that is an even number."""
+    if dim % num_heads or dim // num_heads % 2:
+        raise UserValueError(f"dim={dim} must be an even multiple of num_heads={num_heads} (rotary embedding pairs)")
+    return dim // num_heads
 
 
 @contextmanager

@@ -39,13 +39,25 @@ class Block(nn.Module):
 
 def make_norm(config: DecoderConfig) -> nn.Module:
     """A norm over the model width."""
-    return RMSNorm(config.dim, eps=1e-5)
+    return RMSNorm(config.dim, eps=config.norm_eps)
 
 
 def make_attention(config: DecoderConfig, layer: int) -> nn.Module:
     """A block's attention, which takes ``(x, context=, rotary=)``."""
     c = config
-    return ParallelAttention(c.dim, c.num_heads, c.num_kv_heads, rope_base=c.rope_base, dropout=c.dropout)
+    return ParallelAttention(
+        c.dim,
+        c.num_heads,
+        c.num_kv_heads,
+        c.attention_bias,
+        c.rope_base,
+        dropout=c.dropout,
+        head_dim=c.head,
+        out_bias=c.attention_out_bias,
+        qk_norm=c.qk_norm,
+        norm_eps=c.norm_eps,
+        clip_qkv=c.clip_qkv,
+    )
 
 
 def make_feed_forward(config: DecoderConfig, layer: int) -> nn.Module:
@@ -55,7 +67,7 @@ def make_feed_forward(config: DecoderConfig, layer: int) -> nn.Module:
         return ParallelMLP(c.dim, c.hidden, c.activation)
     return MoE(
         c.dim,
-        c.hidden,
+        c.expert_hidden,
         c.num_experts,
         c.top_k,
         c.capacity_factor,

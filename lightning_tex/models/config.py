@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from lightning_tex.layers.attention import head_width
 from lightning_tex.layers.mlp import Activation
+from lightning_tex.layers.qk_norm import QKNorm
 from lightning_tex.parallel.errors import UserValueError
 
 # V vocabulary, D model width
@@ -21,7 +23,7 @@ class DecoderConfig:
         num_layers: blocks.
         num_heads: attention heads.
         num_kv_heads: key/value heads; ``None``: num_heads.
-        hidden_dim: hidden width of MLPs and of each expert; ``None``: 4 * dim.
+        hidden_dim: hidden width of MLPs; ``None``: 4 * dim.
         max_sequence_length: longest sequence the model is made for, in tokens.
         num_experts: experts of a MoE layer; 1: every layer is a plain MLP.
         top_k: experts per token.
@@ -34,10 +36,18 @@ class DecoderConfig:
         rope_base: base of the rotary embedding.
         dropout: dropout of attention weights and of each residual branch.
         tie_embeddings: embedding and head share one matrix.
-        moe_layers: the blocks that have experts, from 0, in place of ``moe_every``.
+        norm_eps: added to the mean square in every norm.
+        head_dim: width of a head, even; ``None``: dim / num_heads.
+        attention_bias: biases of queries, keys and values.
+        attention_out_bias: a bias of attention's output projection.
+        qk_norm: norm queries and keys, ``"head"`` by head, ``"full"`` over all heads together.
+        clip_qkv: clamp queries, keys and values to plus and minus this.
+        expert_hidden_dim: hidden width of each expert; ``None``: hidden_dim.
+        first_dense_layers: so many blocks from the first have no experts.
+        moe_layers: the blocks that have experts, from 0, in place of ``moe_every`` and ``first_dense_layers``.
 
     Raises:
-        ValueError: sizes that are not positive, or blocks that do not exist.
+        ValueError: sizes that are not positive, heads that do not divide the width, or blocks that do not exist.
     """
 
     vocab_size: int = 32000
@@ -58,11 +68,19 @@ class DecoderConfig:
     rope_base: float = 10000.0
     dropout: float = 0.0
     tie_embeddings: bool = True
+    norm_eps: float = 1e-5
+    head_dim: int | None = None
+    attention_bias: bool = False
+    attention_out_bias: bool = False
+    qk_norm: QKNorm | None = None
+    clip_qkv: float | None = None
+    expert_hidden_dim: int | None = None
+    first_dense_layers: int = 0
     moe_layers: list[int] | None = None
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "dim", "num_layers", "num_heads", "max_sequence_length", "num_experts", "moe_every")
-        for name in (*sizes, "num_kv_heads", "hidden_dim"):
+        for name in (*sizes, "num_kv_heads", "hidden_dim", "head_dim", "expert_hidden_dim"):
             if (size := getattr(self, name)) is not None and size < 1:
                 raise UserValueError(f"{name}={size} must be at least 1")
         if wrong := [layer for layer in self.moe_layers or () if not 0 <= layer < self.num_layers]:
@@ -77,15 +95,26 @@ class DecoderConfig:
         return self.num_kv_heads or self.num_heads
 
     @property
+    def head(self) -> int:
+        """Width of a head."""
+        return self.head_dim or head_width(self.dim, self.num_heads)
+
+    @property
     def hidden(self) -> int:
-        """Hidden width of MLPs and of each expert."""
+        """Hidden width of MLPs."""
         return self.hidden_dim or 4 * self.dim
+
+    @property
+    def expert_hidden(self) -> int:
+        """Hidden width of each expert."""
+        return self.expert_hidden_dim or self.hidden
 
     def has_experts(self, layer: int) -> bool:
         """Whether block ``layer`` (from 0) has experts."""
         if self.moe_layers is not None:
             return self.num_experts > 1 and layer in self.moe_layers
-        return self.num_experts > 1 and layer % self.moe_every == self.moe_every - 1
+        in_turn = layer % self.moe_every == self.moe_every - 1
+        return self.num_experts > 1 and layer >= self.first_dense_layers and in_turn
 
     def block_kinds(self) -> list[object]:
         """Of each block what tells it from others: blocks of one kind are built alike."""

@@ -27,7 +27,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.rotary = Rotary(config.dim // config.num_heads, config.rope_base)
+        self.rotary = Rotary(config.head, config.rope_base)
         self.embedding = VocabParallelEmbedding(config.vocab_size, config.dim, std=config.dim**-0.5)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = make_norm(config)

@@ -81,7 +81,11 @@ class Activations:
         heads = 2 * layer.num_heads + 2 * layer.num_kv_heads  # query and result, key and value
         kernel = step.tokens * heads * layer.head_dim // tensor * step.element_bytes
         log_sums = step.tokens * layer.num_heads // tensor * step.score_bytes
-        return self.whole(layer.dim) + kernel + log_sums
+        normed = 0
+        if layer.head_norms:  # what they are given, and a scale of each head
+            per_head = layer.head_dim * step.element_bytes + step.score_bytes
+            normed = step.tokens * (layer.num_heads + layer.num_kv_heads) // tensor * per_head
+        return self.whole(layer.dim) + kernel + log_sums + normed
 
     def _mlp(self, layer: Mlp) -> int:
         """The input of the first product, and what stands between the products."""

@@ -17,6 +17,7 @@ from lightning_tex.layers import (
     VocabParallelHead,
     VocabParallelLinearCrossEntropy,
 )
+from lightning_tex.layers.qk_norm import HeadNorm, ShardedRMSNorm
 from lightning_tex.moe import MoE
 
 
@@ -37,12 +38,24 @@ class Norm:
 
 @dataclass(frozen=True)
 class Attention:
-    """A :class:`ParallelAttention`: [.., dim] -> [.., dim]."""
+    """A :class:`ParallelAttention`: [.., dim] -> [.., dim].
+
+    ``head_norms``, ``full_norms``: queries and keys are normed by head, or over all heads together. ``plain``: what it
+    keeps has a formula.
+    """
 
     dim: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    head_norms: bool
+    full_norms: bool
+    plain: bool
+
+    @property
+    def inner(self) -> int:
+        """Width of all query heads."""
+        return self.num_heads * self.head_dim
 
 
 @dataclass(frozen=True)
@@ -133,8 +146,11 @@ def known_layer(module: nn.Module) -> Layer | None:
         case RMSNorm():
             return Norm(module.normalized_shape[-1])
         case ParallelAttention():
-            dim = module.num_heads * module.head_dim
-            return Attention(dim, module.num_heads, module.num_kv_heads, module.head_dim)
+            full_norms = isinstance(module.query_norm, ShardedRMSNorm)
+            return Attention(
+                module.query.in_features, module.num_heads, module.num_kv_heads, module.head_dim,
+                isinstance(module.query_norm, HeadNorm), full_norms, module.clip_qkv is None and not full_norms,
+            )  # fmt: skip
         case ParallelMLP():
             return Mlp(module.up.in_features, module.hidden_dim, module.gate is not None)
         case MoE():

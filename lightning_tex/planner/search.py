@@ -213,7 +213,9 @@ def resized(like: DecoderConfig, width: int, layers: int, heads: int, kv_heads: 
             f"num_layers={like.num_layers} alone; legal: moe_every"
         )
     sizes = {"dim": width, "num_layers": layers, "num_heads": heads, "num_kv_heads": kv_heads}
-    return replace(like, **sizes, hidden_dim=int(like.hidden / like.dim * width))  # type: ignore[arg-type]
+    hidden, expert_hidden = (int(one / like.dim * width) for one in (like.hidden, like.expert_hidden))
+    widths = {"head_dim": None, "hidden_dim": hidden, "expert_hidden_dim": expert_hidden}
+    return replace(like, **sizes, **widths)  # type: ignore[arg-type]
 
 
 def _layers(width: int) -> int:

@@ -109,6 +109,10 @@ class MicroStepTraffic:
                 yield from self._leave(layer.dim, forward)
             case Attention():
                 yield from self._enter(layer.dim, forward, backward)
+                if layer.full_norms:  # sums of squares, of queries and of keys
+                    sums = self.step.score_bytes * self.step.tokens
+                    for _ in range(2):
+                        yield from self._over("tensor", "all_reduce", sums, (*forward, BACKWARD))
                 yield from self._leave(layer.dim, last)
             case Mlp():
                 yield from self._enter(layer.dim, forward, backward)

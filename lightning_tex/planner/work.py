@@ -98,13 +98,13 @@ class Work:
     def _attention(self, layer: Attention) -> Iterator[Product]:
         """Projections, then scores and mix of each head over the half of the square that is seen."""
         tokens, tensor = self.step.tokens, self.step.layout.tensor
-        d, kv = layer.dim, layer.num_kv_heads * layer.head_dim
-        yield Product(tokens, d / tensor, d)
+        d, inner, kv = layer.dim, layer.inner, layer.num_kv_heads * layer.head_dim
+        yield Product(tokens, inner / tensor, d)
         yield Product(tokens, 2 * kv / tensor, d)
         length, heads = self.step.job.sequence_length, self.step.sequences * layer.num_heads / tensor
         yield Product(length, length / 2, layer.head_dim, heads, backward=2.5, attention=True)
         yield Product(length, layer.head_dim, length / 2, heads, backward=2.5, attention=True)
-        yield Product(tokens, d, d / tensor, recorded=tensor > 1)
+        yield Product(tokens, d, inner / tensor, recorded=tensor > 1)
 
     def _moe(self, layer: Moe) -> Iterator[Product]:
         here = layer.num_experts / self.step.layout.expert
@@ -134,10 +134,11 @@ class Work:
         return self.step.held * dim * self.step.element_bytes
 
     def _attention_bytes(self, layer: Attention) -> float:
-        """Rotation of queries and keys (three passes), the kernel, and the residual."""
+        """Rotation of queries and keys (three passes), norms before it, the kernel, and the residual."""
         per_head = self.step.tokens * layer.head_dim / self.step.layout.tensor * self.step.element_bytes
         heads = layer.num_heads + layer.num_kv_heads
-        return 5 * per_head * heads + per_head * 2 * heads + 3 * self._stream(layer.dim)
+        norms = 2 * per_head * heads if layer.head_norms else 0
+        return 5 * per_head * heads + per_head * 2 * heads + norms + 3 * self._stream(layer.dim)
 
     def _between_bytes(self, layer: Mlp, hidden: float) -> float:
         return hidden * self.step.element_bytes * (5 if layer.gated else 2)
@@ -261,7 +262,7 @@ def _multiplications(layer: Layer, length: int) -> int:
     match layer:
         case Attention():
             kv = layer.num_kv_heads * layer.head_dim
-            return 2 * layer.dim * layer.dim + 2 * layer.dim * kv + 2 * length * layer.dim
+            return 2 * layer.dim * layer.inner + 2 * layer.dim * kv + 2 * length * layer.inner
         case Mlp():
             return (_ups(layer) + 1) * layer.dim * layer.hidden
         case Moe():

@@ -1,106 +1,88 @@
-"""Tiny models of published families with random weights, as transformers writes them, and what it makes of them."""
+"""Tiny models of published families with random weights, made by transformers, and decoders with the same weights."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from pathlib import Path
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-VOCABULARY, LENGTH = 101, 12
+from lightning_tex.models import Decoder, DecoderConfig
 
-_SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 48,
-    "intermediate_size": 36,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
+VOCABULARY = 61
+# A name in transformers, and that of the same tensor here.
+NAMES = {
+    r"model\.embed_tokens\.": "embedding.",
+    r"model\.norm\.": "norm.",
+    r"lm_head\.": "head.",
+    r"model\.layers\.(\d+)\.": r"blocks.\1.",
+    r"input_layernorm\.": "attention_norm.",
+    r"post_attention_layernorm\.": "mlp_norm.",
+    r"self_attn\.q_proj\.": "attention.query.",
+    r"self_attn\.k_proj\.": "attention.key.",
+    r"self_attn\.v_proj\.": "attention.value.",
+    r"self_attn\.o_proj\.": "attention.out.",
+    r"self_attn\.q_norm\.": "attention.query_norm.",
+    r"self_attn\.k_norm\.": "attention.key_norm.",
+    r"mlp\.up_proj\.": "mlp.up.",
+    r"mlp\.down_proj\.": "mlp.down.",
+    r"mlp\.gate\.weight$": "mlp.router.weight",
+    r"mlp\.gate_proj\.": "mlp.gate.",
+    r"mlp\.experts\.down_proj$": "mlp.experts.down",
 }
-_EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
-
-# By the name of the case: the class of its configuration, and options.
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "mixtral": ("MixtralConfig", {**_SIZES, **_EXPERTS, "sliding_window": None}),
-    "llama": ("LlamaConfig", {**_SIZES, "rms_norm_eps": 1e-5}),
-    "llama, tied head": ("LlamaConfig", {**_SIZES, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}),
-    "mistral": ("MistralConfig", {**_SIZES, "rms_norm_eps": 1e-5, "sliding_window": None}),
-}
 
 
-def publish(case: str, folder: Path, dtype: torch.dtype = torch.float32, shard: str = "60KB", **options: Any) -> Path:
-    """A folder of one case, with weights that its norms, biases and routers do not leave at their first values."""
+def random_model(kind: str, **sizes: Any) -> nn.Module:
+    """A family's model in transformers, every weight of which is random, norms and biases included."""
     transformers = pytest.importorskip("transformers")
-    kind, sizes = CASES[case]
-    torch.manual_seed(11)
-    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**{**sizes, **options}))
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    usual = {"vocab_size": VOCABULARY, "max_position_embeddings": 64, "pad_token_id": 0, "rope_parameters": rope}
+    config = getattr(transformers, f"{kind}Config")(**{**usual, **sizes})
+    plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model: nn.Module = getattr(transformers, f"{kind}ForCausalLM")._from_config(config, **plain)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    transformers.utils.logging.disable_progress_bar()
-    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
-    return folder
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point() and "inv_freq" not in name:
+                usual_scale = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+                tensor.copy_(usual_scale + 0.3 * torch.randn(tensor.shape, generator=generator))
+    return model.eval()
 
 
-def loaded(folder: Path) -> Any:
-    """The folder's model, as transformers loads it, in fp32."""
-    transformers = pytest.importorskip("transformers")
-    transformers.utils.logging.disable_progress_bar()
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def named_as_here(theirs: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Their tensors by our names; what has gate and up in one is taken apart."""
+    found = {}
+    for name, tensor in theirs.items():
+        for pattern, ours in {**NAMES, **names}.items():
+            name = re.sub(pattern, ours, name)
+        if name.endswith("gate_up_proj"):
+            prefix = name.removesuffix("gate_up_proj")
+            found[f"{prefix}gate"], found[f"{prefix}up"] = tensor.chunk(2, 1)
+        else:
+            found[name] = tensor
+    return found
 
 
-def tensors(folder: Path) -> dict[str, Tensor]:
-    """All that lies in a folder's safetensors files."""
-    return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+def with_the_weights_of(
+    theirs: nn.Module,
+    config: DecoderConfig,
+    names: Mapping[str, str],
+    change: Callable[[dict[str, Tensor]], None] = lambda tensors: None,
+) -> Decoder:
+    """A decoder with all tensors of a model of transformers, and no others."""
+    decoder = Decoder(config)
+    tensors = named_as_here(theirs.state_dict(), names)
+    change(tensors)
+    decoder.load_state_dict(tensors)
+    return decoder.eval()
 
 
-def require_equal_tensors(first: Path, second: Path) -> None:
-    """Names, dtypes, shapes and every bit."""
-    ones, others = tensors(first), tensors(second)
-    assert ones.keys() == others.keys(), ones.keys() ^ others.keys()
-    for name, one in ones.items():
-        assert one.dtype == others[name].dtype and torch.equal(one, others[name]), name
-
-
-def token_ids(rows: int, seed: int = 3) -> Tensor:
-    """Random ids of the vocabulary: [rows, LENGTH + 1]."""
-    return torch.randint(0, VOCABULARY, (rows, LENGTH + 1), generator=torch.Generator().manual_seed(seed))
-
-
-class Rows(torch.utils.data.Dataset):
-    """Ids and the next ones, as a text data module's batches have them."""
-
-    def __init__(self, ids: Tensor) -> None:
-        self.ids = ids
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, row: int) -> dict[str, Tensor]:
-        return {"input_ids": self.ids[row, :-1], "labels": self.ids[row, 1:]}
-
-
-def stepped(folder: Path, ids: Tensor, lr: float) -> dict[str, Tensor]:
-    """Parameters, as transformers names them in files, after one step of SGD on the mean loss of all next tokens."""
-    model = loaded(folder)
-    logits = model(ids[:, :-1]).logits
-    torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
-    torch.optim.SGD(model.parameters(), lr=lr).step()
-    there = folder.with_name(f"{folder.name}, stepped")
-    model.save_pretrained(there)
-    return tensors(there)
-
-
-def changed_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change ``config.json`` in place."""
-    config = json.loads((folder / "config.json").read_text())
-    change(config)
-    (folder / "config.json").write_text(json.dumps(config))
+@torch.no_grad()
+def relative_difference(decoder: Decoder, theirs: nn.Module, length: int = 23) -> float:
+    """Of the logits of two sequences: the largest difference by the largest logit."""
+    ids = torch.randint(1, VOCABULARY, (2, length), generator=torch.Generator().manual_seed(1))
+    expected = theirs(input_ids=ids).logits
+    return float((decoder(ids) - expected).abs().max() / expected.abs().max())

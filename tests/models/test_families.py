@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.published import CASES, Rows, loaded, publish, require_equal_tensors, stepped, tensors, token_ids
+from helpers.published_folders import CASES, Rows, loaded, publish, require_equal_tensors, stepped, tensors, token_ids
 from helpers.ranks import together
 from helpers.trainers import quiet
 from torch.utils.data import DataLoader

@@ -211,8 +211,8 @@ def test_counts_of_own_modules_equal_the_formulas():
 # A vocabulary that 4 does not divide; heads shared by two. Every token to every expert where routing is not static.
 DECODERS = (
     DecoderConfig(98, D, 3, 8, 4, 24, 64, E, K, F, activation="gelu", tie_embeddings=False),
-    DecoderConfig(98, D, 2, 8, 4, 24, 64, E, E, None),
-    DecoderConfig(98, D, 2, 8, 4, 24, 64, E, E, 1.0, moe_every=1, load_balance_coefficient=0),
+    DecoderConfig(98, D, 2, 8, 4, 24, 64, E, E, None, head_dim=6, qk_norm="head", expert_hidden_dim=16),
+    DecoderConfig(98, D, 2, 8, 4, 24, 64, E, E, 1.0, moe_every=1, load_balance_coefficient=0, qk_norm="full"),
 )
 STEPS = ((0, None, 1), (1, "full", 2), (2, "communication_aware", 2))  # ZeRO stage, recomputation, micro-steps
 

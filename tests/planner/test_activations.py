@@ -34,8 +34,11 @@ B, S = 3, 8
 CONFIGS = (
     DecoderConfig(96, 64, 2, 8, None, 80, S, 4, 2, 1.25, activation="gelu"),
     DecoderConfig(96, 64, 2, 8, 4, 80, S, 4, 4, None, norm_topk_prob=True, z_loss_coefficient=0.1),
-    DecoderConfig(96, 64, 2, 8, 4, 80, S, 4, 4, 1.0, load_balance_coefficient=0),
-)
+    DecoderConfig(
+        96, 64, 2, 8, 4, 80, S, 4, 4, 1.0, load_balance_coefficient=0, head_dim=6, qk_norm="head", expert_hidden_dim=48,
+        attention_bias=True, attention_out_bias=True, first_dense_layers=1,
+    ),
+)  # fmt: skip
 
 
 def layers_of(config: DecoderConfig, experts: bool) -> tuple[Layer, ...]:

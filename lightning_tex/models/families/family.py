@@ -59,7 +59,8 @@ SIZES = (
     Field("num_key_value_heads", "num_kv_heads", None),
     Field("max_position_embeddings", "max_sequence_length"),
     Field("tie_word_embeddings", "tie_embeddings", False),
-    Fixed("rms_norm_eps", 1e-5, absent=1e-6),
+    Field("rms_norm_eps", "norm_eps", 1e-6),
+    Field("head_dim", "head_dim", None),
 )
 
 
@@ -159,9 +160,18 @@ class Family(ABC):
 def settled(config: DecoderConfig) -> DecoderConfig:
     """With what is left open said: equal for decoders that are equal."""
     experts = [layer for layer in range(config.num_layers) if config.has_experts(layer)]
-    dense: dict[str, Any] = {} if experts else {"num_experts": 1, "top_k": 1, "norm_topk_prob": False}
-    given: dict[str, Any] = {"num_kv_heads": config.kv_heads, "hidden_dim": config.hidden, "moe_layers": experts}
-    return replace(config, moe_every=1, **given, **dense)
+    routed: dict[str, Any] = {"expert_hidden_dim": config.expert_hidden}
+    dense: dict[str, Any] = {"num_experts": 1, "top_k": 1, "norm_topk_prob": False, "expert_hidden_dim": None}
+    return replace(
+        config,
+        num_kv_heads=config.kv_heads,
+        head_dim=config.head,
+        hidden_dim=config.hidden,
+        moe_layers=experts,
+        moe_every=1,
+        first_dense_layers=0,
+        **(routed if experts else dense),
+    )
 
 
 # --- names that most families share
