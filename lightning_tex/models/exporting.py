@@ -94,10 +94,16 @@ class Exported:
         }
 
     def _their_config(self, dtype: torch.dtype) -> dict[str, Any]:
-        again = ("rope_scaling", "rope_theta", "rope_parameters", "torch_dtype")  # said anew
-        ends = {"bos_token_id": None, "eos_token_id": getattr(self.data, "end_of_document_id", None)}
-        known = ends if self.origin is None else {k: v for k, v in self.origin.config.items() if k not in again}
-        return {**known, **self.family.described(self.config), "dtype": str(dtype).removeprefix("torch.")}
+        name = str(dtype).removeprefix("torch.")
+        if self.origin is None:
+            ends = {"bos_token_id": None, "eos_token_id": getattr(self.data, "end_of_document_id", None)}
+            return {**ends, **self.family.described(self.config), "dtype": name}
+        known = {key: value for key, value in self.origin.config.items() if key != "torch_dtype"}
+        if not self.family.differences(known, self.config):  # all else stays as it was published
+            return {**known, "dtype": name}
+        rope = ("rope_scaling", "rope_theta", "rope_parameters")  # said anew
+        kept = {key: value for key, value in known.items() if key not in rope}
+        return {**kept, **self.family.described(self.config), "dtype": name}
 
     def _generation_config(self, config: Mapping[str, Any]) -> bytes:
         folder = folder_of(self.origin)

@@ -133,15 +133,18 @@ class Family(ABC):
             ValueError: the family has no such decoder, naming what differs.
         """
         theirs = self.write(config)
+        if differing := self.differences(theirs, config):
+            raise UserValueError(f"{self.model_type} has no decoder with {', '.join(differing)}")
+        return {"architectures": [self.architecture], "model_type": self.model_type, **theirs}
+
+    def differences(self, theirs: Mapping[str, Any], config: DecoderConfig) -> list[str]:
+        """What of a configuration is another in a ``config.json``; how it is trained does not count."""
         wanted, found = (asdict(settled(c)) for c in (config, self.config(theirs)))
-        differing = [
+        return [
             f"{name}={value!r} (it has {found[name]!r})"
             for name, value in wanted.items()
             if name not in TRAINING and value != found[name]
         ]
-        if differing:
-            raise UserValueError(f"{self.model_type} has no decoder with {', '.join(differing)}")
-        return {"architectures": [self.architecture], "model_type": self.model_type, **theirs}
 
     def value(self, theirs: Mapping[str, Any], key: str, absent: Any = _REQUIRED) -> Any:
         """A value of theirs; without ``absent`` it must be there."""
