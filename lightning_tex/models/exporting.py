@@ -101,8 +101,7 @@ class Exported:
         known = {key: value for key, value in self.origin.config.items() if key != "torch_dtype"}
         if not self.family.differences(known, self.config):  # all else stays as it was published
             return {**known, "dtype": name}
-        rope = ("rope_scaling", "rope_theta", "rope_parameters")  # said anew
-        kept = {key: value for key, value in known.items() if key not in rope}
+        kept = {key: value for key, value in known.items() if key not in self.family.said_anew()}
         return {**kept, **self.family.described(self.config), "dtype": name}
 
     def _generation_config(self, config: Mapping[str, Any]) -> bytes:

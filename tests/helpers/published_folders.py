@@ -26,12 +26,23 @@ _SIZES: dict[str, Any] = {
 }
 _EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
+_QWEN_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 28, "norm_topk_prob": True}
+_OLMOE_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+
 # By the name of the case: the class of its configuration, and options.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "mixtral": ("MixtralConfig", {**_SIZES, **_EXPERTS, "sliding_window": None}),
-    "llama": ("LlamaConfig", {**_SIZES, "rms_norm_eps": 1e-5}),
-    "llama, tied head": ("LlamaConfig", {**_SIZES, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}),
-    "mistral": ("MistralConfig", {**_SIZES, "rms_norm_eps": 1e-5, "sliding_window": None}),
+    "mixtral": ("MixtralConfig", {**_SIZES, **_EXPERTS, "sliding_window": None, "head_dim": 10}),
+    "llama, biases": ("LlamaConfig", {**_SIZES, "rms_norm_eps": 1e-5, "attention_bias": True}),
+    "llama, tied head": ("LlamaConfig", {**_SIZES, "tie_word_embeddings": True}),
+    "mistral": ("MistralConfig", {**_SIZES, "sliding_window": None}),
+    "qwen3": ("Qwen3Config", {**_SIZES, "head_dim": 10}),
+    "qwen3-moe": ("Qwen3MoeConfig", {**_SIZES, **_QWEN_EXPERTS, "head_dim": 10}),
+    "qwen3-moe, dense blocks": ("Qwen3MoeConfig", {**_SIZES, **_QWEN_EXPERTS, "mlp_only_layers": [1]}),
+    "qwen3-moe, every second": ("Qwen3MoeConfig", {**_SIZES, **_QWEN_EXPERTS, "decoder_sparse_step": 2}),
+    "olmoe": (
+        "OlmoeConfig",
+        {**_SIZES, "num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": 0.5, "pad_token_id": None},
+    ),
 }
 
 

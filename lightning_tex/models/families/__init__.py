@@ -10,10 +10,14 @@ from lightning_tex.models.families.family import Family
 from lightning_tex.models.families.llama import Llama
 from lightning_tex.models.families.mistral import Mistral
 from lightning_tex.models.families.mixtral import Mixtral
+from lightning_tex.models.families.olmoe import OLMoE
+from lightning_tex.models.families.qwen3 import Qwen3
+from lightning_tex.models.families.qwen3_moe import Qwen3MoE
 from lightning_tex.parallel.errors import UserValueError
 
 # In the order in which they are tried for a decoder that began from none.
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (Mixtral(), Llama(), Mistral())}
+_ALL = (Mixtral(), Qwen3MoE(), OLMoE(), Llama(), Mistral(), Qwen3())
+FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 
 
 def family_of(theirs: Mapping[str, Any], where: str) -> Family:

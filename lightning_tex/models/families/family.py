@@ -25,11 +25,13 @@ class Field:
         theirs: its key in ``config.json``.
         ours: its name in :class:`DecoderConfig`.
         absent: what a file means that does not have it; without: it must.
+        also: further keys that it may have, by the version that wrote the file.
     """
 
     theirs: str
     ours: str
     absent: Any = _REQUIRED
+    also: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,10 @@ class Family(ABC):
     rope_theta: ClassVar[float] = 10000.0
     ignored: ClassVar[tuple[str, ...]] = ("rotary_emb.inv_freq",)
 
+    def said_anew(self) -> set[str]:
+        """Keys of a ``config.json`` that :meth:`write` does not write, and that say the same as some that it does."""
+        return {"rope_scaling", *(name for f in self.fields if isinstance(f, Field) for name in f.also)}
+
     @abstractmethod
     def rules(self, config: DecoderConfig) -> Iterator[Rule | Either]:
         """What each tensor in files is of a decoder of this configuration."""
@@ -95,7 +101,9 @@ class Family(ABC):
         ours: dict[str, Any] = {}
         for field in self.fields:
             if isinstance(field, Field):
-                ours[field.ours] = self.value(theirs, field.theirs, field.absent)
+                names = (field.theirs, *field.also)
+                there = next((name for name in names if theirs.get(name) is not None), field.theirs)
+                ours[field.ours] = self.value(theirs, there, field.absent)
                 continue
             found = theirs.get(field.theirs, field.value if field.absent is _REQUIRED else field.absent)
             if found != field.value and found not in field.also:
@@ -188,10 +196,15 @@ def embedding_and_head(config: DecoderConfig) -> Iterator[Rule]:
     yield Rule("lm_head.weight", ("embedding.weight" if tied else "head.weight",), copy=tied)
 
 
-def attention(theirs: str, ours: str) -> Iterator[Rule]:
-    """Query, key, value and output of a block."""
+def attention(theirs: str, ours: str, config: DecoderConfig) -> Iterator[Rule]:
+    """Query, key, value and output of a block, their biases, and norms of queries and keys."""
     for their_name, our_name in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"), ("o_proj", "out")):
-        yield Rule(f"{theirs}.self_attn.{their_name}.weight", (f"{ours}.attention.{our_name}.weight",))
+        biased = config.attention_out_bias if our_name == "out" else config.attention_bias
+        for kind in ("weight", "bias") if biased else ("weight",):
+            yield Rule(f"{theirs}.self_attn.{their_name}.{kind}", (f"{ours}.attention.{our_name}.{kind}",))
+    if config.qk_norm:
+        for their_name, our_name in (("q_norm", "query_norm"), ("k_norm", "key_norm")):
+            yield Rule(f"{theirs}.self_attn.{their_name}.weight", (f"{ours}.attention.{our_name}.weight",))
 
 
 def norms(theirs: str, ours: str) -> Iterator[Rule]:
@@ -206,16 +219,25 @@ def dense_mlp(theirs: str, ours: str) -> Iterator[Rule]:
         yield Rule(f"{theirs}.{name}_proj.weight", (f"{ours}.{name}.weight",))
 
 
-def experts(each: tuple[Rule, ...], fused: str, ours: str) -> Either:
+def experts(theirs: str, ours: str, count: int) -> Either:
     """A block's experts: a tensor each, or stacked ones with gate and up in one, as transformers 5 holds them.
 
     Args:
-        each: a rule for every matrix of every expert.
-        fused: where the stacked ones are, such as ``model.layers.0.mlp.experts``.
-        ours: our experts, such as ``blocks.0.mlp.experts``.
+        theirs: such as ``model.layers.0.mlp.experts``.
+        ours: such as ``blocks.0.mlp.experts``.
+        count: of the experts.
     """
-    stacked = (
-        Rule(f"{fused}.gate_up_proj", (f"{ours}.gate", f"{ours}.up"), dim=1),
-        Rule(f"{fused}.down_proj", (f"{ours}.down",)),
+    each = tuple(
+        Rule(f"{theirs}.{expert}.{name}_proj.weight", (f"{ours}.{name}",), expert=expert)
+        for expert in range(count)
+        for name in ("gate", "up", "down")
     )
-    return Either((each, stacked))
+    return Either((each, fused_experts(theirs, ours)))
+
+
+def fused_experts(theirs: str, ours: str) -> tuple[Rule, ...]:
+    """A block's experts stacked, gate and up in one."""
+    return (
+        Rule(f"{theirs}.gate_up_proj", (f"{ours}.gate", f"{ours}.up"), dim=1),
+        Rule(f"{theirs}.down_proj", (f"{ours}.down",)),
+    )

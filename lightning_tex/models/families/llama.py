@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from lightning_tex.models.config import DecoderConfig
@@ -26,18 +26,19 @@ class Llama(Family):
     architecture = "LlamaForCausalLM"
     fields: ClassVar[tuple[Field | Fixed, ...]] = (
         *SIZES,
+        Field("attention_bias", "attention_bias", False),
+        Field("attention_bias", "attention_out_bias", False),
         Fixed("hidden_act", "silu"),
-        Fixed("attention_bias", False),
         Fixed("mlp_bias", False),
     )
 
-    def read(self, theirs: Any) -> dict[str, Any]:
+    def read(self, theirs: Mapping[str, Any]) -> dict[str, Any]:
         return {**super().read(theirs), "num_experts": 1}
 
     def rules(self, config: DecoderConfig) -> Iterator[Rule]:
         yield from embedding_and_head(config)
         for layer in range(config.num_layers):
             theirs, ours = f"model.layers.{layer}", f"blocks.{layer}"
-            yield from attention(theirs, ours)
+            yield from attention(theirs, ours, config)
             yield from norms(theirs, ours)
             yield from dense_mlp(f"{theirs}.mlp", f"{ours}.mlp")

@@ -13,7 +13,7 @@ from lightning_tex.models.families.family import (
     Fixed,
     attention,
     embedding_and_head,
-    experts,
+    fused_experts,
     norms,
 )
 from lightning_tex.pretrained.rules import Either, Rule
@@ -44,7 +44,7 @@ class Mixtral(Family):
         yield from embedding_and_head(config)
         for layer in range(config.num_layers):
             theirs, ours = f"model.layers.{layer}", f"blocks.{layer}"
-            yield from attention(theirs, ours)
+            yield from attention(theirs, ours, config)
             yield from norms(theirs, ours)
             yield from self._moe(theirs, ours, config.num_experts)
 
@@ -57,4 +57,4 @@ class Mixtral(Family):
             for e in range(count)
             for name, matrix in _MATRICES
         )
-        yield experts(each, f"{theirs}.mlp.experts", f"{ours}.mlp.experts")
+        yield Either((each, fused_experts(f"{theirs}.mlp.experts", f"{ours}.mlp.experts")))
