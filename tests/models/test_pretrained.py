@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -77,10 +79,12 @@ def test_sixteen_bits_keep_all_digits_in_masters_which_an_export_writes(folder, 
     runs = {kind: (_in_sixteen_bits, folder, tmp_path / kind, kind) for kind in ("fp32", "split")}
     together(2, runs)
     for kind in runs:
-        report = export(tmp_path / kind / "run.ckpt", tmp_path / kind / "out", dtype="float32")
+        with pytest.warns(UserWarning, match="no tokenizer goes to"):
+            report = export(tmp_path / kind / "run.ckpt", tmp_path / kind / "out", dtype="float32")
         assert report["family"] == "mixtral" and report["dtype"] == "float32"
         require_equal_tensors(folder, tmp_path / kind / "out")
-        export(tmp_path / kind / "run.ckpt", tmp_path / kind / "short", dtype="bfloat16")
+        with pytest.warns(UserWarning, match="no tokenizer goes to"):
+            export(tmp_path / kind / "run.ckpt", tmp_path / kind / "short", dtype="bfloat16")
         for name, value in tensors(tmp_path / kind / "short").items():
             assert torch.equal(value, tensors(folder)[name].to(torch.bfloat16)), name
 
@@ -120,8 +124,6 @@ def test_ranks_that_begin_with_different_weights_are_told(folder, tmp_path):
 
 
 def _different(first: Path, second: Path) -> str:
-    import os
-
     try:
         fit(LanguageModel.from_pretrained(second if os.environ["LOCAL_RANK"] == "1" else first))
     except UserError as error:
@@ -168,7 +170,7 @@ def test_options_that_are_not_legal_are_refused_by_name(folder, tmp_path):
     for act, told in (
         (lambda: LanguageModel(), "legal: one of them"),
         (lambda: LanguageModel(DecoderConfig(), pretrained=str(folder)), "legal: one of them"),
-        (lambda: LanguageModel(pretrained=str(folder), overrides={"width": 3}), "overrides of width; legal: vocab_size"),
+        (lambda: LanguageModel(pretrained=str(folder), overrides={"width": 3}), "overrides of width; legal: vocab"),
         (lambda: LanguageModel.from_pretrained(folder, dim=64, head_dim=8), "has shape .*, by .* it is"),
         (lambda: model.save_pretrained(tmp_path / "o", dtype="int8"), "dtype='int8'; legal: float32, bfloat16"),
         (lambda: model.save_pretrained(tmp_path / "o", max_shard_size="much"), "max_shard_size='much'; legal: bytes"),
@@ -238,7 +240,7 @@ def test_data_of_another_vocabulary_is_refused_and_the_models_own_goes_along(tex
         module.save_pretrained(tmp_path / "out")
         return "trained"
 
-    assert "the data's tokenizer has 280 tokens, and the model 101; legal:" in tried(small, own)
+    assert re.search(r"the data's tokenizer has \d+ tokens, and the model 101; legal:", tried(small, own))
     assert "the data's tokenizer is not that of" in (told := tried(own, other)) and f"tokenizer='{own}'" in told
     assert tried(own, own) == "trained"
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (own / "tokenizer.json").read_bytes()

@@ -16,6 +16,7 @@ from lightning_tex.models.families.family import (
     fused_experts,
     norms,
 )
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.pretrained.rules import Either, Rule
 
 # w1 is the gate, w3 the way up, w2 the way down.
@@ -38,6 +39,8 @@ class Mixtral(Family):
     )
 
     def read(self, theirs: Mapping[str, Any]) -> dict[str, Any]:
+        if self.value(theirs, "num_local_experts") < 2:
+            raise UserValueError("mixtral with num_local_experts=1 is not expressed here; legal: 2 and more")
         return {**super().read(theirs), "moe_every": 1, "norm_topk_prob": True}
 
     def rules(self, config: DecoderConfig) -> Iterator[Rule | Either]:
