@@ -63,7 +63,7 @@ class JobOptions:
 _SIZE_HINTS = {
     size.name: get_type_hints(DecoderConfig)[size.name]
     for size in fields(DecoderConfig)
-    if size.name not in ("max_sequence_length", "rope_base", "dropout")
+    if size.name not in ("max_sequence_length", "rope_base", "dropout", "router", "rope_scaling")
 }
 SizeOptions = make_dataclass(
     "SizeOptions", [(name, hint | None, field(default=None)) for name, hint in _SIZE_HINTS.items()], frozen=True

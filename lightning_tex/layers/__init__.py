@@ -1,6 +1,7 @@
 """Layers that the strategy shards over the tensor axis. Alone, in one process, each is the plain dense layer."""
 
 from lightning_tex.layers.attention import ParallelAttention
+from lightning_tex.layers.latent_attention import ParallelLatentAttention
 from lightning_tex.layers.linear import ColumnParallelLinear, RowParallelLinear
 from lightning_tex.layers.linear_cross_entropy import VocabParallelLinearCrossEntropy
 from lightning_tex.layers.mlp import ParallelMLP
@@ -12,6 +13,7 @@ from lightning_tex.layers.vocab import VocabParallelCrossEntropy, VocabParallelE
 __all__ = [
     "ColumnParallelLinear",
     "ParallelAttention",
+    "ParallelLatentAttention",
     "ParallelMLP",
     "RMSNorm",
     "Rotary",

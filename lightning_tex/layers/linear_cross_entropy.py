@@ -87,6 +87,7 @@ class VocabParallelLinearCrossEntropy(TexModule):
             self.z_loss_coefficient,
             self.reduction != "none",
             torch.is_grad_enabled() and not recomputing(),
+            head.softcap,
         )
         x = head.activation_layout.enter(x)
         loss: Tensor = _LinearCrossEntropy.apply(
@@ -108,6 +109,7 @@ class _Scores:
         z_loss_coefficient: of the z-loss.
         summed: the result is one sum, so that the gradient of each counted token is the same number.
         trained: a backward may follow.
+        softcap: of the logits, see :class:`VocabParallelHead`.
     """
 
     tensor: Axis
@@ -116,12 +118,16 @@ class _Scores:
     z_loss_coefficient: float
     summed: bool
     trained: bool
+    softcap: float | None
 
-    def logits(self, x: Tensor, weight: Tensor) -> Tensor:  # [t, D], [v, D] -> [t, v]
-        logits = F.linear(x, weight)
+    def logits(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:  # [t, D], [v, D] -> [t, v] twice
+        """Logits, and where they are capped their derivative by what was capped."""
+        logits, slope = F.linear(x, weight), None
+        if self.softcap is not None:
+            logits, slope = _capped(logits, self.softcap)
         if self.columns < weight.shape[0]:
             logits[:, self.columns :] = float("-inf")
-        return logits
+        return logits, slope
 
     def place(self, target: Tensor, columns: int) -> tuple[Tensor, Tensor]:
         """Column of each target among those here, or another one, and whether it is here: [t, 1], [t]."""
@@ -153,7 +159,7 @@ class _Chunk:
 
     def __init__(self, scores: _Scores, x: Tensor, weight: Tensor, target: Tensor) -> None:
         self.scores, self.target = scores, target
-        self.logits = scores.logits(x, weight)
+        self.logits, self.slope = scores.logits(x, weight)
         self.local, self.present = scores.place(target, len(weight))
         at_local = self.logits.gather(1, self.local)[:, 0]
         self.exp, self.top, self.log_sum = _exponentials(self.logits)
@@ -171,7 +177,15 @@ class _Chunk:
         at_local = (self.at_local - log_sum).exp() * factor - upstream * self.present
         gradient = _multiplied(self.exp, factor * (self.top - log_sum).exp(), self.logits)
         rows = torch.arange(len(gradient), device=gradient.device)
-        return gradient.index_put_((rows, self.local[:, 0]), at_local.to(gradient.dtype))
+        gradient = gradient.index_put_((rows, self.local[:, 0]), at_local.to(gradient.dtype))
+        return gradient if self.slope is None else gradient.mul_(self.slope)
+
+
+@leaf
+def _capped(logits: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+    """softcap * tanh(logits / softcap), and its derivative: [t, v] each."""
+    tanh = (logits / softcap).tanh_()
+    return tanh * softcap, 1 - tanh.square()
 
 
 @leaf

@@ -89,14 +89,17 @@ class VocabParallelHead(_Vocabulary):
         dim: width of the input, D.
         vocab_size: V.
         gather_output: all-gather the logits over tensor: [.., dim] -> [.., vocab].
+        softcap: logits l become softcap * tanh(l / softcap) (Gemma 2).
     """
 
-    def __init__(self, dim: int, vocab_size: int, gather_output: bool = False) -> None:
-        self.gather_output = gather_output
+    def __init__(self, dim: int, vocab_size: int, gather_output: bool = False, softcap: float | None = None) -> None:
+        self.gather_output, self.softcap = gather_output, softcap
         super().__init__(vocab_size, dim, std=dim**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:  # [.., D] -> [.., v]
         logits = F.linear(self.activation_layout.enter(x), self.weight)
+        if self.softcap is not None:
+            logits = self.softcap * (logits / self.softcap).tanh()
         rows = self.boxes()["weight"].extent.sizes[0]
         if rows < self.weight.shape[0]:
             padding = torch.arange(self.weight.shape[0], device=x.device) >= rows

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lightning_tex.layers import ParallelAttention, ParallelMLP, RMSNorm, RotaryTables, TokenContext
+from lightning_tex.layers import (
+    ParallelAttention,
+    ParallelLatentAttention,
+    ParallelMLP,
+    RMSNorm,
+    RotaryTables,
+    TokenContext,
+)
 from lightning_tex.models.config import DecoderConfig
 from lightning_tex.moe import MoE
 
@@ -45,18 +52,42 @@ def make_norm(config: DecoderConfig) -> nn.Module:
 def make_attention(config: DecoderConfig, layer: int) -> nn.Module:
     """A block's attention, which takes ``(x, context=, rotary=)``."""
     c = config
+    if c.kv_lora_rank is not None:
+        return make_latent_attention(c)
     return ParallelAttention(
         c.dim,
         c.num_heads,
         c.num_kv_heads,
         c.attention_bias,
-        c.rope_base,
         dropout=c.dropout,
         head_dim=c.head,
         out_bias=c.attention_out_bias,
         qk_norm=c.qk_norm,
         norm_eps=c.norm_eps,
         clip_qkv=c.clip_qkv,
+        rotary=c.rotary,
+        window=c.window(layer),
+        sinks=c.attention_sinks,
+        scale=c.attention_multiplier,
+        softcap=c.attn_logit_softcapping,
+    )
+
+
+def make_latent_attention(config: DecoderConfig) -> nn.Module:
+    """The same of a decoder with latent attention."""
+    c = config
+    assert c.kv_lora_rank and c.qk_nope_head_dim and c.qk_rope_head_dim and c.v_head_dim, c
+    return ParallelLatentAttention(
+        c.dim,
+        c.num_heads,
+        c.kv_lora_rank,
+        c.qk_nope_head_dim,
+        c.qk_rope_head_dim,
+        c.v_head_dim,
+        c.q_lora_rank,
+        c.attention_bias,
+        c.rotary,
+        dropout=c.dropout,
     )
 
 
@@ -72,7 +103,10 @@ def make_feed_forward(config: DecoderConfig, layer: int) -> nn.Module:
         c.top_k,
         c.capacity_factor,
         c.activation,
-        norm_topk_prob=c.norm_topk_prob,
+        c.router,
+        c.norm_topk_prob,
         load_balance_coefficient=c.load_balance_coefficient,
         z_loss_coefficient=c.z_loss_coefficient,
+        shared_hidden_dim=c.shared_expert_hidden_dim,
+        shared_gate=c.shared_expert_gate,
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from lightning_tex.layers import Rotary, TokenContext, VocabParallelEmbedding, VocabParallelHead
+from lightning_tex.layers import TokenContext, VocabParallelEmbedding, VocabParallelHead
 from lightning_tex.models.block import Block, make_norm
 from lightning_tex.models.config import DecoderConfig
 from lightning_tex.moe import MoE
@@ -27,11 +27,11 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.rotary = Rotary(config.head, config.rope_base)
+        self.rotary = config.rotary
         self.embedding = VocabParallelEmbedding(config.vocab_size, config.dim, std=config.dim**-0.5)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = make_norm(config)
-        self.head = VocabParallelHead(config.dim, config.vocab_size)
+        self.head = VocabParallelHead(config.dim, config.vocab_size, softcap=config.final_logit_softcapping)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
 

@@ -13,8 +13,10 @@ from lightning_tex.moe.expert_axes import ExpertAxes
 from lightning_tex.moe.experts import Experts
 from lightning_tex.moe.losses import LossLedger, count_choices, routing_loss
 from lightning_tex.moe.rounds import BoundedDroplessDispatcher
-from lightning_tex.moe.router import Route, Router, make_router
+from lightning_tex.moe.router import Route
+from lightning_tex.moe.routers import RouterChoice, make_router
 from lightning_tex.moe.sequence_parallel import SequenceShardedCapacityDispatcher
+from lightning_tex.moe.shared import SharedExpert
 from lightning_tex.parallel.activation_checkpointing import first_forward_only
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.expert_load import ExpertLoad
@@ -29,8 +31,8 @@ class MoE(TexModule):
     """A feed-forward layer of E experts of which each token uses k: [.., dim] -> [.., dim].
 
     Alone in one process it is the plain layer; the strategy spreads its experts over the expert axis and shards them
-    over the expert_tensor axis. A token's output is the sum of its chosen experts' outputs times their weights; an
-    overflowed choice adds nothing (add the residual outside).
+    over the expert_tensor axis. A token's output is the sum of its chosen experts' outputs times their weights, and of
+    the shared expert's if there is one; an overflowed choice adds nothing (add the residual outside).
 
     Args:
         dim: model width D.
@@ -40,14 +42,18 @@ class MoE(TexModule):
         capacity_factor: an expert takes ceil(factor * k * T / E) choices of a data rank's T tokens in a micro-step,
             first choices first, earlier tokens first; further ones overflow. ``None``: dropless, all are served.
         activation: ``"gelu"`` or ``"swiglu"``.
-        router: ``"softmax"``; ``"forced_balance"``, which chooses by the token's place, for benches; a :class:`Router`
-            subclass, or an instance.
+        router: ``"softmax"``; ``"sigmoid"`` (:class:`SigmoidRouter`); ``"forced_balance"``, which chooses by the
+            token's place, for benches; one of these with arguments of its own, ``{"name": .., "init_args": {..}}``; a
+            :class:`Router` subclass, or its import path, or an instance.
         norm_topk_prob: rescale a token's k weights to sum to 1.
         load_balance_coefficient: weight of E * sum_e f_e P_e.
         z_loss_coefficient: weight of the mean of logsumexp(logits)^2.
         round_factor: of dropless routing over an expert axis: rows at a rank's experts at once, relative to their mean
             over ranks; what is beyond is served in further rounds, to the same numbers. ``None``: all at once, whatever
             memory the fullest rank needs.
+        shared_hidden_dim: hidden width of an expert that every token uses beside its k; divisible by the tensor axis.
+            ``None``: there is none.
+        shared_gate: the shared expert's output is multiplied by a sigmoid gate of its own.
 
     Raises:
         ValueError: sizes or names that are not legal.
@@ -63,11 +69,14 @@ class MoE(TexModule):
         top_k: int = 1,
         capacity_factor: float | None = None,
         activation: Activation = "gelu",
-        router: str | Router | type[Router] = "softmax",
+        router: RouterChoice = "softmax",
         norm_topk_prob: bool = False,
         load_balance_coefficient: float = 0.01,
         z_loss_coefficient: float = 0.0,
         round_factor: float | None = None,
+        *,
+        shared_hidden_dim: int | None = None,
+        shared_gate: bool = False,
     ) -> None:
         super().__init__()
         if round_factor is not None and (round_factor < 1 or capacity_factor is not None):
@@ -81,6 +90,9 @@ class MoE(TexModule):
         self.capacity_factor, self.round_factor = capacity_factor, round_factor
         self.load_balance_coefficient, self.z_loss_coefficient = load_balance_coefficient, z_loss_coefficient
         self.router = make_router(router, dim, num_experts, top_k, norm_topk_prob)
+        self.shared = None
+        if shared_hidden_dim is not None:
+            self.shared = SharedExpert(dim, shared_hidden_dim, activation, shared_gate)
         self.experts = Experts(dim, hidden_dim, num_experts, activation)
         self.ledger = LossLedger()
         self.load = ExpertLoad()
@@ -129,15 +141,17 @@ class MoE(TexModule):
             x: [.., D].
             token_mask: boolean, shaped as x without its last dim (over whole sequences, if x holds a rank's part of
                 them); False for padding, which uses no expert, takes no capacity, counts in no routing loss, and
-                gives 0.
+                gives 0, but for the shared expert.
         """
+        # Before the experts, with whose first products a recomputation may end.
+        shared = None if self.shared is None else self.shared(x)
         mask = None if token_mask is None else self.activation_layout.shard_mask(token_mask, x).reshape(-1).bool()
         route = self.router(x.reshape(-1, x.shape[-1]), mask)
         arrived, metadata = self.dispatcher.dispatch(x, route)
         self._arrived_rows, self._routed_choices = arrived.groups.rows, route.indices.numel()
         y = self.dispatcher.combine(self.experts(arrived, metadata.exchange), metadata).view_as(x)
         self._record(route, mask, metadata, y)
-        return y
+        return y if shared is None else y + shared
 
     @property
     def last_arrived_rows(self) -> int:

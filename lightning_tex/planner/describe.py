@@ -148,7 +148,7 @@ def _formulas_hold(root: nn.Module, blocks: list[nn.Module], layers: tuple[Place
         and outside == [Embedding, Norm, Head]
         and len(set(losses)) <= 1
         and all(pattern[:-1] == _BLOCK[:-1] and pattern[-1] in (Mlp, Moe) for pattern in patterns)
-        and all(placed.layer.plain for placed in layers if isinstance(placed.layer, Attention))
+        and all(placed.layer.plain for placed in layers if isinstance(placed.layer, (Attention, Moe, Head)))
     )
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from lightning_tex.layers import (
     ColumnParallelLinear,
     ParallelAttention,
+    ParallelLatentAttention,
     ParallelMLP,
     RMSNorm,
     RowParallelLinear,
@@ -18,7 +19,7 @@ from lightning_tex.layers import (
     VocabParallelLinearCrossEntropy,
 )
 from lightning_tex.layers.qk_norm import HeadNorm, ShardedRMSNorm
-from lightning_tex.moe import MoE
+from lightning_tex.moe import MoE, Router, SoftmaxRouter
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Norm:
 class Attention:
     """A :class:`ParallelAttention`: [.., dim] -> [.., dim].
 
-    ``head_norms``, ``full_norms``: queries and keys are normed by head, or over all heads together. ``plain``: what it
-    keeps has a formula.
+    ``head_norms``, ``full_norms``: queries and keys are normed by head, or over all heads together. ``window``: how
+    many positions each sees. ``plain``: what it keeps has a formula.
     """
 
     dim: int
@@ -50,12 +51,35 @@ class Attention:
     head_dim: int
     head_norms: bool
     full_norms: bool
+    window: int | None
     plain: bool
+
+    def seen(self, length: int) -> float:
+        """Positions that one of a sequence sees in the mean, where none sees what comes later."""
+        window = length if self.window is None else min(self.window, length)
+        return window - window**2 / (2 * length)
 
     @property
     def inner(self) -> int:
         """Width of all query heads."""
         return self.num_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """A :class:`ParallelLatentAttention`: [.., dim] -> [.., dim].
+
+    ``entering``: width of what enters the sharded region. ``latents``: (in, out) of the products before it, whole on
+    every rank. ``columns``: of those within. ``head_dim``, ``v_head_dim``: widths of a head's keys, and of its values.
+    """
+
+    dim: int
+    num_heads: int
+    head_dim: int
+    v_head_dim: int
+    entering: int
+    latents: tuple[tuple[int, int], ...]
+    columns: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -69,7 +93,10 @@ class Mlp:
 
 @dataclass(frozen=True)
 class Moe:
-    """A :class:`MoE` layer; ``routing_losses``: whether it has any, ``z_loss``: whether one of them is of logits."""
+    """A :class:`MoE` layer; ``routing_losses``: whether it has any, ``z_loss``: whether one of them is of logits.
+
+    ``shared``: the expert that every token uses. ``plain``: what it keeps has a formula.
+    """
 
     dim: int
     hidden: int
@@ -81,15 +108,18 @@ class Moe:
     routing_losses: bool
     z_loss: bool
     round_factor: float | None
+    shared: Mlp | None
+    plain: bool
 
 
 @dataclass(frozen=True)
 class Head:
-    """A :class:`VocabParallelHead`: [.., dim] -> [.., vocab_size]."""
+    """A :class:`VocabParallelHead`: [.., dim] -> [.., vocab_size]; ``plain``: what it keeps has a formula."""
 
     dim: int
     vocab_size: int
     gather_output: bool
+    plain: bool
 
 
 @dataclass(frozen=True)
@@ -135,7 +165,9 @@ class Other:
 
 
 Loss = CrossEntropy | LinearCrossEntropy
-Layer = Embedding | Norm | Attention | Mlp | Moe | Head | Loss | ColumnLinear | RowLinear | Linear | Other
+Layer = (
+    Embedding | Norm | Attention | LatentAttention | Mlp | Moe | Head | Loss | ColumnLinear | RowLinear | Linear | Other
+)
 
 
 def known_layer(module: nn.Module) -> Layer | None:
@@ -145,23 +177,23 @@ def known_layer(module: nn.Module) -> Layer | None:
             return Embedding(module.size, module.dim)
         case RMSNorm():
             return Norm(module.normalized_shape[-1])
+        case ParallelLatentAttention():
+            return _latent_attention(module)
         case ParallelAttention():
-            full_norms = isinstance(module.query_norm, ShardedRMSNorm)
-            return Attention(
-                module.query.in_features, module.num_heads, module.num_kv_heads, module.head_dim,
-                isinstance(module.query_norm, HeadNorm), full_norms, module.clip_qkv is None and not full_norms,
-            )  # fmt: skip
+            return _attention(module)
         case ParallelMLP():
-            return Mlp(module.up.in_features, module.hidden_dim, module.gate is not None)
+            return _mlp(module)
         case MoE():
+            shared = None if module.shared is None else _mlp(module.shared)
+            plain = shared is None and _is_plain(module.router)
             losses = bool(module.load_balance_coefficient or module.z_loss_coefficient)
             return Moe(
                 module.router.dim, module.hidden_dim, module.experts.gate is not None, module.num_experts,
                 module.top_k, module.capacity_factor, module.router.norm_topk_prob, losses,
-                bool(module.z_loss_coefficient), module.round_factor,
+                bool(module.z_loss_coefficient), module.round_factor, shared, plain,
             )  # fmt: skip
         case VocabParallelHead():
-            return Head(module.dim, module.size, module.gather_output)
+            return Head(module.dim, module.size, module.gather_output, module.softcap is None)
         case VocabParallelCrossEntropy():
             return CrossEntropy()
         case VocabParallelLinearCrossEntropy():
@@ -173,3 +205,37 @@ def known_layer(module: nn.Module) -> Layer | None:
         case nn.Linear():
             return Linear(module.in_features, module.out_features)
     return Other(type(module).__name__) if any(True for _ in module.parameters(recurse=False)) else None
+
+
+def _attention(module: ParallelAttention) -> Attention:
+    full_norms, scores, rotary = isinstance(module.query_norm, ShardedRMSNorm), module.scores, module.rotary
+    whole = rotary.width == module.head_dim and not rotary.interleaved
+    unusual = full_norms or module.clip_qkv or module.sinks is not None or scores.window or scores.softcap
+    return Attention(
+        module.query.in_features, module.num_heads, module.num_kv_heads, module.head_dim,
+        isinstance(module.query_norm, HeadNorm), full_norms, scores.window, whole and not unusual,
+    )  # fmt: skip
+
+
+def _latent_attention(module: ParallelLatentAttention) -> LatentAttention:
+    latents = [one for one in (module.query_latent, module.key_value_latent) if one is not None]
+    columns = module.query, module.key_value
+    return LatentAttention(
+        module.dim,
+        module.num_heads,
+        module.qk_nope_head_dim + module.qk_rope_head_dim,
+        module.v_head_dim,
+        module.query.in_features + module.key_value_latent.out_features,
+        tuple((one.in_features, one.out_features) for one in latents),
+        tuple((one.in_features, one.out_features) for one in columns),
+    )
+
+
+def _is_plain(router: Router) -> bool:
+    """Whether a router keeps scores, choices and weights, and nothing else."""
+    softmax = isinstance(router, SoftmaxRouter) and type(router).forward is Router.forward
+    return softmax and router.bias is None and router.routed_scaling_factor == 1
+
+
+def _mlp(module: ParallelMLP) -> Mlp:
+    return Mlp(module.up.in_features, module.hidden_dim, module.gate is not None)

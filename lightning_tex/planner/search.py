@@ -207,10 +207,10 @@ def resized(like: DecoderConfig, width: int, layers: int, heads: int, kv_heads: 
     Raises:
         ValueError: it names its blocks one by one, and other numbers of them are unknown.
     """
-    if like.moe_layers is not None:
+    if like.moe_layers is not None or like.layer_types is not None:
         raise UserValueError(
-            "a search over sizes needs to know which blocks have experts, and moe_layers lists them for "
-            f"num_layers={like.num_layers} alone; legal: moe_every"
+            "a search over sizes needs to know of any number of blocks what they are made of, and moe_layers and "
+            f"layer_types list num_layers={like.num_layers} of them; legal: moe_every, and the same attention in all"
         )
     sizes = {"dim": width, "num_layers": layers, "num_heads": heads, "num_kv_heads": kv_heads}
     hidden, expert_hidden = (int(one / like.dim * width) for one in (like.hidden, like.expert_hidden))

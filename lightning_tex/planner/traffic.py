@@ -19,6 +19,7 @@ from lightning_tex.planner.layers import (
     CrossEntropy,
     Embedding,
     Head,
+    LatentAttention,
     Linear,
     LinearCrossEntropy,
     Mlp,
@@ -114,6 +115,9 @@ class MicroStepTraffic:
                     for _ in range(2):
                         yield from self._over("tensor", "all_reduce", sums, (*forward, BACKWARD))
                 yield from self._leave(layer.dim, last)
+            case LatentAttention():
+                yield from self._enter(layer.entering, forward, backward)
+                yield from self._leave(layer.dim, last)
             case Mlp():
                 yield from self._enter(layer.dim, forward, backward)
                 yield from self._leave(layer.dim, last)
@@ -124,6 +128,9 @@ class MicroStepTraffic:
             case RowLinear():
                 yield from self._leave(layer.out_features, last)
             case Moe():
+                if layer.shared is not None:  # which comes first
+                    yield from self._enter(layer.dim, forward, backward)
+                    yield from self._leave(layer.dim, forward)
                 yield from self._moe(layer, forward, last)
             case Head():
                 yield from self._enter(layer.dim, forward, backward)

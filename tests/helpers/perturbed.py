@@ -21,8 +21,8 @@ class Perturbed(LanguageModel):
         self.decoder = Decoder(config)
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():
-            for parameter in self.decoder.parameters():
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+            for tensor in (*self.decoder.parameters(), *self.decoder.buffers()):
+                tensor.add_(0.2 * torch.randn(tensor.shape, generator=generator))
 
     def configure_callbacks(self) -> list[L.Callback]:
         return []

@@ -49,6 +49,19 @@ def gradients(loss: Tensor, x: Tensor, head: VocabParallelHead, again: bool = Fa
     return torch.autograd.grad(loss, (x, head.weight), upstream, retain_graph=again)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_capped_logits(reduction: Any, chunks: int) -> None:
+    x, head, target = inputs()
+    head.softcap = 1.5
+    loss = VocabParallelLinearCrossEntropy(reduction=reduction)(x, head, target)
+    capped = 1.5 * (x @ head.weight.T / 1.5).tanh()
+    plain = F.cross_entropy(capped.transpose(1, 2), target, reduction=reduction)
+    torch.testing.assert_close(loss, plain, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(head(x), capped, rtol=1e-12, atol=1e-12)
+    for mine, theirs in zip(gradients(loss, x, head), gradients(plain, x, head), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_value_and_gradients_are_torchs(reduction: Any, z_loss: float, chunks: int) -> None:

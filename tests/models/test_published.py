@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -34,6 +35,22 @@ DENSE = {"dim": 24, "hidden_dim": 20, "num_layers": 3, "num_heads": 6, "tie_embe
 GROUPED = {"num_key_value_heads": 2}
 EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2}
 MOE = {"num_kv_heads": 2, "num_experts": 5, "top_k": 2, "moe_every": 1}
+LATENT = {"kv_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
+YARN = {
+    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 0.7, "mscale_all_dim": 1.4,
+}  # fmt: skip
+LATENT_NAMES = {
+    r"self_attn\.q_a_proj\.": "attention.query_latent.",
+    r"self_attn\.q_a_layernorm\.": "attention.query_latent_norm.",
+    r"self_attn\.q_b_proj\.": "attention.query.",
+    r"self_attn\.kv_a_proj_with_mqa\.": "attention.key_value_latent.",
+    r"self_attn\.kv_a_layernorm\.": "attention.key_value_latent_norm.",
+    r"self_attn\.kv_b_proj\.": "attention.key_value.",
+}
+SHARED_NAMES = {
+    r"mlp\.shared_experts\.(\w+)_proj\.": r"mlp.shared.\1.",
+    r"mlp\.gate\.e_score_correction_bias": "mlp.router.correction_bias",
+}
 
 FAMILIES = {
     "Llama": Family(
@@ -58,6 +75,15 @@ FAMILIES = {
         {**SIZES, **GROUPED, "num_local_experts": 5, "num_experts_per_tok": 2},
         {**DENSE, **MOE, "norm_topk_prob": True},
     ),
+    "Qwen2-MoE": Family(
+        "Qwen2Moe",
+        {**SIZES, **GROUPED, **EXPERTS, "moe_intermediate_size": 7, "shared_expert_intermediate_size": 9,
+         "decoder_sparse_step": 2, "qkv_bias": True, "norm_topk_prob": False},
+        {**DENSE, **MOE, "moe_every": 2, "expert_hidden_dim": 7, "shared_expert_hidden_dim": 9, "norm_eps": 1e-6,
+         "shared_expert_gate": True, "attention_bias": True},
+        {r"mlp\.shared_expert_gate\.": "mlp.shared.output_gate.",
+         r"mlp\.shared_expert\.(\w+)_proj\.": r"mlp.shared.\1."},
+    ),
     "Qwen3-MoE": Family(
         "Qwen3Moe",
         {**SIZES, **GROUPED, **EXPERTS, "head_dim": 10, "moe_intermediate_size": 7, "norm_topk_prob": True,
@@ -70,7 +96,84 @@ FAMILIES = {
         {**SIZES, **GROUPED, **EXPERTS, "clip_qkv": 0.9, "norm_topk_prob": False, "attention_bias": True},
         {**DENSE, **MOE, "qk_norm": "full", "clip_qkv": 0.9, "attention_bias": True, "attention_out_bias": True},
     ),
+    "DeepSeek-V2": Family(
+        "DeepseekV2",
+        {**SIZES, **LATENT, "q_lora_rank": None, "n_routed_experts": 6, "num_experts_per_tok": 3, "n_group": 3,
+         "topk_group": 2, "topk_method": "group_limited_greedy", "routed_scaling_factor": 1.7, "n_shared_experts": 2,
+         "moe_intermediate_size": 7, "first_k_dense_replace": 1,
+         "rope_parameters": {**YARN, "rope_theta": 10000.0}},
+        {**DENSE, **LATENT, "num_experts": 6, "top_k": 3, "moe_every": 1, "first_dense_layers": 1, "norm_eps": 1e-6,
+         "router": {"name": "softmax", "init_args": {"n_group": 3, "topk_group": 2, "routed_scaling_factor": 1.7}},
+         "expert_hidden_dim": 7, "shared_expert_hidden_dim": 14, "rope_scaling": YARN, "rope_interleaved": True},
+        {**LATENT_NAMES, **SHARED_NAMES},
+    ),
+    "DeepSeek-V3": Family(
+        "DeepseekV3",
+        {**SIZES, **LATENT, "num_key_value_heads": 6, "q_lora_rank": 5, "n_routed_experts": 6,
+         "num_experts_per_tok": 2, "n_group": 3, "topk_group": 2, "routed_scaling_factor": 2.5, "n_shared_experts": 1, "moe_intermediate_size": 7,
+         "first_k_dense_replace": 1, "attention_bias": True, "num_mtp_layers": 0,
+         "rope_parameters": {**YARN, "rope_theta": 10000.0}},
+        {**DENSE, **LATENT, "q_lora_rank": 5, "num_experts": 6, "top_k": 2, "moe_every": 1, "first_dense_layers": 1,
+         "norm_eps": 1e-6, "norm_topk_prob": True, "attention_bias": True,
+         "router": {"name": "sigmoid", "init_args": {"n_group": 3, "topk_group": 2, "routed_scaling_factor": 2.5}},
+         "expert_hidden_dim": 7, "shared_expert_hidden_dim": 7, "rope_scaling": YARN, "rope_interleaved": True},
+        {**LATENT_NAMES, **SHARED_NAMES},
+    ),
+    "GLM-4-MoE": Family(
+        "Glm4Moe",
+        {**SIZES, **GROUPED, "head_dim": 8, "n_routed_experts": 6, "num_experts_per_tok": 2, "n_group": 2,
+         "topk_group": 1, "routed_scaling_factor": 1.5, "n_shared_experts": 1, "moe_intermediate_size": 7,
+         "first_k_dense_replace": 1, "attention_bias": True, "use_qk_norm": True,
+         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+        {**DENSE, "num_kv_heads": 2, "head_dim": 8, "num_experts": 6, "top_k": 2, "moe_every": 1,
+         "first_dense_layers": 1, "norm_eps": 1e-5, "norm_topk_prob": True, "attention_bias": True, "qk_norm": "head",
+         "router": {"name": "sigmoid", "init_args": {"n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.5}},
+         "expert_hidden_dim": 7, "shared_expert_hidden_dim": 7, "partial_rotary_factor": 0.5},
+        SHARED_NAMES,
+    ),
+    "Mistral, windows": Family(
+        "Mistral", {**SIZES, **GROUPED, "sliding_window": 5}, {**DENSE, "num_kv_heads": 2, "sliding_window": 5,
+         "norm_eps": 1e-6},
+    ),
+    "Qwen2-MoE, windows in some blocks": Family(
+        "Qwen2Moe",
+        {**SIZES, **GROUPED, **EXPERTS, "moe_intermediate_size": 7, "shared_expert_intermediate_size": 9,
+         "qkv_bias": False, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3},
+        {**DENSE, **MOE, "expert_hidden_dim": 7, "shared_expert_hidden_dim": 9, "norm_eps": 1e-6,
+         "shared_expert_gate": True, "sliding_window": 4,
+         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+        {r"mlp\.shared_expert_gate\.": "mlp.shared.output_gate.",
+         r"mlp\.shared_expert\.(\w+)_proj\.": r"mlp.shared.\1."},
+    ),
 }  # fmt: skip
+STRETCHED: dict[str, dict[str, Any]] = {
+    "linear": {"factor": 3.0},
+    "dynamic": {"factor": 3.0, "original_max_position_embeddings": 16},
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 3.0},
+    "yarn, mscales": {
+        "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 0.7, "mscale_all_dim": 1.4, "truncate": False,
+    },
+    "longrope, short": {
+        "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0], "original_max_position_embeddings": 23, "factor": 4.0,
+    },
+    "longrope, long": {
+        "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0], "original_max_position_embeddings": 16, "factor": 4.0,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STRETCHED)
+def test_stretched_rotation_is_that_of_transformers(name: str) -> None:
+    scaling = {"rope_type": name.partition(",")[0], **STRETCHED[name]}
+    most = {"max_position_embeddings": 16 if name == "dynamic" else 64}
+    theirs = random_model(
+        "Llama", **SIZES, **most, tie_word_embeddings=False, rope_parameters={"rope_theta": 100.0, **scaling}
+    )
+    config = DecoderConfig(VOCABULARY, **DENSE, norm_eps=1e-6, rope_base=100.0, rope_scaling=scaling)
+    assert relative_difference(with_the_weights_of(theirs, config, {}), theirs) < 1e-5
+    plain = with_the_weights_of(theirs, replace(config, rope_scaling=None), {})
+    assert relative_difference(plain, theirs) > 1e-3
 
 
 @pytest.mark.parametrize("name", FAMILIES)

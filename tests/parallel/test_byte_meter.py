@@ -212,8 +212,11 @@ def test_counts_of_own_modules_equal_the_formulas():
 DECODERS = (
     DecoderConfig(98, D, 3, 8, 4, 24, 64, E, K, F, activation="gelu", tie_embeddings=False),
     DecoderConfig(98, D, 2, 8, 4, 24, 64, E, E, None, head_dim=6, qk_norm="head", expert_hidden_dim=16),
-    DecoderConfig(98, D, 2, 8, 4, 24, 64, E, E, 1.0, moe_every=1, load_balance_coefficient=0, qk_norm="full"),
-)
+    DecoderConfig(98, D, 2, 8, 4, 24, 64, E, E, 1.0, moe_every=1, load_balance_coefficient=0, qk_norm="full",
+                  shared_expert_hidden_dim=12, shared_expert_gate=True),
+    DecoderConfig(98, D, 2, 8, 8, 24, 64, E, E, None, kv_lora_rank=6, q_lora_rank=10, qk_nope_head_dim=4,
+                  qk_rope_head_dim=2, v_head_dim=3),
+)  # fmt: skip
 STEPS = ((0, None, 1), (1, "full", 2), (2, "communication_aware", 2))  # ZeRO stage, recomputation, micro-steps
 
 
