@@ -91,7 +91,7 @@ def read_config(name: str, revision: str | None = None, overrides: Mapping[str, 
 
 
 def bind(family: Family, config: DecoderConfig, folder: PretrainedFolder | None = None) -> tuple[Bindings, Shapes]:
-    """The family's rules for a decoder, and its parameters' whole shapes.
+    """The family's rules for a decoder, and the whole shapes of its parameters and buffers.
 
     Args:
         folder: whose layout of names is taken; ``None``: that which is written.
@@ -99,6 +99,8 @@ def bind(family: Family, config: DecoderConfig, folder: PretrainedFolder | None 
     with torch.device("meta"):
         decoder = Decoder(config)
     shapes = {name: sharding.box.full for name, sharding in parameter_shardings(decoder, Topology.single()).items()}
+    saved = decoder.state_dict().keys()
+    shapes |= {name: tuple(buffer.shape) for name, buffer in decoder.named_buffers() if name in saved}
     names = None if folder is None else folder.tensors.keys()
     return Bindings.of(chosen(family.rules(config), names), shapes), shapes
 

@@ -29,12 +29,36 @@ _EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _QWEN_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 28, "norm_topk_prob": True}
 _OLMOE_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 
+_LATENT = {"num_key_value_heads": 6, "kv_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
+_GROUPS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "n_shared_experts": 2,
+           "moe_intermediate_size": 14, "first_k_dense_replace": 1, "routed_scaling_factor": 1.5}  # fmt: skip
+_SHARED = {"shared_expert_intermediate_size": 18}
+_YARN = {"rope_type": "yarn", "rope_theta": 700.0, "factor": 4.0, "original_max_position_embeddings": 16}
+_WINDOWS = {"use_sliding_window": True, "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}  # fmt: skip
+
 # By the name of the case: the class of its configuration, and options.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralConfig", {**_SIZES, **_EXPERTS, "sliding_window": None, "head_dim": 10}),
     "llama, biases": ("LlamaConfig", {**_SIZES, "rms_norm_eps": 1e-5, "attention_bias": True}),
     "llama, tied head": ("LlamaConfig", {**_SIZES, "tie_word_embeddings": True}),
     "mistral": ("MistralConfig", {**_SIZES, "sliding_window": None}),
+    "mistral, windows": ("MistralConfig", {**_SIZES, "sliding_window": 4}),
+    "llama, stretched": ("LlamaConfig", {**_SIZES, "rope_parameters": _YARN}),
+    "qwen2-moe": ("Qwen2MoeConfig", {**_SIZES, **_QWEN_EXPERTS, **_SHARED, **_WINDOWS}),
+    "deepseek-v2": (
+        "DeepseekV2Config",
+        {**_SIZES, **_LATENT, **_GROUPS, "q_lora_rank": None, "topk_method": "group_limited_greedy"},
+    ),
+    "deepseek-v2, stretched": (
+        "DeepseekV2Config",
+        {**_SIZES, **_LATENT, **_GROUPS, "q_lora_rank": 7, "rope_parameters": {**_YARN, "mscale": 0.7}},
+    ),
+    "deepseek-v3": ("DeepseekV3Config", {**_SIZES, **_LATENT, **_GROUPS, "q_lora_rank": 7}),
+    "glm-4-moe": (
+        "Glm4MoeConfig",
+        {**_SIZES, **_GROUPS, "head_dim": 8, "attention_bias": True, "use_qk_norm": True},
+    ),
     "qwen3": ("Qwen3Config", {**_SIZES, "head_dim": 10}),
     "qwen3-moe": ("Qwen3MoeConfig", {**_SIZES, **_QWEN_EXPERTS, "head_dim": 10}),
     "qwen3-moe, dense blocks": ("Qwen3MoeConfig", {**_SIZES, **_QWEN_EXPERTS, "mlp_only_layers": [1]}),
@@ -57,7 +81,11 @@ def publish(case: str, folder: Path, dtype: torch.dtype = torch.float32, shard: 
             if parameter.dim() == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))
     transformers.utils.logging.disable_progress_bar()
-    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+    model.to(dtype)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):  # transformers keeps it in fp32
+            buffer.data = 0.1 * torch.randn(buffer.shape)
+    model.save_pretrained(folder, max_shard_size=shard)
     return folder
 
 
@@ -65,7 +93,8 @@ def loaded(folder: Path) -> Any:
     """The folder's model, as transformers loads it, in fp32."""
     transformers = pytest.importorskip("transformers")
     transformers.utils.logging.disable_progress_bar()
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    plain = {"attn_implementation": "eager", "experts_implementation": "eager"}  # others take even widths alone
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **plain)
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:

@@ -122,7 +122,8 @@ def test_a_layout_has_the_logits_and_takes_the_step_of_transformers(case, layout
     for name in theirs:
         assert difference(ours[name], theirs[name]) < 1e-5, name
         step = theirs[name] - before[name]
-        assert step.norm() > 0 and ((ours[name] - theirs[name]).norm() / step.norm()) < 1e-3, name
+        is_buffer = name.endswith("e_score_correction_bias")
+        assert (step.norm() > 0) != is_buffer and (ours[name] - theirs[name]).norm() <= 1e-3 * step.norm(), name
 
 
 def test_every_family_is_tried():

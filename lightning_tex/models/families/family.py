@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Final
 
 from lightning_tex.models.config import DecoderConfig
+from lightning_tex.models.families.rope import read_rope, write_rope
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.pretrained.rules import Either, Rule
 
@@ -86,7 +87,11 @@ class Family(ABC):
 
     def said_anew(self) -> set[str]:
         """Keys of a ``config.json`` that :meth:`write` does not write, and that say the same as some that it does."""
-        return {"rope_scaling", *(name for f in self.fields if isinstance(f, Field) for name in f.also)}
+        return {
+            "rope_scaling",
+            "partial_rotary_factor",
+            *(name for f in self.fields if isinstance(f, Field) for name in f.also),
+        }
 
     @abstractmethod
     def rules(self, config: DecoderConfig) -> Iterator[Rule | Either]:
@@ -109,14 +114,13 @@ class Family(ABC):
             if found != field.value and found not in field.also:
                 raise UserValueError(f"{self.model_type} with {field.theirs}={found!r} is not expressed here; legal: "
                                      f"{', '.join(map(repr, (field.value, *field.also)))}")  # fmt: skip
-        return {**ours, "rope_base": self._rope_base(theirs), "activation": "swiglu"}
+        return {**ours, **read_rope(theirs, self.rope_theta), "activation": "swiglu"}
 
     def write(self, config: DecoderConfig) -> dict[str, Any]:
         """What of ``config.json`` :meth:`read` reads."""
         ours = asdict(settled(config))
         theirs = {f.theirs: ours[f.ours] if isinstance(f, Field) else f.value for f in self.fields}
-        rope = {"rope_type": "default", "rope_theta": config.rope_base}
-        return {**theirs, "rope_parameters": rope, "rope_theta": config.rope_base}  # for transformers 5, and before
+        return {**theirs, **write_rope(config)}
 
     def config(self, theirs: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> DecoderConfig:
         """Our configuration.
@@ -160,84 +164,41 @@ class Family(ABC):
             raise UserValueError(f"a config.json of {self.model_type} needs {key}")
         return theirs.get(key, absent)
 
-    def _rope_base(self, theirs: Mapping[str, Any]) -> float:
-        rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise UserValueError(f"{self.model_type} with a rotary scaling of type {kind!r} is not expressed here")
-        return float(rope.get("rope_theta") or theirs.get("rope_theta") or self.rope_theta)
+
+# What says nothing of a decoder without experts.
+_OF_EXPERTS: dict[str, Any] = {
+    "num_experts": 1,
+    "top_k": 1,
+    "norm_topk_prob": False,
+    "expert_hidden_dim": None,
+    "router": "softmax",
+    "shared_expert_hidden_dim": None,
+    "shared_expert_gate": False,
+}
 
 
 def settled(config: DecoderConfig) -> DecoderConfig:
     """With what is left open said: equal for decoders that are equal."""
     experts = [layer for layer in range(config.num_layers) if config.has_experts(layer)]
-    routed: dict[str, Any] = {"expert_hidden_dim": config.expert_hidden}
-    dense: dict[str, Any] = {"num_experts": 1, "top_k": 1, "norm_topk_prob": False, "expert_hidden_dim": None}
+    windows = [config.window(layer) for layer in range(config.num_layers)]
+    given: dict[str, Any] = {"expert_hidden_dim": config.expert_hidden, "router": _router(config.router)}
+    dense = {name: without for name, without in _OF_EXPERTS.items() if not experts}
     return replace(
         config,
         num_kv_heads=config.kv_heads,
-        head_dim=config.head,
+        head_dim=None if config.kv_lora_rank else config.head,
         hidden_dim=config.hidden,
+        sliding_window=config.sliding_window if any(windows) else None,
+        layer_types=None if all(windows) or not any(windows) else config.layer_types,
         moe_layers=experts,
         moe_every=1,
         first_dense_layers=0,
-        **(routed if experts else dense),
+        **{**given, **dense},
     )
 
 
-# --- names that most families share
-
-
-def embedding_and_head(config: DecoderConfig) -> Iterator[Rule]:
-    """The first and the last matrices, and the norm between; a tied head may be there again."""
-    yield Rule("model.embed_tokens.weight", ("embedding.weight",))
-    yield Rule("model.norm.weight", ("norm.weight",))
-    tied = config.tie_embeddings
-    yield Rule("lm_head.weight", ("embedding.weight" if tied else "head.weight",), copy=tied)
-
-
-def attention(theirs: str, ours: str, config: DecoderConfig) -> Iterator[Rule]:
-    """Query, key, value and output of a block, their biases, and norms of queries and keys."""
-    for their_name, our_name in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"), ("o_proj", "out")):
-        biased = config.attention_out_bias if our_name == "out" else config.attention_bias
-        for kind in ("weight", "bias") if biased else ("weight",):
-            yield Rule(f"{theirs}.self_attn.{their_name}.{kind}", (f"{ours}.attention.{our_name}.{kind}",))
-    if config.qk_norm:
-        for their_name, our_name in (("q_norm", "query_norm"), ("k_norm", "key_norm")):
-            yield Rule(f"{theirs}.self_attn.{their_name}.weight", (f"{ours}.attention.{our_name}.weight",))
-
-
-def norms(theirs: str, ours: str) -> Iterator[Rule]:
-    """The norms before attention and before the feed-forward of a block."""
-    yield Rule(f"{theirs}.input_layernorm.weight", (f"{ours}.attention_norm.weight",))
-    yield Rule(f"{theirs}.post_attention_layernorm.weight", (f"{ours}.mlp_norm.weight",))
-
-
-def dense_mlp(theirs: str, ours: str) -> Iterator[Rule]:
-    """Gate, up and down of a block's MLP."""
-    for name in ("gate", "up", "down"):
-        yield Rule(f"{theirs}.{name}_proj.weight", (f"{ours}.{name}.weight",))
-
-
-def experts(theirs: str, ours: str, count: int) -> Either:
-    """A block's experts: a tensor each, or stacked ones with gate and up in one, as transformers 5 holds them.
-
-    Args:
-        theirs: such as ``model.layers.0.mlp.experts``.
-        ours: such as ``blocks.0.mlp.experts``.
-        count: of the experts.
-    """
-    each = tuple(
-        Rule(f"{theirs}.{expert}.{name}_proj.weight", (f"{ours}.{name}",), expert=expert)
-        for expert in range(count)
-        for name in ("gate", "up", "down")
-    )
-    return Either((each, fused_experts(theirs, ours)))
-
-
-def fused_experts(theirs: str, ours: str) -> tuple[Rule, ...]:
-    """A block's experts stacked, gate and up in one."""
-    return (
-        Rule(f"{theirs}.gate_up_proj", (f"{ours}.gate", f"{ours}.up"), dim=1),
-        Rule(f"{theirs}.down_proj", (f"{ours}.down",)),
-    )
+def _router(router: str | dict[str, Any]) -> dict[str, Any]:
+    """By name and all arguments that are not as they are without."""
+    name, given = (router, {}) if isinstance(router, str) else (router["name"], router.get("init_args") or {})
+    plain = {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}
+    return {"name": name, "init_args": {key: value for key, value in sorted(given.items()) if value != plain.get(key)}}

@@ -6,16 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from lightning_tex.models.config import DecoderConfig
-from lightning_tex.models.families.family import (
-    SIZES,
-    Family,
-    Field,
-    Fixed,
-    attention,
-    dense_mlp,
-    embedding_and_head,
-    norms,
-)
+from lightning_tex.models.families.family import SIZES, Family, Field, Fixed
+from lightning_tex.models.families.names import attention, dense_mlp, embedding_and_head, norms
 from lightning_tex.pretrained.rules import Rule
 
 

@@ -1,8 +1,8 @@
-"""Mistral: a dense decoder as Llama is, with a window on attention in its first version."""
+"""Mistral: a dense decoder as Llama is, with a window on attention (arXiv 2310.06825)."""
 
 from __future__ import annotations
 
-from lightning_tex.models.families.family import SIZES, Fixed
+from lightning_tex.models.families.family import SIZES, Field, Fixed
 from lightning_tex.models.families.llama import Llama
 
 
@@ -11,4 +11,4 @@ class Mistral(Llama):
 
     model_type = "mistral"
     architecture = "MistralForCausalLM"
-    fields = (*SIZES, Fixed("hidden_act", "silu"), Fixed("sliding_window", None, absent=4096))
+    fields = (*SIZES, Field("sliding_window", "sliding_window", 4096), Fixed("hidden_act", "silu"))

@@ -6,16 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lightning_tex.models.config import DecoderConfig
-from lightning_tex.models.families.family import (
-    SIZES,
-    Family,
-    Field,
-    Fixed,
-    attention,
-    embedding_and_head,
-    fused_experts,
-    norms,
-)
+from lightning_tex.models.families.family import SIZES, Family, Field, Fixed
+from lightning_tex.models.families.names import attention, embedding_and_head, fused_experts, norms
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.pretrained.rules import Either, Rule
 
@@ -34,8 +26,8 @@ class Mixtral(Family):
         Field("num_local_experts", "num_experts"),
         Field("num_experts_per_tok", "top_k"),
         Field("router_aux_loss_coef", "load_balance_coefficient", 0.001),
+        Field("sliding_window", "sliding_window", None),
         Fixed("hidden_act", "silu"),
-        Fixed("sliding_window", None),
     )
 
     def read(self, theirs: Mapping[str, Any]) -> dict[str, Any]:

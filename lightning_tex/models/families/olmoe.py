@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 from lightning_tex.models.config import DecoderConfig
-from lightning_tex.models.families.family import SIZES, Field, Fixed
-from lightning_tex.models.families.qwen3_moe import Qwen3MoE
+from lightning_tex.models.families.family import SIZES, Family, Field, Fixed
+from lightning_tex.models.families.names import attention, embedding_and_head, experts, norms
+from lightning_tex.pretrained.rules import Either, Rule
 
 
-class OLMoE(Qwen3MoE):
+class OLMoE(Family):
     """``OlmoeForCausalLM``."""
 
     model_type = "olmoe"
     architecture = "OlmoeForCausalLM"
-    fields = (
+    fields: ClassVar[tuple[Field | Fixed, ...]] = (
         *SIZES,
         Field("rms_norm_eps", "norm_eps", 1e-5),
         Field("attention_bias", "attention_bias", False),
@@ -31,6 +32,11 @@ class OLMoE(Qwen3MoE):
     def read(self, theirs: Mapping[str, Any]) -> dict[str, Any]:
         return {**super().read(theirs), "moe_every": 1, "qk_norm": "full"}
 
-    def write(self, config: DecoderConfig) -> dict[str, Any]:
-        others = ("mlp_only_layers", "decoder_sparse_step")
-        return {name: value for name, value in super().write(config).items() if name not in others}
+    def rules(self, config: DecoderConfig) -> Iterator[Rule | Either]:
+        yield from embedding_and_head(config)
+        for layer in range(config.num_layers):
+            theirs, ours = f"model.layers.{layer}", f"blocks.{layer}"
+            yield from attention(theirs, ours, config)
+            yield from norms(theirs, ours)
+            yield Rule(f"{theirs}.mlp.gate.weight", (f"{ours}.mlp.router.weight",))
+            yield experts(f"{theirs}.mlp.experts", f"{ours}.mlp.experts", config.num_experts)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_tex.models.config import DecoderConfig
 from lightning_tex.models.families.family import SIZES, Field, Fixed
 from lightning_tex.models.families.llama import Llama
+from lightning_tex.models.families.windows import read_windows, write_windows
 
 
 class Qwen3(Llama):
@@ -20,8 +22,10 @@ class Qwen3(Llama):
         Field("attention_bias", "attention_bias", False),
         Field("attention_bias", "attention_out_bias", False),
         Fixed("hidden_act", "silu"),
-        Fixed("use_sliding_window", False),
     )
 
     def read(self, theirs: Mapping[str, Any]) -> dict[str, Any]:
-        return {**super().read(theirs), "qk_norm": "head"}
+        return {**super().read(theirs), **read_windows(theirs), "qk_norm": "head"}
+
+    def write(self, config: DecoderConfig) -> dict[str, Any]:
+        return {**super().write(config), **write_windows(config)}

@@ -1,31 +1,20 @@
-"""Qwen3-MoE: experts in all blocks, in every n-th, or but for some, and norms of queries and keys, head by head."""
+"""Qwen3-MoE: experts in some blocks or all, and norms of queries and keys, head by head (arXiv 2505.09388)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any
 
-from lightning_tex.models.config import DecoderConfig
-from lightning_tex.models.families.family import (
-    SIZES,
-    Family,
-    Field,
-    Fixed,
-    attention,
-    dense_mlp,
-    embedding_and_head,
-    experts,
-    norms,
-)
-from lightning_tex.pretrained.rules import Either, Rule
+from lightning_tex.models.families.family import SIZES, Field, Fixed
+from lightning_tex.models.families.qwen2_moe import Qwen2MoE
 
 
-class Qwen3MoE(Family):
+class Qwen3MoE(Qwen2MoE):
     """``Qwen3MoeForCausalLM``."""
 
     model_type = "qwen3_moe"
     architecture = "Qwen3MoeForCausalLM"
-    fields: ClassVar[tuple[Field | Fixed, ...]] = (
+    fields = (
         *SIZES,
         Field("attention_bias", "attention_bias", False),
         Field("attention_bias", "attention_out_bias", False),
@@ -35,28 +24,7 @@ class Qwen3MoE(Family):
         Field("norm_topk_prob", "norm_topk_prob", False),
         Field("router_aux_loss_coef", "load_balance_coefficient", 0.001),
         Fixed("hidden_act", "silu"),
-        Fixed("use_sliding_window", False),
     )
 
     def read(self, theirs: Mapping[str, Any]) -> dict[str, Any]:
-        dense, step = theirs.get("mlp_only_layers") or [], theirs.get("decoder_sparse_step", 1)
-        layers = range(self.value(theirs, "num_hidden_layers"))
-        routed = [layer for layer in layers if layer not in dense and (layer + 1) % step == 0]
-        places = {"moe_layers": routed} if dense else {"moe_every": step}
-        return {**super().read(theirs), **places, "qk_norm": "head"}
-
-    def write(self, config: DecoderConfig) -> dict[str, Any]:
-        dense = [layer for layer in range(config.num_layers) if not config.has_experts(layer)]
-        return {**super().write(config), "mlp_only_layers": dense, "decoder_sparse_step": 1}
-
-    def rules(self, config: DecoderConfig) -> Iterator[Rule | Either]:
-        yield from embedding_and_head(config)
-        for layer in range(config.num_layers):
-            theirs, ours = f"model.layers.{layer}", f"blocks.{layer}"
-            yield from attention(theirs, ours, config)
-            yield from norms(theirs, ours)
-            if config.has_experts(layer):
-                yield Rule(f"{theirs}.mlp.gate.weight", (f"{ours}.mlp.router.weight",))
-                yield experts(f"{theirs}.mlp.experts", f"{ours}.mlp.experts", config.num_experts)
-            else:
-                yield from dense_mlp(f"{theirs}.mlp", f"{ours}.mlp")
+        return {**super().read(theirs), "qk_norm": "head", "shared_expert_gate": False}
