@@ -5,13 +5,14 @@ from lightning_tex.layers.latent_attention import ParallelLatentAttention
 from lightning_tex.layers.linear import ColumnParallelLinear, RowParallelLinear
 from lightning_tex.layers.linear_cross_entropy import VocabParallelLinearCrossEntropy
 from lightning_tex.layers.mlp import ParallelMLP
-from lightning_tex.layers.norm import RMSNorm
+from lightning_tex.layers.norm import LayerNorm, RMSNorm
 from lightning_tex.layers.rotary import Rotary, RotaryTables
 from lightning_tex.layers.token_context import TokenContext
 from lightning_tex.layers.vocab import VocabParallelCrossEntropy, VocabParallelEmbedding, VocabParallelHead
 
 __all__ = [
     "ColumnParallelLinear",
+    "LayerNorm",
     "ParallelAttention",
     "ParallelLatentAttention",
     "ParallelMLP",

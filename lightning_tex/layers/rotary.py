@@ -75,7 +75,7 @@ class Rotary:
         wide = torch.promote_types(dtype, torch.float32)
         rates, factor = self.rates(like.device, wide), 1.0
         if self.scaling is not None:
-            rates, factor = self.scaling.rates(rates, self.base, length), self.scaling.table_factor
+            rates, factor = self.scaling.rates(rates, self.base, length), self.scaling.table_factor(length)
         angle = torch.arange(length, device=like.device, dtype=wide)[:, None] * rates
         cos, sin = (table[None, :, None] for table in (angle.cos(), angle.sin()))
         if factor != 1:

@@ -29,9 +29,8 @@ class RotaryScaling(ABC):
             length: L.
         """
 
-    @property
-    def table_factor(self) -> float:
-        """What cosines and sines are multiplied with."""
+    def table_factor(self, length: int) -> float:
+        """What cosines and sines of a sequence of that length are multiplied with."""
         return 1.0
 
     @property
@@ -111,8 +110,7 @@ class YarnScaling(RotaryScaling):
         """The pair that turns so often over the original length."""
         return width * math.log(self.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(base))
 
-    @property
-    def table_factor(self) -> float:
+    def table_factor(self, length: int) -> float:
         if self.attention_factor is not None:
             return self.attention_factor
         if self.mscale and self.mscale_all_dim:
@@ -132,7 +130,8 @@ class LongRopeScaling(RotaryScaling):
     """Each pair is stretched by a number of its own, one list for short and one for long sequences (arXiv 2402.13753).
 
     ``short_factor``, ``long_factor``: [d/2] each, the second beyond ``original_max_position_embeddings`` tokens.
-    ``attention_factor`` multiplies the tables; left out it is sqrt(1 + ln(factor) / ln(original length)).
+    ``attention_factor`` multiplies the tables; left out it is sqrt(1 + ln(factor) / ln(original length)). In its place
+    may be ``short_mscale`` and ``long_mscale``, one for short and one for long sequences (Phi-MoE).
     """
 
     short_factor: tuple[float, ...]
@@ -140,20 +139,27 @@ class LongRopeScaling(RotaryScaling):
     original_max_position_embeddings: int
     factor: float = 1.0
     attention_factor: float | None = None
+    short_mscale: float | None = None
+    long_mscale: float | None = None
 
     def rates(self, rates: Tensor, base: float, length: int) -> Tensor:
-        factors = self.long_factor if length > self.original_max_position_embeddings else self.short_factor
+        factors = self.long_factor if self._is_long(length) else self.short_factor
         if len(factors) != len(rates):
             raise UserValueError(f"longrope has {len(factors)} factors; legal: one for each of {len(rates)} pairs")
         return rates / torch.tensor(factors, device=rates.device, dtype=rates.dtype)
 
-    @property
-    def table_factor(self) -> float:
+    def table_factor(self, length: int) -> float:
+        of_length = self.long_mscale if self._is_long(length) else self.short_mscale
+        if of_length is not None:
+            return of_length
         if self.attention_factor is not None:
             return self.attention_factor
         if self.factor <= 1:
             return 1.0
         return math.sqrt(1 + math.log(self.factor) / math.log(self.original_max_position_embeddings))
+
+    def _is_long(self, length: int) -> bool:
+        return length > self.original_max_position_embeddings
 
 
 SCALINGS: dict[str, type[RotaryScaling]] = {

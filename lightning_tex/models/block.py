@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lightning_tex.layers import (
+    LayerNorm,
     ParallelAttention,
     ParallelLatentAttention,
     ParallelMLP,
@@ -19,7 +20,7 @@ from lightning_tex.moe import MoE
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each normed before and added after: [B, S, D] -> [B, S, D].
+    """Attention and feed-forward, each normed before or after, and added: [B, S, D] -> [B, S, D].
 
     Args:
         config: of the decoder.
@@ -28,15 +29,24 @@ class Block(nn.Module):
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
-        self.attention_norm = make_norm(config)
+        before, after = config.norm_placement != "post", config.norm_placement != "pre"
+        self.attention_norm = make_norm(config) if before else nn.Identity()
         self.attention = make_attention(config, layer)
-        self.mlp_norm = make_norm(config)
+        self.attention_output_norm = make_norm(config) if after else nn.Identity()
+        self.mlp_norm = make_norm(config) if before else nn.Identity()
         self.mlp = make_feed_forward(config, layer)
+        self.mlp_output_norm = make_norm(config) if after else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
+        self.multiplier = config.residual_multiplier
 
     def forward(self, x: Tensor, context: TokenContext | None = None, rotary: RotaryTables | None = None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), context=context, rotary=rotary))
-        return x + self.dropout(self._feed_forward(self.mlp_norm(x), context))
+        attended = self.attention(self.attention_norm(x), context=context, rotary=rotary)
+        x = x + self._branch(self.attention_output_norm(attended))
+        return x + self._branch(self.mlp_output_norm(self._feed_forward(self.mlp_norm(x), context)))
+
+    def _branch(self, x: Tensor) -> Tensor:
+        x = self.dropout(x)
+        return x if self.multiplier == 1 else x * self.multiplier
 
     def _feed_forward(self, x: Tensor, context: TokenContext | None) -> Tensor:
         if context is not None and isinstance(self.mlp, MoE):
@@ -46,7 +56,8 @@ class Block(nn.Module):
 
 def make_norm(config: DecoderConfig) -> nn.Module:
     """A norm over the model width."""
-    return RMSNorm(config.dim, eps=config.norm_eps)
+    kind = {"rms": RMSNorm, "layer": LayerNorm}[config.norm]
+    return kind(config.dim, eps=config.norm_eps)
 
 
 def make_attention(config: DecoderConfig, layer: int) -> nn.Module:
@@ -95,7 +106,7 @@ def make_feed_forward(config: DecoderConfig, layer: int) -> nn.Module:
     """A block's experts or MLP."""
     c = config
     if not c.has_experts(layer):
-        return ParallelMLP(c.dim, c.hidden, c.activation)
+        return ParallelMLP(c.dim, c.hidden, c.activation, c.mlp_bias)
     return MoE(
         c.dim,
         c.expert_hidden,
@@ -109,4 +120,5 @@ def make_feed_forward(config: DecoderConfig, layer: int) -> nn.Module:
         z_loss_coefficient=c.z_loss_coefficient,
         shared_hidden_dim=c.shared_expert_hidden_dim,
         shared_gate=c.shared_expert_gate,
+        bias=c.expert_bias,
     )

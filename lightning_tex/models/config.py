@@ -18,6 +18,8 @@ from lightning_tex.parallel.errors import UserValueError
 # What makes attention latent.
 _LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
+NormKind = Literal["rms", "layer"]
+NormPlacement = Literal["pre", "post", "sandwich"]
 AttentionType = Literal["full_attention", "sliding_attention"]
 
 
@@ -37,7 +39,8 @@ class DecoderConfig:
         top_k: experts per token.
         capacity_factor: see :class:`lightning_tex.moe.MoE`; ``None``: dropless.
         moe_every: every n-th block has experts, the last of each n (2: blocks 1, 3, 5, ..).
-        activation: ``"gelu"`` or ``"swiglu"``.
+        activation: of MLPs and experts, ``"swiglu"``, ``"gelu"`` and others; see
+            :class:`lightning_tex.layers.ParallelMLP`.
         norm_topk_prob: rescale a token's weights to sum to 1.
         load_balance_coefficient: weight of the load-balance loss.
         z_loss_coefficient: weight of the router's z-loss.
@@ -45,6 +48,13 @@ class DecoderConfig:
         dropout: dropout of attention weights and of each residual branch.
         tie_embeddings: embedding and head share one matrix.
         norm_eps: added to the mean square in every norm.
+        norm: ``"rms"``, or ``"layer"``, which has a bias.
+        norm_placement: ``"pre"``: norms before attention and feed-forward; ``"post"``: of what they give, before it is
+            added (OLMo 2); ``"sandwich"``: both (Gemma 2).
+        head_bias: a bias of the logits.
+        embedding_multiplier: what the embedding gives is multiplied with it.
+        residual_multiplier: what attention and feed-forward give, before it is added.
+        logits_scaling: logits are divided by it.
         head_dim: width of a head, even; ``None``: dim / num_heads.
         attention_bias: biases of queries, keys and values.
         attention_out_bias: a bias of attention's output projection.
@@ -66,10 +76,12 @@ class DecoderConfig:
         qk_nope_head_dim, qk_rope_head_dim: of latent attention, widths of the parts of a head that stay and that turn.
         v_head_dim: of latent attention, width of a head's values.
         expert_hidden_dim: hidden width of each expert; ``None``: hidden_dim.
-        router: ``"softmax"``, ``"sigmoid"``, or one with arguments of its own, ``{"name": .., "init_args": {..}}``; see
-            :class:`lightning_tex.moe.MoE`.
+        router: ``"softmax"``, ``"sigmoid"``, ``"sparsemixer"``, or one with arguments of its own,
+            ``{"name": .., "init_args": {..}}``; see :class:`lightning_tex.moe.MoE`.
         shared_expert_hidden_dim: hidden width of an expert that every token uses beside its own; ``None``: none.
         shared_expert_gate: that one's output is multiplied by a sigmoid gate.
+        expert_bias: biases in experts; dropless only.
+        mlp_bias: biases in MLPs.
         first_dense_layers: so many blocks from the first have no experts.
         moe_layers: the blocks that have experts, from 0, in place of ``moe_every`` and ``first_dense_layers``.
 
@@ -96,6 +108,12 @@ class DecoderConfig:
     dropout: float = 0.0
     tie_embeddings: bool = True
     norm_eps: float = 1e-5
+    norm: NormKind = "rms"
+    norm_placement: NormPlacement = "pre"
+    head_bias: bool = False
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
     head_dim: int | None = None
     attention_bias: bool = False
     attention_out_bias: bool = False
@@ -119,6 +137,8 @@ class DecoderConfig:
     router: str | dict[str, Any] = "softmax"
     shared_expert_hidden_dim: int | None = None
     shared_expert_gate: bool = False
+    expert_bias: bool = False
+    mlp_bias: bool = False
     first_dense_layers: int = 0
     moe_layers: list[int] | None = None
 

@@ -31,7 +31,9 @@ class Decoder(nn.Module):
         self.embedding = VocabParallelEmbedding(config.vocab_size, config.dim, std=config.dim**-0.5)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = make_norm(config)
-        self.head = VocabParallelHead(config.dim, config.vocab_size, softcap=config.final_logit_softcapping)
+        self.head = VocabParallelHead(
+            config.dim, config.vocab_size, softcap=config.final_logit_softcapping, bias=config.head_bias
+        )
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
 
@@ -57,10 +59,13 @@ class Decoder(nn.Module):
             )
         context = None if token_mask is None else TokenContext.causal(require_token_mask(token_mask, ids))
         x = self.embedding(ids)
+        if self.config.embedding_multiplier != 1:
+            x = x * self.config.embedding_multiplier
         rotary = self.rotary.tables(ids.shape[-1], x)
         for block in self.blocks:
             x = block(x, context, rotary)
-        return self.norm(x)
+        x = self.norm(x)
+        return x if self.config.logits_scaling == 1 else x / self.config.logits_scaling
 
     def moe_layers(self) -> Iterator[tuple[int, MoE]]:
         """The MoE layers with their block's number."""

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_tex.layers.mlp import Activation
 from lightning_tex.moe.activation import hidden, hidden_backward
 from lightning_tex.moe.exchange import Exchange
 from lightning_tex.moe.products import Products
@@ -18,11 +19,16 @@ from lightning_tex.moe.products import Products
 
 
 class Matrices(NamedTuple):
-    """Of all experts: up and gate [e, H, D] (no gate with gelu), down [e, D, H]."""
+    """Of all experts: up and gate [e, H, D] (not always a gate), down [e, D, H]; biases of the first [e, H].
+
+    Those of down are added elsewhere (``output_biases``).
+    """
 
     up: Tensor
     gate: Tensor | None
     down: Tensor
+    up_bias: Tensor | None
+    gate_bias: Tensor | None
 
     def to(self, dtype: torch.dtype) -> Matrices:
         """The same in a dtype; copies only where they have another."""
@@ -50,10 +56,12 @@ class Gradients(NamedTuple):
     up: Tensor | None
     gate: Tensor | None
     down: Tensor | None
+    up_bias: Tensor | None = None
+    gate_bias: Tensor | None = None
 
 
 class ExpertBlock(ABC):
-    """``down[e] @ (weight * activation(up[e] @ row, gate[e] @ row))`` for the rows of all experts e.
+    """``down[e] @ (weight * activation(up[e] @ row + bias, gate[e] @ row + bias))`` for the rows of all experts e.
 
     It takes rows [N, D] that have travelled and gives as many; or, where nothing travels, tokens [t, D], of which it
     picks the rows and into which it sums what comes out.
@@ -82,35 +90,43 @@ class BlockOfRows(ExpertBlock):
 
     Args:
         products: how their products are computed.
+        activation: between them.
         local: picks the rows from tokens and sums into them; ``None`` where rows have travelled.
     """
 
-    def __init__(self, products: Products, local: Exchange | None = None) -> None:
-        self.products, self.local = products, local
+    def __init__(self, products: Products, activation: Activation, local: Exchange | None = None) -> None:
+        self.products, self.activation, self.local = products, activation, local
 
     def inward(self, x: Tensor, matrices: Matrices) -> tuple[Tensor, Tensor | None]:
         rows = self._rows(x)
-        gate = None if matrices.gate is None else self.products.forward(rows, matrices.gate)
-        return self.products.forward(rows, matrices.up), gate
+        gate = None if matrices.gate is None else self._affine(rows, matrices.gate, matrices.gate_bias)
+        return self._affine(rows, matrices.up, matrices.up_bias), gate
 
     def outward(self, kept: Kept, matrices: Matrices) -> Tensor:
-        return self._summed(self.products.forward(hidden(kept.up, kept.gate, kept.weights), matrices.down))
+        value = hidden(kept.up, kept.gate, kept.weights, self.activation)
+        return self._summed(self.products.forward(value, matrices.down))
 
     def backward(self, grad: Tensor, kept: Kept, matrices: Matrices, wanted: Matrices) -> Gradients:
         products, grad = self.products, self._rows(grad).contiguous()
         d_hidden = products.rows_backward([(grad, matrices.down)])
-        again, d_up, d_gate, d_weights = hidden_backward(d_hidden, kept.up, kept.gate, kept.weights)
+        again, d_up, d_gate, d_weights = hidden_backward(d_hidden, kept.up, kept.gate, kept.weights, self.activation)
         d_down_matrices = products.matrices_backward(grad, again) if wanted.down else None
         del grad, d_hidden, again
         rows = self._rows(kept.x)
         d_up_matrices = products.matrices_backward(d_up, rows) if wanted.up else None
         d_gate_matrices = products.matrices_backward(d_gate, rows) if wanted.gate and d_gate is not None else None
         del rows
+        d_up_bias = products.biases_backward(d_up) if wanted.up_bias else None
+        d_gate_bias = products.biases_backward(d_gate) if wanted.gate_bias and d_gate is not None else None
         pairs = [(d_up, matrices.up)]
         if d_gate is not None and matrices.gate is not None:
             pairs.append((d_gate, matrices.gate))
         d_x = self._summed(products.rows_backward(pairs))
-        return Gradients(d_x, d_weights, d_up_matrices, d_gate_matrices, d_down_matrices)
+        return Gradients(d_x, d_weights, d_up_matrices, d_gate_matrices, d_down_matrices, d_up_bias, d_gate_bias)
+
+    def _affine(self, rows: Tensor, matrices: Tensor, biases: Tensor | None) -> Tensor:
+        product = self.products.forward(rows, matrices)
+        return product if biases is None else self.products.add_biases(product, biases)
 
     def _rows(self, x: Tensor) -> Tensor:
         return x if self.local is None else self.local.to_experts(x)
@@ -136,10 +152,12 @@ class BlockByExpert(ExpertBlock):
 
     Args:
         local: which rows are whose.
+        activation: between the products.
     """
 
-    def __init__(self, local: Exchange) -> None:
+    def __init__(self, local: Exchange, activation: Activation) -> None:
         assert not local.gaps
+        self.activation = activation
         self.local, self.sizes = local, local.groups.sizes
         self.token = local.choice // local.slot.shape[1]
 
@@ -151,12 +169,17 @@ class BlockByExpert(ExpertBlock):
             torch.mm(rows, expert.matrices.up.t(), out=expert.up)
             if expert.gate is not None and expert.matrices.gate is not None:
                 torch.mm(rows, expert.matrices.gate.t(), out=expert.gate)
+            for product, bias in zip(
+                (expert.up, expert.gate), (expert.matrices.up_bias, expert.matrices.gate_bias), strict=True
+            ):
+                if product is not None and bias is not None:
+                    product.add_(bias)
         return up, gate
 
     def outward(self, kept: Kept, matrices: Matrices) -> Tensor:
         sums = self._sums(kept.x)
         for expert in self._experts(kept, matrices):
-            value = hidden(expert.up, expert.gate, expert.weights)
+            value = hidden(expert.up, expert.gate, expert.weights, self.activation)
             sums.add(expert.token, [(value, expert.matrices.down.t())])
         return sums.total()
 
@@ -166,11 +189,16 @@ class BlockByExpert(ExpertBlock):
         for expert, places in zip(self._experts(kept, matrices), d_matrices.of_each(len(self.sizes)), strict=True):
             d_rows, rows = grad.index_select(0, expert.token), kept.x.index_select(0, expert.token)
             d_hidden = d_rows @ expert.matrices.down
-            again, d_up, d_gate, d_weight = hidden_backward(d_hidden, expert.up, expert.gate, expert.weights)
+            again, d_up, d_gate, d_weight = hidden_backward(
+                d_hidden, expert.up, expert.gate, expert.weights, self.activation
+            )
             d_weights.append(d_weight)
-            for place, out, into in zip(places, (d_up, d_gate, d_rows), (rows, rows, again), strict=True):
+            for place, out, into in zip(places[:3], (d_up, d_gate, d_rows), (rows, rows, again), strict=True):
                 if place is not None and out is not None:
                     torch.mm(out.t(), into, out=place)
+            for place, out in zip(places[3:], (d_up, d_gate), strict=True):
+                if place is not None and out is not None:
+                    torch.sum(out, 0, out=place)
             pairs = [(d_up, expert.matrices.up)]
             if d_gate is not None and expert.matrices.gate is not None:
                 pairs.append((d_gate, expert.matrices.gate))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lightning_tex.layers.mlp import Activation, require_activation
+from lightning_tex.layers.mlp import GATED, Activation, require_activation
 from lightning_tex.moe.activation import hidden
 from lightning_tex.moe.dispatch import Arrived, LocalRows, RowsInRounds
 from lightning_tex.moe.exchange import Exchange, from_experts
@@ -37,7 +37,8 @@ class Experts(TexModule):
         dim: D.
         hidden_dim: H; divisible by the expert_tensor axis.
         num_experts: E; divisible by the expert axis.
-        activation: ``"gelu"`` (two matrices) or ``"swiglu"`` (three).
+        activation: see :class:`lightning_tex.layers.ParallelMLP`; with a gate there are three matrices, else two.
+        bias: biases of the first matrices; of the last one's see :class:`lightning_tex.moe.output_biases.OutputBiases`.
     """
 
     axes = ("expert", "expert_tensor")
@@ -45,25 +46,39 @@ class Experts(TexModule):
         "gate": {"expert": 0, "expert_tensor": 1},
         "up": {"expert": 0, "expert_tensor": 1},
         "down": {"expert": 0, "expert_tensor": 2},
+        "up_bias": {"expert": 0, "expert_tensor": 1},
+        "gate_bias": {"expert": 0, "expert_tensor": 1},
     }
     gate: nn.Parameter | None
+    up_bias: nn.Parameter | None
+    gate_bias: nn.Parameter | None
 
-    def __init__(self, dim: int, hidden_dim: int, num_experts: int, activation: Activation = "gelu") -> None:
+    def __init__(
+        self, dim: int, hidden_dim: int, num_experts: int, activation: Activation = "gelu", bias: bool = False
+    ) -> None:
         super().__init__()
         require_activation(activation)
-        self.dim, self.hidden_dim, self.num_experts = dim, hidden_dim, num_experts
-        shape = (num_experts, hidden_dim, dim)
-        self.gate = nn.Parameter(torch.empty(shape)) if activation == "swiglu" else None
+        self.dim, self.hidden_dim, self.num_experts, self.activation = dim, hidden_dim, num_experts, activation
+        gated, shape = activation in GATED, (num_experts, hidden_dim, dim)
+        self.up_bias = nn.Parameter(torch.empty(num_experts, hidden_dim)) if bias else None
+        self.gate_bias = nn.Parameter(torch.empty(num_experts, hidden_dim)) if bias and gated else None
+        self.gate = nn.Parameter(torch.empty(shape)) if gated else None
         self.up = nn.Parameter(torch.empty(shape))
         self.down = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
         self.reset_parameters()
+
+    @property
+    def matrices(self) -> Matrices:
+        """Those held here."""
+        return Matrices(self.up, self.gate, self.down, self.up_bias, self.gate_bias)
 
     @by_index
     def reset_parameters(self) -> None:
         """Draw each expert as ``torch.nn.Linear`` would: uniform within 1/sqrt(input width)."""
         boxes = self.boxes()
         for name, parameter in self.named_parameters(recurse=False):
-            init_uniform_(parameter, 1 / math.sqrt(boxes[name].full[-1]), boxes[name])
+            width = self.hidden_dim if name == "down" else self.dim
+            init_uniform_(parameter, 1 / math.sqrt(width), boxes[name])
 
     def forward(self, arrived: Arrived, exchange: Exchange) -> Tensor:
         """What the experts give for the rows that arrived, brought back by the exchange: [N, D] -> [t, D].
@@ -72,7 +87,7 @@ class Experts(TexModule):
         """
         x, weights, block, home = self._plan(arrived)
         call = _Call(block, autocast_dtype(x), last_product=home or not replaying())
-        y = _Outward.apply(_Inward.apply(x, weights, self.up, self.gate, self.down, call), call)
+        y = _Outward.apply(_Inward.apply(x, weights, *self.matrices, call), call)
         return y if home else from_experts(y, exchange)
 
     def _plan(self, arrived: Arrived) -> tuple[Tensor, Tensor, ExpertBlock, bool]:
@@ -80,7 +95,7 @@ class Experts(TexModule):
 
         def at_once(groups: Groups, local: Exchange | None = None) -> BlockOfRows:
             matrices = [m for m in (self.up, self.gate, self.down) if m is not None]
-            return BlockOfRows(Products.of(groups, autocast_dtype(x), matrices), local)
+            return BlockOfRows(Products.of(groups, autocast_dtype(x), matrices), self.activation, local)
 
         if isinstance(arrived, RowsInRounds):
             x = arrived.tokens
@@ -88,7 +103,12 @@ class Experts(TexModule):
         if isinstance(arrived, LocalRows):
             x, local = arrived.tokens, arrived.exchange
             on_cpu = device_type(x) == "cpu"
-            return x, arrived.weights, BlockByExpert(local) if on_cpu else at_once(local.groups, local), True
+            return (
+                x,
+                arrived.weights,
+                BlockByExpert(local, self.activation) if on_cpu else at_once(local.groups, local),
+                True,
+            )
         x = arrived.rows
         return x, arrived.weights, at_once(arrived.groups), False
 
@@ -97,16 +117,22 @@ class Experts(TexModule):
         """What the experts held here give by themselves, one after another: partial sums over expert_tensor."""
         rows, weights = arrived.rows, arrived.weights
         dtype = autocast_dtype(rows)
-        up, gate, down = Matrices(self.up, self.gate, self.down).to(dtype)
-        for e, (part, weight) in enumerate(LoopedProducts(arrived.groups).parts(rows.to(dtype), weights)):
+        matrices, parts = self.matrices.to(dtype), LoopedProducts(arrived.groups).parts(rows.to(dtype), weights)
+        for (part, weight), own in zip(parts, matrices.of_each(len(parts)), strict=True):
             with autocast_off(rows):
-                value = hidden(part @ up[e].mT, None if gate is None else part @ gate[e].mT, weight)
-                output = value @ down[e].mT
+                up, gate = _affine(part, own.up, own.up_bias), None
+                if own.gate is not None:
+                    gate = _affine(part, own.gate, own.gate_bias)
+                output = hidden(up, gate, weight, self.activation) @ own.down.mT
             yield output
 
     def extra_repr(self) -> str:
-        kind = "gelu" if self.gate is None else "swiglu"
-        return f"{self.num_experts} x ({self.dim} -> {self.hidden_dim} -> {self.dim}), {kind}"
+        sizes = f"{self.num_experts} x ({self.dim} -> {self.hidden_dim} -> {self.dim})"
+        return f"{sizes}, {self.activation}{', biases' if self.up_bias is not None else ''}"
+
+
+def _affine(rows: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    return rows @ matrix.mT if bias is None else rows @ matrix.mT + bias
 
 
 class _Call:
@@ -131,15 +157,14 @@ class _Inward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weights: Tensor, up: Tensor, gate: Tensor | None, down: Tensor, call: _Call
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weights: Tensor, *parameters_and_call: Any) -> Tensor:
+        *parameters, call = parameters_and_call
         ctx.call = call
         with autocast_off(x):
-            matrices, tokens = Matrices(up, gate, down).to(call.dtype), x.to(call.dtype)
+            matrices, tokens = Matrices(*parameters).to(call.dtype), x.to(call.dtype)
             products = call.block.inward(tokens, matrices)
         call.kept = Kept(tokens, weights, *products), matrices
-        ctx.save_for_backward(x, weights, *products, up, gate, down)
+        ctx.save_for_backward(x, weights, *products, *parameters)
         return x.new_empty(0)
 
     @staticmethod
@@ -150,7 +175,7 @@ class _Inward(torch.autograd.Function):
         grad, call.grad = call.grad, None
         with autocast_off(x):
             kept = Kept(x.to(call.dtype), weights, inward, gated)
-            wanted = Matrices(*ctx.needs_input_grad[2:5])
+            wanted = Matrices(*ctx.needs_input_grad[2:-1])
             found: Gradients = call.block.backward(grad, kept, matrices.to(call.dtype), wanted)
             like = (x, weights, *matrices)
             gradients = [None if g is None else g.to(t.dtype) for g, t in zip(found, like, strict=True)]

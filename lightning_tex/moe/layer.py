@@ -12,6 +12,7 @@ from lightning_tex.moe.dropless import DroplessDispatcher
 from lightning_tex.moe.expert_axes import ExpertAxes
 from lightning_tex.moe.experts import Experts
 from lightning_tex.moe.losses import LossLedger, count_choices, routing_loss
+from lightning_tex.moe.output_biases import OutputBiases
 from lightning_tex.moe.rounds import BoundedDroplessDispatcher
 from lightning_tex.moe.router import Route
 from lightning_tex.moe.routers import RouterChoice, make_router
@@ -41,8 +42,8 @@ class MoE(TexModule):
         top_k: experts per token, k.
         capacity_factor: an expert takes ceil(factor * k * T / E) choices of a data rank's T tokens in a micro-step,
             first choices first, earlier tokens first; further ones overflow. ``None``: dropless, all are served.
-        activation: ``"gelu"`` or ``"swiglu"``.
-        router: ``"softmax"``; ``"sigmoid"`` (:class:`SigmoidRouter`); ``"forced_balance"``, which chooses by the
+        activation: see :class:`lightning_tex.layers.ParallelMLP`.
+        router: ``"softmax"``; ``"sigmoid"``, ``"sparsemixer"``; ``"forced_balance"``, which chooses by the
             token's place, for benches; one of these with arguments of its own, ``{"name": .., "init_args": {..}}``; a
             :class:`Router` subclass, or its import path, or an instance.
         norm_topk_prob: rescale a token's k weights to sum to 1.
@@ -53,6 +54,7 @@ class MoE(TexModule):
             memory the fullest rank needs.
         shared_hidden_dim: hidden width of an expert that every token uses beside its k; divisible by the tensor axis.
             ``None``: there is none.
+        bias: biases of all matrices of the experts; dropless only, as each choice has to be served.
         shared_gate: the shared expert's output is multiplied by a sigmoid gate of its own.
 
     Raises:
@@ -77,6 +79,7 @@ class MoE(TexModule):
         *,
         shared_hidden_dim: int | None = None,
         shared_gate: bool = False,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         if round_factor is not None and (round_factor < 1 or capacity_factor is not None):
@@ -86,6 +89,11 @@ class MoE(TexModule):
             )
         if capacity_factor is not None and capacity_factor <= 0:
             raise UserValueError(f"capacity_factor={capacity_factor} must be positive, or None for dropless routing")
+        if bias and capacity_factor is not None:
+            raise UserValueError(
+                f"bias=True with capacity_factor={capacity_factor}: biases are added whichever choices overflow; "
+                "legal: capacity_factor=None (dropless)"
+            )
         self.hidden_dim, self.num_experts, self.top_k = hidden_dim, num_experts, top_k
         self.capacity_factor, self.round_factor = capacity_factor, round_factor
         self.load_balance_coefficient, self.z_loss_coefficient = load_balance_coefficient, z_loss_coefficient
@@ -93,7 +101,8 @@ class MoE(TexModule):
         self.shared = None
         if shared_hidden_dim is not None:
             self.shared = SharedExpert(dim, shared_hidden_dim, activation, shared_gate)
-        self.experts = Experts(dim, hidden_dim, num_experts, activation)
+        self.output_biases = OutputBiases(num_experts, dim, hidden_dim) if bias else None
+        self.experts = Experts(dim, hidden_dim, num_experts, activation, bias)
         self.ledger = LossLedger()
         self.load = ExpertLoad()
         self._arrived_rows = self._routed_choices = 0
@@ -143,15 +152,17 @@ class MoE(TexModule):
                 them); False for padding, which uses no expert, takes no capacity, counts in no routing loss, and
                 gives 0, but for the shared expert.
         """
-        # Before the experts, with whose first products a recomputation may end.
-        shared = None if self.shared is None else self.shared(x)
+        # What is added to the experts' output comes before them, with whose first products a recomputation may end.
+        beside = [] if self.shared is None else [self.shared(x)]
         mask = None if token_mask is None else self.activation_layout.shard_mask(token_mask, x).reshape(-1).bool()
         route = self.router(x.reshape(-1, x.shape[-1]), mask)
+        if self.output_biases is not None:
+            beside.append(self.output_biases(route, x.dtype).view_as(x))
         arrived, metadata = self.dispatcher.dispatch(x, route)
         self._arrived_rows, self._routed_choices = arrived.groups.rows, route.indices.numel()
         y = self.dispatcher.combine(self.experts(arrived, metadata.exchange), metadata).view_as(x)
         self._record(route, mask, metadata, y)
-        return y if shared is None else y + shared
+        return sum(beside, y)
 
     @property
     def last_arrived_rows(self) -> int:

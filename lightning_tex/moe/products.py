@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_tex.moe.groups import Groups
+from lightning_tex.parallel.compiled import leaf
 from lightning_tex.parallel.device import device_type
 
 # N rows in e groups, in and out: widths of a product
@@ -49,6 +50,14 @@ class Products(ABC):
     def matrices_backward(self, grad: Tensor, rows: Tensor) -> Tensor:
         """``grad.mT @ rows`` of each group, zeros of an empty one: [N, out], [N, in] -> [e, out, in]."""
 
+    @abstractmethod
+    def add_biases(self, products: Tensor, biases: Tensor) -> Tensor:
+        """Each row's expert's bias, in the place of the products: [N, out], [e, out] -> [N, out]."""
+
+    @abstractmethod
+    def biases_backward(self, grad: Tensor) -> Tensor:
+        """The sum of each group's rows, zeros of an empty one: [N, out] -> [e, out]."""
+
 
 class GroupedProducts(Products):
     """One kernel for all experts, which reads where groups end on the device (``torch.nn.functional.grouped_mm``)."""
@@ -79,6 +88,19 @@ class GroupedProducts(Products):
         if not len(rows):
             return rows.new_zeros(len(self.groups.ends), grad.shape[1], rows.shape[1])
         return F.grouped_mm(grad.mT, rows, offs=self.groups.ends)
+
+    def add_biases(self, products: Tensor, biases: Tensor) -> Tensor:
+        rows = torch.arange(len(products), device=products.device)
+        return _add_picked(products, torch.searchsorted(self.groups.ends, rows, right=True), biases)
+
+    def biases_backward(self, grad: Tensor) -> Tensor:
+        # As products with ones: a sum by index would add in any order.
+        return self.matrices_backward(grad, grad.new_ones(len(grad), _ALIGNMENT))[..., 0]
+
+
+@leaf
+def _add_picked(rows: Tensor, index: Tensor, added: Tensor) -> Tensor:
+    return rows.add_(added[index])
 
 
 class LoopedProducts(Products):
@@ -112,3 +134,11 @@ class LoopedProducts(Products):
         for (grad_part, part), place in zip(self.parts(grad, rows), out, strict=True):
             torch.mm(grad_part.mT, part, out=place)
         return out
+
+    def add_biases(self, products: Tensor, biases: Tensor) -> Tensor:
+        for (part,), bias in zip(self.parts(products), biases, strict=True):
+            part.add_(bias)
+        return products
+
+    def biases_backward(self, grad: Tensor) -> Tensor:
+        return torch.stack([part.sum(0) for (part,) in self.parts(grad)])

@@ -120,7 +120,7 @@ class BlockInRounds(ExpertBlock):
             found = block.backward(exchange.to_experts(grad), arrived, matrices, wanted)
             d_x += exchange.from_experts(found.x)
             d_weights += exchange.choices_from_experts(found.weights)
-            for i, d_matrix in enumerate((found.up, found.gate, found.down)):
+            for i, d_matrix in enumerate(found[2:]):
                 total = d_matrices[i]
                 d_matrices[i] = d_matrix if total is None or d_matrix is None else total.add_(d_matrix)
         return Gradients(d_x.to(kept.x.dtype), d_weights, *d_matrices)

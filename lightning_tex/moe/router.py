@@ -135,7 +135,7 @@ class Router(TexModule):
                 logits = logits + self.bias
             scores = self.score(logits)
             indices = decided("the choice of experts", lambda: self.choose(scores.detach()))
-            weights = self.weigh(scores, indices)
+            weights = self.weigh(logits, scores, indices)
             if token_mask is not None:
                 indices = indices.masked_fill(~token_mask[:, None], self.num_experts)
                 weights = weights.masked_fill(~token_mask[:, None], 0)
@@ -153,7 +153,7 @@ class Router(TexModule):
             preferences = self.groups.limit(preferences)
         return self.activation_layout.agree(preferences.topk(self.top_k, dim=-1).indices)
 
-    def weigh(self, scores: Tensor, indices: Tensor) -> Tensor:  # [T, E], [T, k] -> [T, k]
+    def weigh(self, logits: Tensor, scores: Tensor, indices: Tensor) -> Tensor:  # [T, E] twice, [T, k] -> [T, k]
         """What the chosen experts' outputs are multiplied with."""
         weights = scores.gather(-1, indices)
         if self.norm_topk_prob:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -53,6 +53,14 @@ class SigmoidRouter(Router):
         if "correction_bias" in self._buffers and has_values(self.correction_bias):
             nn.init.zeros_(self.correction_bias)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SigmoidRouter:
+        kept = self.correction_bias
+        super()._apply(fn, recurse)
+        # A module that is cast casts its buffers; steps of this one would vanish in 16 bits.
+        if self.correction_bias.dtype != kept.dtype:
+            self.correction_bias = kept.to(self.correction_bias.device)
+        return self
+
     def score(self, logits: Tensor) -> Tensor:
         return logits.sigmoid()
 
@@ -62,6 +70,32 @@ class SigmoidRouter(Router):
     def balance(self, scores: Tensor) -> Tensor:
         """Scores relative to a token's sum of them (Eq. 19)."""
         return scores / (scores.sum(-1, keepdim=True) + torch.finfo(scores.dtype).tiny)
+
+
+class SparseMixerRouter(SoftmaxRouter):
+    """The k largest logits; a choice's weight is its softmax among those that are left and not far below (Phi-MoE).
+
+    Left are experts that are no earlier choice of the token; far below are logits l with (top - l) / max(|l|, top) of
+    more than twice ``jitter_eps``, the top one being the choice (SparseMixer-v2, arXiv 2409.12136, without its sampling
+    and its estimate of gradients: choices are the largest, and gradients those of the weights).
+
+    Args:
+        args, kwargs: as of :class:`Router`.
+        jitter_eps: half of how far below.
+    """
+
+    def __init__(self, dim: int, num_experts: int, *args: Any, jitter_eps: float = 0.01, **kwargs: Any) -> None:
+        super().__init__(dim, num_experts, *args, **kwargs)
+        self.jitter_eps = jitter_eps
+
+    def weigh(self, logits: Tensor, scores: Tensor, indices: Tensor) -> Tensor:
+        weights, left = [], logits
+        for chosen in indices.split(1, dim=-1):  # [T, 1]
+            top = left.detach().gather(-1, chosen)
+            far = (top - logits.detach()) / logits.detach().abs().maximum(top) > 2 * self.jitter_eps
+            weights.append(left.masked_fill(far, float("-inf")).softmax(-1).gather(-1, chosen))
+            left = left.scatter(-1, chosen, float("-inf"))
+        return torch.cat(weights, -1)
 
 
 class ForcedBalanceRouter(SoftmaxRouter):
@@ -78,6 +112,7 @@ class ForcedBalanceRouter(SoftmaxRouter):
 ROUTERS: dict[str, type[Router]] = {
     "softmax": SoftmaxRouter,
     "sigmoid": SigmoidRouter,
+    "sparsemixer": SparseMixerRouter,
     "forced_balance": ForcedBalanceRouter,
 }
 

@@ -143,13 +143,19 @@ def _formulas_hold(root: nn.Module, blocks: list[nn.Module], layers: tuple[Place
     patterns = [inside[start : start + len(_BLOCK)] for start in range(0, len(inside), len(_BLOCK))]
     return (
         type(decoders[0]).forward is Decoder.forward
+        and _plain_arithmetic(decoders[0].config)
         and all(type(block) is Block for block in blocks)
         and blocks == list(decoders[0].blocks)
         and outside == [Embedding, Norm, Head]
         and len(set(losses)) <= 1
         and all(pattern[:-1] == _BLOCK[:-1] and pattern[-1] in (Mlp, Moe) for pattern in patterns)
-        and all(placed.layer.plain for placed in layers if isinstance(placed.layer, (Attention, Moe, Head)))
+        and all(placed.layer.plain for placed in layers if isinstance(placed.layer, (Norm, Attention, Mlp, Moe, Head)))
     )
+
+
+def _plain_arithmetic(config: DecoderConfig) -> bool:
+    """Whether a decoder multiplies what is between its layers by nothing."""
+    return config.embedding_multiplier == config.residual_multiplier == config.logits_scaling == 1
 
 
 # The layers of a Block; the last may have experts.

@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_tex.layers import (
     ColumnParallelLinear,
+    LayerNorm,
     ParallelAttention,
     ParallelLatentAttention,
     ParallelMLP,
@@ -32,9 +33,10 @@ class Embedding:
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm over the last dim: [.., dim] -> [.., dim]."""
+    """A norm over the last dim: [.., dim] -> [.., dim]; ``plain``: what it keeps has a formula."""
 
     dim: int
+    plain: bool = True
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,12 @@ class LatentAttention:
 
 @dataclass(frozen=True)
 class Mlp:
-    """A :class:`ParallelMLP`; ``gated``: three matrices in place of two."""
+    """A :class:`ParallelMLP`; ``gated``: three matrices in place of two. ``plain``: what it keeps has a formula."""
 
     dim: int
     hidden: int
     gated: bool
+    plain: bool
 
 
 @dataclass(frozen=True)
@@ -177,6 +180,8 @@ def known_layer(module: nn.Module) -> Layer | None:
             return Embedding(module.size, module.dim)
         case RMSNorm():
             return Norm(module.normalized_shape[-1])
+        case LayerNorm():
+            return Norm(module.normalized_shape[-1], plain=False)
         case ParallelLatentAttention():
             return _latent_attention(module)
         case ParallelAttention():
@@ -185,7 +190,7 @@ def known_layer(module: nn.Module) -> Layer | None:
             return _mlp(module)
         case MoE():
             shared = None if module.shared is None else _mlp(module.shared)
-            plain = shared is None and _is_plain(module.router)
+            plain = shared is None and module.output_biases is None and _is_plain(module.router)
             losses = bool(module.load_balance_coefficient or module.z_loss_coefficient)
             return Moe(
                 module.router.dim, module.hidden_dim, module.experts.gate is not None, module.num_experts,
@@ -193,7 +198,7 @@ def known_layer(module: nn.Module) -> Layer | None:
                 bool(module.z_loss_coefficient), module.round_factor, shared, plain,
             )  # fmt: skip
         case VocabParallelHead():
-            return Head(module.dim, module.size, module.gather_output, module.softcap is None)
+            return Head(module.dim, module.size, module.gather_output, module.softcap is None and module.bias is None)
         case VocabParallelCrossEntropy():
             return CrossEntropy()
         case VocabParallelLinearCrossEntropy():
@@ -233,9 +238,11 @@ def _latent_attention(module: ParallelLatentAttention) -> LatentAttention:
 
 def _is_plain(router: Router) -> bool:
     """Whether a router keeps scores, choices and weights, and nothing else."""
-    softmax = isinstance(router, SoftmaxRouter) and type(router).forward is Router.forward
+    known = type(router).forward is Router.forward and type(router).weigh is Router.weigh
+    softmax = isinstance(router, SoftmaxRouter) and known
     return softmax and router.bias is None and router.routed_scaling_factor == 1
 
 
 def _mlp(module: ParallelMLP) -> Mlp:
-    return Mlp(module.up.in_features, module.hidden_dim, module.gate is not None)
+    plain = module.activation not in ("relu", "clamped_swiglu")
+    return Mlp(module.up.in_features, module.hidden_dim, module.gate is not None, plain)

@@ -18,7 +18,9 @@ class Perturbed(LanguageModel):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
-        self.decoder = Decoder(config)
+        with torch.random.fork_rng():
+            torch.manual_seed(4)
+            self.decoder = Decoder(config)
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():
             for tensor in (*self.decoder.parameters(), *self.decoder.buffers()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -53,16 +53,29 @@ def random_model(kind: str, **sizes: Any) -> nn.Module:
 
 
 def named_as_here(theirs: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """Their tensors by our names; what has gate and up in one is taken apart."""
+    """Their tensors by our names."""
     found = {}
-    for name, tensor in theirs.items():
+    for name, tensor in with_experts_apart(theirs).items():
         for pattern, ours in {**NAMES, **names}.items():
             name = re.sub(pattern, ours, name)
-        if name.endswith("gate_up_proj"):
-            prefix = name.removesuffix("gate_up_proj")
+        found[name] = tensor
+    return found
+
+
+def with_experts_apart(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gate and up of experts, which they have in one tensor: one after the other, or in turn and transposed."""
+    found = {}
+    in_turn = any(name.endswith("gate_up_proj_bias") for name in theirs)
+    for name, tensor in theirs.items():
+        prefix, projection, suffix = name.partition("gate_up_proj")
+        if projection and in_turn:
+            found[f"{prefix}gate{suffix}"], found[f"{prefix}up{suffix}"] = (
+                part if suffix else part.mT for part in (tensor[..., ::2], tensor[..., 1::2])
+            )
+        elif projection:
             found[f"{prefix}gate"], found[f"{prefix}up"] = tensor.chunk(2, 1)
         else:
-            found[name] = tensor
+            found[name] = tensor.mT if in_turn and name.endswith("experts.down_proj") else tensor
     return found
 
 
@@ -70,12 +83,17 @@ def with_the_weights_of(
     theirs: nn.Module,
     config: DecoderConfig,
     names: Mapping[str, str],
-    change: Callable[[dict[str, Tensor]], None] = lambda tensors: None,
+    norms_from_one: bool = False,
 ) -> Decoder:
-    """A decoder with all tensors of a model of transformers, and no others."""
+    """A decoder with all tensors of a model of transformers, and no others.
+
+    Args:
+        norms_from_one: norms multiply by 1 and their weight there.
+    """
     decoder = Decoder(config)
     tensors = named_as_here(theirs.state_dict(), names)
-    change(tensors)
+    if norms_from_one:
+        tensors = {name: 1 + tensor if "norm" in name else tensor for name, tensor in tensors.items()}
     decoder.load_state_dict(tensors)
     return decoder.eval()
 

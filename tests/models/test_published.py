@@ -21,6 +21,7 @@ class Family(NamedTuple):
         ours: of the decoder.
         names: a pattern in a name there, and what it is here.
         length: of the sequences that are compared.
+        norms_from_one: norms multiply by 1 and their weight there.
     """
 
     kind: str
@@ -28,6 +29,7 @@ class Family(NamedTuple):
     ours: dict[str, Any]
     names: Mapping[str, str] = {}
     length: int = 23
+    norms_from_one: bool = False
 
 
 SIZES = {"hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 3, "num_attention_heads": 6}
@@ -38,6 +40,10 @@ MOE = {"num_kv_heads": 2, "num_experts": 5, "top_k": 2, "moe_every": 1}
 LATENT = {"kv_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
 YARN = {
     "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 0.7, "mscale_all_dim": 1.4,
+}  # fmt: skip
+LONGROPE = {
+    "rope_type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0], "factor": 4.0,
+    "original_max_position_embeddings": 32, "short_mscale": 1.2, "long_mscale": 1.4,
 }  # fmt: skip
 LATENT_NAMES = {
     r"self_attn\.q_a_proj\.": "attention.query_latent.",
@@ -110,7 +116,8 @@ FAMILIES = {
     "DeepSeek-V3": Family(
         "DeepseekV3",
         {**SIZES, **LATENT, "num_key_value_heads": 6, "q_lora_rank": 5, "n_routed_experts": 6,
-         "num_experts_per_tok": 2, "n_group": 3, "topk_group": 2, "routed_scaling_factor": 2.5, "n_shared_experts": 1, "moe_intermediate_size": 7,
+         "num_experts_per_tok": 2, "n_group": 3, "topk_group": 2, "routed_scaling_factor": 2.5,
+         "n_shared_experts": 1, "moe_intermediate_size": 7,
          "first_k_dense_replace": 1, "attention_bias": True, "num_mtp_layers": 0,
          "rope_parameters": {**YARN, "rope_theta": 10000.0}},
         {**DENSE, **LATENT, "q_lora_rank": 5, "num_experts": 6, "top_k": 2, "moe_every": 1, "first_dense_layers": 1,
@@ -130,6 +137,56 @@ FAMILIES = {
          "router": {"name": "sigmoid", "init_args": {"n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.5}},
          "expert_hidden_dim": 7, "shared_expert_hidden_dim": 7, "partial_rotary_factor": 0.5},
         SHARED_NAMES,
+    ),
+    "gpt-oss": Family(
+        "GptOss",
+        {**SIZES, **GROUPED, "head_dim": 8, "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 4,
+         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "attention_bias": True,
+         "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16,
+                             "truncate": False, "rope_theta": 10000.0, "beta_fast": 32.0, "beta_slow": 1.0}},
+        {**DENSE, **MOE, "head_dim": 8, "norm_topk_prob": True, "sliding_window": 4, "attention_sinks": True,
+         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "attention_bias": True,
+         "attention_out_bias": True, "router": {"name": "softmax", "init_args": {"bias": True}}, "expert_bias": True,
+         "activation": "clamped_swiglu", "norm_eps": 1e-5,
+         "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16,
+                          "truncate": False}},
+        {r"self_attn\.sinks": "attention.sinks.weight", r"experts\.down_proj_bias": "output_biases.weight"},
+    ),
+    "Granite-MoE": Family(
+        "GraniteMoe",
+        {**SIZES, **GROUPED, "num_local_experts": 5, "num_experts_per_tok": 2, "embedding_multiplier": 3.0,
+         "attention_multiplier": 0.2, "residual_multiplier": 0.3, "logits_scaling": 2.5, "tie_word_embeddings": True},
+        {**DENSE, **MOE, "norm_topk_prob": True, "embedding_multiplier": 3.0, "attention_multiplier": 0.2,
+         "residual_multiplier": 0.3, "logits_scaling": 2.5, "norm_eps": 1e-6, "tie_embeddings": True},
+        {r"block_sparse_moe\.router\.": "mlp.router.", r"block_sparse_moe\.experts\.": "mlp.experts.",
+         r"experts\.down_proj$": "experts.down"},
+    ),
+    "Phi-MoE": Family(
+        "Phimoe",
+        {**SIZES, **GROUPED, "num_local_experts": 5, "num_experts_per_tok": 2, "attention_bias": True,
+         "lm_head_bias": True, "router_jitter_noise": 0.2,
+         "rope_parameters": {**LONGROPE, "rope_theta": 10000.0}},
+        {**DENSE, **MOE, "attention_bias": True, "attention_out_bias": True, "head_bias": True, "norm": "layer",
+         "router": {"name": "sparsemixer", "init_args": {"jitter_eps": 0.2}}, "rope_scaling": LONGROPE},
+    ),
+    "OLMo 2": Family(
+        "Olmo2",
+        {**SIZES, **GROUPED},
+        {**DENSE, "num_kv_heads": 2, "qk_norm": "full", "norm_placement": "post"},
+        {"post_feedforward_layernorm": "mlp_output_norm", r"mlp_norm\.": "attention_output_norm."},
+    ),
+    "Gemma 2": Family(
+        "Gemma2",
+        {**SIZES, **GROUPED, "head_dim": 8, "query_pre_attn_scalar": 5, "attn_logit_softcapping": 2.0,
+         "final_logit_softcapping": 3.0, "sliding_window": 4, "tie_word_embeddings": True,
+         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+        {**DENSE, "num_kv_heads": 2, "head_dim": 8, "attention_multiplier": 5**-0.5, "attn_logit_softcapping": 2.0,
+         "final_logit_softcapping": 3.0, "sliding_window": 4, "activation": "geglu_tanh", "norm_eps": 1e-6,
+         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "tie_embeddings": True,
+         "norm_placement": "sandwich", "embedding_multiplier": 24**0.5},
+        {"post_feedforward_layernorm": "mlp_output_norm", r"mlp_norm\.": "attention_output_norm.",
+         "pre_feedforward_layernorm": "mlp_norm"},
+        norms_from_one=True,
     ),
     "Mistral, windows": Family(
         "Mistral", {**SIZES, **GROUPED, "sliding_window": 5}, {**DENSE, "num_kv_heads": 2, "sliding_window": 5,
@@ -180,5 +237,5 @@ def test_stretched_rotation_is_that_of_transformers(name: str) -> None:
 def test_logits_are_those_of_transformers(name: str) -> None:
     family = FAMILIES[name]
     theirs = random_model(family.kind, **family.theirs)
-    decoder = with_the_weights_of(theirs, DecoderConfig(VOCABULARY, **family.ours), family.names)
+    decoder = with_the_weights_of(theirs, DecoderConfig(VOCABULARY, **family.ours), family.names, family.norms_from_one)
     assert relative_difference(decoder, theirs, family.length) < 1e-5

@@ -117,7 +117,10 @@ def test_forced_balance_serves_all_experts_alike_with_gradients_of_the_weights()
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"router": "hash"}, "router='hash'; legal: 'softmax', 'sigmoid', 'forced_balance', or a Router class"),
+        (
+            {"router": "hash"},
+            "router='hash'; legal: 'softmax', 'sigmoid', 'sparsemixer', 'forced_balance', or a Router class",
+        ),
         (
             {"router": SoftmaxRouter(4, 5, 2), "top_k": 2},
             "router is made for dim=4, num_experts=5, top_k=2; the MoE layer has dim=4, num_experts=6, top_k=2",
@@ -125,7 +128,7 @@ def test_forced_balance_serves_all_experts_alike_with_gradients_of_the_weights()
         ({"top_k": 7}, "top_k=7 must be between 1 and num_experts=6"),
         ({"top_k": 0}, "top_k=0 must be between 1 and num_experts=6"),
         ({"capacity_factor": 0.0}, "capacity_factor=0.0 must be positive, or None for dropless routing"),
-        ({"activation": "relu"}, "activation='relu'; legal: 'gelu', 'swiglu'"),
+        ({"activation": "tanh"}, "activation='tanh'; legal: 'gelu', "),
     ],
 )
 def test_wrong_options_are_refused(options, message):
@@ -186,7 +189,8 @@ def test_groups_biases_and_scaling_by_hand(kind):
 def test_a_router_may_be_a_name_with_arguments_or_an_import_path():
     layer = MoE(4, 8, 6, 2, router={"name": "sigmoid", "init_args": {"routed_scaling_factor": 2.0}})
     assert isinstance(layer.router, SigmoidRouter) and layer.router.routed_scaling_factor == 2
-    assert layer.state_dict()["router.correction_bias"].dtype == torch.float32
+    layer.router.correction_bias.fill_(1 + 2**-20)
+    assert (layer.bfloat16().state_dict()["router.correction_bias"] == 1 + 2**-20).all()
     assert type(MoE(4, 8, 6, router="lightning_tex.moe.SigmoidRouter").router) is SigmoidRouter
 
 
@@ -211,3 +215,22 @@ def test_a_router_may_be_a_name_with_arguments_or_an_import_path():
 def test_routers_that_there_cannot_be_are_refused(router, message):
     with pytest.raises((ValueError, TypeError), match=message):
         MoE(4, 8, 6, 2, router=router)
+
+
+def test_sparsemixer_by_hand():
+    """Phi-MoE's: of each choice the softmax among what is left and not far below it."""
+    torch.manual_seed(0)
+    router = MoE(4, 8, 6, 2, router={"name": "sparsemixer", "init_args": {"jitter_eps": 0.2}}).double().router
+    x = torch.randn(30, 4, dtype=torch.float64)
+    route = router(x)
+    seen = set()
+    for t, logits in enumerate((x @ router.weight.T).tolist()):
+        left = dict(enumerate(logits))
+        for choice, weight in zip(route.indices[t].tolist(), route.weights[t].tolist(), strict=True):
+            best = max(left, key=left.get)
+            near = [e for e in left if (left[best] - left[e]) / max(abs(left[e]), left[best]) <= 0.4]
+            assert choice == best
+            assert weight == pytest.approx(1 / sum(2.718281828459045 ** (left[e] - left[best]) for e in near))
+            seen.add(len(near))
+            del left[best]
+    assert len(seen) > 2
