@@ -40,6 +40,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SHARD_SIZE = "5GB"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _PREFIX = "decoder."
+_QUANTISED = "quantization_config"
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Exported:
         if self.origin is None:
             ends = {"bos_token_id": None, "eos_token_id": getattr(self.data, "end_of_document_id", None)}
             return {**ends, **self.family.described(self.config), "dtype": name}
-        known = {key: value for key, value in self.origin.config.items() if key != "torch_dtype"}
+        known = {key: value for key, value in self.origin.config.items() if key not in ("torch_dtype", _QUANTISED)}
         if not self.family.differences(known, self.config):  # all else stays as it was published
             return {**known, "dtype": name}
         kept = {key: value for key, value in known.items() if key not in self.family.said_anew()}

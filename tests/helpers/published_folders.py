@@ -59,6 +59,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Glm4MoeConfig",
         {**_SIZES, **_GROUPS, "head_dim": 8, "attention_bias": True, "use_qk_norm": True},
     ),
+    "gpt-oss": ("GptOssConfig", {**_SIZES, **_EXPERTS, "head_dim": 10, "sliding_window": 4, "rope_parameters": _YARN}),
+    "granite-moe": (
+        "GraniteMoeConfig",
+        {
+            **_SIZES,
+            **_EXPERTS,
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.3,
+            "logits_scaling": 2.5,
+        },
+    ),
+    "phi-moe": (
+        "PhimoeConfig",
+        {**_SIZES, **_EXPERTS, "attention_bias": True, "lm_head_bias": True, "router_jitter_noise": 0.2},
+    ),
     "qwen3": ("Qwen3Config", {**_SIZES, "head_dim": 10}),
     "qwen3-moe": ("Qwen3MoeConfig", {**_SIZES, **_QWEN_EXPERTS, "head_dim": 10}),
     "qwen3-moe, dense blocks": ("Qwen3MoeConfig", {**_SIZES, **_QWEN_EXPERTS, "mlp_only_layers": [1]}),

@@ -10,10 +10,13 @@ from lightning_tex.models.families.deepseek_v2 import DeepSeekV2
 from lightning_tex.models.families.deepseek_v3 import DeepSeekV3
 from lightning_tex.models.families.family import Family
 from lightning_tex.models.families.glm4_moe import GLM4MoE
+from lightning_tex.models.families.gpt_oss import GptOss
+from lightning_tex.models.families.granite_moe import GraniteMoE
 from lightning_tex.models.families.llama import Llama
 from lightning_tex.models.families.mistral import Mistral
 from lightning_tex.models.families.mixtral import Mixtral
 from lightning_tex.models.families.olmoe import OLMoE
+from lightning_tex.models.families.phi_moe import PhiMoE
 from lightning_tex.models.families.qwen2_moe import Qwen2MoE
 from lightning_tex.models.families.qwen3 import Qwen3
 from lightning_tex.models.families.qwen3_moe import Qwen3MoE
@@ -21,7 +24,8 @@ from lightning_tex.parallel.errors import UserValueError
 
 # In the order in which they are tried for a decoder that began from none.
 _ALL = (
-    Mixtral(), Qwen2MoE(), Qwen3MoE(), OLMoE(), DeepSeekV2(), DeepSeekV3(), GLM4MoE(), Llama(), Mistral(), Qwen3(),
+    Mixtral(), Qwen2MoE(), Qwen3MoE(), OLMoE(), DeepSeekV2(), DeepSeekV3(), GLM4MoE(), GptOss(), GraniteMoE(), PhiMoE(),
+    Llama(), Mistral(), Qwen3(),
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 

@@ -174,6 +174,7 @@ _OF_EXPERTS: dict[str, Any] = {
     "router": "softmax",
     "shared_expert_hidden_dim": None,
     "shared_expert_gate": False,
+    "expert_bias": False,
 }
 
 
@@ -183,6 +184,8 @@ def settled(config: DecoderConfig) -> DecoderConfig:
     windows = [config.window(layer) for layer in range(config.num_layers)]
     given: dict[str, Any] = {"expert_hidden_dim": config.expert_hidden, "router": _router(config.router)}
     dense = {name: without for name, without in _OF_EXPERTS.items() if not experts}
+    if config.attention_multiplier is None and not config.kv_lora_rank:
+        given["attention_multiplier"] = config.head**-0.5
     return replace(
         config,
         num_kv_heads=config.kv_heads,

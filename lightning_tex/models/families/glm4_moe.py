@@ -48,7 +48,7 @@ class GLM4MoE(Family):
         for layer in range(config.num_layers):
             theirs, ours = f"model.layers.{layer}", f"blocks.{layer}"
             yield from self.attention(theirs, ours, config)
-            yield from norms(theirs, ours)
+            yield from norms(theirs, ours, config)
             if not config.has_experts(layer):
                 yield from dense_mlp(f"{theirs}.mlp", f"{ours}.mlp")
                 continue

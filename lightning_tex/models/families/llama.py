@@ -32,5 +32,5 @@ class Llama(Family):
         for layer in range(config.num_layers):
             theirs, ours = f"model.layers.{layer}", f"blocks.{layer}"
             yield from attention(theirs, ours, config)
-            yield from norms(theirs, ours)
+            yield from norms(theirs, ours, config)
             yield from dense_mlp(f"{theirs}.mlp", f"{ours}.mlp")

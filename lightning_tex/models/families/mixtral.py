@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning_tex.models.config import DecoderConfig
 from lightning_tex.models.families.family import SIZES, Family, Field, Fixed
@@ -21,7 +21,7 @@ class Mixtral(Family):
     model_type = "mixtral"
     architecture = "MixtralForCausalLM"
     rope_theta = 1e6
-    fields = (
+    fields: ClassVar[tuple[Field | Fixed, ...]] = (
         *SIZES,
         Field("num_local_experts", "num_experts"),
         Field("num_experts_per_tok", "top_k"),
@@ -40,7 +40,7 @@ class Mixtral(Family):
         for layer in range(config.num_layers):
             theirs, ours = f"model.layers.{layer}", f"blocks.{layer}"
             yield from attention(theirs, ours, config)
-            yield from norms(theirs, ours)
+            yield from norms(theirs, ours, config)
             yield from self._moe(theirs, ours, config.num_experts)
 
     def _moe(self, theirs: str, ours: str, count: int) -> Iterator[Rule | Either]:

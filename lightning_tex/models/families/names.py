@@ -13,7 +13,10 @@ from lightning_tex.pretrained.rules import Either, Rule
 def embedding_and_head(config: DecoderConfig) -> Iterator[Rule]:
     """The first and the last matrices, and the norm between; a tied head may be there again."""
     yield Rule("model.embed_tokens.weight", ("embedding.weight",))
-    yield Rule("model.norm.weight", ("norm.weight",))
+    for kind in norm_kinds(config):
+        yield Rule(f"model.norm.{kind}", (f"norm.{kind}",))
+    if config.head_bias:
+        yield Rule("lm_head.bias", ("head.bias",))
     tied = config.tie_embeddings
     yield Rule("lm_head.weight", ("embedding.weight" if tied else "head.weight",), copy=tied)
 
@@ -29,10 +32,16 @@ def attention(theirs: str, ours: str, config: DecoderConfig) -> Iterator[Rule]:
             yield Rule(f"{theirs}.self_attn.{their_name}.weight", (f"{ours}.attention.{our_name}.weight",))
 
 
-def norms(theirs: str, ours: str) -> Iterator[Rule]:
+def norms(theirs: str, ours: str, config: DecoderConfig) -> Iterator[Rule]:
     """The norms before attention and before the feed-forward of a block."""
-    yield Rule(f"{theirs}.input_layernorm.weight", (f"{ours}.attention_norm.weight",))
-    yield Rule(f"{theirs}.post_attention_layernorm.weight", (f"{ours}.mlp_norm.weight",))
+    for kind in norm_kinds(config):
+        yield Rule(f"{theirs}.input_layernorm.{kind}", (f"{ours}.attention_norm.{kind}",))
+        yield Rule(f"{theirs}.post_attention_layernorm.{kind}", (f"{ours}.mlp_norm.{kind}",))
+
+
+def norm_kinds(config: DecoderConfig) -> tuple[str, ...]:
+    """Parameters of a norm."""
+    return ("weight", "bias") if config.norm == "layer" else ("weight",)
 
 
 def dense_mlp(theirs: str, ours: str) -> Iterator[Rule]:

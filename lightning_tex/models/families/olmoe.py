@@ -37,6 +37,6 @@ class OLMoE(Family):
         for layer in range(config.num_layers):
             theirs, ours = f"model.layers.{layer}", f"blocks.{layer}"
             yield from attention(theirs, ours, config)
-            yield from norms(theirs, ours)
+            yield from norms(theirs, ours, config)
             yield Rule(f"{theirs}.mlp.gate.weight", (f"{ours}.mlp.router.weight",))
             yield experts(f"{theirs}.mlp.experts", f"{ours}.mlp.experts", config.num_experts)
