@@ -182,6 +182,7 @@ def test_help_lists_every_command(capsys):
         "bench",
         "checkpoint",
         "export",
+        "upcycle",
         "verify",
         "replay",
     ):
@@ -209,7 +210,7 @@ def test_an_unknown_command_is_told_with_the_nearest_of_all(words, told, capsys)
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert end.value.code == 2
     assert line.startswith(f"error: {told}") and line.endswith(
-        "plan, plan --trace, bench, checkpoint, export, verify, replay"
+        "plan, plan --trace, bench, checkpoint, export, upcycle, verify, replay"
     )
 
 

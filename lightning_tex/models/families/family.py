@@ -77,6 +77,7 @@ class Family(ABC):
             :meth:`write`.
         rope_theta: base of the rotary embedding of a file that says none.
         ignored: endings of names in files that are no weights.
+        with_experts: of a dense family, the one that has the same decoder with experts in the place of MLPs.
     """
 
     model_type: ClassVar[str]
@@ -84,6 +85,7 @@ class Family(ABC):
     fields: ClassVar[tuple[Field | Fixed, ...]] = SIZES
     rope_theta: ClassVar[float] = 10000.0
     ignored: ClassVar[tuple[str, ...]] = ("rotary_emb.inv_freq",)
+    with_experts: ClassVar[str | None] = None
 
     def said_anew(self) -> set[str]:
         """Keys of a ``config.json`` that :meth:`write` does not write, and that say the same as some that it does."""

@@ -16,6 +16,7 @@ class Llama(Family):
 
     model_type = "llama"
     architecture = "LlamaForCausalLM"
+    with_experts = "mixtral"
     fields: ClassVar[tuple[Field | Fixed, ...]] = (
         *SIZES,
         Field("attention_bias", "attention_bias", False),

@@ -16,6 +16,7 @@ class Qwen3(Llama):
 
     model_type = "qwen3"
     architecture = "Qwen3ForCausalLM"
+    with_experts = "qwen3_moe"
     fields = (
         *SIZES,
         Field("head_dim", "head_dim", 128),
