@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_tex.data import TextDataModule
 from lightning_tex.models import Decoder, DecoderConfig, LanguageModel
+from lightning_tex.models.pretrained_model import read_config
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.expert_chunks import chunks_on
 from lightning_tex.parallel.topology import Axis, Communication, Layout
@@ -72,7 +73,7 @@ def read_recipe(path: str, more: Sequence[str] = (), sizes: Mapping[str, Any] | 
     accumulation = int(trainer.get("accumulate_grad_batches") or 1)
     module = None if _is_language_model(recipe) else _built_on_meta(path, config.model)
     if module is None:
-        decoder = DecoderConfig(**{**given.as_dict(), **(sizes or {})})
+        decoder = _decoder(config.get("model.init_args") or Namespace(), sizes or {})
         model, length = describe_decoder(decoder), decoder.max_sequence_length
     elif sizes:
         raise UserValueError(
@@ -93,6 +94,15 @@ def read_recipe(path: str, more: Sequence[str] = (), sizes: Mapping[str, Any] | 
     if devices.isdigit():
         numbers["gpus"] = int(devices) * int(trainer.get("num_nodes") or 1)
     return PlannedRecipe(model, numbers, {**recipe.strategy_options(), "accumulate_grad_batches": accumulation})
+
+
+def _decoder(options: Namespace, sizes: Mapping[str, Any]) -> DecoderConfig:
+    """What a LanguageModel of these options has; of a published model its configuration is read, and no weights."""
+    given = options.get("config")
+    if options.get("pretrained") is None:
+        return DecoderConfig(**{**(given.as_dict() if given is not None else {}), **sizes})
+    overrides = {**(options.get("overrides") or {}), **sizes}
+    return read_config(options.pretrained, options.get("revision"), overrides)
 
 
 def language_model_on_meta(model: ModelDescription) -> LanguageModel:

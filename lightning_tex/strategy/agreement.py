@@ -167,7 +167,7 @@ def model(module: LightningModule, trainer: Trainer) -> Comparison:
     """Names, shapes, dtypes, classes and options of a model, as they are before this stage shards anything.
 
     Numbers and words of a user's own classes may differ by rank for a reason, and are only advised to be alike, before
-    the first training: after it they may be what a rank has seen.
+    the first training: after it they may be what a rank has seen. A module's own ``alike_on_all_ranks()`` takes part.
     """
     facts = {name: _tensor(tensor) for name, tensor in module.named_parameters()}
     facts |= {name: _tensor(tensor) for name, tensor in module.named_buffers()}
@@ -184,6 +184,8 @@ def model(module: LightningModule, trainer: Trainer) -> Comparison:
             own = {n: v for n, v in vars(part).items() if n not in known and _is_own_option(n, v)}
             advised |= described(own, prefix)
     (facts if _is_known(type(module)) else advised).update(described(_flat(module.hparams), "hparams."))
+    own_facts: Any = getattr(module, "alike_on_all_ranks", dict)
+    facts |= described(own_facts())
     if any(part.bound for _, part in tex_modules(module)):
         advised = {}
     remedy = (

@@ -269,7 +269,8 @@ class TexMoEStrategy(StepStrategy):
         name_layers((name, layer) for name, layer in self.model.named_modules() if isinstance(layer, TexModule))
         self.model = self.precision_plugin.convert_module(self.model)
         self._move_to_device()
-        initialization.materialise(self.model, self.root_device, seed)
+        given = self.initial_weights.expect(self.lightning_module)
+        initialization.materialise(self.model, self.root_device, seed, given)
         for metric in self.model.modules():
             if isinstance(metric, Metric) and metric.process_group is None:
                 metric.process_group = self.topology.data.group

@@ -183,6 +183,8 @@ def test_help_lists_every_command(capsys):
         "plan --trace",
         "bench",
         "checkpoint",
+        "export",
+        "upcycle",
         "verify",
         "replay",
     ):
@@ -209,7 +211,9 @@ def test_an_unknown_command_is_told_with_the_nearest_of_all(words, told, capsys)
         cli.main(words)
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert end.value.code == 2
-    assert line.startswith(f"error: {told}") and line.endswith("plan, plan --trace, bench, checkpoint, verify, replay")
+    assert line.startswith(f"error: {told}") and line.endswith(
+        "plan, plan --trace, bench, checkpoint, export, upcycle, verify, replay"
+    )
 
 
 def test_an_own_command_after_its_options_is_told_the_order(capsys):
