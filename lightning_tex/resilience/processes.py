@@ -117,8 +117,9 @@ def stacks() -> str:
 
 # Set once the run has failed, so that this process will end by an error.
 failing = threading.Event()
-# Set while the last run of this process has ended as it should.
+# Set while the last run of this process has ended as it should; or, on all ranks, because it was asked to.
 through = threading.Event()
+stopped = threading.Event()
 
 # What this process has started besides multiprocessing's children, and how to end it.
 _started: list[Callable[[], None]] = []

@@ -16,7 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_tex.parallel.errors import is_consequence
 from lightning_tex.parallel.flight_record import TRAINING
 from lightning_tex.resilience.monitor import Monitor, current_monitor, join_monitor
-from lightning_tex.resilience.processes import failing, say, through
+from lightning_tex.resilience.processes import failing, say, stopped, through
 from lightning_tex.resilience.signals import SUPERVISED
 from lightning_tex.resilience.telling import described, mark_told, tell
 from lightning_tex.resilience.verdict import Report, Verdict
@@ -41,6 +41,7 @@ class GuardedRun:
         self._held_back.close()
         self._advises_at_last = False
         through.clear()
+        stopped.clear()
         if trainer.world_size == 1:
             yield
             return
@@ -52,6 +53,7 @@ class GuardedRun:
                 self._monitor.wait_for_all()
         except StoppedTogether:
             self._inside = False
+            stopped.set()
             self.leave()
             raise
         except BaseException as error:
