@@ -222,7 +222,8 @@ def test_a_repository_is_taken_from_the_hubs_cache_by_its_revision(folder, tmp_p
         LanguageModel.from_pretrained("owner/tiny", revision="v2")
 
 
-def test_a_plan_reads_the_configuration_and_no_weights(folder, tmp_path):
+def test_a_plan_reads_the_configuration_and_no_weights(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of calls that Lightning makes
     place = Path(shutil.copytree(folder, tmp_path / "here"))
     for file in place.glob("*.safetensors"):
         file.unlink()
