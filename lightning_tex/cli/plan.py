@@ -84,6 +84,7 @@ class ChoiceOptions:
         sequence_parallel: to try.
         activation_checkpointing: to try.
         optimizer_state_format: to try.
+        expert_chunks: of a MoE layer's tokens; left out: as the strategy's "auto".
     """
 
     tensor_parallel_size: Count | None = None
@@ -96,6 +97,7 @@ class ChoiceOptions:
         default_factory=lambda: list(_RECOMPUTE)
     )
     optimizer_state_format: list[OptimizerStateFormat] | None = None
+    expert_chunks: Count | None = None
 
     def choices(self) -> Choices:
         """As the planner takes them."""
@@ -108,6 +110,7 @@ class ChoiceOptions:
             self.sequence_parallel,
             [_RECOMPUTE[name] for name in self.activation_checkpointing],
             self.optimizer_state_format or OPTIMIZER_STATE_FORMATS,
+            expert_chunks=self.expert_chunks or "auto",
         )
 
 
@@ -187,7 +190,7 @@ def _plan(
     if wanted.gpus_per_node is not None:
         cluster = cluster.with_gpus_per_node(wanted.gpus_per_node)
     job, own = _job(wanted, given, more)
-    choices = choose.choices()
+    choices = replace(choose.choices(), ranks_per_node=cluster.gpus_per_node)
     if shown.largest_base:
         # Sharding every matrix over many nodes would fit anything, at no speed to speak of.
         formats = choose.optimizer_state_format or ["fp32"]
@@ -209,7 +212,7 @@ def _plan(
 
 
 def _report(job: Job, cluster: Cluster, choices: Choices, own: dict[str, Any], rows: int) -> dict[str, Any]:
-    candidate = own_candidate(job, own)
+    candidate = own_candidate(job, own, cluster.gpus_per_node)
     try:
         plans = plan_all(job, cluster, choices, wanted=rows)
         planned = None if candidate is None else plan(job, candidate, cluster)

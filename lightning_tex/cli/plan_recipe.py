@@ -18,6 +18,7 @@ from lightning_tex.data import TextDataModule
 from lightning_tex.models import Decoder, DecoderConfig, LanguageModel
 from lightning_tex.models.pretrained_model import read_config
 from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.parallel.expert_chunks import chunks_on
 from lightning_tex.parallel.topology import Axis, Communication, Layout
 from lightning_tex.planner.batches import Batches, TokenBlocks, batches_of
 from lightning_tex.planner.describe import describe, describe_decoder
@@ -176,12 +177,13 @@ def _built_on_meta(path: str, config: Namespace) -> LightningModule:
     return module
 
 
-def own_candidate(job: Job, own: dict[str, Any]) -> Candidate | None:
+def own_candidate(job: Job, own: dict[str, Any], ranks_per_node: int) -> Candidate | None:
     """What a recipe itself says; ``None`` where it would not run so on these ranks, or there is none.
 
     Args:
         job: the recipe's.
         own: the strategy's arguments, and ``accumulate_grad_batches``.
+        ranks_per_node: of the cluster.
     """
     accumulation = own.get("accumulate_grad_batches")
     if accumulation is None:
@@ -195,7 +197,8 @@ def own_candidate(job: Job, own: dict[str, Any]) -> Candidate | None:
     micro_batch = job.global_batch_size // (accumulation * layout.data)
     if micro_batch * accumulation * layout.data != job.global_batch_size:
         return None
-    communication = Communication(**_given(own, "duplicate_token_dropping", "sequence_parallel"))
+    chunks = chunks_on(layout, own.get("expert_chunks", "auto"), ranks_per_node)
+    communication = Communication(**_given(own, "duplicate_token_dropping", "sequence_parallel"), expert_chunks=chunks)
     options = _given(own, "zero_stage", "activation_checkpointing", "optimizer_state_format")
     return Candidate(layout, micro_batch, accumulation, communication=communication, **options)
 

@@ -75,7 +75,7 @@ class VocabParallelEmbedding(_Vocabulary):
         local = ids - self.boxes()["weight"].extent.offsets[0]
         absent = (local < 0) | (local >= self.weight.shape[0])
         rows = F.embedding(local.masked_fill(absent, 0), self.weight)
-        return self.activation_layout.leave(rows.masked_fill(absent[..., None], 0))
+        return self.activation_layout.leave_own(rows.masked_fill(absent[..., None], 0))
 
     def _out_of_range(self, ids: Tensor) -> UserIndexError:
         least, most = int(ids.min()), int(ids.max())

@@ -118,6 +118,7 @@ def make_feed_forward(config: DecoderConfig, layer: int) -> nn.Module:
         c.norm_topk_prob,
         load_balance_coefficient=c.load_balance_coefficient,
         z_loss_coefficient=c.z_loss_coefficient,
+        round_factor=c.round_factor,
         shared_hidden_dim=c.shared_expert_hidden_dim,
         shared_gate=c.shared_expert_gate,
         bias=c.expert_bias,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lightning_tex.layers.attention import head_width
 from lightning_tex.layers.mlp import Activation
@@ -21,6 +21,15 @@ _LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 NormKind = Literal["rms", "layer"]
 NormPlacement = Literal["pre", "post", "sandwich"]
 AttentionType = Literal["full_attention", "sliding_attention"]
+
+# Fields that take one of a few words, or a list of them.
+_WORDS = {
+    "activation": get_args(Activation),
+    "norm": get_args(NormKind),
+    "norm_placement": get_args(NormPlacement),
+    "qk_norm": (*get_args(QKNorm), None),
+    "layer_types": (*get_args(AttentionType), None),
+}
 
 
 @dataclass
@@ -78,6 +87,7 @@ class DecoderConfig:
         expert_hidden_dim: hidden width of each expert; ``None``: hidden_dim.
         router: ``"softmax"``, ``"sigmoid"``, ``"sparsemixer"``, or one with arguments of its own,
             ``{"name": .., "init_args": {..}}``; see :class:`lightning_tex.moe.MoE`.
+        round_factor: of dropless routing over an expert axis, see :class:`lightning_tex.moe.MoE`.
         shared_expert_hidden_dim: hidden width of an expert that every token uses beside its own; ``None``: none.
         shared_expert_gate: that one's output is multiplied by a sigmoid gate.
         expert_bias: biases in experts; dropless only.
@@ -86,7 +96,7 @@ class DecoderConfig:
         moe_layers: the blocks that have experts, from 0, in place of ``moe_every`` and ``first_dense_layers``.
 
     Raises:
-        ValueError: sizes that are not positive, heads that do not divide the width, or blocks that do not exist.
+        ValueError: sizes that are not positive, words that mean nothing, or blocks that do not exist.
     """
 
     vocab_size: int = 32000
@@ -141,6 +151,7 @@ class DecoderConfig:
     mlp_bias: bool = False
     first_dense_layers: int = 0
     moe_layers: list[int] | None = None
+    round_factor: float | None = None
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "dim", "num_layers", "num_heads", "max_sequence_length", "num_experts", "moe_every")
@@ -151,6 +162,11 @@ class DecoderConfig:
         for name in (*sizes, *optional):
             if (size := getattr(self, name)) is not None and size < 1:
                 raise UserValueError(f"{name}={size} must be at least 1")
+        for name, legal in _WORDS.items():
+            value = getattr(self, name)
+            for word in value or () if isinstance(value, list) else (value,):
+                if word not in legal:
+                    raise UserValueError(f"{name} has {word!r}; legal: {', '.join(map(repr, legal))}")
         given = [name for name in _LATENT if getattr(self, name) is not None]
         if given and len(given) < len(_LATENT):
             missing = [name for name in _LATENT if name not in given]

@@ -198,7 +198,10 @@ class LanguageModel(LightningModule):
         return torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95))
 
     def configure_callbacks(self) -> list[Callback]:
-        return [Throughput(), ExpertMonitor(), LateProgress(["train_loss"])]
+        own = [Throughput(), ExpertMonitor(), LateProgress(["train_loss"])]
+        # Else the Trainer's of the same class would be left out.
+        given = {type(callback) for callback in getattr(self._trainer, "callbacks", [])}
+        return [callback for callback in own if type(callback) not in given]
 
     @torch.no_grad()
     def generate(self, ids: Tensor, new_tokens: int, temperature: float = 1.0, seed: int = 0) -> Tensor:

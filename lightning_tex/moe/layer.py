@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -143,7 +145,12 @@ class MoE(TexModule):
             return SequenceShardedCapacityDispatcher(self.num_experts, axes, self.capacity_factor, topology.tensor)
         return CapacityDispatcher(self.num_experts, axes, self.capacity_factor)
 
-    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        token_mask: Tensor | None = None,
+        beside: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """Mix experts.
 
         Args:
@@ -151,18 +158,20 @@ class MoE(TexModule):
             token_mask: boolean, shaped as x without its last dim (over whole sequences, if x holds a rank's part of
                 them); False for padding, which uses no expert, takes no capacity, counts in no routing loss, and
                 gives 0, but for the shared expert.
+            beside: a branch of the same tokens, such as a dense or shared expert, whose outcome for x is added. It is
+                computed while rows are on their way between ranks, forward and backward.
         """
-        # What is added to the experts' output comes before them, with whose first products a recomputation may end.
-        beside = [] if self.shared is None else [self.shared(x)]
         mask = None if token_mask is None else self.activation_layout.shard_mask(token_mask, x).reshape(-1).bool()
         route = self.router(x.reshape(-1, x.shape[-1]), mask)
-        if self.output_biases is not None:
-            beside.append(self.output_biases(route, x.dtype).view_as(x))
+        # What is added to the experts' output comes before their last product, where a recomputation may end.
+        added = [] if self.output_biases is None else [self.output_biases(route, x.dtype).view_as(x)]
+        branches = [branch for branch in (self.shared, beside) if branch is not None]
         arrived, metadata = self.dispatcher.dispatch(x, route)
-        self._arrived_rows, self._routed_choices = arrived.groups.rows, route.indices.numel()
-        y = self.dispatcher.combine(self.experts(arrived, metadata.exchange), metadata).view_as(x)
+        self._arrived_rows, self._routed_choices = arrived.here, route.indices.numel()
+        between = (lambda: added.extend(branch(x) for branch in branches)) if branches else None
+        y = self.dispatcher.combine(self.experts(arrived, between), metadata).view_as(x)
         self._record(route, mask, metadata, y)
-        return sum(beside, y)
+        return sum(added, y)
 
     @property
     def last_arrived_rows(self) -> int:
@@ -184,6 +193,7 @@ class MoE(TexModule):
             return
         counts = count_choices(route.indices, self.num_experts) if metadata.counts is None else metadata.counts
         self.load.add(counts, metadata.overflowed)
+        self.load.look(route.scores, mask)
         if torch.is_grad_enabled() and (self.load_balance_coefficient or self.z_loss_coefficient):
             with first_forward_only():  # a recomputation does not come here and must not miss what is saved here
                 loss = routing_loss(

@@ -47,8 +47,12 @@ class Products(ABC):
         """The sum of ``grad @ matrices[e]`` over pairs of [N, out] and [e, out, in]: [N, in]."""
 
     @abstractmethod
-    def matrices_backward(self, grad: Tensor, rows: Tensor) -> Tensor:
-        """``grad.mT @ rows`` of each group, zeros of an empty one: [N, out], [N, in] -> [e, out, in]."""
+    def matrices_backward(self, grad: Tensor, rows: Tensor, added_to: Tensor | None = None) -> Tensor:
+        """``grad.mT @ rows`` of each group, zeros of an empty one: [N, out], [N, in] -> [e, out, in].
+
+        Args:
+            added_to: what it is added to, in its place.
+        """
 
     @abstractmethod
     def add_biases(self, products: Tensor, biases: Tensor) -> Tensor:
@@ -84,10 +88,12 @@ class GroupedProducts(Products):
             first += other
         return first
 
-    def matrices_backward(self, grad: Tensor, rows: Tensor) -> Tensor:
+    def matrices_backward(self, grad: Tensor, rows: Tensor, added_to: Tensor | None = None) -> Tensor:
         if not len(rows):
-            return rows.new_zeros(len(self.groups.ends), grad.shape[1], rows.shape[1])
-        return F.grouped_mm(grad.mT, rows, offs=self.groups.ends)
+            none = rows.new_zeros(len(self.groups.ends), grad.shape[1], rows.shape[1])
+            return added_to if added_to is not None else none
+        of_all = F.grouped_mm(grad.mT, rows, offs=self.groups.ends)
+        return of_all if added_to is None else added_to.add_(of_all)
 
     def add_biases(self, products: Tensor, biases: Tensor) -> Tensor:
         rows = torch.arange(len(products), device=products.device)
@@ -129,10 +135,13 @@ class LoopedProducts(Products):
                     torch.mm(part, matrix, out=place)
         return out
 
-    def matrices_backward(self, grad: Tensor, rows: Tensor) -> Tensor:
-        out = rows.new_empty(len(self.groups.sizes), grad.shape[1], rows.shape[1])
+    def matrices_backward(self, grad: Tensor, rows: Tensor, added_to: Tensor | None = None) -> Tensor:
+        out = rows.new_empty(len(self.groups.sizes), grad.shape[1], rows.shape[1]) if added_to is None else added_to
         for (grad_part, part), place in zip(self.parts(grad, rows), out, strict=True):
-            torch.mm(grad_part.mT, part, out=place)
+            if added_to is None:
+                torch.mm(grad_part.mT, part, out=place)
+            else:
+                place.addmm_(grad_part.mT, part)
         return out
 
     def add_biases(self, products: Tensor, biases: Tensor) -> Tensor:

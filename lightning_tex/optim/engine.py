@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -45,6 +46,8 @@ class Engine:
         clone.__dict__.pop("step", None)
         for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
             clone.__dict__[hooks] = OrderedDict()
+        # As Adagrad's does, and before torch 2.13 nothing else.
+        self._constructor_makes_states = any(optimizer.state.values())
         clone.state = defaultdict(dict)
         clone.param_groups = []
         self.optimizer = clone
@@ -76,6 +79,9 @@ class Engine:
         for tile, gradient in zip(tiles, gradients, strict=True):
             tile.grad = gradient
         del gradients, gradient
+        for tile, state in windows:
+            if not state:
+                state.update(self.constructed(tile, options))
         optimizer = self.optimizer
         optimizer.grad_scale, optimizer.found_inf = grad_scale, found_inf  # type: ignore[attr-defined]
         optimizer.state = defaultdict(dict, {window.tile: window.state for window in windows})
@@ -88,6 +94,14 @@ class Engine:
                 state.update(left)
         # Else the windows would live on while the next ones are put together.
         optimizer.state, optimizer.param_groups = defaultdict(dict), []
+
+    def constructed(self, tile: Tensor, options: dict[str, Any]) -> dict[str, Any]:
+        """The states that the optimizer's constructor makes for a parameter, by a group's options."""
+        if not self._constructor_makes_states:
+            return {}
+        known = inspect.signature(type(self.optimizer)).parameters
+        fresh = type(self.optimizer)([tile], **{name: value for name, value in options.items() if name in known})
+        return fresh.state[tile]
 
     def step_windows(self, held: Sequence[Held], walk: Walk, options: dict[str, Any]) -> None:
         """Update windows of one dtype: upcast their gradients, scale, step, and let the parameters follow.

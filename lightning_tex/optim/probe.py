@@ -59,6 +59,7 @@ def _try(optimizer: Optimizer, group: dict[str, Any]) -> Probed:
                 engine.step([window], [part.clone()], options)
         whole = nn.Parameter(start.clone())
         reference = Engine(optimizer).optimizer
+        reference.state[whole] = engine.constructed(whole, options)
         reference.param_groups = [{**options, "params": [whole]}]
         for gradient in gradients:
             whole.grad = gradient.clone()

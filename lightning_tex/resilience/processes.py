@@ -131,7 +131,7 @@ def on_end(end: Callable[[], None]) -> None:
 
 def end_process_at_the_latest(seconds: float) -> None:
     """End this process after that time even if a call holds Python's lock, as gloo's do now and then when ranks die."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, RuntimeError):  # no room for its thread
         faulthandler.dump_traceback_later(seconds, exit=True, file=os.open(os.devnull, os.O_WRONLY))
 
 

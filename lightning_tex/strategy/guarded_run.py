@@ -33,11 +33,13 @@ class GuardedRun:
         self._inside = False
         self._held_back = ExitStack()
         self._trainer: Trainer | None = None
+        self._advises_at_last = False
 
     @contextmanager
     def frame(self, trainer: Trainer) -> Iterator[None]:
         """Around a whole run on this rank, from before set-up until its error, if any, has passed."""
         self._held_back.close()
+        self._advises_at_last = False
         through.clear()
         if trainer.world_size == 1:
             yield
@@ -93,6 +95,9 @@ class GuardedRun:
     def leave(self) -> None:
         """The run has ended here: by itself, or after an error all the way to the strategy's teardown."""
         if self._monitor is not None and not self._inside:
+            if self._advises_at_last and (advice := self._advice()):
+                say(advice)
+            self._advises_at_last = False
             self._monitor.leave()
             self._monitor = None
 
@@ -104,6 +109,8 @@ class GuardedRun:
         TRAINING.leave()
         if verdict is not None and not verdict.ends_others and verdict.text and rank:
             mark_told(error)  # rank 0 says it for all
+        # Where all have raised, hooks may still save.
+        self._advises_at_last = rank == 0 and verdict is not None and not verdict.ends_others
         if verdict is not None and verdict.kind == "together":
             return
         if verdict is None or verdict.ends_others:

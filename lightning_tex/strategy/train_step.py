@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lightning_tex.moe.losses import auxiliary_loss
 from lightning_tex.optim import OptimizerStateConfig, TiledOptimizer
 from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.parallel.flight_record import TRAINING
 
 
 class TrainStep(Precision):
@@ -47,6 +48,7 @@ class TrainStep(Precision):
         optimizer = _tiled_optimizer(module)
         if optimizer is not None:
             _strategy(module).spikes.add(tensor)
+            TRAINING.layer = "the backward"
             optimizer.backward_begins(tensor, self._step_follows, undisturbed=self._may_overlap(module))
         return super().pre_backward(tensor, module)
 
@@ -66,10 +68,12 @@ class TrainStep(Precision):
             result = closure()
         if _strategy(model).spikes.leaves_out(optimizer):
             return result
+        TRAINING.layer = "the optimizer's step"
         optimizer.reduce_gradients(whole=self._looked_at(model))
         self._unscale(optimizer)
         self._after_closure(model, optimizer)
         self._step(optimizer, **kwargs)
+        TRAINING.layer = ""
         return result
 
     @contextmanager

@@ -1,7 +1,11 @@
-"""Tests on a GPU: they skip themselves elsewhere."""
+"""Tests on a GPU: they skip themselves elsewhere.
+
+``LIGHTNING_TEX_TEST_COMPILE=1`` runs them with compiled leaves, which costs a minute of compiling.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,7 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _alone() -> Iterator[None]:
-    compile_leaves(False)
+    compile_leaves(bool(os.environ.get("LIGHTNING_TEX_TEST_COMPILE")))
     with nullcontext() if IS_GPU else pretend_device("cuda"):
         yield
     compile_leaves("auto")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -16,7 +18,7 @@ from helpers.topologies import timeouts
 from torch import Tensor
 
 from lightning_tex.layers import ColumnParallelLinear, RowParallelLinear
-from lightning_tex.parallel.groups import ProcessGroups, reaches_cpu
+from lightning_tex.parallel.groups import reaches_cpu
 from lightning_tex.parallel.topology import AXES
 
 TIMEOUT = timedelta(seconds=1234)
@@ -123,22 +125,31 @@ def test_memory_grows_in_segments(module: Communicates) -> None:
         )
 
 
+# Groups as `ProcessGroups.of` makes them; on one rank it shares the world's.
+_TWO_GROUPS = """
+from datetime import timedelta
+import torch, torch.distributed as dist
+from lightning_tex.parallel import groups as module
+
+timeout, device = timedelta(seconds=1234), torch.device("cuda", 0)
+store = dist.HashStore()
+dist.init_process_group("nccl", store=store, rank=0, world_size=1, device_id=device, timeout=timeout)
+groups = module.ProcessGroups(1, timeout)
+for high in (True, False):
+    group = groups._make([(0,)], "expert", module._options(timeout, high_priority=high))
+    options = group._get_backend(device).options
+    assert options.is_high_priority_stream is high, f"asked for priority {high}, got {options}"
+    assert options._timeout == timeout, f"timeout {options._timeout}"
+    x = torch.ones(4, device=device)
+    dist.all_reduce(x, group=group)
+    assert x.tolist() == [1.0] * 4
+assert module.reaches_cpu(groups.host()) and not module.reaches_cpu(dist.group.WORLD)
+dist.destroy_process_group()
+"""
+
+
 @pytest.mark.skipif(not IS_GPU, reason="needs NCCL")
 def test_a_group_of_its_own_has_high_priority_and_the_timeout() -> None:
-    leave_the_world()
-    dist.init_process_group(
-        "nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=torch.device("cuda", 0), timeout=TIMEOUT
-    )
-    groups = ProcessGroups(1, TIMEOUT)
-    for high in (True, False):
-        # As `of` makes them; on one rank it shares the world's.
-        from lightning_tex.parallel import groups as module
-
-        group = groups._make([(0,)], "expert", module._options(TIMEOUT, high_priority=high))
-        options = group._get_backend(torch.device("cuda")).options
-        assert options.is_high_priority_stream is high, f"asked for priority {high}, got {options}"
-        assert options._timeout == TIMEOUT, f"timeout {options._timeout}"
-        x = torch.ones(4, device="cuda")
-        dist.all_reduce(x, group=group)
-        assert x.tolist() == [1.0] * 4
-    assert reaches_cpu(groups.host()) and not reaches_cpu(dist.group.WORLD)
+    # In a process of its own: splitting a second NCCL world of one process has ended in a segmentation fault.
+    ended = subprocess.run([sys.executable, "-c", _TWO_GROUPS], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr

@@ -43,6 +43,34 @@ def test_engine_leaves_the_users_optimizer_untouched():
     torch.testing.assert_close(window, plain)
 
 
+class ConstructedStates(torch.optim.Optimizer):
+    """Adagrad's arithmetic, with states that only the constructor makes, as torch's own before 2.13."""
+
+    def __init__(self, params, lr=0.1, start=0.5):
+        super().__init__(params, {"lr": lr, "start": start})
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["sum"] = torch.full_like(p, group["start"])
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    total = self.state[p]["sum"].addcmul_(p.grad, p.grad)
+                    p.addcdiv_(p.grad, total.sqrt(), value=-group["lr"])
+
+
+def test_states_that_only_a_constructor_makes_are_made_for_windows():
+    ours, optimizer, theirs, plain = pair(lambda p: ConstructedStates(p, lr=0.05, start=0.25))
+    for step in range(3):
+        for model, each in ((ours, optimizer), (theirs, plain)):
+            each.zero_grad()
+            backward(model, step)
+            each.step()
+        equal(ours, theirs)
+
+
 def test_fused_is_chosen_where_the_user_left_it_open():
     p = [nn.Parameter(torch.zeros(2))]
 

@@ -191,9 +191,9 @@ def allocated(
 
 
 KINDS = [
-    ("32-true", 0, "fp32", None), ("32-true", 2, "fp32", 64), ("bf16-mixed", 0, "fp32", 1000),
-    ("bf16-mixed", 1, "fp32", None), ("bf16-mixed", 1, "split", 100), ("bf16-mixed", 2, "int8", None),
-    ("bf16-mixed", 2, "stochastic", None), ("bf16-true", 1, "fp32", None), ("bf16-true", 0, "int8", 64),
+    ("32-true", 0, "fp32", None), ("32-true", 2, "fp32", 512), ("bf16-mixed", 0, "fp32", 1000),
+    ("bf16-mixed", 1, "fp32", None), ("bf16-mixed", 1, "split", 600), ("bf16-mixed", 2, "int8", None),
+    ("bf16-mixed", 2, "stochastic", None), ("bf16-true", 1, "fp32", None), ("bf16-true", 0, "int8", 512),
 ]  # fmt: skip
 
 
