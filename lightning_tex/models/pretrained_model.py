@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_tex.data import TextDataModule
 from lightning_tex.data.tokenizer import vocabulary
@@ -80,7 +81,11 @@ class PretrainedModel:
             ValueError: the files are damaged, or do not fit the configuration: all that is wrong, by name.
         """
         bindings, shapes = bind(self.family, self.config, self.folder)
-        ignored = [name for name in self.folder.tensors if name.endswith(self.family.ignored)]
+        names = self.folder.tensors
+        left_out = self.family.left_out(names, self.config)
+        if left_out:
+            rank_zero_warn(f"{len(left_out)} tensors of {self.folder.path} are left out, such as {left_out[0]}")
+        ignored = {*left_out, *(name for name in names if name.endswith(self.family.ignored))}
         return PretrainedWeights(self.folder, bindings, shapes, "decoder.", ignored)
 
 

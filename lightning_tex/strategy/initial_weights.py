@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning import LightningModule
 
+from lightning_tex.parallel.initialization import has_values
 from lightning_tex.saving import ShardedRun, model_state
 from lightning_tex.saving.model_state import Source
 from lightning_tex.saving.optimizer_loading import load_masters
@@ -29,7 +30,7 @@ class InitialWeights:
     def take(self, run: ShardedRun) -> None:
         """Read them, if they are still awaited, on this rank alone."""
         source, self._awaited = self._awaited, None
-        if source is not None:
+        if source is not None and all(map(has_values, run.module.parameters())):  # in a trace there are none
             model_state.load_model(run.module, run.topology, source, strict=False)
             if run.optimizer is not None:
                 load_masters(run.optimizer, source)

@@ -10,6 +10,7 @@ import torch
 from helpers.published_folders import CASES, Rows, loaded, publish, require_equal_tensors, stepped, tensors, token_ids
 from helpers.ranks import together
 from helpers.trainers import quiet
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from lightning_tex import LanguageModel, TexMoEStrategy
@@ -132,6 +133,20 @@ def test_a_layout_has_the_logits_and_takes_the_step_of_transformers(case, layout
         step = theirs[name] - before[name]
         is_buffer = name.endswith("e_score_correction_bias")
         assert (step.norm() > 0) != is_buffer and (ours[name] - theirs[name]).norm() <= 1e-3 * step.norm(), name
+
+
+def test_blocks_that_predict_further_tokens_are_left_out_with_a_warning(tmp_path):
+    folder = publish("glm-4-moe", tmp_path / "glm", shard="1GB")
+    content = tensors(folder)
+    further = {
+        name.replace("layers.2.", "layers.3."): value.clone() for name, value in content.items() if "layers.2." in name
+    }
+    save_file({**content, **further, "model.layers.3.eh_proj.weight": torch.ones(3)}, folder / "model.safetensors")
+    with pytest.warns(UserWarning, match=rf"{len(further) + 1} tensors of .* are left out, such as model.layers.3."):
+        model = LanguageModel.from_pretrained(folder)
+    model.configure_model()
+    model.save_pretrained(tmp_path / "out")
+    assert tensors(tmp_path / "out").keys() == content.keys()
 
 
 def test_every_family_is_tried():

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from helpers.trainers import quiet
 from torch.utils.data import DataLoader
 
 from lightning_tex import LanguageModel, TexMoEStrategy, TextDataModule
+from lightning_tex.cli.plan_recipe import read_recipe
 from lightning_tex.data.tokenizer import train_bpe
 from lightning_tex.models import DecoderConfig
 from lightning_tex.models.exporting import export, shard_bytes
@@ -203,6 +205,37 @@ def test_a_model_of_ours_is_written_as_the_first_family_that_has_it(tmp_path):
         ids = token_ids(2)
         with torch.no_grad():
             assert torch.allclose(loaded(ids).logits, model(ids), rtol=1e-5, atol=1e-5)
+
+
+def test_a_repository_is_taken_from_the_hubs_cache_by_its_revision(folder, tmp_path, monkeypatch):
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    place, commit = tmp_path / "models--owner--tiny", "0" * 40
+    shutil.copytree(folder, place / "snapshots" / commit)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(commit)
+    for revision in (None, "main", commit):
+        model = LanguageModel.from_pretrained("owner/tiny", revision=revision)
+        assert model.config.num_experts == 4 and model.origin.name == "owner/tiny"
+    with pytest.raises(UserError, match="gives nothing of that name and revision v2"):
+        LanguageModel.from_pretrained("owner/tiny", revision="v2")
+
+
+def test_a_plan_reads_the_configuration_and_no_weights(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of calls that Lightning makes
+    place = Path(shutil.copytree(folder, tmp_path / "here"))
+    for file in place.glob("*.safetensors"):
+        file.unlink()
+    recipe = tmp_path / "recipe.yaml"
+    options = {"pretrained": str(place), "overrides": {"capacity_factor": 1.5}}
+    model = {"class_path": "lightning_tex.LanguageModel", "init_args": options}
+    data = {"class_path": "lightning_tex.TextDataModule", "init_args": {"vocab_size": 300}}
+    recipe.write_text(json.dumps({"trainer": {"devices": 2}, "model": model, "data": data}))
+    planned = read_recipe(str(recipe), sizes={"top_k": 1})
+    assert planned.model.config == DecoderConfig(
+        **asdict(LanguageModel.from_pretrained(folder, capacity_factor=1.5, top_k=1).config)
+    )
 
 
 # --- tokenizers

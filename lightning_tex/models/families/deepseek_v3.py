@@ -15,8 +15,7 @@ _WITHOUT_HEAD_DIM = tuple(field for field in SIZES if field.theirs != "head_dim"
 
 
 class DeepSeekV3(GLM4MoE):
-    """``DeepseekV3ForCausalLM``, with weights of 16 or 32 bits. The blocks that predict several tokens ahead are not
-    expressed."""
+    """``DeepseekV3ForCausalLM``, with weights of 16 or 32 bits. Blocks that predict further tokens are left out."""
 
     model_type = "deepseek_v3"
     architecture = "DeepseekV3ForCausalLM"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Final
 
@@ -86,6 +86,10 @@ class Family(ABC):
     rope_theta: ClassVar[float] = 10000.0
     ignored: ClassVar[tuple[str, ...]] = ("rotary_emb.inv_freq",)
     with_experts: ClassVar[str | None] = None
+
+    def left_out(self, names: Iterable[str], config: DecoderConfig) -> list[str]:
+        """Of names in files those of weights that a decoder is whole without, and that no export has."""
+        return []
 
     def said_anew(self) -> set[str]:
         """Keys of a ``config.json`` that :meth:`write` does not write, and that say the same as some that it does."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 from lightning_tex.models.config import DecoderConfig
@@ -20,7 +21,7 @@ from lightning_tex.pretrained.rules import Either, Rule
 
 
 class GLM4MoE(Family):
-    """``Glm4MoeForCausalLM``. The blocks that predict several tokens ahead are not expressed."""
+    """``Glm4MoeForCausalLM``. The blocks that predict further tokens are left out, as transformers does."""
 
     model_type = "glm4_moe"
     architecture = "Glm4MoeForCausalLM"
@@ -42,6 +43,11 @@ class GLM4MoE(Family):
 
     def write(self, config: DecoderConfig) -> dict[str, Any]:
         return {**super().write(config), **write_routing(config), "use_qk_norm": config.qk_norm is not None}
+
+    def left_out(self, names: Iterable[str], config: DecoderConfig) -> list[str]:
+        """Blocks behind the last one, which predict further tokens."""
+        numbers = ((name, re.match(r"model\.layers\.(\d+)\.", name)) for name in names)
+        return [name for name, match in numbers if match and int(match[1]) >= config.num_layers]
 
     def rules(self, config: DecoderConfig) -> Iterator[Rule | Either]:
         yield from embedding_and_head(config)
