@@ -32,9 +32,9 @@ def gather_numbers(numbers: list[int], host: Axis) -> list[list[int]]:
 _TRAITS = ("number of batches", "batch_size", "number of samples in the whole data set")
 
 
-def _lengths(loader: Any, host: Axis) -> list[int]:
+def _lengths(loader: Any, limit: float, host: Axis) -> list[int]:
     """Every rank's number of batches, -1 where it is not known; collective. Warns of loaders that differ otherwise."""
-    lengths, *others = zip(*gather_numbers(_traits(loader), host), strict=True)
+    lengths, *others = zip(*gather_numbers(_traits(loader, limit), host), strict=True)
     for trait, numbers in zip(_TRAITS[1:], others, strict=True):
         if len(set(numbers)) > 1:
             values = [str(n) if n >= 0 else "not known" for n in numbers]
@@ -45,9 +45,9 @@ def _lengths(loader: Any, host: Axis) -> list[int]:
     return list(lengths)
 
 
-def _traits(loader: Any) -> list[int]:
+def _traits(loader: Any, limit: float) -> list[int]:
     try:
-        length = len(loader)
+        length = int(min(len(loader), limit))
     except (TypeError, NotImplementedError):
         length = -1
     batch_size, sampler = getattr(loader, "batch_size", None), getattr(loader, "sampler", None)
@@ -56,9 +56,15 @@ def _traits(loader: Any) -> list[int]:
     return [length, batch_size if isinstance(batch_size, int) else -1, samples]
 
 
-def evaluation_loader(loader: Any, host: Axis) -> Any:
-    """An evaluation loader that refuses, on all ranks, to leave some of them without any batch to repeat."""
-    lengths = _lengths(loader, host)
+def evaluation_loader(loader: Any, limit: float, host: Axis) -> Any:
+    """An evaluation loader that refuses, on all ranks, to leave some of them without any batch to repeat.
+
+    Args:
+        loader: this rank's.
+        limit: batches that are asked of it.
+        host: all ranks.
+    """
+    lengths = _lengths(loader, limit, host)
     if min(lengths) < 0:
         return _BeginTogether(loader, host)
     _require_batches([n > 0 for n in lengths])
@@ -74,9 +80,15 @@ def _require_batches(has: list[bool]) -> None:
         )
 
 
-def agreed_loader(loader: Any, host: Axis) -> Any:
-    """A training loader that ends on all ranks when it ends on the first one; ``loader`` itself if lengths agree."""
-    lengths = _lengths(loader, host)
+def agreed_loader(loader: Any, limit: float, host: Axis) -> Any:
+    """A training loader that ends on all ranks when it ends on the first one; ``loader`` itself if lengths agree.
+
+    Args:
+        loader: this rank's.
+        limit: batches that are asked of it.
+        host: all ranks.
+    """
+    lengths = _lengths(loader, limit, host)
     if min(lengths) < 0:
         return _EndTogether(loader, host)
     if min(lengths) == max(lengths):

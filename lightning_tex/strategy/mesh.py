@@ -30,7 +30,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_tex.parallel.allocator import use_growing_segments
 from lightning_tex.parallel.flight_record import EVERY_RANK, TRAINING
-from lightning_tex.parallel.groups import reaches_cpu
+from lightning_tex.parallel.groups import groups_of_world, reaches_cpu
 from lightning_tex.parallel.initialization import has_values
 from lightning_tex.parallel.topology import Axis, Layout, build_mesh
 from lightning_tex.resilience.agreement import Agreement, Comparison
@@ -267,6 +267,11 @@ class MeshStrategy(ParallelStrategy):
     def _host_group(self) -> dist.ProcessGroup | None:
         """All ranks over the host's network, from set-up on; all ranks as they are before."""
         return None
+
+    def host_axis(self) -> Axis:
+        """All ranks over the host's network, from when they have found each other; collective at the first call."""
+        group = groups_of_world(self.group_timeout).host()
+        return Axis("world", self.world_size, self.global_rank, tuple(range(self.world_size)), group)
 
     def _reaches(self, tensor: Tensor, group: Any) -> bool:
         """Whether a group's collectives take a tensor where it lies: NCCL's take none on the CPU."""

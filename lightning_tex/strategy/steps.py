@@ -16,8 +16,9 @@ from lightning_tex.moe import auxiliary_loss
 from lightning_tex.parallel.errors import UserRuntimeError
 from lightning_tex.parallel.flight_record import TRAINING
 from lightning_tex.resilience.spikes import SpikeRule
-from lightning_tex.strategy.batches import agreed_loader, evaluation_loader, require_same_batch
+from lightning_tex.strategy.batches import require_same_batch
 from lightning_tex.strategy.checkpointing import CheckpointingStrategy
+from lightning_tex.strategy.data_sources import take_over_sources
 from lightning_tex.strategy.logged_names import LoggedNames
 from lightning_tex.strategy.loss_spikes import LossSpikes, OnSpike
 from lightning_tex.strategy.nonfinite_steps import SkippedSteps
@@ -58,6 +59,8 @@ class StepStrategy(CheckpointingStrategy):
         if self._stopping is None or self._stopping.trainer is not trainer:
             self._stopping = Stopping(self, trainer)
         trainer._signal_connector = AgreedSignals(trainer, self._stopping)
+        if self.world_size > 1:
+            take_over_sources(trainer, self.host_axis)
         with (
             super().run_frame(trainer),
             named_worker_errors(self.global_rank),
@@ -72,15 +75,12 @@ class StepStrategy(CheckpointingStrategy):
         self._logged_names = LoggedNames(self._agreement(data.ranks, f"logged/{data.ranks[0]}"))
 
     def process_dataloader(self, dataloader: object) -> object:
-        """Seed workers by data rank, and let training loaders end together."""
+        """Seed workers by data rank."""
         if getattr(dataloader, "worker_init_fn", False) is None:
             rank = self.distributed_sampler_kwargs["rank"]
             with suppress(ValueError, AttributeError):
                 dataloader.worker_init_fn = partial(_seed_worker, rank=rank)  # type: ignore[attr-defined]
-        assert self.lightning_module is not None
-        if self.lightning_module.trainer.training:
-            return agreed_loader(dataloader, self.topology.host)
-        return evaluation_loader(dataloader, self.topology.host)
+        return dataloader
 
     def on_train_start(self) -> None:
         super().on_train_start()
