@@ -5,8 +5,8 @@
 
 Folders and files are of ``tests_pytorch``. Each file runs in a process of its own, in a copy of the tests, under every
 strategy, at most ``--limit`` seconds at a time: the test that ran when it ended has failed, and the others go on.
-``--compare before.json`` says what has changed since. The tests need some packages of their own (``requirements/pytorch/test.txt``
-there); a test that misses one fails under every strategy and is not counted.
+``--compare before.json`` says what has changed since. The tests need some packages of their own
+(``requirements/pytorch/test.txt`` there); a test that misses one fails under every strategy and is not counted.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -95,7 +96,13 @@ def _attempt(
     results = scratch / "results"
     results.touch()
     command = [sys.executable, "-m", "pytest", f"tests/tests_pytorch/{file}", "-q", "-p", "placed_strategy"]
-    command += ["-p", "no:cacheprovider", "--tb=short", f"--basetemp={scratch / 'pytest'}", *(["-k", select] if select else [])]
+    command += [
+        "-p",
+        "no:cacheprovider",
+        "--tb=short",
+        f"--basetemp={scratch / 'pytest'}",
+        *(["-k", select] if select else []),
+    ]
     command += [word for test in outcomes for word in ("--deselect", test)]
     with (scratch / "output").open("w") as output:
         process = subprocess.Popen(
@@ -114,7 +121,10 @@ def _attempt(
             outcomes[entry["test"]] = (entry["outcome"], entry["error"])
     for test, (outcome, _) in outcomes.items():
         if outcome == "running":
-            outcomes[test] = ("failed", f"did not end within {limit:.0f} s, or ended its process ({process.returncode})")
+            outcomes[test] = (
+                "failed",
+                f"did not end within {limit:.0f} s, or ended its process ({process.returncode})",
+            )
             ended = False
     return ended
 
@@ -127,10 +137,8 @@ def _environment(tests: Path, strategy: str, results: Path, scratch: Path) -> di
 
 def _end_session(process: subprocess.Popen[bytes]) -> None:
     """End what the tests have started and left, too."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, 9)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

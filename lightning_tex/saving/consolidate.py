@@ -14,6 +14,7 @@ from lightning_tex.optim.formats import MASTER
 from lightning_tex.saving import paths, plain_form
 from lightning_tex.saving.archive import NewFile
 from lightning_tex.saving.checkpoint_format import OWN_ENTRY
+from lightning_tex.saving.further_weights import put_whole
 from lightning_tex.saving.manifest import CorruptCheckpointError
 from lightning_tex.saving.model_state import MODEL, OPTIMIZER, TIES, TensorPath
 from lightning_tex.saving.newest import find
@@ -46,6 +47,7 @@ def consolidated(path: str | os.PathLike[str], weights_only: bool = False) -> di
         if path[0] == MODEL
     }
     checkpoint = {**trainer_state, "state_dict": weights}
+    put_whole(checkpoint, tensors, own)
     about = own.get("optimizer")  # a save of the weights alone has none
     if about is None or weights_only:
         return plain_form.versioned(checkpoint, None)

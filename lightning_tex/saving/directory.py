@@ -22,6 +22,7 @@ from lightning_tex.parallel.topology import Axis
 from lightning_tex.saving import model_state, optimizer_state
 from lightning_tex.saving.checkpoint_format import OWN_ENTRY, CheckpointFormat, Loaded, ShardedRun
 from lightning_tex.saving.consolidate import consolidated
+from lightning_tex.saving.further_weights import FURTHER, put_back, taken_out
 from lightning_tex.saving.global_tensor import GlobalTensor
 from lightning_tex.saving.optimizer_loading import OptimizerStates, load_masters, load_optimizer, require_same_groups
 from lightning_tex.saving.random_streams import RANDOM, random_rows, random_streams, restore_random_streams
@@ -69,7 +70,8 @@ class DirectoryCheckpoint(CheckpointFormat):
             tensors[model_state.OPTIMIZER] = {"state": states[0]["state"]}
             own["optimizer"] = states[0]["about"]
             tensors[RANDOM] = random_rows(random_streams(), run.topology.world)
-        trainer_state[OWN_ENTRY] = own
+        tensors[FURTHER], places = taken_out(trainer_state)
+        trainer_state[OWN_ENTRY] = own | places
         path = Path(run.broadcast(str(filepath)))
         return begin(path, linked, tensors, trainer_state, run.topology.layout, run.topology.world, run.broadcast)
 
@@ -81,6 +83,7 @@ class DirectoryCheckpoint(CheckpointFormat):
         if run.optimizer is not None and about is not None:
             require_same_groups(about["param_groups"], run.optimizer)
         model_state.load_model(run.module, run.topology, source, strict)
+        put_back(run, trainer_state, source, own)
         if run.optimizer is None:
             return Loaded(trainer_state)
         if about is not None:

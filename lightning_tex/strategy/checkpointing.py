@@ -7,6 +7,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from lightning import Trainer
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_tex.optim import TiledOptimizer
@@ -130,6 +131,10 @@ class CheckpointingStrategy(MeshStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Weights for a checkpoint: described globally, or whole on rank 0 and empty elsewhere; collective."""
         return self._writing_format.model_state(self._run())
+
+    def described_weights(self, module: nn.Module) -> dict[str, Any]:
+        """Of another module that is sharded as the model is, in the same forms; collective."""
+        return self._writing_format.model_state(replace(self._run(), module=module, optimizer=None))
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Optimizer states for a checkpoint, in the same two forms; collective."""

@@ -57,9 +57,10 @@ class TogetherSource(_DataLoaderSource):
         loaders = super().dataloader()
         combined = copy.copy(loaders) if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, self._mode)
         kind = type(combined)
-        combined.__class__ = type(kind.__name__, (_AgreeingLoader, kind), {})
-        combined.agree_by(self._together, self._host)
-        return combined
+        agreeing: Any = combined  # of a class that may be the user's
+        agreeing.__class__ = type(kind.__name__, (_AgreeingLoader, kind), {})
+        agreeing.agree_by(self._together, self._host)
+        return agreeing
 
 
 class _AgreeingLoader(CombinedLoader):

@@ -14,7 +14,6 @@ from lightning import Trainer
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.trainer.states import TrainerFn
@@ -35,6 +34,7 @@ from lightning_tex.parallel.sharding import TexModule, check_shardable, paramete
 from lightning_tex.parallel.topology import Communication, Layout, Topology
 from lightning_tex.resilience.spikes import SpikeRule
 from lightning_tex.strategy import agreement
+from lightning_tex.strategy.averaging import AveragedWeights
 from lightning_tex.strategy.loss_spikes import OnSpike
 from lightning_tex.strategy.memory_check import require_memory
 from lightning_tex.strategy.precision import tex_precision
@@ -168,6 +168,7 @@ class TexMoEStrategy(StepStrategy):
         )
         self.activation_checkpointing = activation_checkpointing
         self._check_memory = check_memory
+        self._averages = AveragedWeights(self.described_weights)
         self._topology: Topology | None = None
         self._seed = 0
 
@@ -227,12 +228,7 @@ class TexMoEStrategy(StepStrategy):
         if self._layer_sync is not None:
             raise MisconfigurationException("Trainer(sync_batchnorm=True) is not supported by TexMoEStrategy")
         self.check_checkpoint_io()
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
-                raise MisconfigurationException(
-                    f"callback {type(callback).__name__} is not supported by TexMoEStrategy: it averages and saves "
-                    "whole models, and a rank holds parts"
-                )
+        AveragedWeights.require_legal(trainer, str(self.precision_plugin.precision))
 
     def setup(self, trainer: Trainer) -> None:
         """Shard the model for this rank, give it its memory and its optimizer. Idempotent over stages."""
@@ -262,6 +258,7 @@ class TexMoEStrategy(StepStrategy):
         self.model = self.precision_plugin.convert_module(self.model)
         self._move_to_device()
         initialization.materialise(self.model, self.root_device, seed)
+        self._averages.attend(trainer, self.model, self.topology, self.root_device, seed)
         for metric in self.model.modules():
             if isinstance(metric, Metric) and metric.process_group is None:
                 metric.process_group = self.topology.data.group
@@ -272,6 +269,18 @@ class TexMoEStrategy(StepStrategy):
             self.try_folders(trainer)
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """As :meth:`CheckpointingStrategy.load_checkpoint`; averages that begin with it find the weights there, too."""
+        trainer_state = super().load_checkpoint(checkpoint_path, weights_only)
+        if self._averages.are_kept:
+            assert self.model is not None
+            trainer_state.setdefault("state_dict", self.model.state_dict())
+        return trainer_state
+
+    def teardown(self) -> None:
+        self._averages.leave()
+        super().teardown()
 
     def _require_memory(self, layout: Layout) -> None:
         device_bytes = self._device_bytes()
