@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lightning_tex.saving.manifest import CorruptCheckpointError
 from lightning_tex.saving.model_state import MODEL, OPTIMIZER, TIES, TensorPath
 from lightning_tex.saving.newest import find
 from lightning_tex.saving.optimizer_loading import OptimizerStates
+from lightning_tex.saving.optimizer_state import GROUPS_OF_EACH
 from lightning_tex.saving.reading import Directory
 from lightning_tex.saving.whole_tensors import tensor_bytes
 
@@ -53,7 +55,11 @@ def consolidated(path: str | os.PathLike[str], weights_only: bool = False) -> di
         return plain_form.versioned(checkpoint, None)
     states = OptimizerStates.by_name(about, directory)
     by_name = _states_by_name(tensors, states.number_keys)
-    checkpoint["optimizer_states"] = [plain_form.torch_form(by_name, states.groups)]
+    remaining = iter(states.groups)
+    counts = about.get(GROUPS_OF_EACH, [len(states.groups)])
+    checkpoint["optimizer_states"] = [
+        plain_form.torch_form(by_name, list(islice(remaining, count))) for count in counts
+    ]
     return plain_form.versioned(checkpoint, states.rounding_seed)
 
 

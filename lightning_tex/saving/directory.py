@@ -48,12 +48,9 @@ class DirectoryCheckpoint(CheckpointFormat):
         return dict(model_state.model_state(run.module, run.topology))
 
     def optimizer_state(self, run: ShardedRun) -> dict[str, Any]:
-        """Tensors described globally, by parameter and key, and what ``meta.pt`` says of them."""
+        """Tensors described globally, by parameter and key."""
         assert run.optimizer is not None
-        return {
-            "state": optimizer_state.optimizer_state(run.optimizer),
-            "about": optimizer_state.optimizer_entry(run.optimizer),
-        }
+        return {"state": optimizer_state.optimizer_state(run.optimizer)}
 
     def begin(self, run: ShardedRun, checkpoint: Mapping[str, Any], filepath: Any, linked: bool) -> Save:
         self.check_io(run.checkpoint_io)
@@ -67,8 +64,8 @@ class DirectoryCheckpoint(CheckpointFormat):
         own: dict[str, Any] = {"layout": asdict(run.topology.layout), model_state.TIES: model_state.ties(run.module)}
         states = trainer_state.pop("optimizer_states", None)
         if states and run.optimizer is not None:
-            tensors[model_state.OPTIMIZER] = {"state": states[0]["state"]}
-            own["optimizer"] = states[0]["about"]
+            tensors[model_state.OPTIMIZER] = {"state": {n: s for one in states for n, s in one["state"].items()}}
+            own["optimizer"] = optimizer_state.optimizer_entry(run.optimizer)
             tensors[RANDOM] = random_rows(random_streams(), run.topology.world)
         tensors[FURTHER], places = taken_out(trainer_state)
         trainer_state[OWN_ENTRY] = own | places

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_tex.optim import TiledOptimizer
+from lightning_tex.optim import Stepped, TiledOptimizer, as_one
 from lightning_tex.parallel.errors import UserTypeError
 from lightning_tex.parallel.topology import Topology
 from lightning_tex.saving import (
@@ -96,13 +96,23 @@ class CheckpointingStrategy(MeshStrategy):
         return isinstance(self._writing_format, DirectoryCheckpoint)
 
     @property
+    def tiled_optimizers(self) -> list[TiledOptimizer]:
+        """The optimizers; none before a fit has set them up, and where ``configure_optimizers`` returned none."""
+        return [optimizer for optimizer in self.optimizers if isinstance(optimizer, TiledOptimizer)]
+
+    @property
     def tiled_optimizer(self) -> TiledOptimizer | None:
-        """The optimizer; ``None`` before a fit has set it up, and where ``configure_optimizers`` returned none."""
-        return next((o for o in self.optimizers if isinstance(o, TiledOptimizer)), None)
+        """The first of them."""
+        return next(iter(self.tiled_optimizers), None)
+
+    @property
+    def stepped(self) -> Stepped | None:
+        """The optimizer, or several as one."""
+        return as_one(self.tiled_optimizers)
 
     def _run(self) -> ShardedRun:
         assert self.model is not None
-        return ShardedRun(self.model, self.topology, self.tiled_optimizer, self.broadcast, self.checkpoint_io)
+        return ShardedRun(self.model, self.topology, self.stepped, self.broadcast, self.checkpoint_io)
 
     def check_checkpoint_io(self) -> None:
         """Raise ``MisconfigurationException`` if the Trainer's ``CheckpointIO`` would not be used."""
@@ -138,7 +148,9 @@ class CheckpointingStrategy(MeshStrategy):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Optimizer states for a checkpoint, in the same two forms; collective."""
-        return self._writing_format.optimizer_state(self._run()) if isinstance(optimizer, TiledOptimizer) else {}
+        if not isinstance(optimizer, TiledOptimizer):
+            return {}
+        return self._writing_format.optimizer_state(replace(self._run(), optimizer=optimizer))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write a checkpoint; collective. In a fit, a directory is complete at the latest when the fit ends.
@@ -274,7 +286,7 @@ class CheckpointingStrategy(MeshStrategy):
 
         Options of the optimizer's groups, such as learning rates, random numbers and loops stay.
         """
-        optimizer = self.tiled_optimizer
+        optimizer = self.stepped
         groups = [] if optimizer is None else optimizer.param_groups
         options = [{name: value for name, value in group.items() if name != "params"} for group in groups]
         trainer_state = self.load_checkpoint(path)

@@ -87,8 +87,8 @@ class StepStrategy(CheckpointingStrategy):
         self._replicas.fit_begins()
         assert self.lightning_module is not None
         self._room.fit_begins(self.lightning_module.trainer.global_step)
-        if self.tiled_optimizer is not None:
-            self.skipped_steps.attend(self.tiled_optimizer)
+        if self.tiled_optimizers:
+            self.skipped_steps.attend(self.tiled_optimizers)
 
     def step_boundary(self) -> None:
         """Between two batches of a fit, and after the last; collective.
@@ -105,8 +105,8 @@ class StepStrategy(CheckpointingStrategy):
         self._room.step_boundary(self.lightning_module.trainer.global_step)
 
     def on_train_end(self) -> None:
-        if self.tiled_optimizer is not None:
-            self.tiled_optimizer.guard.learn()
+        for optimizer in self.tiled_optimizers:
+            optimizer.guard.learn()
         self.step_boundary()
         super().on_train_end()
 

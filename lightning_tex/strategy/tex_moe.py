@@ -24,7 +24,14 @@ from torchmetrics import Metric
 
 from lightning_tex.layers.vocab import require_both_ends
 from lightning_tex.moe import MoE
-from lightning_tex.optim import OptimizerStateConfig, OptimizerStateFormat, TiledOptimizer, ZeroStage
+from lightning_tex.optim import (
+    OptimizerStateConfig,
+    OptimizerStateFormat,
+    TiledOptimizer,
+    ZeroStage,
+    require_own_parameters,
+)
+from lightning_tex.optim.rounding import RoundingSeed
 from lightning_tex.parallel import initialization
 from lightning_tex.parallel.activation_checkpointing import ActivationCheckpointing, recompute_blocks, require_legal
 from lightning_tex.parallel.compiled import Compile, compile_leaves
@@ -313,28 +320,28 @@ class TexMoEStrategy(StepStrategy):
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Build the user's optimizer over the sharded model and put the sharded, tiled one in its place."""
-        if self.tiled_optimizer is not None:
-            self.tiled_optimizer.release()
+        for optimizer in self.tiled_optimizers:
+            optimizer.release()
         self._reset_optimizers_and_schedulers()
         super().setup_optimizers(trainer)
         assert self.model is not None
         parameters = dict(self.model.named_parameters())
         self._require_agreement(agreement.optimization(self.optimizers, self.lr_scheduler_configs, parameters, trainer))
-        if len(self.optimizers) > 1:
-            raise MisconfigurationException(
-                f"configure_optimizers returned {len(self.optimizers)} optimizers; TexMoEStrategy drives exactly one: "
-                "give it one parameter group for each set of options"
-            )
+        require_own_parameters(self.optimizers, {parameter: name for name, parameter in parameters.items()})
         by_name = parameter_shardings(self.model, self.topology)
         shardings = {parameters[name]: sharding for name, sharding in by_name.items()}
         if not isinstance(self.optimizers[0], _MockOptimizer):  # configure_optimizers returned None
             state_config = self.precision_plugin.state_config(replace(self._state_config, seed=self._seed))
-            world = self.topology.world
-            self.optimizers = [
-                TiledOptimizer(self.optimizers[0], shardings, world, state_config, communication=self.communication)
-            ]
+            rounding_seed = RoundingSeed(self._seed)
+            tiled = {
+                optimizer: TiledOptimizer(
+                    optimizer, shardings, self.topology.world, state_config, self.communication, rounding_seed
+                )
+                for optimizer in self.optimizers
+            }
+            self.optimizers = list(tiled.values())
             for config in self.lr_scheduler_configs:  # or a learning-rate monitor would find two optimizers
-                config.scheduler.optimizer = self.optimizers[0]
+                config.scheduler.optimizer = tiled[config.scheduler.optimizer]
 
     def model_to_device(self) -> None:
         """Nothing: ``setup`` moves what exists and draws the rest where it belongs."""
