@@ -139,6 +139,8 @@ class TiledOptimizer(StandIn):
 
         ``.grad`` stays a view of flat buffers (or ``None``, ZeRO 2), whatever is asked for.
         """
+        if type(self.inner).zero_grad is not Optimizer.zero_grad:  # what the user's class does besides
+            self.inner.zero_grad()
         self._reducer.zero()
 
     def backward_begins(self, loss: Tensor, last: bool = False, undisturbed: bool = False) -> None:

@@ -30,6 +30,7 @@ from lightning_tex.optim import (
     TiledOptimizer,
     ZeroStage,
     require_own_parameters,
+    users_own,
 )
 from lightning_tex.optim.rounding import RoundingSeed
 from lightning_tex.parallel import initialization
@@ -286,6 +287,8 @@ class TexMoEStrategy(StepStrategy):
         return trainer_state
 
     def teardown(self) -> None:
+        for config in self.lr_scheduler_configs:  # which may be of the user's making, and serve another fit
+            config.scheduler.optimizer = users_own(config.scheduler.optimizer)
         self._averages.leave()
         super().teardown()
 
@@ -341,7 +344,7 @@ class TexMoEStrategy(StepStrategy):
             }
             self.optimizers = list(tiled.values())
             for config in self.lr_scheduler_configs:  # or a learning-rate monitor would find two optimizers
-                config.scheduler.optimizer = tiled[config.scheduler.optimizer]
+                config.scheduler.optimizer = tiled[users_own(config.scheduler.optimizer)]
 
     def model_to_device(self) -> None:
         """Nothing: ``setup`` moves what exists and draws the rest where it belongs."""
