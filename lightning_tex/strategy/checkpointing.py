@@ -45,6 +45,22 @@ from lightning_tex.strategy.mesh import MeshStrategy
 _log = logging.getLogger(__name__)
 
 
+_LIGHTNINGS_LINK = ModelCheckpoint._link_checkpoint
+
+
+class _LinkWhenComplete:
+    """In the place of ``ModelCheckpoint._link_checkpoint``; a copy of the callback has Lightning's again."""
+
+    def __init__(self, link: Callable[[str, str], None]) -> None:
+        self._link = link
+
+    def __call__(self, trainer: Trainer, filepath: str, linkpath: str) -> None:
+        self._link(filepath, linkpath)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (ModelCheckpoint, "_link_checkpoint")
+
+
 class CheckpointingStrategy(MeshStrategy):
     """A strategy whose checkpoints are directories that every rank writes its part of, or single plain files.
 
@@ -78,6 +94,9 @@ class CheckpointingStrategy(MeshStrategy):
         self._random_at_first_step: dict[str, Tensor] = {}
         self._init_from = init_from
         self._saved_here: set[Path] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_side_group": None}
 
     @contextmanager
     def run_frame(self, trainer: Trainer) -> Iterator[None]:
@@ -164,13 +183,14 @@ class CheckpointingStrategy(MeshStrategy):
                 "TexMoEStrategy.save_checkpoint(storage_options=...) is not supported; use a CheckpointIO"
             )
         self._background.wait()  # one copy of the states at a time
-        save = self._writing_format.begin(self._run(), checkpoint, filepath, linked=self._is_written_again(filepath))
+        run = self._run()
+        save = self._writing_format.begin(run, checkpoint, filepath, linked=self._is_written_again(filepath))
         if _is_local_file_protocol(str(filepath)):
             self._saved_here.add(Path(filepath).absolute())
         if save is None:
             return
         if self._side_group is None:
-            self._side_group = SideGroup(self.topology.world, self.group_timeout)
+            self._side_group = SideGroup(run.topology.world, self.group_timeout)
         group = self._side_group
         self._after_saves(lambda: save.finish(group))
 
@@ -197,9 +217,11 @@ class CheckpointingStrategy(MeshStrategy):
 
     def _after_saves(self, job: Callable[[], None]) -> None:
         """Do it after all saves so far: in the background of a fit, else now."""
-        self._background.submit(job)
-        if not (self._save_in_background and self._training):
+        if self._save_in_background and self._training:
+            self._background.submit(job)
+        else:
             self._background.wait()
+            job()
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Remove a checkpoint, but not before those that were saved after it are on disk and read back."""
@@ -221,10 +243,11 @@ class CheckpointingStrategy(MeshStrategy):
     def link_last_checkpoints(self, trainer: Trainer) -> None:
         """Let ``ModelCheckpoint(save_last="link")`` swap its link by one rename, once what it leads to is complete."""
         for callback in model_checkpoints(trainer):
-            if type(callback)._link_checkpoint is ModelCheckpoint._link_checkpoint:
-                callback._link_checkpoint = self._link_checkpoint  # type: ignore[method-assign]
+            if type(callback)._link_checkpoint is _LIGHTNINGS_LINK:
+                callback._link_checkpoint = _LinkWhenComplete(self.link_checkpoint)  # type: ignore[method-assign]
 
-    def _link_checkpoint(self, trainer: Trainer, filepath: str, linkpath: str) -> None:
+    def link_checkpoint(self, filepath: str, linkpath: str) -> None:
+        """Lead a link to a checkpoint, once that is complete."""
         if self.is_global_zero and Path(filepath).absolute() != Path(linkpath).absolute():
             self._after_saves(lambda: paths.link(Path(filepath), Path(linkpath)))
 

@@ -55,6 +55,11 @@ def _destroy_groups() -> None:
         dist.destroy_process_group()
 
 
+def _unknown_ending(pid: int) -> str:
+    """How a process has ended that another launcher than ours has started."""
+    return ""
+
+
 class MeshStrategy(ParallelStrategy):
     """A Lightning strategy over a (data, tensor) mesh: launching, process groups, and communication over data.
 
@@ -84,6 +89,10 @@ class MeshStrategy(ParallelStrategy):
     @abstractmethod
     def resolve_layout(self) -> Layout:
         """The layout as far as it is known: of the world once the Trainer is built, of the model once that is."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what cannot leave the process: a copy finds processes of its own when it is set up."""
+        return {**super().__getstate__(), "_mesh": None, "_guarded_run": GuardedRun()}
 
     # --- what the world is
 
@@ -147,11 +156,11 @@ class MeshStrategy(ParallelStrategy):
             record_flights(Path(self.lightning_module.trainer.default_root_dir))
         if not dist.is_initialized():
             self._init_process_group(self.cluster_environment, backend)
-        assert isinstance(self._launcher, RankLauncher)
+        launcher = self._launcher
         self._guarded_run.connect(
             self.cluster_environment.main_address,
             self.num_nodes == 1,
-            self._launcher.child_ending,
+            launcher.child_ending if isinstance(launcher, RankLauncher) else _unknown_ending,
             self.timeout,
             self._device_waits,
         )

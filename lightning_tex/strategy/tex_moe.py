@@ -41,6 +41,7 @@ from lightning_tex.parallel.requested_layout import RequestedLayout
 from lightning_tex.parallel.sharding import TexModule, check_shardable, parameter_shardings, shard_module, synchronise
 from lightning_tex.parallel.topology import Communication, Layout, Topology
 from lightning_tex.resilience.spikes import SpikeRule
+from lightning_tex.saving import ShardedRun
 from lightning_tex.strategy import agreement
 from lightning_tex.strategy.averaging import AveragedWeights
 from lightning_tex.strategy.loss_spikes import OnSpike
@@ -194,6 +195,15 @@ class TexMoEStrategy(StepStrategy):
         if self._topology is None:
             raise RuntimeError("The topology exists only after the Trainer has set up the strategy")
         return self._topology
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_topology": None}
+
+    def _run(self) -> ShardedRun:
+        if self._topology is None and self.world_size == 1 and self.model is not None:
+            # Asked for before set-up, where everything is whole.
+            return ShardedRun(self.model, Topology.single(), None, self.broadcast, self.checkpoint_io)
+        return super()._run()
 
     def _host_group(self) -> dist.ProcessGroup | None:
         return None if self._topology is None else self._topology.host.group

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import tempfile
+import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -11,6 +16,7 @@ import torch
 from helpers.behaviour_modules import Unequal
 from helpers.ranks import on_ranks
 from helpers.trainers import quiet
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -164,3 +170,44 @@ def one_scheduler(world: int) -> list[float]:
 @pytest.mark.parametrize("world", [1, 2])
 def test_an_optimizer_and_its_scheduler_serve_two_trainers(world: int) -> None:
     assert on_ranks(world, one_scheduler, world) == [[pytest.approx(0.2)]] * world
+
+
+def copies(world: int) -> dict[str, Any]:
+    """After a fit: what is copied and pickled works, and a copy is no part of the run."""
+    fit = trainer(world, callbacks=[ModelCheckpoint(tempfile.mkdtemp(), save_last="link")])
+    module = Small()
+    module.setup = lambda stage: None  # type: ignore[method-assign]
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.1)  # type: ignore[method-assign]
+    fit.fit(module, rows(2))
+    del module.setup, module.configure_optimizers
+    again = pickle.loads(pickle.dumps(module))
+    same = all(torch.equal(a, b) for a, b in zip(module.parameters(), again.parameters(), strict=True))
+    (callback,) = (c for c in copy.deepcopy(fit.callbacks) if isinstance(c, ModelCheckpoint))
+    strategy = pickle.loads(pickle.dumps(tex.TexMoEStrategy(tensor_parallel_size=2)))
+    threads = [thread.name for thread in threading.enumerate() if "checkpoints" in thread.name]
+    return {
+        "same": same,
+        "mesh": again._device_mesh,
+        "links": callback._link_checkpoint is ModelCheckpoint._link_checkpoint,
+        "strategy": strategy._requested.tensor_parallel_size,
+        "trainer": type(pickle.loads(pickle.dumps(trainer(1))).strategy).__name__ if world == 1 else "TexMoEStrategy",
+        "threads": threads,
+    }
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_modules_callbacks_and_strategies_are_copied_and_pickled(world: int) -> None:
+    for found in on_ranks(world, copies, world):
+        assert found["same"] and found["mesh"] is None and found["links"]
+        assert found["strategy"] == 2 and found["trainer"] == "TexMoEStrategy"
+        assert not found["threads"]
+
+
+def test_a_checkpoint_is_saved_before_a_fit(tmp_path: Path) -> None:
+    module = Small()
+    fit = quiet(strategy=tex.TexMoEStrategy(save_distributed_checkpoint=False), devices=1)
+    fit.strategy.connect(module)
+    module.trainer = fit
+    fit.save_checkpoint(tmp_path / "before.ckpt")
+    again = Small.load_from_checkpoint(tmp_path / "before.ckpt")
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), again.parameters(), strict=True))
