@@ -29,6 +29,7 @@ STRATEGIES: dict[str, Callable[[], Strategy | str] | None] = {
 
 def pytest_configure(config: pytest.Config) -> None:
     """Put the strategy in the place of the connector's choice."""
+    config.addinivalue_line("markers", "flaky: of pytest-rerunfailures, which need not be installed")
     make = STRATEGIES[os.environ["LIGHTNING_SUITE_STRATEGY"]]
     if make is None:
         return
@@ -51,7 +52,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         _write({"test": report.nodeid, "outcome": "failed", "error": _first_line(report)})
     elif report.skipped:
         _write({"test": report.nodeid, "outcome": "skipped", "error": ""})
-    elif report.when == "teardown":
+    elif report.when == "call":
         _write({"test": report.nodeid, "outcome": "passed", "error": ""})
 
 
