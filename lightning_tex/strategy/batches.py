@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Sequence, Sized
 from typing import Any
 
 import torch
@@ -69,6 +69,27 @@ def evaluation_loader(loader: Any, limit: float, host: Axis) -> Any:
         return _BeginTogether(loader, host)
     _require_batches([n > 0 for n in lengths])
     return loader
+
+
+def require_equal_lengths(loaders: Sequence[Any], limits: Sequence[float], host: Axis) -> None:
+    """Refuse evaluation loaders that come one after another and that ranks would leave at different times; collective.
+
+    Args:
+        loaders: all but the last, with which the evaluation ends.
+        limits: batches that are asked of each.
+        host: all ranks.
+
+    Raises:
+        RuntimeError: naming the loader and the numbers by rank.
+    """
+    own = [_traits(loader, limit)[0] for loader, limit in zip(loaders, limits, strict=True)]
+    for number, lengths in enumerate(zip(*gather_numbers(own, host), strict=True)):
+        if len({length for length in lengths if length >= 0}) > 1:
+            raise UserRuntimeError(
+                f"evaluation data loader {number} of {len(loaders) + 1} has {', '.join(map(str, lengths))} batches on "
+                "ranks 0, 1, ..: they would be in different loaders, and wait for one another for ever. Use one "
+                "loader, or equal lengths (the last one may be unequal)"
+            )
 
 
 def _require_batches(has: list[bool]) -> None:

@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSourc
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
 from lightning_tex.parallel.topology import Axis
-from lightning_tex.strategy.batches import agreed_loader, evaluation_loader
+from lightning_tex.strategy.batches import agreed_loader, evaluation_loader, require_equal_lengths
 
 # Makes of a loader, and the number of batches that is asked of it, one that goes together with those of other ranks.
 _Together = Callable[[Any, float, Axis], Any]
@@ -85,6 +85,8 @@ class _AgreeingLoader(CombinedLoader):
         if self._agreed is None or self._agreed[0] is not self._flattened or self._agreed[1] != self._limits:
             limits: Any = self._limits or [float("inf")] * len(self._flattened)
             host = self._host()
+            if self._mode == "sequential" and len(self._flattened) > 1:
+                require_equal_lengths(self._flattened[:-1], limits[:-1], host)
             agreed = [
                 self._loader_together(loader, limit, host)
                 for loader, limit in zip(self._flattened, limits, strict=True)

@@ -111,6 +111,18 @@ def test_a_fraction_of_unequal_loaders_ends_everywhere_at_once() -> None:
     assert on_ranks(2, a_fraction, 2) == [2, 2]
 
 
+def validate_several(world: int) -> str:
+    fit = trainer(world)
+    with pytest.raises(RuntimeError) as caught:
+        fit.validate(Small(), [rows(3 - fit.global_rank), rows(2)], verbose=False)
+    return str(caught.value)
+
+
+def test_several_unequal_evaluation_loaders_are_refused_at_the_start() -> None:
+    for said in on_ranks(2, validate_several, 2):
+        assert said.startswith("evaluation data loader 0 of 2 has 3, 2 batches on ranks 0, 1")
+
+
 class NoLoader(Small):
     def refuse(self) -> Any:
         raise AssertionError("is limited to nothing")
