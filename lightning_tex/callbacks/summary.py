@@ -91,7 +91,7 @@ def _layout(trainer: Trainer) -> str:
 
 
 def _skipped(trainer: Trainer) -> list[tuple[str, str]]:
-    optimizer = getattr(trainer.strategy, "tiled_optimizer", None)  # another strategy than TexMoEStrategy has none
+    optimizer = getattr(trainer.strategy, "stepped", None)  # another strategy than TexMoEStrategy has none
     if optimizer is None or not optimizer.skipped.total:
         return []
     return [("skipped", f"{optimizer.skipped.total} optimizer steps with an infinite or NaN gradient")]

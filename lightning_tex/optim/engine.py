@@ -53,7 +53,7 @@ class Engine:
         self.optimizer = clone
         step = type(optimizer).step
         # torch wraps it to call hooks, the global ones too, which belong to the whole step.
-        self._step = step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[attr-defined]
+        self._step = step.__wrapped__ if getattr(step, "hooked", None) is True else step  # type: ignore[attr-defined]
 
     def step(
         self,

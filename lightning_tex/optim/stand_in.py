@@ -66,6 +66,11 @@ class StandIn(Optimizer):
         )
 
 
+def users_own(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that the user made, which a scheduler of an earlier fit knows by its stand-in."""
+    return optimizer.inner if isinstance(optimizer, StandIn) else optimizer
+
+
 @cache
 def _named_after(name: str, stand_in: type[StandIn]) -> type[Any]:
     """The class of those stand-ins that go by a name."""

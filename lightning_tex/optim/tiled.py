@@ -68,6 +68,7 @@ class TiledOptimizer(StandIn):
         world: all ranks, over which norms are summed.
         state_config: what is kept, in which form and where; ``None``: the defaults.
         communication: what is done to communicate less; ``None``: the defaults.
+        rounding_seed: one that other optimizers of the run share; ``None``: its own, of the configuration's seed.
 
     Attributes:
         guard: counts steps that are not taken, and tells its watcher.
@@ -83,10 +84,11 @@ class TiledOptimizer(StandIn):
         world: Axis,
         state_config: OptimizerStateConfig | None = None,
         communication: Communication | None = None,
+        rounding_seed: RoundingSeed | None = None,
     ) -> None:
         self.world, self.shardings = world, shardings
         self.state_config = state_config or OptimizerStateConfig()
-        self.rounding_seed = RoundingSeed(self.state_config.seed)
+        self.rounding_seed = rounding_seed or RoundingSeed(self.state_config.seed)
         self.engine = Engine(optimizer)
         self.shards: list[Shard] = []
         self.frozen: list[nn.Parameter] = []
@@ -137,6 +139,8 @@ class TiledOptimizer(StandIn):
 
         ``.grad`` stays a view of flat buffers (or ``None``, ZeRO 2), whatever is asked for.
         """
+        if type(self.inner).zero_grad is not Optimizer.zero_grad:  # what the user's class does besides
+            self.inner.zero_grad()
         self._reducer.zero()
 
     def backward_begins(self, loss: Tensor, last: bool = False, undisturbed: bool = False) -> None:
@@ -296,6 +300,10 @@ class TiledOptimizer(StandIn):
         for shard in self.shards:
             shard.keep()
             shard.buffer.gather().wait()
+
+    def options_of(self, shard: Shard) -> dict[str, Any]:
+        """What a shard is stepped with: its group's options, with the kernel that is chosen."""
+        return fastest(self.engine.optimizer, shard.group)
 
     def pieces(self) -> Iterator[Piece]:
         """Every piece of every parameter that this rank's windows hold."""

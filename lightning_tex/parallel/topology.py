@@ -302,6 +302,16 @@ class Topology:
         )
 
 
+class _LocalMesh(DeviceMesh):
+    """A mesh that modules hold: shared where they are copied, left behind where they are pickled."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DeviceMesh:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
 def build_mesh(layout: Layout, device_type: str, timeout: timedelta | None = None) -> DeviceMesh:
     """The (data, tensor) mesh of a layout. Collective over the world.
 
@@ -316,7 +326,9 @@ def build_mesh(layout: Layout, device_type: str, timeout: timedelta | None = Non
 def _mesh(layout: Layout, device_type: str, names: tuple[str, ...], groups: ProcessGroups) -> DeviceMesh:
     ranks = torch.arange(layout.world).view([layout.axis_size(name) for name in names])
     of_axes = [groups.of(layout.groups(name), name, by_itself=name == "expert") for name in names]
-    return DeviceMesh.from_group(of_axes, device_type, mesh=ranks, mesh_dim_names=names)
+    mesh = DeviceMesh.from_group(of_axes, device_type, mesh=ranks, mesh_dim_names=names)
+    mesh.__class__ = _LocalMesh
+    return mesh
 
 
 def divisors(n: int) -> list[int]:

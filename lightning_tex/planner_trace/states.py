@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from lightning_tex.optim import TiledOptimizer
+from lightning_tex.optim import Stepped
 from lightning_tex.parallel.allocations import storage_bytes, storage_key
 from lightning_tex.parallel.sharding import parameter_shardings
 from lightning_tex.parallel.topology import Topology
@@ -15,7 +15,7 @@ from lightning_tex.parallel.topology import Topology
 STATES = ("dense_parameters", "expert_parameters", "gradients", "master", "moments")
 
 
-def states(model: nn.Module, topology: Topology, optimizer: TiledOptimizer | None) -> Iterator[tuple[str, Tensor]]:
+def states(model: nn.Module, topology: Topology, optimizer: Stepped | None) -> Iterator[tuple[str, Tensor]]:
     """Every tensor that a rank keeps of parameters, gradients and optimizer states, with its kind.
 
     Several tensors may be views of one storage; a storage belongs to the kind that names it first.
@@ -36,7 +36,7 @@ def states(model: nn.Module, topology: Topology, optimizer: TiledOptimizer | Non
         yield from shard.states.memory()
 
 
-def state_bytes(model: nn.Module, topology: Topology, optimizer: TiledOptimizer | None) -> dict[str, int]:
+def state_bytes(model: nn.Module, topology: Topology, optimizer: Stepped | None) -> dict[str, int]:
     """Bytes of the storages that a rank keeps between steps, by kind."""
     by_storage: dict[int, tuple[str, Tensor]] = {}
     for kind, tensor in states(model, topology, optimizer):

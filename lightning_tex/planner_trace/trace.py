@@ -210,7 +210,7 @@ class _Reader(Callback):
         self.read = {
             "layout": strategy.topology.layout,
             "parameters": sum(prod(sharding.box.full) for sharding in shardings.values()),
-            "state_bytes": state_bytes(module, strategy.topology, strategy.tiled_optimizer),
+            "state_bytes": state_bytes(module, strategy.topology, strategy.stepped),
             "peak_bytes": sum(peak.values()),
             "peak_bytes_by_kind": peak,
             "most_bytes_by_kind": {kind: max(live.get(kind, 0) for live in moments) for kind in sorted(kinds)},
@@ -222,4 +222,4 @@ class _Reader(Callback):
 
     def _states(self, trainer: Trainer, module: LightningModule) -> Any:
         strategy = TexMoEStrategy.of(trainer)
-        return states(module, strategy.topology, strategy.tiled_optimizer)
+        return states(module, strategy.topology, strategy.stepped)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
+from typing import Any
 
 
 class Background:
@@ -17,6 +18,10 @@ class Background:
         self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy in another process has nothing to do yet."""
+        return Background, ()
 
     @property
     def busy(self) -> bool:

@@ -11,7 +11,7 @@ from typing import IO, Any, ClassVar
 from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor, nn
 
-from lightning_tex.optim import TiledOptimizer
+from lightning_tex.optim import Stepped
 from lightning_tex.parallel.topology import Topology
 from lightning_tex.saving.writing import Broadcast, Save
 
@@ -21,19 +21,19 @@ OWN_ENTRY = "lightning_tex"
 
 @dataclass(frozen=True)
 class ShardedRun:
-    """What is saved and loaded: one sharded model and its optimizer.
+    """What is saved and loaded: one sharded model and its optimizers.
 
     Args:
         module: the sharded model.
         topology: the layout it is sharded for.
-        optimizer: the sharded optimizer; ``None`` when there is nothing to train.
+        optimizer: the sharded optimizer, or several as one; ``None`` when there is nothing to train.
         broadcast: sends rank 0's object to all ranks.
         checkpoint_io: Lightning's plugin, which writes and reads plain files.
     """
 
     module: nn.Module
     topology: Topology
-    optimizer: TiledOptimizer | None
+    optimizer: Stepped | None
     broadcast: Broadcast
     checkpoint_io: CheckpointIO
 

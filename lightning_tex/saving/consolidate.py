@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from lightning_tex.optim.formats import MASTER
 from lightning_tex.saving import paths, plain_form
 from lightning_tex.saving.archive import NewFile
 from lightning_tex.saving.checkpoint_format import OWN_ENTRY
+from lightning_tex.saving.further_weights import put_whole
 from lightning_tex.saving.manifest import CorruptCheckpointError
 from lightning_tex.saving.model_state import MODEL, OPTIMIZER, TIES, TensorPath
 from lightning_tex.saving.newest import find
 from lightning_tex.saving.optimizer_loading import OptimizerStates
+from lightning_tex.saving.optimizer_state import GROUPS_OF_EACH
 from lightning_tex.saving.reading import Directory
 from lightning_tex.saving.whole_tensors import tensor_bytes
 
@@ -46,12 +49,17 @@ def consolidated(path: str | os.PathLike[str], weights_only: bool = False) -> di
         if path[0] == MODEL
     }
     checkpoint = {**trainer_state, "state_dict": weights}
+    put_whole(checkpoint, tensors, own)
     about = own.get("optimizer")  # a save of the weights alone has none
     if about is None or weights_only:
         return plain_form.versioned(checkpoint, None)
     states = OptimizerStates.by_name(about, directory)
     by_name = _states_by_name(tensors, states.number_keys)
-    checkpoint["optimizer_states"] = [plain_form.torch_form(by_name, states.groups)]
+    remaining = iter(states.groups)
+    counts = about.get(GROUPS_OF_EACH, [len(states.groups)])
+    checkpoint["optimizer_states"] = [
+        plain_form.torch_form(by_name, list(islice(remaining, count))) for count in counts
+    ]
     return plain_form.versioned(checkpoint, states.rounding_seed)
 
 

@@ -22,6 +22,7 @@ from lightning_tex.parallel.topology import Axis
 from lightning_tex.saving import model_state, optimizer_state
 from lightning_tex.saving.checkpoint_format import OWN_ENTRY, CheckpointFormat, Loaded, ShardedRun
 from lightning_tex.saving.consolidate import consolidated
+from lightning_tex.saving.further_weights import FURTHER, put_back, taken_out
 from lightning_tex.saving.global_tensor import GlobalTensor
 from lightning_tex.saving.optimizer_loading import OptimizerStates, load_masters, load_optimizer, require_same_groups
 from lightning_tex.saving.random_streams import RANDOM, random_rows, random_streams, restore_random_streams
@@ -47,12 +48,9 @@ class DirectoryCheckpoint(CheckpointFormat):
         return dict(model_state.model_state(run.module, run.topology))
 
     def optimizer_state(self, run: ShardedRun) -> dict[str, Any]:
-        """Tensors described globally, by parameter and key, and what ``meta.pt`` says of them."""
+        """Tensors described globally, by parameter and key."""
         assert run.optimizer is not None
-        return {
-            "state": optimizer_state.optimizer_state(run.optimizer),
-            "about": optimizer_state.optimizer_entry(run.optimizer),
-        }
+        return {"state": optimizer_state.optimizer_state(run.optimizer)}
 
     def begin(self, run: ShardedRun, checkpoint: Mapping[str, Any], filepath: Any, linked: bool) -> Save:
         self.check_io(run.checkpoint_io)
@@ -66,10 +64,11 @@ class DirectoryCheckpoint(CheckpointFormat):
         own: dict[str, Any] = {"layout": asdict(run.topology.layout), model_state.TIES: model_state.ties(run.module)}
         states = trainer_state.pop("optimizer_states", None)
         if states and run.optimizer is not None:
-            tensors[model_state.OPTIMIZER] = {"state": states[0]["state"]}
-            own["optimizer"] = states[0]["about"]
+            tensors[model_state.OPTIMIZER] = {"state": {n: s for one in states for n, s in one["state"].items()}}
+            own["optimizer"] = optimizer_state.optimizer_entry(run.optimizer)
             tensors[RANDOM] = random_rows(random_streams(), run.topology.world)
-        trainer_state[OWN_ENTRY] = own
+        tensors[FURTHER], places = taken_out(trainer_state)
+        trainer_state[OWN_ENTRY] = own | places
         path = Path(run.broadcast(str(filepath)))
         return begin(path, linked, tensors, trainer_state, run.topology.layout, run.topology.world, run.broadcast)
 
@@ -81,6 +80,7 @@ class DirectoryCheckpoint(CheckpointFormat):
         if run.optimizer is not None and about is not None:
             require_same_groups(about["param_groups"], run.optimizer)
         model_state.load_model(run.module, run.topology, source, strict)
+        put_back(run, trainer_state, source, own)
         if run.optimizer is None:
             return Loaded(trainer_state)
         if about is not None:

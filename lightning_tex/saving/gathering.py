@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_tex.optim import TiledOptimizer
+from lightning_tex.optim import Stepped
 from lightning_tex.optim.formats import MASTER, SavedState
 from lightning_tex.optim.shard import Piece
 from lightning_tex.parallel import collectives
@@ -21,7 +21,7 @@ from lightning_tex.saving.plain_form import torch_form
 
 
 @torch.no_grad()
-def whole_model_state(module: nn.Module, topology: Topology, optimizer: TiledOptimizer | None) -> dict[str, Tensor]:
+def whole_model_state(module: nn.Module, topology: Topology, optimizer: Stepped | None) -> dict[str, Tensor]:
     """``state_dict`` of whole tensors in host memory on rank 0, empty elsewhere; gathered one by one, collective.
 
     16-bit parameters come as their fp32 masters where there is an optimizer, so that nothing is lost.
@@ -45,7 +45,7 @@ def whole_model_state(module: nn.Module, topology: Topology, optimizer: TiledOpt
     return whole
 
 
-def _mastered(optimizer: TiledOptimizer | None) -> set[str]:
+def _mastered(optimizer: Stepped | None) -> set[str]:
     """Names of the parameters that have a master, on whatever rank."""
     if optimizer is None:
         return set()
@@ -55,7 +55,7 @@ def _mastered(optimizer: TiledOptimizer | None) -> set[str]:
 
 
 @torch.no_grad()
-def whole_optimizer_state(optimizer: TiledOptimizer, topology: Topology) -> dict[str, Any]:
+def whole_optimizer_state(optimizer: Stepped, topology: Topology) -> dict[str, Any]:
     """Optimizer state in torch's own form, whole, in host memory on rank 0, empty elsewhere; collective."""
     pieces = _pieces(optimizer)
     shardings = {sharding.name: sharding for sharding in optimizer.shardings.values()}
@@ -71,7 +71,7 @@ def whole_optimizer_state(optimizer: TiledOptimizer, topology: Topology) -> dict
     return torch_form(states, group_options(optimizer)) if topology.world.rank == 0 else {}
 
 
-def _agreed_keys(optimizer: TiledOptimizer, topology: Topology) -> dict[str, dict[str, Any]]:
+def _agreed_keys(optimizer: Stepped, topology: Topology) -> dict[str, dict[str, Any]]:
     """Per parameter and key: the dtype of a state with one value per element, or the value of a scalar."""
     own: dict[str, dict[str, Any]] = {}
     for piece in optimizer.pieces():
@@ -95,7 +95,7 @@ def _agreed_keys(optimizer: TiledOptimizer, topology: Topology) -> dict[str, dic
     return {name: dict(sorted(kinds.items())) for name, kinds in sorted(agreed.items())}
 
 
-def _pieces(optimizer: TiledOptimizer | None) -> dict[str, list[Piece]]:
+def _pieces(optimizer: Stepped | None) -> dict[str, list[Piece]]:
     by_name: dict[str, list[Piece]] = {}
     for piece in optimizer.pieces() if optimizer is not None else ():
         by_name.setdefault(piece.sharding.name, []).append(piece)
@@ -119,7 +119,7 @@ def _gather_windows(
     return sharding.gather(joined.view(dtype).view(stored.shape))
 
 
-def _device(optimizer: TiledOptimizer | None) -> torch.device | None:
+def _device(optimizer: Stepped | None) -> torch.device | None:
     return optimizer.shards[0].buffer.parameters.device if optimizer is not None and optimizer.shards else None
 
 

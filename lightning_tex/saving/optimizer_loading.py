@@ -10,8 +10,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_tex.optim import TiledOptimizer
-from lightning_tex.optim.engine import fastest
+from lightning_tex.optim import Stepped
 from lightning_tex.optim.formats import LOW_PRECISION, MASTER
 from lightning_tex.optim.shard import Piece, Shard
 from lightning_tex.parallel.errors import UserValueError
@@ -53,7 +52,7 @@ class OptimizerStates:
 
 
 @torch.no_grad()
-def load_optimizer(optimizer: TiledOptimizer, states: OptimizerStates) -> None:
+def load_optimizer(optimizer: Stepped, states: OptimizerStates) -> None:
     """Read all states, whatever the layout they come from, and take over the groups' options.
 
     Raises:
@@ -73,7 +72,7 @@ def load_optimizer(optimizer: TiledOptimizer, states: OptimizerStates) -> None:
     optimizer.rounding_seed.restore(states.rounding_seed)
 
 
-def require_same_groups(saved: list[dict[str, Any]], optimizer: TiledOptimizer) -> None:
+def require_same_groups(saved: list[dict[str, Any]], optimizer: Stepped) -> None:
     """Raise ``ValueError`` if the groups of a checkpoint hold other parameters than the optimizer's."""
     groups = group_options(optimizer)
     if len(saved) != len(groups):
@@ -124,7 +123,7 @@ def _read_windows(
 # --- states that are one number
 
 
-def _scalar_keys(saved: StatesByName, optimizer: TiledOptimizer) -> set[str]:
+def _scalar_keys(saved: StatesByName, optimizer: Stepped) -> set[str]:
     # The states of a 0-dim parameter have shape [] too, so other parameters tell.
     dims = {sharding.name: len(sharding.box.full) for sharding in optimizer.shardings.values()}
     return {"step"} | {
@@ -144,7 +143,7 @@ class _WindowNumber:
         self.value = torch.maximum(self.value, value)
 
 
-def _load_scalars(optimizer: TiledOptimizer, states: OptimizerStates, saved: StatesByName, scalars: set[str]) -> None:
+def _load_scalars(optimizer: Stepped, states: OptimizerStates, saved: StatesByName, scalars: set[str]) -> None:
     numbers = _read_scalars(optimizer, states.source, saved, scalars)
     differing: set[str] = set()
     for shard in optimizer.shards:
@@ -166,7 +165,7 @@ def _load_scalars(optimizer: TiledOptimizer, states: OptimizerStates, saved: Sta
 
 
 def _read_scalars(
-    optimizer: TiledOptimizer, source: Source, saved: StatesByName, scalars: set[str]
+    optimizer: Stepped, source: Source, saved: StatesByName, scalars: set[str]
 ) -> dict[TensorPath, Tensor]:
     """The numbers of this rank's parameters. [] each"""
     numbers: dict[TensorPath, Tensor] = {
@@ -179,9 +178,9 @@ def _read_scalars(
     return numbers
 
 
-def _scalar_device(optimizer: TiledOptimizer, shard: Shard) -> torch.device:
+def _scalar_device(optimizer: Stepped, shard: Shard) -> torch.device:
     """Where torch keeps a step count: beside the parameter only where the kernel reads it there."""
-    options = fastest(optimizer.engine.optimizer, shard.group)
+    options = optimizer.options_of(shard)
     on_device = options.get("fused") or options.get("capturable")
     return shard.buffer.parameters.device if on_device else torch.device("cpu")
 
@@ -190,7 +189,7 @@ def _scalar_device(optimizer: TiledOptimizer, shard: Shard) -> torch.device:
 
 
 @torch.no_grad()
-def load_masters(optimizer: TiledOptimizer, source: Source) -> None:
+def load_masters(optimizer: Stepped, source: Source) -> None:
     """Read the fp32 values behind the parameters, after :func:`model_state.load_model`.
 
     They are the saved masters or, from a checkpoint of higher precision, the weights themselves. A master is read into

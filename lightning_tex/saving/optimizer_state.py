@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_tex.optim import TiledOptimizer
+from lightning_tex.optim import Stepped, one_by_one
 from lightning_tex.optim.formats import SavedState
 from lightning_tex.optim.shard import Piece
 from lightning_tex.optim.tiled import parameter_names
@@ -18,6 +18,8 @@ from lightning_tex.saving.global_tensor import GlobalTensor, Part, run_parts
 
 # The name that the rounding seed has in a directory of format 1, and in a plain file of 0.1.
 ROUNDING_SEED = "dice"
+# How many of the groups each optimizer has, in their order. Directories without it are of one.
+GROUPS_OF_EACH = "groups_of_each"
 
 
 def window_states(piece: Piece) -> dict[str, Any]:
@@ -40,7 +42,7 @@ def is_scalar(value: Any) -> bool:
     return value.dim() == 0 if isinstance(value, Tensor) else isinstance(value, (bool, int, float))
 
 
-def optimizer_state(optimizer: TiledOptimizer) -> dict[str, dict[str, GlobalTensor]]:
+def optimizer_state(optimizer: Stepped) -> dict[str, dict[str, GlobalTensor]]:
     """Optimizer states by parameter name and key. Scalars, equal for all elements of a parameter, have shape []."""
     optimizer.refresh()
     states: dict[str, dict[str, GlobalTensor]] = {}
@@ -67,13 +69,13 @@ def holds_first_element(piece: Piece) -> bool:
     return not any(piece.stored.offsets) and not any(piece.sharding.box.extent.offsets)
 
 
-def number_keys(optimizer: TiledOptimizer) -> list[str]:
+def number_keys(optimizer: Stepped) -> list[str]:
     """Keys of states that are Python numbers, not tensors."""
     states = (piece.shard.states.saved_states(piece.window) for piece in optimizer.pieces())
     return sorted({key for state in states for key, value in state.items() if isinstance(value, (int, float))})
 
 
-def group_options(optimizer: TiledOptimizer) -> list[dict[str, Any]]:
+def group_options(optimizer: Stepped) -> list[dict[str, Any]]:
     """Every group's options, with its parameters by name."""
     names = parameter_names(optimizer.param_groups, optimizer.shardings)
     return [
@@ -82,10 +84,11 @@ def group_options(optimizer: TiledOptimizer) -> list[dict[str, Any]]:
     ]
 
 
-def optimizer_entry(optimizer: TiledOptimizer) -> dict[str, Any]:
+def optimizer_entry(optimizer: Stepped) -> dict[str, Any]:
     """What a directory's ``meta.pt`` says of the optimizer, beside its tensors."""
     return {
         "param_groups": group_options(optimizer),
         "numbers": number_keys(optimizer),
+        GROUPS_OF_EACH: [len(one.param_groups) for one in one_by_one(optimizer)],
         ROUNDING_SEED: asdict(optimizer.rounding_seed),
     }

@@ -48,7 +48,8 @@ class PlainCheckpoint(CheckpointFormat):
         """Read the optimizer states; the weights follow in :meth:`load_model`."""
         checkpoint = _read(run.checkpoint_io, filepath, weights_only)
         if run.optimizer is not None and checkpoint.get("optimizer_states"):
-            load_optimizer(run.optimizer, plain_form.optimizer_states(checkpoint, run.optimizer))
+            for optimizer, states in plain_form.optimizer_states(checkpoint, run.optimizer):
+                load_optimizer(optimizer, states)
         return Loaded(checkpoint)
 
     def load_model(self, run: ShardedRun, checkpoint: Mapping[str, Any], strict: bool) -> None:

@@ -14,10 +14,10 @@ Every plain checkpoint is written by :func:`versioned` and told apart by :func:`
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from lightning_tex.optim import TiledOptimizer
+from lightning_tex.optim import Stepped, TiledOptimizer, one_by_one
 from lightning_tex.optim.tiled import parameter_names
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.saving.checkpoint_format import OWN_ENTRY
@@ -77,19 +77,27 @@ def version_of(checkpoint: Mapping[str, Any]) -> int | str:
     return version
 
 
-def optimizer_states(checkpoint: Mapping[str, Any], optimizer: TiledOptimizer) -> OptimizerStates:
-    """The optimizer states of a plain checkpoint that has some.
+def optimizer_states(checkpoint: Mapping[str, Any], stepped: Stepped) -> Iterator[tuple[Stepped, OptimizerStates]]:
+    """The optimizer states of a plain checkpoint that has some, with the optimizers that they are for.
 
     Raises:
-        ValueError: they are of another optimizer, or the version is not known.
+        ValueError: they are of other optimizers, or the version is not known.
     """
-    saved = checkpoint["optimizer_states"][0]
+    every = checkpoint["optimizer_states"]
     version = version_of(checkpoint)
     if version == CONSOLIDATED:
-        return OptimizerStates.by_name(checkpoint[OWN_ENTRY]["optimizer"], WholeTensors.of_optimizer(saved["state"]))
-    if version == TORCH_FORM:
-        return _by_number(saved, saved.get(ROUNDING_SEED), optimizer)
-    return _by_number(saved, checkpoint[OWN_ENTRY].get("rounding_seed"), optimizer)
+        about = checkpoint[OWN_ENTRY]["optimizer"]
+        yield stepped, OptimizerStates.by_name(about, WholeTensors.of_optimizer(every[0]["state"]))
+        return
+    optimizers = one_by_one(stepped)
+    if len(every) != len(optimizers):
+        raise UserValueError(
+            f"the checkpoint has the states of {len(every)} optimizers, and configure_optimizers has returned "
+            f"{len(optimizers)}"
+        )
+    for saved, optimizer in zip(every, optimizers, strict=True):
+        seed = saved.get(ROUNDING_SEED) if version == TORCH_FORM else checkpoint[OWN_ENTRY].get("rounding_seed")
+        yield optimizer, _by_number(saved, seed, optimizer)
 
 
 def _by_number(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Sequence, Sized
 from typing import Any
 
 import torch
@@ -32,9 +32,9 @@ def gather_numbers(numbers: list[int], host: Axis) -> list[list[int]]:
 _TRAITS = ("number of batches", "batch_size", "number of samples in the whole data set")
 
 
-def _lengths(loader: Any, host: Axis) -> list[int]:
+def _lengths(loader: Any, limit: float, host: Axis) -> list[int]:
     """Every rank's number of batches, -1 where it is not known; collective. Warns of loaders that differ otherwise."""
-    lengths, *others = zip(*gather_numbers(_traits(loader), host), strict=True)
+    lengths, *others = zip(*gather_numbers(_traits(loader, limit), host), strict=True)
     for trait, numbers in zip(_TRAITS[1:], others, strict=True):
         if len(set(numbers)) > 1:
             values = [str(n) if n >= 0 else "not known" for n in numbers]
@@ -45,9 +45,9 @@ def _lengths(loader: Any, host: Axis) -> list[int]:
     return list(lengths)
 
 
-def _traits(loader: Any) -> list[int]:
+def _traits(loader: Any, limit: float) -> list[int]:
     try:
-        length = len(loader)
+        length = int(min(len(loader), limit))
     except (TypeError, NotImplementedError):
         length = -1
     batch_size, sampler = getattr(loader, "batch_size", None), getattr(loader, "sampler", None)
@@ -56,13 +56,40 @@ def _traits(loader: Any) -> list[int]:
     return [length, batch_size if isinstance(batch_size, int) else -1, samples]
 
 
-def evaluation_loader(loader: Any, host: Axis) -> Any:
-    """An evaluation loader that refuses, on all ranks, to leave some of them without any batch to repeat."""
-    lengths = _lengths(loader, host)
+def evaluation_loader(loader: Any, limit: float, host: Axis) -> Any:
+    """An evaluation loader that refuses, on all ranks, to leave some of them without any batch to repeat.
+
+    Args:
+        loader: this rank's.
+        limit: batches that are asked of it.
+        host: all ranks.
+    """
+    lengths = _lengths(loader, limit, host)
     if min(lengths) < 0:
         return _BeginTogether(loader, host)
     _require_batches([n > 0 for n in lengths])
     return loader
+
+
+def require_equal_lengths(loaders: Sequence[Any], limits: Sequence[float], host: Axis) -> None:
+    """Refuse evaluation loaders that come one after another and that ranks would leave at different times; collective.
+
+    Args:
+        loaders: all but the last, with which the evaluation ends.
+        limits: batches that are asked of each.
+        host: all ranks.
+
+    Raises:
+        RuntimeError: naming the loader and the numbers by rank.
+    """
+    own = [_traits(loader, limit)[0] for loader, limit in zip(loaders, limits, strict=True)]
+    for number, lengths in enumerate(zip(*gather_numbers(own, host), strict=True)):
+        if len({length for length in lengths if length >= 0}) > 1:
+            raise UserRuntimeError(
+                f"evaluation data loader {number} of {len(loaders) + 1} has {', '.join(map(str, lengths))} batches on "
+                "ranks 0, 1, ..: they would be in different loaders, and wait for one another for ever. Use one "
+                "loader, or equal lengths (the last one may be unequal)"
+            )
 
 
 def _require_batches(has: list[bool]) -> None:
@@ -74,9 +101,15 @@ def _require_batches(has: list[bool]) -> None:
         )
 
 
-def agreed_loader(loader: Any, host: Axis) -> Any:
-    """A training loader that ends on all ranks when it ends on the first one; ``loader`` itself if lengths agree."""
-    lengths = _lengths(loader, host)
+def agreed_loader(loader: Any, limit: float, host: Axis) -> Any:
+    """A training loader that ends on all ranks when it ends on the first one; ``loader`` itself if lengths agree.
+
+    Args:
+        loader: this rank's.
+        limit: batches that are asked of it.
+        host: all ranks.
+    """
+    lengths = _lengths(loader, limit, host)
     if min(lengths) < 0:
         return _EndTogether(loader, host)
     if min(lengths) == max(lengths):

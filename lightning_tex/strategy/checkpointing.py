@@ -7,6 +7,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_tex.optim import TiledOptimizer
+from lightning_tex.optim import Stepped, TiledOptimizer, as_one
 from lightning_tex.parallel.errors import UserTypeError
 from lightning_tex.parallel.topology import Topology
 from lightning_tex.saving import (
@@ -44,6 +45,22 @@ from lightning_tex.strategy.initial_weights import InitialWeights
 from lightning_tex.strategy.mesh import MeshStrategy
 
 _log = logging.getLogger(__name__)
+
+
+_LIGHTNINGS_LINK = ModelCheckpoint._link_checkpoint
+
+
+class _LinkWhenComplete:
+    """In the place of ``ModelCheckpoint._link_checkpoint``; a copy of the callback has Lightning's again."""
+
+    def __init__(self, link: Callable[[str, str], None]) -> None:
+        self._link = link
+
+    def __call__(self, trainer: Trainer, filepath: str, linkpath: str) -> None:
+        self._link(filepath, linkpath)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (ModelCheckpoint, "_link_checkpoint")
 
 
 class CheckpointingStrategy(MeshStrategy):
@@ -81,6 +98,9 @@ class CheckpointingStrategy(MeshStrategy):
         self.initial_weights = InitialWeights()
         self._saved_here: set[Path] = set()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_side_group": None}
+
     @contextmanager
     def run_frame(self, trainer: Trainer) -> Iterator[None]:
         CheckpointConnector.take_over(trainer, self)
@@ -98,13 +118,23 @@ class CheckpointingStrategy(MeshStrategy):
         return isinstance(self._writing_format, DirectoryCheckpoint)
 
     @property
+    def tiled_optimizers(self) -> list[TiledOptimizer]:
+        """The optimizers; none before a fit has set them up, and where ``configure_optimizers`` returned none."""
+        return [optimizer for optimizer in self.optimizers if isinstance(optimizer, TiledOptimizer)]
+
+    @property
     def tiled_optimizer(self) -> TiledOptimizer | None:
-        """The optimizer; ``None`` before a fit has set it up, and where ``configure_optimizers`` returned none."""
-        return next((o for o in self.optimizers if isinstance(o, TiledOptimizer)), None)
+        """The first of them."""
+        return next(iter(self.tiled_optimizers), None)
+
+    @property
+    def stepped(self) -> Stepped | None:
+        """The optimizer, or several as one."""
+        return as_one(self.tiled_optimizers)
 
     def _run(self) -> ShardedRun:
         assert self.model is not None
-        return ShardedRun(self.model, self.topology, self.tiled_optimizer, self.broadcast, self.checkpoint_io)
+        return ShardedRun(self.model, self.topology, self.stepped, self.broadcast, self.checkpoint_io)
 
     def check_checkpoint_io(self) -> None:
         """Raise ``MisconfigurationException`` if the Trainer's ``CheckpointIO`` would not be used."""
@@ -134,9 +164,15 @@ class CheckpointingStrategy(MeshStrategy):
         """Weights for a checkpoint: described globally, or whole on rank 0 and empty elsewhere; collective."""
         return self._writing_format.model_state(self._run())
 
+    def described_weights(self, module: nn.Module) -> dict[str, Any]:
+        """Of another module that is sharded as the model is, in the same forms; collective."""
+        return self._writing_format.model_state(replace(self._run(), module=module, optimizer=None))
+
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Optimizer states for a checkpoint, in the same two forms; collective."""
-        return self._writing_format.optimizer_state(self._run()) if isinstance(optimizer, TiledOptimizer) else {}
+        if not isinstance(optimizer, TiledOptimizer):
+            return {}
+        return self._writing_format.optimizer_state(replace(self._run(), optimizer=optimizer))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write a checkpoint; collective. In a fit, a directory is complete at the latest when the fit ends.
@@ -150,13 +186,14 @@ class CheckpointingStrategy(MeshStrategy):
                 "TexMoEStrategy.save_checkpoint(storage_options=...) is not supported; use a CheckpointIO"
             )
         self._background.wait()  # one copy of the states at a time
-        save = self._writing_format.begin(self._run(), checkpoint, filepath, linked=self._is_written_again(filepath))
+        run = self._run()
+        save = self._writing_format.begin(run, checkpoint, filepath, linked=self._is_written_again(filepath))
         if _is_local_file_protocol(str(filepath)):
             self._saved_here.add(Path(filepath).absolute())
         if save is None:
             return
         if self._side_group is None:
-            self._side_group = SideGroup(self.topology.world, self.group_timeout)
+            self._side_group = SideGroup(run.topology.world, self.group_timeout)
         group = self._side_group
         self._after_saves(lambda: save.finish(group))
 
@@ -183,9 +220,11 @@ class CheckpointingStrategy(MeshStrategy):
 
     def _after_saves(self, job: Callable[[], None]) -> None:
         """Do it after all saves so far: in the background of a fit, else now."""
-        self._background.submit(job)
-        if not (self._save_in_background and self._training):
+        if self._save_in_background and self._training:
+            self._background.submit(job)
+        else:
             self._background.wait()
+            job()
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Remove a checkpoint, but not before those that were saved after it are on disk and read back."""
@@ -207,10 +246,11 @@ class CheckpointingStrategy(MeshStrategy):
     def link_last_checkpoints(self, trainer: Trainer) -> None:
         """Let ``ModelCheckpoint(save_last="link")`` swap its link by one rename, once what it leads to is complete."""
         for callback in model_checkpoints(trainer):
-            if type(callback)._link_checkpoint is ModelCheckpoint._link_checkpoint:
-                callback._link_checkpoint = self._link_checkpoint  # type: ignore[method-assign]
+            if type(callback)._link_checkpoint is _LIGHTNINGS_LINK:
+                callback._link_checkpoint = _LinkWhenComplete(self.link_checkpoint)  # type: ignore[method-assign]
 
-    def _link_checkpoint(self, trainer: Trainer, filepath: str, linkpath: str) -> None:
+    def link_checkpoint(self, filepath: str, linkpath: str) -> None:
+        """Lead a link to a checkpoint, once that is complete."""
         if self.is_global_zero and Path(filepath).absolute() != Path(linkpath).absolute():
             self._after_saves(lambda: paths.link(Path(filepath), Path(linkpath)))
 
@@ -275,7 +315,7 @@ class CheckpointingStrategy(MeshStrategy):
 
         Options of the optimizer's groups, such as learning rates, random numbers and loops stay.
         """
-        optimizer = self.tiled_optimizer
+        optimizer = self.stepped
         groups = [] if optimizer is None else optimizer.param_groups
         options = [{name: value for name, value in group.items() if name != "params"} for group in groups]
         trainer_state = self.load_checkpoint(path)

@@ -10,6 +10,7 @@ from lightning import Trainer
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -103,6 +104,17 @@ class CheckpointConnector(_CheckpointConnector):
             super().resume_start(None)
         if not self._ckpt_path:
             self._strategy.begin_from_weights()
+
+    def restore_lr_schedulers(self) -> None:
+        """Leave out those that ``StochasticWeightAveraging`` has put its own in the place of, and restores itself.
+
+        It clears them at the start of a fit, for which its state is restored too late where weights are read into
+        parts.
+        """
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, StochasticWeightAveraging) and callback._scheduler_state is not None:
+                callback._clear_schedulers(self.trainer)
+        super().restore_lr_schedulers()
 
     # --- by a word
 

@@ -30,7 +30,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_tex.parallel.allocator import use_growing_segments
 from lightning_tex.parallel.flight_record import EVERY_RANK, TRAINING
-from lightning_tex.parallel.groups import reaches_cpu
+from lightning_tex.parallel.groups import groups_of_world, reaches_cpu
 from lightning_tex.parallel.initialization import has_values
 from lightning_tex.parallel.topology import Axis, Layout, build_mesh
 from lightning_tex.resilience.agreement import Agreement, Comparison
@@ -53,6 +53,11 @@ def _destroy_groups() -> None:
     """At the end of a process whose last run no rank has failed in: their threads, left to themselves, can abort it."""
     if (through.is_set() or stopped.is_set()) and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _unknown_ending(pid: int) -> str:
+    """How a process has ended that another launcher than ours has started."""
+    return ""
 
 
 class MeshStrategy(ParallelStrategy):
@@ -84,6 +89,10 @@ class MeshStrategy(ParallelStrategy):
     @abstractmethod
     def resolve_layout(self) -> Layout:
         """The layout as far as it is known: of the world once the Trainer is built, of the model once that is."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what cannot leave the process: a copy finds processes of its own when it is set up."""
+        return {**super().__getstate__(), "_mesh": None, "_guarded_run": GuardedRun()}
 
     # --- what the world is
 
@@ -147,11 +156,11 @@ class MeshStrategy(ParallelStrategy):
             record_flights(Path(self.lightning_module.trainer.default_root_dir))
         if not dist.is_initialized():
             self._init_process_group(self.cluster_environment, backend)
-        assert isinstance(self._launcher, RankLauncher)
+        launcher = self._launcher
         self._guarded_run.connect(
             self.cluster_environment.main_address,
             self.num_nodes == 1,
-            self._launcher.child_ending,
+            launcher.child_ending if isinstance(launcher, RankLauncher) else _unknown_ending,
             self.timeout,
             self._device_waits,
         )
@@ -267,6 +276,11 @@ class MeshStrategy(ParallelStrategy):
     def _host_group(self) -> dist.ProcessGroup | None:
         """All ranks over the host's network, from set-up on; all ranks as they are before."""
         return None
+
+    def host_axis(self) -> Axis:
+        """All ranks over the host's network, from when they have found each other; collective at the first call."""
+        group = groups_of_world(self.group_timeout).host()
+        return Axis("world", self.world_size, self.global_rank, tuple(range(self.world_size)), group)
 
     def _reaches(self, tensor: Tensor, group: Any) -> bool:
         """Whether a group's collectives take a tensor where it lies: NCCL's take none on the CPU."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,6 +98,7 @@ class SkippedSteps:
     def __init__(self, strategy: CheckpointingStrategy) -> None:
         self._strategy = strategy
         self._most: int | None = None
+        self._optimizers: list[TiledOptimizer] = []
         self._watch: FiniteWatch | None = None
         self._replayed: list[int] = []
         self._kept = KeptStep()
@@ -116,11 +117,13 @@ class SkippedSteps:
         """
         self._replayed = indices
 
-    def attend(self, optimizer: TiledOptimizer) -> None:
-        """Be told of the steps that an optimizer skips because of what is not finite."""
-        self._most = optimizer.state_config.max_skipped_steps
+    def attend(self, optimizers: Sequence[TiledOptimizer]) -> None:
+        """Be told of the steps that optimizers skip because of what is not finite."""
+        self._optimizers = list(optimizers)
+        self._most = optimizers[0].state_config.max_skipped_steps
         if self._most is not None:
-            optimizer.guard.watcher = self
+            for optimizer in optimizers:
+                optimizer.guard.watcher = _Watcher(self, optimizer)
         self._watch, self._ending = None, None
 
     # --- in a step
@@ -131,13 +134,12 @@ class SkippedSteps:
         Args:
             batch: of this rank; kept as it is.
         """
-        optimizer = self._strategy.tiled_optimizer
-        if self._most is None or optimizer is None:
+        if self._most is None or not self._optimizers:
             return
         loop = self._strategy.lightning_module.trainer.fit_loop  # type: ignore[union-attr]
         index, step = loop.batch_idx, loop.epoch_loop.global_step
         self._batch_index = index
-        watched = bool(self._replayed) or optimizer.guard.known.in_a_row > 0
+        watched = bool(self._replayed) or any(o.guard.known.in_a_row > 0 for o in self._optimizers)
         if step != self._step:
             self._step, self._kept = step, KeptStep()
             if watched:
@@ -158,17 +160,15 @@ class SkippedSteps:
             self._watch.install()
         return self._watch
 
-    def note(self) -> StepNote:
-        """Of the step that is about to be taken or left out."""
-        optimizer, module = self._strategy.tiled_optimizer, self._strategy.lightning_module
-        assert optimizer is not None and module is not None
+    def note(self, optimizer: TiledOptimizer) -> StepNote:
+        """Of an optimizer's step that is about to be taken or left out."""
+        module = self._strategy.lightning_module
+        assert module is not None
         seen = [] if self._watch is None else self._watch.seen
         return StepNote(module.trainer.global_step + 1, self._kept, self._batch_index, optimizer.losses, seen)
 
-    def skipped(self, note: StepNote, gradients_are_there: bool) -> None:
-        """A step was left out, on all ranks; collective."""
-        optimizer = self._strategy.tiled_optimizer
-        assert optimizer is not None
+    def skipped(self, optimizer: TiledOptimizer, note: StepNote, gradients_are_there: bool) -> None:
+        """An optimizer's step was left out, on all ranks; collective."""
         reports: list[RankReport] = of_all_ranks(self._report(note), self._strategy.topology.host)
         culprit = optimizer.culprit() if gradients_are_there else "some parameter"
         what = _told(reports) or f"the gradient of {culprit} after its reduction"
@@ -255,6 +255,19 @@ class SkippedSteps:
         more = f" ({self._unsaid} more steps since the last message)" if self._unsaid else ""
         self._said, self._unsaid, self._said_last = self._said + 1, 0, now
         print(f"lightning_tex: {text}{more}", file=sys.stderr, flush=True)
+
+
+class _Watcher:
+    """Tells of one optimizer's steps; a :class:`~lightning_tex.optim.skipping.StepWatcher`."""
+
+    def __init__(self, steps: SkippedSteps, optimizer: TiledOptimizer) -> None:
+        self._steps, self._optimizer = steps, optimizer
+
+    def note(self) -> StepNote:
+        return self._steps.note(self._optimizer)
+
+    def skipped(self, note: StepNote, gradients_are_there: bool) -> None:
+        self._steps.skipped(self._optimizer, note, gradients_are_there)
 
 
 def _told(reports: list[RankReport]) -> str | None:

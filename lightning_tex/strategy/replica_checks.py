@@ -10,7 +10,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 from torchmetrics import Metric
 
-from lightning_tex.optim import TiledOptimizer
+from lightning_tex.optim import Stepped
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.sharding import ParameterSharding, TexModule, parameter_shardings
 from lightning_tex.parallel.topology import Axis, Topology
@@ -74,7 +74,7 @@ class ReplicaChecks:
 
     def _compare(self, when: str) -> None:
         strategy, topology = self._strategy, self._strategy.topology
-        optimizer = strategy.tiled_optimizer
+        optimizer = strategy.stepped
         if topology.world.size == 1 or optimizer is None:
             return
         assert strategy.model is not None
@@ -96,7 +96,7 @@ class ReplicaChecks:
                 )
 
 
-def copies(module: nn.Module, topology: Topology, optimizer: TiledOptimizer) -> Iterator[Replica]:
+def copies(module: nn.Module, topology: Topology, optimizer: Stepped) -> Iterator[Replica]:
     """All tensors of a sharded module of which several ranks hold copies, with the axes over which they must be alike.
 
     Parameters that the optimizer steps are, over all axes they are replicated over. Others, and saved buffers, may

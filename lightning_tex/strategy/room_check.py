@@ -47,7 +47,7 @@ class RoomCheck:
         Raises:
             RuntimeError: a folder has no room for a single checkpoint; on all ranks.
         """
-        optimizer = self._strategy.tiled_optimizer
+        optimizer = self._strategy.stepped
         if self._first_step is None or step <= self._first_step or optimizer is None:
             return
         self._first_step = None

@@ -16,8 +16,9 @@ from lightning_tex.moe import auxiliary_loss
 from lightning_tex.parallel.errors import UserRuntimeError
 from lightning_tex.parallel.flight_record import TRAINING
 from lightning_tex.resilience.spikes import SpikeRule
-from lightning_tex.strategy.batches import agreed_loader, evaluation_loader, require_same_batch
+from lightning_tex.strategy.batches import require_same_batch
 from lightning_tex.strategy.checkpointing import CheckpointingStrategy
+from lightning_tex.strategy.data_sources import take_over_sources
 from lightning_tex.strategy.logged_names import LoggedNames
 from lightning_tex.strategy.loss_spikes import LossSpikes, OnSpike
 from lightning_tex.strategy.nonfinite_steps import SkippedSteps
@@ -58,6 +59,8 @@ class StepStrategy(CheckpointingStrategy):
         if self._stopping is None or self._stopping.trainer is not trainer:
             self._stopping = Stopping(self, trainer)
         trainer._signal_connector = AgreedSignals(trainer, self._stopping)
+        if self.world_size > 1:
+            take_over_sources(trainer, self.host_axis)
         with (
             super().run_frame(trainer),
             named_worker_errors(self.global_rank),
@@ -72,7 +75,7 @@ class StepStrategy(CheckpointingStrategy):
         self._logged_names = LoggedNames(self._agreement(data.ranks, f"logged/{data.ranks[0]}"))
 
     def process_dataloader(self, dataloader: object) -> object:
-        """Seed workers by data rank, leave signals to ranks, and let training loaders end together."""
+        """Seed workers by data rank, and leave signals to ranks."""
         begins: Any = getattr(dataloader, "worker_init_fn", False)
         if begins is not False and not isinstance(begins, SparedWorker):
             assert self._stopping is not None
@@ -81,18 +84,15 @@ class StepStrategy(CheckpointingStrategy):
                 dataloader.worker_init_fn = SparedWorker(  # type: ignore[attr-defined]
                     self._stopping.signals, begins or seed
                 )
-        assert self.lightning_module is not None
-        if self.lightning_module.trainer.training:
-            return agreed_loader(dataloader, self.topology.host)
-        return evaluation_loader(dataloader, self.topology.host)
+        return dataloader
 
     def on_train_start(self) -> None:
         super().on_train_start()
         self._replicas.fit_begins()
         assert self.lightning_module is not None
         self._room.fit_begins(self.lightning_module.trainer.global_step)
-        if self.tiled_optimizer is not None:
-            self.skipped_steps.attend(self.tiled_optimizer)
+        if self.tiled_optimizers:
+            self.skipped_steps.attend(self.tiled_optimizers)
 
     def step_boundary(self) -> None:
         """Between two batches of a fit, and after the last; collective.
@@ -109,8 +109,8 @@ class StepStrategy(CheckpointingStrategy):
         self._room.step_boundary(self.lightning_module.trainer.global_step)
 
     def on_train_end(self) -> None:
-        if self.tiled_optimizer is not None:
-            self.tiled_optimizer.guard.learn()
+        for optimizer in self.tiled_optimizers:
+            optimizer.guard.learn()
         self.step_boundary()
         super().on_train_end()
 

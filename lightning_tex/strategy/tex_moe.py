@@ -14,7 +14,6 @@ from lightning import Trainer
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.trainer.states import TrainerFn
@@ -25,7 +24,15 @@ from torchmetrics import Metric
 
 from lightning_tex.layers.vocab import require_both_ends
 from lightning_tex.moe import MoE
-from lightning_tex.optim import OptimizerStateConfig, OptimizerStateFormat, TiledOptimizer, ZeroStage
+from lightning_tex.optim import (
+    OptimizerStateConfig,
+    OptimizerStateFormat,
+    TiledOptimizer,
+    ZeroStage,
+    require_own_parameters,
+    users_own,
+)
+from lightning_tex.optim.rounding import RoundingSeed
 from lightning_tex.parallel import initialization
 from lightning_tex.parallel.activation_checkpointing import ActivationCheckpointing, recompute_blocks, require_legal
 from lightning_tex.parallel.compiled import Compile, compile_leaves
@@ -35,7 +42,9 @@ from lightning_tex.parallel.requested_layout import RequestedLayout
 from lightning_tex.parallel.sharding import TexModule, check_shardable, parameter_shardings, shard_module, synchronise
 from lightning_tex.parallel.topology import Communication, Layout, Topology
 from lightning_tex.resilience.spikes import SpikeRule
+from lightning_tex.saving import ShardedRun
 from lightning_tex.strategy import agreement
+from lightning_tex.strategy.averaging import AveragedWeights
 from lightning_tex.strategy.loss_spikes import OnSpike
 from lightning_tex.strategy.memory_check import require_memory
 from lightning_tex.strategy.precision import tex_precision
@@ -174,6 +183,7 @@ class TexMoEStrategy(StepStrategy):
         )
         self.activation_checkpointing = activation_checkpointing
         self._check_memory = check_memory
+        self._averages = AveragedWeights(self.described_weights)
         self._topology: Topology | None = None
         self._seed = 0
 
@@ -191,6 +201,15 @@ class TexMoEStrategy(StepStrategy):
         if self._topology is None:
             raise RuntimeError("The topology exists only after the Trainer has set up the strategy")
         return self._topology
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_topology": None}
+
+    def _run(self) -> ShardedRun:
+        if self._topology is None and self.world_size == 1 and self.model is not None:
+            # Asked for before set-up, where everything is whole.
+            return ShardedRun(self.model, Topology.single(), None, self.broadcast, self.checkpoint_io)
+        return super()._run()
 
     def _host_group(self) -> dist.ProcessGroup | None:
         return None if self._topology is None else self._topology.host.group
@@ -233,12 +252,7 @@ class TexMoEStrategy(StepStrategy):
         if self._layer_sync is not None:
             raise MisconfigurationException("Trainer(sync_batchnorm=True) is not supported by TexMoEStrategy")
         self.check_checkpoint_io()
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
-                raise MisconfigurationException(
-                    f"callback {type(callback).__name__} is not supported by TexMoEStrategy: it averages and saves "
-                    "whole models, and a rank holds parts"
-                )
+        AveragedWeights.require_legal(trainer, str(self.precision_plugin.precision))
 
     def setup(self, trainer: Trainer) -> None:
         """Shard the model for this rank, give it its memory and its optimizer. Idempotent over stages."""
@@ -271,6 +285,7 @@ class TexMoEStrategy(StepStrategy):
         self._move_to_device()
         given = self.initial_weights.expect(self.lightning_module)
         initialization.materialise(self.model, self.root_device, seed, given)
+        self._averages.attend(trainer, self.model, self.topology, self.root_device, seed)
         for metric in self.model.modules():
             if isinstance(metric, Metric) and metric.process_group is None:
                 metric.process_group = self.topology.data.group
@@ -281,6 +296,20 @@ class TexMoEStrategy(StepStrategy):
             self.try_folders(trainer)
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """As :meth:`CheckpointingStrategy.load_checkpoint`; averages that begin with it find the weights there, too."""
+        trainer_state = super().load_checkpoint(checkpoint_path, weights_only)
+        if self._averages.are_kept:
+            assert self.model is not None
+            trainer_state.setdefault("state_dict", self.model.state_dict())
+        return trainer_state
+
+    def teardown(self) -> None:
+        for config in self.lr_scheduler_configs:  # which may be of the user's making, and serve another fit
+            config.scheduler.optimizer = users_own(config.scheduler.optimizer)
+        self._averages.leave()
+        super().teardown()
 
     def _require_memory(self, layout: Layout) -> None:
         device_bytes = self._device_bytes()
@@ -313,28 +342,28 @@ class TexMoEStrategy(StepStrategy):
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Build the user's optimizer over the sharded model and put the sharded, tiled one in its place."""
-        if self.tiled_optimizer is not None:
-            self.tiled_optimizer.release()
+        for optimizer in self.tiled_optimizers:
+            optimizer.release()
         self._reset_optimizers_and_schedulers()
         super().setup_optimizers(trainer)
         assert self.model is not None
         parameters = dict(self.model.named_parameters())
         self._require_agreement(agreement.optimization(self.optimizers, self.lr_scheduler_configs, parameters, trainer))
-        if len(self.optimizers) > 1:
-            raise MisconfigurationException(
-                f"configure_optimizers returned {len(self.optimizers)} optimizers; TexMoEStrategy drives exactly one: "
-                "give it one parameter group for each set of options"
-            )
+        require_own_parameters(self.optimizers, {parameter: name for name, parameter in parameters.items()})
         by_name = parameter_shardings(self.model, self.topology)
         shardings = {parameters[name]: sharding for name, sharding in by_name.items()}
         if not isinstance(self.optimizers[0], _MockOptimizer):  # configure_optimizers returned None
             state_config = self.precision_plugin.state_config(replace(self._state_config, seed=self._seed))
-            world = self.topology.world
-            self.optimizers = [
-                TiledOptimizer(self.optimizers[0], shardings, world, state_config, communication=self.communication)
-            ]
+            rounding_seed = RoundingSeed(self._seed)
+            tiled = {
+                optimizer: TiledOptimizer(
+                    optimizer, shardings, self.topology.world, state_config, self.communication, rounding_seed
+                )
+                for optimizer in self.optimizers
+            }
+            self.optimizers = list(tiled.values())
             for config in self.lr_scheduler_configs:  # or a learning-rate monitor would find two optimizers
-                config.scheduler.optimizer = self.optimizers[0]
+                config.scheduler.optimizer = tiled[users_own(config.scheduler.optimizer)]
 
     def model_to_device(self) -> None:
         """Nothing: ``setup`` moves what exists and draws the rest where it belongs."""

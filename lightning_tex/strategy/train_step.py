@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,7 @@ class TrainStep(Precision):
     """
 
     _step_follows = False  # the next backward is the last of its step
+    _told: Sequence[TiledOptimizer] = ()  # of the backward that is under way
 
     def state_config(self, wanted: OptimizerStateConfig) -> OptimizerStateConfig:
         """How the optimizer keeps its states under this precision.
@@ -45,17 +46,18 @@ class TrainStep(Precision):
         """Add the auxiliary losses nobody collected, divided by the accumulation as Lightning divides the loss."""
         if module.automatic_optimization:
             tensor = tensor + auxiliary_loss(module) / module.trainer.accumulate_grad_batches
-        optimizer = _tiled_optimizer(module)
-        if optimizer is not None:
+        if _strategy(module).tiled_optimizers:
             _strategy(module).spikes.add(tensor)
             TRAINING.layer = "the backward"
+        self._told = _reached(_strategy(module).tiled_optimizers)
+        for optimizer in self._told:
             optimizer.backward_begins(tensor, self._step_follows, undisturbed=self._may_overlap(module))
         return super().pre_backward(tensor, module)
 
     def post_backward(self, tensor: Tensor, module: LightningModule) -> Tensor:  # type: ignore[override]
         """Send the gradients at once, where they are not kept."""
-        optimizer = _tiled_optimizer(module)
-        if optimizer is not None:
+        told, self._told = self._told, []
+        for optimizer in told:
             optimizer.backward_ended()
         return super().post_backward(tensor, module)
 
@@ -113,9 +115,11 @@ class TrainStep(Precision):
         return overridden or any(is_overridden(hook, c, Callback) for c in _callbacks(model))
 
 
-def _tiled_optimizer(model: LightningModule) -> TiledOptimizer | None:
-    optimizer: TiledOptimizer | None = _strategy(model).tiled_optimizer
-    return optimizer
+def _reached(optimizers: Sequence[TiledOptimizer]) -> list[TiledOptimizer]:
+    """Whose parameters a backward may reach: of several not those that ``toggle_optimizer`` has switched off."""
+    if len(optimizers) == 1:
+        return list(optimizers)
+    return [o for o in optimizers if any(p.requires_grad for group in o.param_groups for p in group["params"])]
 
 
 def _strategy(model: LightningModule) -> Any:

@@ -37,8 +37,6 @@ class Plain(L.LightningModule):
         super().__init__()
         self.model = Decoder(DecoderConfig(**{**CONFIG, "num_experts": 8, **changes}))
         self.cross_entropy, self.make = VocabParallelCrossEntropy(), optimizers
-        # With two optimizers and automatic optimization Lightning refuses by itself.
-        self.automatic_optimization = optimizers is not two_optimizers
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         return self.cross_entropy(self.model(batch[0]), batch[1])
@@ -186,11 +184,6 @@ def test_layout_that_the_model_does_not_allow() -> None:
 # --- optimizers
 
 
-def two_optimizers(parameters: Any, lr: float) -> list[torch.optim.Optimizer]:
-    first, *others = parameters
-    return [torch.optim.SGD([first], lr=lr), torch.optim.SGD(others, lr=lr)]
-
-
 class Stranger:
     """An optimizer that also holds a parameter which is not the module's."""
 
@@ -205,12 +198,11 @@ def without_rate(kind: type[torch.optim.Optimizer]) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (two_optimizers, ("2 optimizers", "exactly one")),
         (torch.optim.LBFGS, ("LBFGS", "elementwise")),
         (torch.optim.Adafactor, ("Adafactor", "elementwise")),
         (Stranger, ("shape (5,)", "not a parameter of the LightningModule")),
     ],
-    ids=["two", "LBFGS", "Adafactor", "stranger"],
+    ids=["LBFGS", "Adafactor", "stranger"],
 )
 def test_optimizer_that_cannot_be_sharded(make: Any, words: tuple[str, ...]) -> None:
     for outcome in on_ranks(1, fit_error_alone, make):

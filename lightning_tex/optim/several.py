@@ -1,0 +1,106 @@
+"""Several tiled optimizers of one run, each over its own parameters, as one: what is saved, compared and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_tex.optim.rounding import RoundingSeed
+from lightning_tex.optim.shard import Piece, Shard
+from lightning_tex.optim.skipping import Skipped
+from lightning_tex.optim.tiled import TiledOptimizer
+from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.parallel.sharding import ParameterSharding
+
+
+class TiledOptimizers:
+    """All optimizers of a run as one: no parameter is in two of them, so that its name says all.
+
+    Args:
+        each: two or more, in the order of ``configure_optimizers``, with one rounding seed.
+    """
+
+    def __init__(self, each: Sequence[TiledOptimizer]) -> None:
+        self.each = list(each)
+
+    @property
+    def shardings(self) -> dict[nn.Parameter, ParameterSharding]:
+        """Of the model's parameters."""
+        return self.each[0].shardings
+
+    @property
+    def rounding_seed(self) -> RoundingSeed:
+        """Which they share: it counts the steps of all of them."""
+        return self.each[0].rounding_seed
+
+    @property
+    def shards(self) -> list[Shard]:
+        """Of all of them."""
+        return [shard for optimizer in self.each for shard in optimizer.shards]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """One's groups after the other's."""
+        return [group for optimizer in self.each for group in optimizer.param_groups]
+
+    @property
+    def skipped(self) -> Skipped:
+        """Steps of any of them that were not taken."""
+        by_one = [optimizer.skipped for optimizer in self.each]
+        return Skipped(sum(one.total for one in by_one), max(one.in_a_row for one in by_one))
+
+    def pieces(self) -> Iterator[Piece]:
+        """Every piece of every parameter that this rank's windows hold."""
+        for optimizer in self.each:
+            yield from optimizer.pieces()
+
+    def refresh(self) -> None:
+        """Take up parameters that were written from outside since the last step."""
+        for optimizer in self.each:
+            optimizer.refresh()
+
+    def keep_states(self) -> None:
+        """Hold the own shards' states for newer than the parameters; collective."""
+        for optimizer in self.each:
+            optimizer.keep_states()
+
+    def options_of(self, shard: Shard) -> dict[str, Any]:
+        """See :meth:`TiledOptimizer.options_of`."""
+        return next(optimizer for optimizer in self.each if shard in optimizer.shards).options_of(shard)
+
+
+Stepped = TiledOptimizer | TiledOptimizers
+
+
+def as_one(each: Sequence[TiledOptimizer]) -> Stepped | None:
+    """One optimizer itself, several as one; ``None``: there is none."""
+    if len(each) > 1:
+        return TiledOptimizers(each)
+    return each[0] if each else None
+
+
+def one_by_one(stepped: Stepped) -> list[TiledOptimizer]:
+    """The optimizers, in the order of ``configure_optimizers``."""
+    return stepped.each if isinstance(stepped, TiledOptimizers) else [stepped]
+
+
+def require_own_parameters(optimizers: Sequence[Optimizer], names: Mapping[nn.Parameter, str]) -> None:
+    """Refuse a parameter that two optimizers would step.
+
+    Raises:
+        ValueError: naming it, the optimizers and the remedy.
+    """
+    owners: dict[nn.Parameter, int] = {}
+    for number, optimizer in enumerate(optimizers):
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            first = owners.setdefault(parameter, number)
+            if first != number:
+                raise UserValueError(
+                    f"{names.get(parameter, 'a parameter')} is in optimizer {first} "
+                    f"({type(optimizers[first]).__name__}) and in optimizer {number} ({type(optimizer).__name__}): a "
+                    "parameter's gradient and states lie in the buffers of one of them; legal: each parameter in one "
+                    "optimizer"
+                )
