@@ -29,6 +29,7 @@ def can_draw() -> bool:
 def load_figure(history: ExpertHistory) -> Figure:
     """Draw a history: on the left the last column by layer and expert, on the right experts by step for each layer."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     layers = history.layers
     shown = [layers[i] for i in _spread(len(layers), _MOST_LAYERS)]
@@ -43,6 +44,7 @@ def load_figure(history: ExpertHistory) -> Figure:
         of_layer = history.loads(layer)[-1]
         last[row, : len(of_layer)] = of_layer
     image = _image(now, last, extent=(-0.5, width - 0.5, len(layers) - 0.5, -0.5))
+    now.xaxis.set_major_locator(MaxNLocator(integer=True))
     now.set(xlabel="expert", ylabel="layer", title=f"load up to step {history.steps[-1]:,}")
     if len(layers) <= 16:
         now.set_yticks(range(len(layers)), layers)
@@ -53,7 +55,9 @@ def load_figure(history: ExpertHistory) -> Figure:
     grid = right.subplots(rows, columns, squeeze=False)
     for ax, layer in zip(grid.flat, shown, strict=False):
         loads = history.loads(layer)
-        _image(ax, loads.T, extent=(history.steps[0], max(history.steps[-1], history.steps[0] + 1), loads.shape[1], 0))
+        steps = history.steps[0], max(history.steps[-1], history.steps[0] + 1)
+        _image(ax, loads.T, extent=(*steps, loads.shape[1] - 0.5, -0.5))
+        ax.yaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_title(f"layer {layer}", fontsize="small")
         ax.tick_params(labelsize="x-small")
     for ax in list(grid.flat)[len(shown) :]:
