@@ -71,8 +71,8 @@ def parts(shape: Shape, tokens: int, device: str) -> Iterator[Part]:
     yield Part("rows picked", lambda: pick(x, order.sorted // top_k, gaps=False), bytes=row + tokens * dim * 2)
     yield Part("rows picked, some empty", lambda: pick(x, order.sorted // top_k), bytes=row + tokens * dim * 2)
     yield Part("sum over choices", lambda: sum_picked(arrived, slot, gaps=False), bytes=row + tokens * dim * 2)
-    yield Part("swiglu and weights", lambda: hidden(up, gate, weights), bytes=3 * narrow)
-    yield Part("their backward", lambda: hidden_backward(grad, up, gate, weights), bytes=6 * narrow)
+    yield Part("swiglu and weights", lambda: hidden(up, gate, weights, "swiglu"), bytes=3 * narrow)
+    yield Part("their backward", lambda: hidden_backward(grad, up, gate, weights, "swiglu"), bytes=6 * narrow)
     for products in (GroupedProducts(groups), LoopedProducts(groups)):
         kind = "grouped" if isinstance(products, GroupedProducts) else "looped"
         yield Part(f"{kind}: rows, first", lambda p=products: p.forward(arrived, inward), flops)

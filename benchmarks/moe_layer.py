@@ -1,9 +1,11 @@
 """The MoE layer beside a plain sort-and-loop in public torch calls: one process, one thread, forward and backward.
 
-    python benchmarks/moe_layer.py [--turns 7] [--cases "8 large" "64 small"] [--precisions fp32 bf16]
+    python benchmarks/moe_layer.py [--turns 7] [--cases "8 large" "64 small"] [--precisions fp32 bf16] [--transformers]
 
 All run in turns on the same tokens and weights, and must give the same output and gradients. Times are of the
-processor, medians over the turns; the ratio is the plain one's time by the layer's.
+processor, medians over the turns; a ratio is another layer's time by this one's. ``--transformers`` adds Qwen3's block
+of an installed transformers, with the grouped and the eager form of its experts. It routes in bf16 where its tokens
+are, so that in bf16 some of its choices are others.
 """
 
 from __future__ import annotations
@@ -18,9 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_tex.bench.layer_contestants import Ours, Transformers
+from lightning_tex.bench.layer_shapes import Shape as NamedShape
 from lightning_tex.moe import MoE
 
 # T tokens, D model width, H hidden width, E experts, k choices per token, N = T k rows, n rows of one expert
+
+OURS = "lightning_tex"
 
 
 @dataclass(frozen=True)
@@ -69,15 +75,23 @@ class SortAndLoop(nn.Module):
         return torch.zeros_like(x).index_add(0, token, weighted)
 
 
-def contestants(shape: Shape, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """The layer and the plain one, of equal weights."""
+def contestants(shape: Shape, dtype: torch.dtype, transformers: bool) -> dict[str, nn.Module]:
+    """The layer, the plain one and, if wanted, those of transformers, of equal weights."""
     torch.manual_seed(0)
     layer = MoE(
         shape.dim, shape.hidden, shape.experts, shape.top_k, None, "swiglu", norm_topk_prob=True,
         load_balance_coefficient=0,
     )  # fmt: skip
     layer.experts.to(dtype)
-    return {"lightning_tex": layer, "sort and loop": SortAndLoop(layer)}
+    found: dict[str, nn.Module] = {OURS: layer, "sort and loop": SortAndLoop(layer)}
+    if transformers:
+        named = NamedShape("", shape.dim, shape.hidden, shape.experts, shape.top_k, norm_topk_prob=True)
+        ours = Ours(named, torch.device("cpu"), dtype)
+        ours.moe.load_state_dict(layer.state_dict())
+        for form in ("grouped_mm", "eager"):
+            found[f"transformers {form}"] = block = Transformers(ours, named)
+            block.block.experts.config._experts_implementation = form
+    return found
 
 
 def turn(module: nn.Module, x: Tensor, upstream: Tensor) -> tuple[float, list[Tensor]]:
@@ -92,18 +106,21 @@ def turn(module: nn.Module, x: Tensor, upstream: Tensor) -> tuple[float, list[Te
     return seconds, [y.detach(), x.grad]
 
 
-def compare(shape: Shape, dtype: torch.dtype, turns: int) -> dict[str, float]:
+def compare(shape: Shape, dtype: torch.dtype, turns: int, transformers: bool = False) -> dict[str, float]:
     """Median seconds of each contestant.
 
     Raises:
         AssertionError: they do not compute the same.
     """
-    modules = contestants(shape, dtype)
+    modules = contestants(shape, dtype, transformers)
     x, upstream = (torch.randn(shape.tokens, shape.dim).to(dtype) for _ in range(2))
-    results = [turn(module, x, upstream)[1] for module in modules.values()]
-    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
-    for ours, theirs in zip(*results, strict=True):
-        assert (ours - theirs).norm() <= tolerance * theirs.norm(), "they do not compute the same"
+    results = {name: turn(module, x, upstream)[1] for name, module in modules.items()}
+    exact = dtype == torch.float32
+    tolerance = 1e-4 if exact else 3e-2
+    for name, result in results.items():
+        for ours, theirs in zip(results[OURS], result, strict=True):
+            alike = (ours - theirs).norm() <= tolerance * theirs.norm()
+            assert alike or ("transformers" in name and not exact), f"{name} does not compute the same"
     seconds: dict[str, list[float]] = {name: [] for name in modules}
     for _ in range(turns):
         for name, module in modules.items():
@@ -111,14 +128,20 @@ def compare(shape: Shape, dtype: torch.dtype, turns: int) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def report(cases: list[str], precisions: list[str], turns: int, say: Callable[[str], None] = print) -> None:
+def report(
+    cases: list[str],
+    precisions: list[str],
+    turns: int,
+    transformers: bool = False,
+    say: Callable[[str], None] = print,
+) -> None:
     """A line for each case and precision."""
-    say(f"{'case':12} {'':6} {'lightning_tex':>14} {'sort and loop':>14} {'ratio':>6}")
     for case in cases:
         for precision in precisions:
-            found = compare(SHAPES[case], PRECISIONS[precision], turns)
-            ours, plain = found["lightning_tex"], found["sort and loop"]
-            say(f"{case:12} {precision:6} {1e3 * ours:11.0f} ms {1e3 * plain:11.0f} ms {plain / ours:6.2f}")
+            found = compare(SHAPES[case], PRECISIONS[precision], turns, transformers)
+            ours = found.pop(OURS)
+            others = (f"{name} {1e3 * time:.0f} ms ({time / ours:.2f})" for name, time in found.items())
+            say(f"{case:9} {precision}: {OURS} {1e3 * ours:.0f} ms, {', '.join(others)}")
 
 
 def main() -> None:
@@ -126,9 +149,10 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--cases", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--transformers", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    report(options.cases, options.precisions, options.turns)
+    report(options.cases, options.precisions, options.turns, options.transformers)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from lightning_tex.models.decoder import DecoderConfig
+from lightning_tex.models.config import DecoderConfig
 from lightning_tex.parallel.topology import Communication, Layout
 from lightning_tex.planner.cluster import CLUSTERS, Cluster
 from lightning_tex.planner.describe import describe_decoder

@@ -95,7 +95,7 @@ def launched(rank: int) -> dict[str, str]:
         "MASTER_PORT": str(PORT),
         "GLOO_SOCKET_IFNAME": "tex0",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(HERE),
+        "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
 
 

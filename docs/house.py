@@ -38,13 +38,15 @@ def modules() -> str:
 def _listed(room: str) -> str:
     folder = PACKAGE / room
     if not folder.is_dir():
-        return f"**{room}**\n\n{_entry(folder.with_suffix('.py'))}"
-    entries = [_entry(path) for path in sorted(folder.glob("*.py")) if path.stem != "__init__"]
+        return f"**{room}**\n\n{_entry(folder.with_suffix('.py'), PACKAGE)}"
+    paths = [path for path in folder.rglob("*.py") if path != folder / "__init__.py"]
+    entries = [_entry(path, folder) for path in sorted(paths, key=lambda path: (path.parent != folder, path))]
     return "\n".join([f"**{room}**: {_sentence(folder / '__init__.py')}\n", *entries])
 
 
-def _entry(path: Path) -> str:
-    return textwrap.fill(f"- `{path.name}`: {_sentence(path)}", 120, subsequent_indent="  ", break_on_hyphens=False)
+def _entry(path: Path, folder: Path) -> str:
+    name = path.relative_to(folder).as_posix().removesuffix("__init__.py")
+    return textwrap.fill(f"- `{name}`: {_sentence(path)}", 120, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def _sentence(path: Path) -> str:

@@ -1,6 +1,7 @@
 """Settings of every test."""
 
 import gc
+import os
 from functools import cache
 
 import pytest
@@ -18,6 +19,21 @@ settings.load_profile("shared machine")
 # Every Trainer asks which installed packages have callbacks for it: a tenth of the time of setting up a small fit.
 registry.entry_points = cache(registry.entry_points)
 registry.entry_points(group="lightning.pytorch.callbacks_factory")
+
+
+MOST_WORKERS = 8  # each takes 5 s to begin
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Of the default suite one a processor, each with a file at a time.
+
+    None for what is asked for by name, which begins at once in this process, and for grids, faults and GPUs.
+    """
+    asked_for = config.args_source is pytest.Config.ArgsSource.ARGS or config.option.keyword
+    own_choice = config.option.markexpr not in config.getini("addopts")
+    if asked_for or own_choice or torch.cuda.is_available():
+        return 0
+    return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

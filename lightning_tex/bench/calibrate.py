@@ -15,6 +15,7 @@ import torch.multiprocessing as mp
 
 from lightning_tex.bench.kernels import Clock, Kernels
 from lightning_tex.parallel import collectives, in_place_collectives
+from lightning_tex.parallel.all_to_all import all_to_all
 from lightning_tex.parallel.topology import Axis
 from lightning_tex.planner.cluster import Cluster
 
@@ -184,7 +185,7 @@ class Links:
         taken = {
             "all_gather": (seconds(lambda: collectives.all_gather(large[: len(large) // n], 0, axis)), 1, n - 1),
             "reduce_scatter": (seconds(lambda: collectives.reduce_scatter(large, 0, axis)), 1, ceil(log2(n))),
-            "all_to_all": (seconds(lambda: collectives.all_to_all(large, axis)), 1, ceil(log2(n))),
+            "all_to_all": (seconds(lambda: all_to_all(large, axis)), 1, ceil(log2(n))),
             "all_reduce": (seconds(lambda: collectives.all_reduce(large, axis)), 2, 2 * (n - 1)),
         }
         reached = {

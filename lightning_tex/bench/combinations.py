@@ -20,6 +20,7 @@ class Combination:
         overlap: reduce gradients while the backward runs.
         sequence_parallel: activations between layers are split along the sequence.
         folding: experts whole, their axis running through the tensor ranks.
+        expert_chunks: of a MoE layer's tokens, one of which travels beside the products of another.
     """
 
     duplicate_token_dropping: bool = False
@@ -28,6 +29,7 @@ class Combination:
     overlap: bool = False
     sequence_parallel: bool = False
     folding: bool = False
+    expert_chunks: int = 1
 
     def options(self, tensor: int, expert: int | str) -> dict[str, Any]:
         """The strategy's arguments, for a recipe of these sizes."""
@@ -35,6 +37,7 @@ class Combination:
             "duplicate_token_dropping": self.duplicate_token_dropping,
             "activation_checkpointing": self.activation_checkpointing,
             "sequence_parallel": self.sequence_parallel,
+            "expert_chunks": self.expert_chunks,
             "expert_tensor_parallel_size": 1 if self.folding else tensor,
         }
         if self.folding:  # as many experts to a rank as before would leave ranks without any: spread them further
@@ -56,4 +59,5 @@ COMBINATIONS: dict[str, Combination] = {
     "  and overlap": replace(PAPER, fused=True, overlap=True),
     "  and sequence parallel": replace(PAPER, fused=True, overlap=True, sequence_parallel=True),
     "  and folding": replace(PAPER, fused=True, overlap=True, sequence_parallel=True, folding=True),
+    "  and chunks": replace(PAPER, fused=True, overlap=True, sequence_parallel=True, folding=True, expert_chunks=2),
 }

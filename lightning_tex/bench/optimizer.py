@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_tex.bench.candidates import REFERENCE, Build, Candidate, Tiled, Workload, ours, torchs
-from lightning_tex.bench.memory import live_bytes, peak_bytes
+from lightning_tex.bench.memory import live_bytes, peak_bytes, settled_bytes
 from lightning_tex.bench.moments import synchronise
 from lightning_tex.optim.state_config import OptimizerStateFormat
 from lightning_tex.parallel.errors import UserValueError
@@ -125,9 +125,10 @@ class Case:
     def _memory(self, name: str, build: Build) -> dict[str, Any]:
         self._require_fitting(name, build)
         device = self.workload.device
-        before = live_bytes(device)
+        count = settled_bytes if self.workload.topology.world.size > 1 else live_bytes
+        before = count(device)
         candidate = stepped(build(self.workload))
-        state_bytes = live_bytes(device) - before
+        state_bytes = count(device) - before
         stepped(candidate).prepare()
         peak = peak_bytes(candidate.step, device)
         row: dict[str, Any] = {

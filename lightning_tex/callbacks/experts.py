@@ -1,52 +1,230 @@
-"""Logs how evenly tokens are spread over experts."""
+"""Logs, draws and watches how tokens are spread over experts."""
 
 from __future__ import annotations
 
-from collections import Counter
+import math
+import time
+from collections import Counter, deque
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
-from lightning_tex.parallel.expert_load import ExpertLoad
+from lightning_tex.callbacks.expert_history import ExpertHistory
+from lightning_tex.callbacks.expert_pictures import can_draw, load_figure, save
+from lightning_tex.parallel.expert_load import ExpertLoad, LoadTotals
+from lightning_tex.parallel.host_copy import HostCopy
 from lightning_tex.parallel.sharding import TexModule, tex_modules
+
+# E experts
+
+_HARDLY = 0.1  # of the mean load: an expert below it is hardly used
+_SECONDS_BETWEEN_PICTURES = 60.0
 
 
 class ExpertMonitor(Callback):
-    """Log how evenly each MoE layer's experts are used, over the data axis and since the last logged step.
+    """Log, draw and watch how each MoE layer's experts are used, over the data axis and since the last logged step.
 
-    ``expert_load/{layer}``: the most loaded expert's share of the choices times the number of experts; 1 is perfect
-    balance, E is all on one. ``expert_overflow/{layer}``: the fraction of choices that overflowed their expert's
-    capacity. ``{layer}`` is the block's number where the module's name has one, else the name.
+    For each layer, ``{layer}`` being the block's number where the module's name has one, else the name:
+
+    ===================================  ===============================================================================
+    ``expert_load/{layer}``              the most loaded expert's share of the choices times E: 1 is even, E all on one
+    ``expert_load_min/{layer}``          the same of the least loaded
+    ``expert_load_cv/{layer}``           standard deviation of the loads by their mean
+    ``expert_load_shift/{layer}``        share of the choices that went elsewhere than at the last log, 0 to 1
+    ``dead_experts/{layer}``             experts that were not chosen once
+    ``expert_overflow/{layer}``          fraction of choices that overflowed their expert's capacity
+    ``router_entropy/{layer}``           of the scores, by that of even ones: 1 is undecided, 0 sure
+    ``router_confidence/{layer}``        the first choice's mean share of the scores
+    ``expert_rank_load/{layer}``         the fullest rank of an expert axis, relative to the mean: others wait for it
+    ===================================  ===============================================================================
+
+    Over all layers there are ``expert_load/worst``, ``expert_load_cv/mean``, ``dead_experts/total`` and
+    ``expert_overflow/total``. Entropy and confidence are of the logged step's last micro-step. Only training counts,
+    not recomputation. Ranks reduce once per logged step, and nothing waits for a device.
+
+    At the end, and after a validation a minute or more since the last time, rank 0 writes ``expert_load.csv`` (choices
+    by step, layer and expert, in at most 128 rows a layer) and, where matplotlib is installed, ``expert_load.png`` with
+    a heat map, which TensorBoard and W&B get as well. What is drawn goes on through checkpoints.
+
+    Args:
+        folder: of these files; ``None``: the first logger's, and no files without a logger.
+        warn_after: logged steps in a row after which a layer is warned of, at least half of whose experts get less than
+            a tenth of their even share; ``None``: never.
     """
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def __init__(self, folder: str | Path | None = None, warn_after: int | None = 5) -> None:
+        self.folder, self.warn_after = folder, warn_after
+        self.history = ExpertHistory()
+        self._under_way: deque[tuple[int, dict[str, int], HostCopy]] = deque()
+        self._collapsed: Counter[str] = Counter()
+        self._warned: set[str] = set()
         self._layers: dict[str, TexModule] | None = None
+        self._shares: dict[str, Tensor] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._layers, self._shares = None, {}
+        self._collapsed.clear()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Collective: the Trainer asks rank 0 for it.
+        folder = trainer.log_dir if trainer.loggers and self.folder is None else self.folder
+        self._folder = None if folder is None else Path(folder)
+        self._drawn = time.monotonic()
+        self._layers = labelled({name: layer for name, layer in tex_modules(pl_module) if _load(layer) is not None})
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        for layer in (self._layers or {}).values():
+            _counted(layer).looks_at_scores = trainer._logger_connector.should_update_logs
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not trainer._logger_connector.should_update_logs:
+        self._take_what_arrived()
+        if not trainer._logger_connector.should_update_logs or not self._layers:
             return
-        if self._layers is None:
-            self._layers = labelled({name: layer for name, layer in tex_modules(pl_module) if _load(layer) is not None})
-        loads = {label: load.take() for label, layer in self._layers.items() if (load := _load(layer)) is not None}
+        loads = {label: _counted(layer).take_totals() for label, layer in self._layers.items()}
         used = {
-            n: self._layers[n].activation_layout.total(load.float()) for n, load in loads.items() if load is not None
+            label: self._layers[label].activation_layout.total(load)
+            for label, load in loads.items()
+            if load is not None
         }
         if not used:
             return
+        sizes = {label: len(load) for label, load in used.items()}
         total = trainer.strategy.reduce(torch.cat(list(used.values())), reduce_op="sum")
-        for label, load in zip(used, total.split([len(load) for load in used.values()]), strict=True):
-            choices = load[:-1].sum().clamp(min=1)
-            pl_module.log(f"expert_load/{label}", load[:-1].max() / choices * (len(load) - 1))
-            pl_module.log(f"expert_overflow/{label}", load[-1] / choices)
+        each = dict(zip(used, map(LoadTotals.of, total.split(list(sizes.values()))), strict=True))
+        self._log(pl_module, each)
+        self._under_way.append((trainer.global_step, sizes, HostCopy(total)))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.training and time.monotonic() - self._drawn >= _SECONDS_BETWEEN_PICTURES:
+            self._write(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        while self._under_way:
+            self._take_oldest()
+        return self.history.state_dict() if self.history.steps else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict:
+            self.history.load_state_dict(state_dict)
+
+    def _log(self, pl_module: LightningModule, totals: dict[str, LoadTotals]) -> None:
+        assert self._layers is not None
+        of_layers: dict[str, dict[str, Tensor]] = {}
+        for label, each in totals.items():
+            shares = each.counts / each.counts.sum().clamp(min=1)
+            values = {**_spread_of(shares), **_sureness(each)}
+            values["expert_overflow"] = each.overflowed / each.counts.sum().clamp(min=1)
+            if label in self._shares:
+                values["expert_load_shift"] = (shares - self._shares[label]).abs().sum() / 2
+            ranks = self._layers[label].expert.size
+            if ranks > 1:
+                values["expert_rank_load"] = shares.view(ranks, -1).sum(-1).max() * ranks
+            self._shares[label] = shares
+            of_layers[label] = values
+        for label, values in of_layers.items():
+            for name, value in values.items():
+                pl_module.log(f"{name}/{label}", value)
+        if len(totals) > 1:
+            overflowed = torch.stack([each.overflowed for each in totals.values()]).sum()
+            choices = torch.stack([each.counts.sum() for each in totals.values()]).sum()
+            pl_module.log("expert_load/worst", _all_of("expert_load", of_layers).max())
+            pl_module.log("expert_load_cv/mean", _all_of("expert_load_cv", of_layers).mean())
+            pl_module.log("dead_experts/total", _all_of("dead_experts", of_layers).sum())
+            pl_module.log("expert_overflow/total", overflowed / choices.clamp(min=1))
+
+    # --- late, on the host
+
+    def _take_what_arrived(self) -> None:
+        while self._under_way and self._under_way[0][2].arrived:
+            self._watch(self._take_oldest())
+
+    def _take_oldest(self) -> dict[str, Tensor]:
+        step, sizes, copy = self._under_way.popleft()
+        of_layers = torch.tensor(copy.numbers(), dtype=torch.float64).split(list(sizes.values()))
+        choices = {label: LoadTotals.of(each).counts for label, each in zip(sizes, of_layers, strict=True)}
+        self.history.add(step, choices)
+        return choices
+
+    def _watch(self, choices: dict[str, Tensor]) -> None:
+        if self.warn_after is None or self._layers is None:
+            return
+        for label, of_experts in choices.items():
+            loads = of_experts / of_experts.mean().clamp(min=1e-9)
+            hardly = int((loads < _HARDLY).sum())
+            self._collapsed[label] = self._collapsed[label] + 1 if 2 * hardly >= len(loads) else 0
+            if self._collapsed[label] >= self.warn_after and label not in self._warned:
+                self._warned.add(label)
+                rank_zero_warn(self._advice(self._layers[label], label, hardly, loads))
+
+    def _advice(self, layer: TexModule, label: str, hardly: int, loads: Tensor) -> str:
+        balance = getattr(layer, "load_balance_coefficient", None)
+        now = "" if balance is None else f" (load_balance_coefficient={balance:g})"
+        return (
+            f"MoE layer {label} collapses: {hardly} of its {len(loads)} experts got less than a tenth of their even "
+            f"share in each of the last {self.warn_after} logged steps, the fullest {float(loads.max()):.1f} times its "
+            f"own{now}. Raise load_balance_coefficient (0.01 is usual), set z_loss_coefficient=0.001, or lower the "
+            "learning rate or warm it up longer; ExpertMonitor(warn_after=None) does not watch"
+        )
+
+    def _write(self, trainer: Trainer) -> None:
+        while self._under_way:
+            self._watch(self._take_oldest())
+        self._drawn = time.monotonic()
+        if self._folder is None or not self.history.steps or not trainer.is_global_zero:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self.history.write(self._folder / "expert_load.csv")
+        if can_draw():
+            figure, picture = load_figure(self.history), self._folder / "expert_load.png"
+            save(figure, picture)
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_figure("expert_load", figure, trainer.global_step)
+                elif isinstance(logger, WandbLogger):
+                    logger.log_image("expert_load", [str(picture)], step=trainer.global_step)
+
+
+def _spread_of(shares: Tensor) -> dict[str, Tensor]:
+    """Measures of the experts' shares of choices. [E]"""
+    loads = shares * len(shares)
+    return {
+        "expert_load": loads.max(),
+        "expert_load_min": loads.min(),
+        "expert_load_cv": loads.std(correction=0),
+        "dead_experts": (shares == 0).sum().double(),
+    }
+
+
+def _sureness(totals: LoadTotals) -> dict[str, Tensor]:
+    tokens = totals.tokens.clamp(min=1)
+    most = math.log(max(len(totals.counts), 2))
+    return {"router_entropy": totals.entropy / tokens / most, "router_confidence": totals.confidence / tokens}
+
+
+def _all_of(name: str, of_layers: dict[str, dict[str, Tensor]]) -> Tensor:
+    return torch.stack([values[name] for values in of_layers.values()])
 
 
 def _load(layer: TexModule) -> ExpertLoad | None:
     """What a layer with experts counts."""
     load = getattr(layer, "load", None)
     return load if isinstance(load, ExpertLoad) else None
+
+
+def _counted(layer: TexModule) -> ExpertLoad:
+    load = _load(layer)
+    assert load is not None
+    return load
 
 
 def labelled(layers: dict[str, TexModule]) -> dict[str, TexModule]:

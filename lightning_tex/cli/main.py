@@ -30,6 +30,8 @@ COMMANDS = {
     "plan --trace": "lightning_tex.cli.trace",
     "bench": "lightning_tex.cli.bench",
     "checkpoint": "lightning_tex.cli.checkpoint",
+    "export": "lightning_tex.cli.export",
+    "upcycle": "lightning_tex.cli.upcycle",
     "verify": "lightning_tex.cli.verify",
     "replay": "lightning_tex.cli.replay",
 }

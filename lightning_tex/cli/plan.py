@@ -13,19 +13,20 @@ from jsonargparse.typing import PositiveFloat
 
 from lightning_tex.cli import plan_scaling, plan_tables
 from lightning_tex.cli.options import Command, Count
-from lightning_tex.cli.plan_recipe import own_candidate, read_recipe
+from lightning_tex.cli.plan_recipe import language_model_on_meta, own_candidate, read_recipe
 from lightning_tex.cli.tables import require_matplotlib
 from lightning_tex.models import DecoderConfig
 from lightning_tex.optim.state_config import OPTIMIZER_STATE_FORMATS, ZERO_STAGES, OptimizerStateFormat, ZeroStage
 from lightning_tex.parallel.activation_checkpointing import ACTIVATION_CHECKPOINTING
 from lightning_tex.parallel.errors import UserFileError, UserValueError
+from lightning_tex.planner.batches import TokenBlocks
 from lightning_tex.planner.cluster import CLUSTERS, Cluster
 from lightning_tex.planner.describe import describe_decoder
 from lightning_tex.planner.layouts import Choices, Job
 from lightning_tex.planner.optimizers import LANGUAGE_MODELS_OWN
 from lightning_tex.planner.search import largest_base, plan, plan_all
 from lightning_tex.planner.states_only import StatesOnly
-from lightning_tex.planner.traced import UntraceableError
+from lightning_tex.planner.traced import TracedActivations, UntraceableError
 
 _BENCHMARKS = Path(__file__).parents[2] / "benchmarks"  # beside the package in a clone
 _RECOMPUTE = {value or "none": value for value in ACTIVATION_CHECKPOINTING}
@@ -62,7 +63,7 @@ class JobOptions:
 _SIZE_HINTS = {
     size.name: get_type_hints(DecoderConfig)[size.name]
     for size in fields(DecoderConfig)
-    if size.name not in ("max_sequence_length", "rope_base", "dropout")
+    if size.name not in ("max_sequence_length", "rope_base", "dropout", "router", "rope_scaling")
 }
 SizeOptions = make_dataclass(
     "SizeOptions", [(name, hint | None, field(default=None)) for name, hint in _SIZE_HINTS.items()], frozen=True
@@ -83,6 +84,7 @@ class ChoiceOptions:
         sequence_parallel: to try.
         activation_checkpointing: to try.
         optimizer_state_format: to try.
+        expert_chunks: of a MoE layer's tokens; left out: as the strategy's "auto".
     """
 
     tensor_parallel_size: Count | None = None
@@ -95,6 +97,7 @@ class ChoiceOptions:
         default_factory=lambda: list(_RECOMPUTE)
     )
     optimizer_state_format: list[OptimizerStateFormat] | None = None
+    expert_chunks: Count | None = None
 
     def choices(self) -> Choices:
         """As the planner takes them."""
@@ -107,6 +110,7 @@ class ChoiceOptions:
             self.sequence_parallel,
             [_RECOMPUTE[name] for name in self.activation_checkpointing],
             self.optimizer_state_format or OPTIMIZER_STATE_FORMATS,
+            expert_chunks=self.expert_chunks or "auto",
         )
 
 
@@ -186,7 +190,7 @@ def _plan(
     if wanted.gpus_per_node is not None:
         cluster = cluster.with_gpus_per_node(wanted.gpus_per_node)
     job, own = _job(wanted, given, more)
-    choices = choose.choices()
+    choices = replace(choose.choices(), ranks_per_node=cluster.gpus_per_node)
     if shown.largest_base:
         # Sharding every matrix over many nodes would fit anything, at no speed to speak of.
         formats = choose.optimizer_state_format or ["fp32"]
@@ -208,7 +212,7 @@ def _plan(
 
 
 def _report(job: Job, cluster: Cluster, choices: Choices, own: dict[str, Any], rows: int) -> dict[str, Any]:
-    candidate = own_candidate(job, own)
+    candidate = own_candidate(job, own, cluster.gpus_per_node)
     try:
         plans = plan_all(job, cluster, choices, wanted=rows)
         planned = None if candidate is None else plan(job, candidate, cluster)
@@ -225,6 +229,10 @@ def _job(wanted: JobOptions, given: dict[str, Any], more: list[str]) -> tuple[Jo
         if missing := [f"--{name}" for name in ("dim", "num_layers", "num_heads", "vocab_size") if name not in given]:
             raise UserValueError(f"--config, or sizes are needed: {', '.join(missing)} are missing")
         model = describe_decoder(DecoderConfig(**{"activation": _ACTIVATION, **given}))
+        if not model.declared:
+            defaults["activations"] = TracedActivations(
+                language_model_on_meta(model), None, TokenBlocks(given["vocab_size"])
+            )
     else:
         recipe = read_recipe(wanted.config, more, given)
         model, defaults, own = recipe.model, recipe.numbers, recipe.strategy

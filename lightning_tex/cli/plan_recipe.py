@@ -15,8 +15,10 @@ from lightning.pytorch.cli import LightningArgumentParser, instantiate_class
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_tex.data import TextDataModule
-from lightning_tex.models import DecoderConfig, LanguageModel
+from lightning_tex.models import Decoder, DecoderConfig, LanguageModel
+from lightning_tex.models.pretrained_model import read_config
 from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.parallel.expert_chunks import chunks_on
 from lightning_tex.parallel.topology import Axis, Communication, Layout
 from lightning_tex.planner.batches import Batches, TokenBlocks, batches_of
 from lightning_tex.planner.describe import describe, describe_decoder
@@ -71,7 +73,7 @@ def read_recipe(path: str, more: Sequence[str] = (), sizes: Mapping[str, Any] | 
     accumulation = int(trainer.get("accumulate_grad_batches") or 1)
     module = None if _is_language_model(recipe) else _built_on_meta(path, config.model)
     if module is None:
-        decoder = DecoderConfig(**{**given.as_dict(), **(sizes or {})})
+        decoder = _decoder(config.get("model.init_args") or Namespace(), sizes or {})
         model, length = describe_decoder(decoder), decoder.max_sequence_length
     elif sizes:
         raise UserValueError(
@@ -84,7 +86,7 @@ def read_recipe(path: str, more: Sequence[str] = (), sizes: Mapping[str, Any] | 
         "sequence_length": data.get("sequence_length") or length,
         "precision": str(trainer.get("precision") or "32-true"),
         "optimizer": _optimizer(module, config.get("optimizer")),
-        "activations": None if module is None or model.declared else _traced(module, recipe),
+        "activations": None if model.declared else _traced(module or language_model_on_meta(model), recipe),
     }
     if data.get("global_batch_size"):  # of a micro-step over all ranks
         numbers["global_batch_size"] = data["global_batch_size"] * accumulation
@@ -92,6 +94,24 @@ def read_recipe(path: str, more: Sequence[str] = (), sizes: Mapping[str, Any] | 
     if devices.isdigit():
         numbers["gpus"] = int(devices) * int(trainer.get("num_nodes") or 1)
     return PlannedRecipe(model, numbers, {**recipe.strategy_options(), "accumulate_grad_batches": accumulation})
+
+
+def _decoder(options: Namespace, sizes: Mapping[str, Any]) -> DecoderConfig:
+    """What a LanguageModel of these options has; of a published model its configuration is read, and no weights."""
+    given = options.get("config")
+    if options.get("pretrained") is None:
+        return DecoderConfig(**{**(given.as_dict() if given is not None else {}), **sizes})
+    overrides = {**(options.get("overrides") or {}), **sizes}
+    return read_config(options.pretrained, options.get("revision"), overrides)
+
+
+def language_model_on_meta(model: ModelDescription) -> LanguageModel:
+    """The module whose training step shows what a decoder keeps, where no formula does."""
+    assert model.config is not None
+    module = LanguageModel(model.config)
+    with torch.device("meta"):
+        module.decoder = Decoder(model.config)
+    return module
 
 
 def _optimizer(module: LightningModule | None, given: Any) -> OptimizerDescription:
@@ -157,12 +177,13 @@ def _built_on_meta(path: str, config: Namespace) -> LightningModule:
     return module
 
 
-def own_candidate(job: Job, own: dict[str, Any]) -> Candidate | None:
+def own_candidate(job: Job, own: dict[str, Any], ranks_per_node: int) -> Candidate | None:
     """What a recipe itself says; ``None`` where it would not run so on these ranks, or there is none.
 
     Args:
         job: the recipe's.
         own: the strategy's arguments, and ``accumulate_grad_batches``.
+        ranks_per_node: of the cluster.
     """
     accumulation = own.get("accumulate_grad_batches")
     if accumulation is None:
@@ -176,7 +197,8 @@ def own_candidate(job: Job, own: dict[str, Any]) -> Candidate | None:
     micro_batch = job.global_batch_size // (accumulation * layout.data)
     if micro_batch * accumulation * layout.data != job.global_batch_size:
         return None
-    communication = Communication(**_given(own, "duplicate_token_dropping", "sequence_parallel"))
+    chunks = chunks_on(layout, own.get("expert_chunks", "auto"), ranks_per_node)
+    communication = Communication(**_given(own, "duplicate_token_dropping", "sequence_parallel"), expert_chunks=chunks)
     options = _given(own, "zero_stage", "activation_checkpointing", "optimizer_state_format")
     return Candidate(layout, micro_batch, accumulation, communication=communication, **options)
 

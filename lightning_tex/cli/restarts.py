@@ -11,16 +11,17 @@ from collections.abc import Sequence
 from types import FrameType
 
 from lightning_tex.parallel.errors import UserValueError
-from lightning_tex.resilience.signals import SUPERVISED
+from lightning_tex.resilience.signals import STOP_SIGNALS, SUPERVISED
 
 OPTION = "--restarts"
 
 # Between two attempts: time for a node's ports, files and devices to be free again.
 _PAUSE = 1.0  # s
 
-# What a fit exits with when it was asked to stop, or when trying again would not help: done, wrong options, Ctrl-C,
-# SIGUSR1, SIGTERM.
-_FINAL = {0, 2, 128 + signal.SIGINT, 128 + signal.SIGUSR1, 128 + signal.SIGTERM}
+_SIGNALS = (*STOP_SIGNALS, signal.SIGUSR1)
+
+# What a fit exits with when trying again would not help: done, wrong options, asked to stop.
+_FINAL = {0, 2, *(128 + number for number in _SIGNALS)}
 
 # Variables by which launchers tell a process its rank.
 _LAUNCHED = ("LOCAL_RANK", "TORCHELASTIC_RUN_ID", "SLURM_PROCID")
@@ -96,8 +97,9 @@ class _Attempts:
         self._stopped = False
 
     def run(self) -> int:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._pass_on)
+        for number in _SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP:  # as under nohup
+                signal.signal(number, self._pass_on)
         for done in range(self._restarts + 1):
             # Its own group, or a Ctrl-C of the terminal would come twice.
             environment = {**os.environ, SUPERVISED: "1"}

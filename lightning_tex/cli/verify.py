@@ -26,6 +26,7 @@ _KEPT = (
     "zero_stage",
     "tile_size",
     "duplicate_token_dropping",
+    "expert_chunks",
     "activation_checkpointing",
     "activation_checkpointing_policy",
 )

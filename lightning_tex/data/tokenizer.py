@@ -48,22 +48,7 @@ class TextTokenizer:
     @classmethod
     def from_file(cls, path: str | Path, end_of_document: str | None = None) -> TextTokenizer:
         """Reads a ``tokenizers`` JSON file, or ``tokenizer.json`` in a folder."""
-        import tokenizers
-
-        file = Path(path).expanduser()
-        file = file / "tokenizer.json" if file.is_dir() else file
-        if not file.is_file():
-            raise UserFileError(
-                f"tokenizer={str(path)!r} is neither a tokenizers JSON file nor a folder with tokenizer.json"
-            )
-        try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # tokenizers has no class for it
-            raise UserValueError(
-                f"{file} is no tokenizers JSON file ({error}); fetch it again. One in the cache of prepared data is "
-                f"made again when its folder is deleted: {file.parent}"
-            ) from error
-        return cls(tokenizer, end_of_document)
+        return cls(_read(path), end_of_document)
 
     def encode(self, text: str) -> list[int]:
         """The tokens of one text, without an end of document. Safe in a forked worker."""
@@ -89,6 +74,29 @@ class TextTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some tokens, end-of-document tokens spelled out; padding (negative ids) is left out."""
         return self.tokenizer.decode([int(i) for i in ids if int(i) >= 0], skip_special_tokens=False)
+
+
+def _read(path: str | Path) -> tokenizers.Tokenizer:
+    import tokenizers
+
+    file = Path(path).expanduser()
+    file = file / "tokenizer.json" if file.is_dir() else file
+    if not file.is_file():
+        raise UserFileError(
+            f"tokenizer={str(path)!r} is neither a tokenizers JSON file nor a folder with tokenizer.json"
+        )
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers has no class for it
+        raise UserValueError(
+            f"{file} is no tokenizers JSON file ({error}); fetch it again. One in the cache of prepared data is "
+            f"made again when its folder is deleted: {file.parent}"
+        ) from error
+
+
+def vocabulary(path: str | Path) -> dict[str, int]:
+    """Every token of a ``tokenizers`` JSON file with its number."""
+    return dict(_read(path).get_vocab(with_added_tokens=True))
 
 
 def is_hub_name(name: str | Path) -> bool:

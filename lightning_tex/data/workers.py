@@ -1,17 +1,64 @@
-"""Errors of data loaders' workers: a worker that died, and what one could not read."""
+"""Workers of data loaders: signals that are meant for their rank, a worker that died, and what one could not read."""
 
 from __future__ import annotations
 
+import atexit
+import mmap
+import os
 import shutil
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
+from typing import Any
 
 from torch.utils.data._utils.signal_handling import _error_if_any_worker_fails
 
 from lightning_tex.parallel.errors import UserError, UserRuntimeError
 
 _GRACE = 0.5  # s, from a read that has failed until the system tells of the death of the process at its other end
+
+# One byte that a process shares with those forked from it: whether it ends.
+_ending = mmap.mmap(-1, 1)
+
+
+class SparedWorker:
+    """How a forked worker begins: what asks all processes of a run to stop does not end it, as its rank still reads.
+
+    Schedulers, and kill of a process group, send signals to workers too. The one that a rank ends its workers with when
+    it ends itself is heeded. Under ``spawn``, only what the user asked for is done.
+
+    Args:
+        signals: that ask a run to stop.
+        then: the user's ``worker_init_fn``.
+    """
+
+    def __init__(self, signals: Sequence[signal.Signals], then: Callable[[int], None]) -> None:
+        self._signals, self._then = signals, then
+
+    def __call__(self, worker_id: int) -> None:
+        for number in self._signals:
+            signal.signal(number, _left_to_the_rank)
+            signal.siginterrupt(number, False)
+        self._then(worker_id)
+
+    def __reduce__(self) -> Any:
+        return _as_it_is, (self._then,)
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _left_to_the_rank(number: int, _: FrameType | None) -> None:
+    if number == signal.SIGTERM and _ending[0]:
+        os._exit(0)
+
+
+@atexit.register  # before multiprocessing ends its processes, and waits for them
+def _end_workers() -> None:
+    _ending[0] = 1
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -87,14 +87,25 @@ class VocabParallelLinearCrossEntropy(TexModule):
             self.z_loss_coefficient,
             self.reduction != "none",
             torch.is_grad_enabled() and not recomputing(),
+            head.softcap,
         )
         x = head.activation_layout.enter(x)
         loss: Tensor = _LinearCrossEntropy.apply(
-            x.flatten(0, -2), head.weight, kept.flatten(), counted.flatten(), scores
+            x.flatten(0, -2), head.weight, head.bias, kept.flatten(), counted.flatten(), scores
         )
         if self.reduction == "none":
             return loss.view(target.shape)
         return loss if self.reduction == "sum" else loss / counted.sum().clamp(min=1)
+
+
+class _Matrix(NamedTuple):
+    """The head's: [v, D], [v]."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def to(self, dtype: torch.dtype) -> _Matrix:
+        return _Matrix(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
 
 @dataclass(frozen=True)
@@ -108,6 +119,7 @@ class _Scores:
         z_loss_coefficient: of the z-loss.
         summed: the result is one sum, so that the gradient of each counted token is the same number.
         trained: a backward may follow.
+        softcap: of the logits, see :class:`VocabParallelHead`.
     """
 
     tensor: Axis
@@ -116,12 +128,16 @@ class _Scores:
     z_loss_coefficient: float
     summed: bool
     trained: bool
+    softcap: float | None
 
-    def logits(self, x: Tensor, weight: Tensor) -> Tensor:  # [t, D], [v, D] -> [t, v]
-        logits = F.linear(x, weight)
+    def logits(self, x: Tensor, matrix: _Matrix) -> tuple[Tensor, Tensor | None]:  # [t, D] -> [t, v] twice
+        """Logits, and where they are capped their derivative by what was capped."""
+        weight, (logits, slope) = matrix.weight, (F.linear(x, matrix.weight, matrix.bias), None)
+        if self.softcap is not None:
+            logits, slope = _capped(logits, self.softcap)
         if self.columns < weight.shape[0]:
             logits[:, self.columns :] = float("-inf")
-        return logits
+        return logits, slope
 
     def place(self, target: Tensor, columns: int) -> tuple[Tensor, Tensor]:
         """Column of each target among those here, or another one, and whether it is here: [t, 1], [t]."""
@@ -148,13 +164,14 @@ class _Chunk:
 
     Args:
         scores: of all chunks.
-        x, weight, target: [t, D], [v, D], [t].
+        x, target: [t, D], [t].
+        matrix: the head's.
     """
 
-    def __init__(self, scores: _Scores, x: Tensor, weight: Tensor, target: Tensor) -> None:
+    def __init__(self, scores: _Scores, x: Tensor, matrix: _Matrix, target: Tensor) -> None:
         self.scores, self.target = scores, target
-        self.logits = scores.logits(x, weight)
-        self.local, self.present = scores.place(target, len(weight))
+        self.logits, self.slope = scores.logits(x, matrix)
+        self.local, self.present = scores.place(target, len(matrix.weight))
         at_local = self.logits.gather(1, self.local)[:, 0]
         self.exp, self.top, self.log_sum = _exponentials(self.logits)
         self.at_local = at_local.to(self.log_sum.dtype)
@@ -171,7 +188,15 @@ class _Chunk:
         at_local = (self.at_local - log_sum).exp() * factor - upstream * self.present
         gradient = _multiplied(self.exp, factor * (self.top - log_sum).exp(), self.logits)
         rows = torch.arange(len(gradient), device=gradient.device)
-        return gradient.index_put_((rows, self.local[:, 0]), at_local.to(gradient.dtype))
+        gradient = gradient.index_put_((rows, self.local[:, 0]), at_local.to(gradient.dtype))
+        return gradient if self.slope is None else gradient.mul_(self.slope)
+
+
+@leaf
+def _capped(logits: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+    """softcap * tanh(logits / softcap), and its derivative: [t, v] each."""
+    tanh = (logits / softcap).tanh_()
+    return tanh * softcap, 1 - tanh.square()
 
 
 @leaf
@@ -195,17 +220,21 @@ def _multiplied(exp: Tensor, factor: Tensor, logits: Tensor) -> Tensor:
 
 
 class _Gradients:
-    """Gradients of x and of the head's matrix, added up chunk by chunk.
+    """Gradients of x and of the head's matrix and bias, added up chunk by chunk.
 
     Args:
         x: [T, D]
-        weight: [v, D], in the dtype of x.
-        needed: whether each of them is.
+        matrix: in the dtype of x.
+        needed: whether each of the three is.
         chunks: how many there are.
     """
 
-    def __init__(self, x: Tensor, weight: Tensor, needed: tuple[bool, bool], chunks: int) -> None:
+    def __init__(self, x: Tensor, matrix: _Matrix, needed: tuple[bool, bool, bool], chunks: int) -> None:
+        weight = matrix.weight
         self.x = torch.empty_like(x) if needed[0] else None
+        self.bias = None
+        if needed[2] and matrix.bias is not None:
+            self.bias = torch.zeros_like(matrix.bias, dtype=torch.promote_types(weight.dtype, torch.float32))
         wide = weight.dtype if chunks == 1 else torch.promote_types(weight.dtype, torch.float32)
         self.weight = torch.empty_like(weight, dtype=wide) if needed[1] else None
 
@@ -213,6 +242,8 @@ class _Gradients:
         """A chunk's part, by the gradient of its logits."""
         if self.x is not None:
             torch.mm(logits, weight, out=self.x[chunk])
+        if self.bias is not None:
+            self.bias += logits.sum(0, dtype=self.bias.dtype)
         if self.weight is None:
             return
         beta = 0 if chunk.start == 0 else 1  # 0: what is there does not count, not even where it is NaN
@@ -227,7 +258,7 @@ class _Gradients:
 
     def scale(self, factor: Tensor) -> None:
         """Times one number."""
-        for gradient in (self.x, self.weight):
+        for gradient in (self.x, self.weight, self.bias):
             if gradient is not None:
                 gradient.mul_(factor) if gradient.dtype == factor.dtype else _scale(gradient, factor)
 
@@ -245,45 +276,47 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Losses of [T, D] tokens, or their sum."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, target: Tensor, counted: Tensor, scores: _Scores) -> Tensor:
-        dtype, needed = product_dtype(x), ctx.needs_input_grad[:2]
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, counted: Tensor, scores: _Scores
+    ) -> Tensor:
+        dtype, needed = product_dtype(x), ctx.needs_input_grad[:3]
         wide = torch.promote_types(dtype, torch.float32)
         log_sums, losses = x.new_empty(len(x), dtype=wide), x.new_empty(len(x), dtype=wide)
         at_once = scores.trained and scores.summed and dtype != torch.float16 and any(needed)
         with torch.autocast(x.device.type, enabled=False):
-            rows, matrix, upstream = x.to(dtype), weight.to(dtype), counted.to(wide)
-            chunks = _chunks(rows, matrix)
+            rows, matrix, upstream = x.to(dtype), _Matrix(weight, bias).to(dtype), counted.to(wide)
+            chunks = _chunks(rows, matrix.weight)
             gradients = _Gradients(rows, matrix, needed, len(chunks)) if at_once else None
             for part in chunks:
                 chunk = _Chunk(scores, rows[part], matrix, target[part])
                 log_sum, at_target = chunk.statistics()
                 log_sums[part], losses[part] = log_sum, scores.losses(log_sum, at_target)
                 if gradients is not None:
-                    gradients.add(part, chunk.gradient(log_sum, upstream[part]), rows[part], matrix)
+                    gradients.add(part, chunk.gradient(log_sum, upstream[part]), rows[part], matrix.weight)
                 del chunk  # before there is the next
-        ctx.save_for_backward(x, weight, target, counted, log_sums)
+        ctx.save_for_backward(x, weight, bias, target, counted, log_sums)
         ctx.scores, ctx.dtype, ctx.gradients = scores, dtype, gradients
         losses = losses.masked_fill_(~counted, 0)
         return losses.sum() if scores.summed else losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        x, weight, target, counted, log_sums = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, target, counted, log_sums = ctx.saved_tensors
         gradients, ctx.gradients = ctx.gradients, None  # they are given away: a second backward makes its own
         if gradients is not None:
             gradients.scale(grad)
         else:
             with torch.autocast(x.device.type, enabled=False):
-                rows, matrix, upstream = x.to(ctx.dtype), weight.to(ctx.dtype), counted * grad
-                chunks = _chunks(rows, matrix)
-                gradients = _Gradients(rows, matrix, ctx.needs_input_grad[:2], len(chunks))
+                rows, matrix, upstream = x.to(ctx.dtype), _Matrix(weight, bias).to(ctx.dtype), counted * grad
+                chunks = _chunks(rows, matrix.weight)
+                gradients = _Gradients(rows, matrix, ctx.needs_input_grad[:3], len(chunks))
                 for part in chunks:
                     chunk = _Chunk(ctx.scores, rows[part], matrix, target[part])
-                    gradients.add(part, chunk.gradient(log_sums[part], upstream[part]), rows[part], matrix)
+                    gradients.add(part, chunk.gradient(log_sums[part], upstream[part]), rows[part], matrix.weight)
                     del chunk
-        d_x = None if gradients.x is None else gradients.x.to(x.dtype)
-        return d_x, None if gradients.weight is None else gradients.weight.to(weight.dtype), None, None, None
+        found = zip((gradients.x, gradients.weight, gradients.bias), (x, weight, bias), strict=True)
+        return *(None if g is None else g.to(like.dtype) for g, like in found), None, None, None
 
 
 def _chunks(x: Tensor, weight: Tensor) -> list[slice]:  # [T, D], [v, D]

@@ -12,7 +12,11 @@ from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.sharding import TexModule
 from lightning_tex.parallel.topology import Layout
 
-Activation = Literal["gelu", "swiglu"]
+# Without a gate: gelu (by erf), gelu_tanh, relu. With one: silu, gelu or gelu_tanh of it times up; and gpt-oss's.
+Activation = Literal["gelu", "gelu_tanh", "relu", "swiglu", "geglu", "geglu_tanh", "clamped_swiglu"]
+GATED = frozenset(("swiglu", "geglu", "geglu_tanh", "clamped_swiglu"))
+# Of clamped_swiglu (gpt-oss): the gate's sigmoid is of ALPHA times it, and both products are clamped.
+ALPHA, LIMIT = 1.702, 7.0
 
 
 def require_activation(activation: str) -> None:
@@ -21,15 +25,31 @@ def require_activation(activation: str) -> None:
         raise UserValueError(f"activation={activation!r}; legal: {', '.join(map(repr, get_args(Activation)))}")
 
 
+def activated(activation: Activation, up: Tensor, gate: Tensor | None) -> Tensor:
+    """What stands between the products, of those with up and gate."""
+    if gate is None:
+        return F.relu(up) if activation == "relu" else F.gelu(up, approximate=_approximate(activation))
+    if activation == "clamped_swiglu":
+        gate, up = gate.clamp(max=LIMIT), up.clamp(-LIMIT, LIMIT)
+        return gate * (ALPHA * gate).sigmoid() * (up + 1)
+    return (F.silu(gate) if activation == "swiglu" else F.gelu(gate, approximate=_approximate(activation))) * up
+
+
+def _approximate(activation: Activation) -> str:
+    return "tanh" if activation.endswith("tanh") else "none"
+
+
 class ParallelMLP(TexModule):
     """Feed-forward block with its hidden units sharded over the tensor axis: [.., dim] -> [.., dim].
 
-    ``gelu``: down(gelu(up(x))). ``swiglu``: down(silu(gate(x)) * up(x)), gate and up being separate matrices.
+    ``gelu``, ``gelu_tanh``, ``relu``: down(gelu(up(x))). ``swiglu``, ``geglu``, ``geglu_tanh``: down(silu(gate(x)) *
+    up(x)), gate and up being separate matrices. ``clamped_swiglu``: gpt-oss's, down(g * sigmoid(1.702 g) * (u + 1)) of
+    g = min(gate(x), 7) and u = up(x) clamped to -7 and 7.
 
     Args:
         dim: model width.
         hidden_dim: hidden width; divisible by the tensor axis.
-        activation: ``"gelu"`` or ``"swiglu"``.
+        activation: one of these.
         bias: biases in all matrices.
 
     Raises:
@@ -39,8 +59,8 @@ class ParallelMLP(TexModule):
     def __init__(self, dim: int, hidden_dim: int, activation: Activation = "gelu", bias: bool = False) -> None:
         super().__init__()
         require_activation(activation)
-        self.hidden_dim = hidden_dim
-        self.gate = ColumnParallelLinear(dim, hidden_dim, bias) if activation == "swiglu" else None
+        self.hidden_dim, self.activation = hidden_dim, activation
+        self.gate = ColumnParallelLinear(dim, hidden_dim, bias) if activation in GATED else None
         self.up = ColumnParallelLinear(dim, hidden_dim, bias)
         self.down: nn.Module = RowParallelLinear(hidden_dim, dim, bias)
 
@@ -50,5 +70,4 @@ class ParallelMLP(TexModule):
     def forward(self, x: Tensor) -> Tensor:  # [.., D] -> [.., D]
         x = self.activation_layout.enter(x)
         up = self.up.columns(x)
-        hidden = F.gelu(up) if self.gate is None else F.silu(self.gate.columns(x)) * up
-        return self.down(hidden)
+        return self.down(activated(self.activation, up, None if self.gate is None else self.gate.columns(x)))

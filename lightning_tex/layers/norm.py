@@ -1,4 +1,4 @@
-"""A norm that keeps its weight and arithmetic in full precision among low-precision activations."""
+"""Norms that keep their weights and arithmetic in full precision among low-precision activations."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lightning_tex.parallel.autocast import autocast_off
 from lightning_tex.parallel.compiled import leaf
 
 # T tokens, D model width
@@ -26,6 +27,15 @@ class RMSNorm(nn.RMSNorm):
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         normed: Tensor = _RMSNorm.apply(x, self.weight, torch.finfo(wide).eps if self.eps is None else self.eps)
         return normed
+
+
+class LayerNorm(nn.LayerNorm):
+    """``torch.nn.LayerNorm`` in its weight's precision: [.., D] -> [.., D], in the input's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with autocast_off(x):
+            wide = x.to(self.weight.dtype)
+            return F.layer_norm(wide, self.normalized_shape, self.weight, self.bias, self.eps).to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lightning_tex.layers.rotary_scaling import RotaryScaling
 from lightning_tex.parallel.compiled import sequence_leaf
 from lightning_tex.parallel.precision import product_dtype
 
@@ -22,15 +23,29 @@ class RotaryTables:
     Args:
         cos: [1, S, 1, d], in the dtype of queries and keys.
         sin: [1, S, 1, d / 2], likewise.
+        interleaved: pairs lie side by side in queries and keys, (2i, 2i + 1), and not in halves.
     """
 
     cos: Tensor
     sin: Tensor
+    interleaved: bool = False
 
-    def turn(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:  # [B, S, h, d] each, of any h
-        """Queries and keys at their positions."""
+    def turn(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:  # [B, S, h, d or more] each, of any h
+        """Queries and keys at their positions; what is wider than d keeps the rest as it is.
+
+        Interleaved pairs come out in halves, in queries as in keys: their products are the same.
+        """
+        width = self.cos.shape[-1]
+        rest = [x[..., width:] for x in (query, key)]
+        query, key = (self._in_halves(x[..., :width]) for x in (query, key))
         turned: tuple[Tensor, Tensor] = _Turn.apply(query, key, self.cos, self.sin)
-        return turned
+        if not rest[0].shape[-1]:
+            return turned
+        query, key = (torch.cat(parts, -1) for parts in zip(turned, rest, strict=True))
+        return query, key
+
+    def _in_halves(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if self.interleaved else x
 
 
 @dataclass(frozen=True)
@@ -38,15 +53,19 @@ class Rotary:
     """Pairs (i, i + d/2) of a head turn by position * base^(-2i/d) (RoFormer, arXiv 2104.09864, in halves).
 
     Args:
-        width: d, even.
+        width: d, even; heads may be wider, of which the first d dims turn.
         base: of the wavelengths.
+        scaling: of sequences longer than a model was trained on.
+        interleaved: pairs are (2i, 2i + 1).
     """
 
     width: int
     base: float = 10000.0
+    scaling: RotaryScaling | None = None
+    interleaved: bool = False
 
     def rates(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Radians by which each pair turns from one position to the next: [d / 2]."""
+        """Radians by which each pair turns from one position to the next, before they are scaled: [d / 2]."""
         half = self.width // 2
         return self.base ** (-torch.arange(half, device=device, dtype=dtype) / half)
 
@@ -54,9 +73,14 @@ class Rotary:
         """Those of positions 0 to length - 1, where ``like`` is and in the dtype that products with it have."""
         dtype = product_dtype(like)
         wide = torch.promote_types(dtype, torch.float32)
-        angle = torch.arange(length, device=like.device, dtype=wide)[:, None] * self.rates(like.device, wide)
-        angle = angle[None, :, None]
-        return RotaryTables(angle.cos().repeat(1, 1, 1, 2).to(dtype), angle.sin().to(dtype))
+        rates, factor = self.rates(like.device, wide), 1.0
+        if self.scaling is not None:
+            rates, factor = self.scaling.rates(rates, self.base, length), self.scaling.table_factor(length)
+        angle = torch.arange(length, device=like.device, dtype=wide)[:, None] * rates
+        cos, sin = (table[None, :, None] for table in (angle.cos(), angle.sin()))
+        if factor != 1:
+            cos, sin = cos * factor, sin * factor
+        return RotaryTables(cos.repeat(1, 1, 1, 2).to(dtype), sin.to(dtype), self.interleaved)
 
 
 class _Turn(torch.autograd.Function):
@@ -76,7 +100,7 @@ class _Turn(torch.autograd.Function):
 
 @sequence_leaf
 def _turned(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
-    """(a, b) -> (a cos - b sin, b cos + a sin), or by the opposite angles."""
+    """(a, b) -> (a cos - b sin, b cos + a sin), or the transpose of it, which turns by the opposite angles."""
     half, sign = sin.shape[-1], -1 if back else 1
     results = query * cos, key * cos
     for x, result in zip((query, key), results, strict=True):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_tex.parallel.collectives import all_reduce, gather
 from lightning_tex.parallel.errors import UserIndexError, UserValueError
-from lightning_tex.parallel.initialization import by_index, init_normal_
+from lightning_tex.parallel.initialization import by_index, has_values, init_normal_
 from lightning_tex.parallel.sharding import TexModule
 from lightning_tex.parallel.topology import Axis
 
@@ -23,18 +23,22 @@ Reduction = Literal["mean", "sum", "none"]
 
 
 class _Vocabulary(TexModule):
-    shard_dims = {"weight": {"tensor": 0}}
+    shard_dims = {"weight": {"tensor": 0}, "bias": {"tensor": 0}}
+    bias: nn.Parameter | None
 
-    def __init__(self, size: int, dim: int, std: float) -> None:
+    def __init__(self, size: int, dim: int, std: float, bias: bool = False) -> None:
         super().__init__()
         self.size, self.dim, self.std = size, dim, std
         self.weight = nn.Parameter(torch.empty(size, dim))
+        self.bias = nn.Parameter(torch.empty(size)) if bias else None
         self.reset_parameters()
 
     @by_index
     def reset_parameters(self) -> None:
-        """Draw every row from a normal distribution."""
+        """Draw every row from a normal distribution; a bias is 0."""
         init_normal_(self.weight, self.std, self.boxes()["weight"])
+        if self.bias is not None and has_values(self.bias):
+            nn.init.zeros_(self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.size}, {self.dim}"
@@ -71,7 +75,7 @@ class VocabParallelEmbedding(_Vocabulary):
         local = ids - self.boxes()["weight"].extent.offsets[0]
         absent = (local < 0) | (local >= self.weight.shape[0])
         rows = F.embedding(local.masked_fill(absent, 0), self.weight)
-        return self.activation_layout.leave(rows.masked_fill(absent[..., None], 0))
+        return self.activation_layout.leave_own(rows.masked_fill(absent[..., None], 0))
 
     def _out_of_range(self, ids: Tensor) -> UserIndexError:
         least, most = int(ids.min()), int(ids.max())
@@ -89,14 +93,25 @@ class VocabParallelHead(_Vocabulary):
         dim: width of the input, D.
         vocab_size: V.
         gather_output: all-gather the logits over tensor: [.., dim] -> [.., vocab].
+        softcap: logits l become softcap * tanh(l / softcap) (Gemma 2).
+        bias: add a bias to the logits, sharded as they are.
     """
 
-    def __init__(self, dim: int, vocab_size: int, gather_output: bool = False) -> None:
-        self.gather_output = gather_output
-        super().__init__(vocab_size, dim, std=dim**-0.5)
+    def __init__(
+        self,
+        dim: int,
+        vocab_size: int,
+        gather_output: bool = False,
+        softcap: float | None = None,
+        bias: bool = False,
+    ) -> None:
+        self.gather_output, self.softcap = gather_output, softcap
+        super().__init__(vocab_size, dim, dim**-0.5, bias)
 
     def forward(self, x: Tensor) -> Tensor:  # [.., D] -> [.., v]
-        logits = F.linear(self.activation_layout.enter(x), self.weight)
+        logits = F.linear(self.activation_layout.enter(x), self.weight, self.bias)
+        if self.softcap is not None:
+            logits = self.softcap * (logits / self.softcap).tanh()
         rows = self.boxes()["weight"].extent.sizes[0]
         if rows < self.weight.shape[0]:
             padding = torch.arange(self.weight.shape[0], device=x.device) >= rows

@@ -3,131 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from lightning_tex.layers import (
-    ParallelAttention,
-    ParallelMLP,
-    RMSNorm,
-    Rotary,
-    RotaryTables,
-    TokenContext,
-    VocabParallelEmbedding,
-    VocabParallelHead,
-)
-from lightning_tex.layers.mlp import Activation
+from lightning_tex.layers import TokenContext, VocabParallelEmbedding, VocabParallelHead
+from lightning_tex.models.block import Block, make_norm
+from lightning_tex.models.config import DecoderConfig
 from lightning_tex.moe import MoE
 from lightning_tex.parallel.collectives import all_gather
 from lightning_tex.parallel.errors import UserValueError
 
 # B sequences, S positions, D model width, V vocabulary
-
-
-@dataclass
-class DecoderConfig:
-    """Sizes of a :class:`Decoder`.
-
-    Args:
-        vocab_size: V; any size, padded inside where the tensor axis does not divide it.
-        dim: model width D.
-        num_layers: blocks.
-        num_heads: attention heads.
-        num_kv_heads: key/value heads; ``None``: num_heads.
-        hidden_dim: hidden width of MLPs and of each expert; ``None``: 4 * dim.
-        max_sequence_length: longest sequence the model is made for, in tokens.
-        num_experts: experts of a MoE layer; 1: every layer is a plain MLP.
-        top_k: experts per token.
-        capacity_factor: see :class:`lightning_tex.moe.MoE`; ``None``: dropless.
-        moe_every: every n-th block has experts, the last of each n (2: blocks 1, 3, 5, ..).
-        activation: ``"gelu"`` or ``"swiglu"``.
-        norm_topk_prob: rescale a token's weights to sum to 1.
-        load_balance_coefficient: weight of the load-balance loss.
-        z_loss_coefficient: weight of the router's z-loss.
-        rope_base: base of the rotary embedding.
-        dropout: dropout of attention weights and of each residual branch.
-        tie_embeddings: embedding and head share one matrix.
-
-    Raises:
-        ValueError: sizes that are not positive.
-    """
-
-    vocab_size: int = 32000
-    dim: int = 512
-    num_layers: int = 8
-    num_heads: int = 8
-    num_kv_heads: int | None = None
-    hidden_dim: int | None = None
-    max_sequence_length: int = 2048
-    num_experts: int = 1
-    top_k: int = 1
-    capacity_factor: float | None = None
-    moe_every: int = 2
-    activation: Activation = "swiglu"
-    norm_topk_prob: bool = False
-    load_balance_coefficient: float = 0.01
-    z_loss_coefficient: float = 0.0
-    rope_base: float = 10000.0
-    dropout: float = 0.0
-    tie_embeddings: bool = True
-
-    def __post_init__(self) -> None:
-        sizes = ("vocab_size", "dim", "num_layers", "num_heads", "max_sequence_length", "num_experts", "moe_every")
-        for name in (*sizes, "num_kv_heads", "hidden_dim"):
-            if (size := getattr(self, name)) is not None and size < 1:
-                raise UserValueError(f"{name}={size} must be at least 1")
-
-    @property
-    def kv_heads(self) -> int:
-        """Key/value heads."""
-        return self.num_kv_heads or self.num_heads
-
-    @property
-    def hidden(self) -> int:
-        """Hidden width of MLPs and of each expert."""
-        return self.hidden_dim or 4 * self.dim
-
-    def has_experts(self, layer: int) -> bool:
-        """Whether block ``layer`` (from 0) has experts."""
-        return self.num_experts > 1 and layer % self.moe_every == self.moe_every - 1
-
-
-class Block(nn.Module):
-    """Attention and feed-forward, each normed before and added after: [B, S, D] -> [B, S, D]."""
-
-    def __init__(self, config: DecoderConfig, layer: int) -> None:
-        super().__init__()
-        c = config
-        self.attention_norm = RMSNorm(c.dim, eps=1e-5)
-        self.attention = ParallelAttention(c.dim, c.num_heads, c.num_kv_heads, rope_base=c.rope_base, dropout=c.dropout)
-        self.mlp_norm = RMSNorm(c.dim, eps=1e-5)
-        self.mlp: nn.Module
-        if c.has_experts(layer):
-            self.mlp = MoE(
-                c.dim,
-                c.hidden,
-                c.num_experts,
-                c.top_k,
-                c.capacity_factor,
-                c.activation,
-                norm_topk_prob=c.norm_topk_prob,
-                load_balance_coefficient=c.load_balance_coefficient,
-                z_loss_coefficient=c.z_loss_coefficient,
-            )
-        else:
-            self.mlp = ParallelMLP(c.dim, c.hidden, c.activation)
-        self.dropout = nn.Dropout(c.dropout)
-
-    def forward(self, x: Tensor, context: TokenContext | None = None, rotary: RotaryTables | None = None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), context=context, rotary=rotary))
-        return x + self.dropout(self._feed_forward(self.mlp_norm(x), context))
-
-    def _feed_forward(self, x: Tensor, context: TokenContext | None) -> Tensor:
-        if context is not None and isinstance(self.mlp, MoE):
-            return self.mlp(x, context.token_mask)
-        return self.mlp(x)
 
 
 class Decoder(nn.Module):
@@ -140,11 +27,13 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.rotary = Rotary(config.dim // config.num_heads, config.rope_base)
+        self.rotary = config.rotary
         self.embedding = VocabParallelEmbedding(config.vocab_size, config.dim, std=config.dim**-0.5)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.norm = RMSNorm(config.dim, eps=1e-5)
-        self.head = VocabParallelHead(config.dim, config.vocab_size)
+        self.norm = make_norm(config)
+        self.head = VocabParallelHead(
+            config.dim, config.vocab_size, softcap=config.final_logit_softcapping, bias=config.head_bias
+        )
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
 
@@ -170,10 +59,13 @@ class Decoder(nn.Module):
             )
         context = None if token_mask is None else TokenContext.causal(require_token_mask(token_mask, ids))
         x = self.embedding(ids)
+        if self.config.embedding_multiplier != 1:
+            x = x * self.config.embedding_multiplier
         rotary = self.rotary.tables(ids.shape[-1], x)
         for block in self.blocks:
             x = block(x, context, rotary)
-        return self.norm(x)
+        x = self.norm(x)
+        return x if self.config.logits_scaling == 1 else x / self.config.logits_scaling
 
     def moe_layers(self) -> Iterator[tuple[int, MoE]]:
         """The MoE layers with their block's number."""

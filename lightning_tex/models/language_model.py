@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +16,13 @@ from torchmetrics import MeanMetric
 from lightning_tex.callbacks import ExpertMonitor, LateProgress, Throughput
 from lightning_tex.data import require_token_ids
 from lightning_tex.layers import VocabParallelLinearCrossEntropy
-from lightning_tex.models import Decoder, DecoderConfig
+from lightning_tex.models.config import DecoderConfig
+from lightning_tex.models.decoder import Decoder
+from lightning_tex.models.exporting import SHARD_SIZE, Exported, save_module
+from lightning_tex.models.pretrained_model import ORIGIN, Origin, PretrainedModel, fill_whole, require_own_tokens
 from lightning_tex.moe import auxiliary_loss
-from lightning_tex.parallel.initialization import materialise
+from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.pretrained.reading import PretrainedWeights
 
 # B sequences, S positions
 
@@ -38,25 +43,115 @@ class LanguageModel(LightningModule):
     global index): its full size never exists on a rank, and every layout starts from the same weights.
 
     Args:
-        config: sizes of the decoder.
+        config: sizes of the decoder, which begins with random weights.
+        pretrained: in its place a published model, whose decoder this is and whose weights a new run begins with: a
+            folder of ``config.json`` and safetensors files, or a repository of the Hugging Face hub, ``owner/name``.
+            Every rank reads what it holds of it. A checkpoint that is resumed from, or ``init_from``, goes before.
+        revision: of a repository: a branch, tag or commit.
+        overrides: arguments of :class:`DecoderConfig` that take precedence over those of the published model, such as
+            ``{"capacity_factor": 1.25}``.
+
+    Raises:
+        ValueError: neither a configuration nor a published model, or both; files that are damaged or do not fit.
+        FileNotFoundError: there is no such folder or repository.
     """
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig | None = None,
+        pretrained: str | None = None,
+        revision: str | None = None,
+        overrides: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__()
-        if isinstance(config, Mapping):  # from a checkpoint's hyper-parameters
+        if (config is None) == (pretrained is None):
+            raise UserValueError(
+                "LanguageModel takes its decoder from config or from pretrained; legal: one of them "
+                "(with pretrained, single values by overrides)"
+            )
+        self.pretrained: PretrainedWeights | None = None
+        self.origin: Origin | None = None
+        if pretrained is not None:
+            model = PretrainedModel(pretrained, revision, overrides)
+            config, self.pretrained, self.origin = model.config, model.weights, model.origin
+        elif isinstance(config, Mapping):  # from a checkpoint's hyper-parameters
             config = DecoderConfig(**config)
+        assert config is not None
         self.save_hyperparameters({"config": asdict(config)})
         self.config = config
         self.decoder: Decoder | None = None
         self.cross_entropy = VocabParallelLinearCrossEntropy(reduction="sum")
         self.mean_val_loss, self.mean_test_loss = MeanMetric(), MeanMetric()
 
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], revision: str | None = None, **overrides: Any) -> Self:
+        """A model that begins with the weights of a published one, which ``configure_model`` or a Trainer reads.
+
+        Args:
+            folder: a folder, or a repository of the Hugging Face hub, ``owner/name``.
+            revision: of a repository: a branch, tag or commit.
+            overrides: arguments of :class:`DecoderConfig` that take precedence over those of the published model; all
+                others go to the class.
+
+        Raises:
+            ValueError: files that are damaged, do not fit, or are of a family that is not known.
+            FileNotFoundError: there is no such folder or repository.
+        """
+        of_decoder = {name: value for name, value in overrides.items() if name in DecoderConfig.__dataclass_fields__}
+        others = {name: value for name, value in overrides.items() if name not in of_decoder}
+        return cls(pretrained=os.fspath(folder), revision=revision, overrides=of_decoder or None, **others)
+
     def configure_model(self) -> None:
         if self.decoder is None:
+            require_own_tokens(self)
             with torch.device("meta"):
                 self.decoder = Decoder(self.config)
             if self._device_mesh is None:  # no strategy that draws meta parameters
-                materialise(self, self.device, torch.initial_seed())
+                fill_whole(self)
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        dtype: str | None = None,
+        max_shard_size: str | int = SHARD_SIZE,
+        tokenizer: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Write a folder that ``transformers.AutoModelForCausalLM.from_pretrained`` loads, complete or not at all.
+
+        All ranks call it, also after a fit; it needs no Trainer. Every rank writes its part of the safetensors files to
+        ``folder``, which all ranks must see. Configuration, generation configuration, tokenizer and a model card go
+        along.
+
+        Args:
+            folder: is made.
+            dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; ``None``: as in the published model that this began
+                from, or as the parameters are.
+            max_shard_size: of one file.
+            tokenizer: a folder or file whose tokenizer goes along; ``None``: that of the published model, or of the
+                Trainer's :class:`lightning_tex.TextDataModule`.
+
+        Raises:
+            ValueError: no known family has such a decoder, with the reasons.
+            RuntimeError: a rank cannot write.
+        """
+        data = None if self._trainer is None else self._trainer.datamodule  # type: ignore[attr-defined]
+        save_module(self, folder, Exported(self.config, self.origin, dtype, max_shard_size, tokenizer, data))
+
+    def initial_weights(self) -> PretrainedWeights | None:
+        """What a strategy fills parameters from that it would otherwise draw."""
+        return self.pretrained
+
+    def alike_on_all_ranks(self) -> dict[str, Any]:
+        """What all ranks must have alike besides options."""
+        return {} if self.pretrained is None else {"the pretrained weights": self.pretrained.folder.fingerprint}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.origin is not None:
+            checkpoint[ORIGIN] = asdict(self.origin)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if ORIGIN in checkpoint:
+            self.origin = Origin(**checkpoint[ORIGIN])
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:  # [B, S] -> [B, S, V/tensor]
         assert self.decoder is not None, "configure_model() has not been called"
@@ -103,7 +198,10 @@ class LanguageModel(LightningModule):
         return torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95))
 
     def configure_callbacks(self) -> list[Callback]:
-        return [Throughput(), ExpertMonitor(), LateProgress(["train_loss"])]
+        own = [Throughput(), ExpertMonitor(), LateProgress(["train_loss"])]
+        # Else the Trainer's of the same class would be left out.
+        given = {type(callback) for callback in getattr(self._trainer, "callbacks", [])}
+        return [callback for callback in own if type(callback) not in given]
 
     @torch.no_grad()
     def generate(self, ids: Tensor, new_tokens: int, temperature: float = 1.0, seed: int = 0) -> Tensor:

@@ -3,7 +3,9 @@
 from lightning_tex.moe.dispatch import Arrived, Dispatcher, DispatchMetadata
 from lightning_tex.moe.layer import MoE
 from lightning_tex.moe.losses import auxiliary_loss
-from lightning_tex.moe.router import Route, Router, SoftmaxRouter
+from lightning_tex.moe.router import Route, Router
+from lightning_tex.moe.routers import SigmoidRouter, SoftmaxRouter
+from lightning_tex.moe.shared import SharedExpert
 
 __all__ = [
     "Arrived",
@@ -12,6 +14,8 @@ __all__ = [
     "MoE",
     "Route",
     "Router",
+    "SharedExpert",
+    "SigmoidRouter",
     "SoftmaxRouter",
     "auxiliary_loss",
 ]

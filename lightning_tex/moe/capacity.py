@@ -9,12 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_tex.moe.dispatch import Arrived, Dispatcher, DispatchMetadata, arrive
-from lightning_tex.moe.exchange import CapacityExchange, Exchange, LocalExchange
+from lightning_tex.moe.dispatch import Arrived, Dispatcher, DispatchMetadata
+from lightning_tex.moe.exchange import CapacityExchange, ChunkedExchange, Exchange, LocalExchange, even_parts
 from lightning_tex.moe.groups import Groups
 from lightning_tex.moe.permute import group_by_expert
 from lightning_tex.moe.router import Route
-from lightning_tex.parallel.collectives import all_reduce, own_slice
+from lightning_tex.parallel.collectives import own_slice
+from lightning_tex.parallel.host_numbers import highest
 from lightning_tex.parallel.replay import decided
 
 # T tokens, D model width, E experts, e experts held here, P = E/e ranks on the expert axis, C capacity,
@@ -80,7 +81,8 @@ def assign_slots(indices: Tensor, place: Tensor, num_experts: int, capacity: int
 class CapacityDispatcher(Dispatcher):
     """Every expert takes up to ceil(factor * k * T / E) choices of each rank's T tokens; shapes are static.
 
-    Ranks of an expert group may hold different T: buffers take the largest capacity, overflow the own.
+    Ranks of an expert group may hold different T: buffers take the largest capacity, overflow the own. They agree on it
+    over the hosts' network, as nobody's device has to be asked for it.
 
     Args:
         factor: the capacity factor.
@@ -90,8 +92,8 @@ class CapacityDispatcher(Dispatcher):
 
     def dispatch(self, x: Tensor, route: Route) -> tuple[Arrived, DispatchMetadata]:
         exchange, counts, overflowed = decided("the exchange by capacity", lambda: self._exchange(route.indices))
-        metadata = DispatchMetadata(exchange, x.dtype, overflowed, counts)
-        return arrive(x.reshape(-1, x.shape[-1]), route.weights, exchange), metadata
+        metadata = DispatchMetadata(x.dtype, overflowed, counts)
+        return Arrived.by(exchange, x.reshape(-1, x.shape[-1]), route.weights), metadata
 
     def queues(self, indices: Tensor, allowed: int) -> Queues:
         """In which order choices [T, k] are served."""
@@ -101,7 +103,7 @@ class CapacityDispatcher(Dispatcher):
         """Choices that an expert takes of this rank's tokens."""
         return capacity(self.factor, top_k, tokens, self.num_experts)
 
-    def _exchange(self, indices: Tensor) -> tuple[Exchange, Tensor, Tensor]:
+    def _exchange(self, indices: Tensor) -> tuple[Exchange | ChunkedExchange, Tensor, Tensor]:
         """The exchange of the choices [T, k], how many fell on each expert, and how many overflowed."""
         tokens, top_k = indices.shape
         allowed, axes = self.allowed(tokens, top_k), self.axes
@@ -113,17 +115,29 @@ class CapacityDispatcher(Dispatcher):
                 counts,
                 overflowed,
             )
-        largest = allowed
-        if axes.expert.size > 1:
-            own = torch.full((1,), allowed, device=indices.device)
-            largest = int(all_reduce(own, axes.expert, "max", "exchange_counts"))
-        rows = buffer_rows(largest, axes.split.size)
+        rows = buffer_rows(highest(allowed, axes.expert_host), axes.split.size)
         slots = assign_slots(indices, place, self.num_experts, allowed, rows)
+        return self._in_chunks(slots, rows), counts, overflowed
+
+    def _in_chunks(self, slots: Slots, rows: int) -> ChunkedExchange:
+        """Of every expert's rows, a part in each chunk, as far as there are any."""
+        axes, experts = self.axes, self.num_experts
         # Duplicate-token dropping (paper section 5.1): of rows that tensor ranks hold alike, each sends its own.
-        choice = own_slice(slots.choice.view(self.num_experts, rows), 1, axes.split).flatten()
-        here, senders = self.num_experts // axes.expert.size, axes.expert.size * axes.gather.size
-        groups = Groups.equal(here, rows // axes.split.size * senders, indices.device)
-        return CapacityExchange(axes, groups, choice, True, slots.slot, True, self.num_experts), counts, overflowed
+        own = own_slice(slots.choice.view(experts, rows), 1, axes.split)  # [E, c]
+        here, senders, ranks = experts // axes.expert.size, axes.expert.size * axes.gather.size, axes.split.size
+        exchanges, start = [], 0
+        for width in even_parts(own.shape[1], max(1, min(axes.chunks, own.shape[1]))):
+            choice, slot = own[:, start : start + width].flatten(), slots.slot
+            if width < own.shape[1]:
+                coming = experts * ranks * width
+                place = slot.new_full((experts * rows + 1,), coming)  # of each row of the whole buffer, in the chunk's
+                of_chunk = place[:-1].view(experts, ranks, -1)[:, :, start : start + width]
+                of_chunk.copy_(torch.arange(coming, device=slot.device).view(of_chunk.shape))
+                slot = place[slot]
+            groups = Groups.equal(here, width * senders, slot.device)
+            exchanges.append(CapacityExchange(axes, groups, choice, True, slot, True, experts))
+            start += width
+        return ChunkedExchange(exchanges)
 
 
 def capacity(factor: float, top_k: int, tokens: int, num_experts: int) -> int:

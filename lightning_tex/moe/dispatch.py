@@ -2,7 +2,7 @@
 
     route = router(tokens)
     arrived, metadata = dispatcher.dispatch(tokens, route)
-    y = dispatcher.combine(experts(arrived, metadata.exchange), metadata)
+    y = dispatcher.combine(experts(arrived), metadata)
 
 A further way to dispatch is a further :class:`Dispatcher`, which a subclass of the layer chooses in
 :meth:`~lightning_tex.moe.MoE.make_dispatcher`. ``capacity`` decides which choices overflow their expert,
@@ -13,13 +13,14 @@ pass, and duplicate-token dropping, are the table of ``expert_axes``; ``exchange
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_tex.moe.exchange import Exchange, ExchangeInRounds, to_experts, weights_to_experts
+from lightning_tex.moe.exchange import ChunkedExchange, Exchange, LocalExchange
 from lightning_tex.moe.expert_axes import ExpertAxes
 from lightning_tex.moe.groups import Groups
 from lightning_tex.moe.router import Route
@@ -27,25 +28,8 @@ from lightning_tex.moe.router import Route
 # T tokens, D model width, E experts, e experts held here, k choices per token, t own tokens, N rows at the experts
 
 
-class Arrived(Protocol):
-    """Rows at the experts held here, and the weight of each, grouped by expert."""
-
-    @property
-    def rows(self) -> Tensor:
-        """[N, D]"""
-
-    @property
-    def weights(self) -> Tensor:
-        """[N], what the expert's output of each row is multiplied with."""
-
-    @property
-    def groups(self) -> Groups:
-        """Which rows are whose."""
-
-
-@dataclass(frozen=True)
-class ArrivedRows:
-    """Rows that have come from where they were, see :class:`Arrived`."""
+class ArrivedRows(NamedTuple):
+    """Rows at the experts held here [N, D] and the weight of each [N], grouped by expert."""
 
     rows: Tensor
     weights: Tensor
@@ -53,50 +37,39 @@ class ArrivedRows:
 
 
 @dataclass(frozen=True)
-class _RowsWhereverUsed:
-    """Rows that are brought wherever they are used, so that nobody keeps them, see :class:`Arrived`.
+class Arrived:
+    """What comes to the experts, and how: the experts' computation brings it, beside its products where it can.
 
     Args:
         tokens: [t, D].
-        choice_weights: [t, k].
-        exchange: brings them.
+        weights: [t, k], what the experts' outputs of a token's choices are multiplied with.
+        exchange: brings a row of each choice, and what the experts give for it back.
     """
 
     tokens: Tensor
-    choice_weights: Tensor
-    exchange: Exchange
+    weights: Tensor
+    exchange: LocalExchange | ChunkedExchange
+
+    @classmethod
+    def by(cls, exchange: Exchange | ChunkedExchange, tokens: Tensor, weights: Tensor) -> Arrived:
+        """By one exchange or in chunks; rows that only have to be picked are not kept."""
+        if isinstance(exchange, ChunkedExchange) or (isinstance(exchange, LocalExchange) and not exchange.communicates):
+            return cls(tokens, weights, exchange)
+        return cls(tokens, weights, ChunkedExchange([exchange]))
 
     @property
-    def groups(self) -> Groups:
-        return self.exchange.groups
+    def here(self) -> int:
+        """Rows that come to the experts held here."""
+        return self.exchange.rows
 
-    @property
-    def rows(self) -> Tensor:
-        return to_experts(self.tokens, self.exchange)
-
-    @property
-    def weights(self) -> Tensor:
-        return weights_to_experts(self.choice_weights, self.exchange)
-
-
-class LocalRows(_RowsWhereverUsed):
-    """Those that are picked from the own tokens: the exchange communicates nothing."""
-
-
-@dataclass(frozen=True)
-class RowsInRounds(_RowsWhereverUsed):
-    """Those that come in rounds, as nobody could keep them all."""
-
-    exchange: ExchangeInRounds
-
-
-def arrive(tokens: Tensor, weights: Tensor, exchange: Exchange) -> Arrived:
-    """[t, D] tokens and the [t, k] weights of their choices at the experts."""
-    if isinstance(exchange, ExchangeInRounds):
-        return RowsInRounds(tokens, weights, exchange)
-    if exchange.communicates:
-        return ArrivedRows(to_experts(tokens, exchange), weights_to_experts(weights, exchange), exchange.groups)
-    return LocalRows(tokens, weights, exchange)
+    def by_chunk(self) -> Iterator[ArrivedRows]:
+        """What comes of each chunk, without gradient. Collective: what has come already comes again."""
+        exchange = self.exchange
+        chunked = exchange if isinstance(exchange, ChunkedExchange) else ChunkedExchange([exchange])
+        parts = chunked.split(self.tokens.detach()), chunked.split(self.weights.detach())
+        for chunk, tokens, weights in zip(chunked.chunks, *parts, strict=True):
+            rows = chunk.start_to_experts(tokens).wait()
+            yield ArrivedRows(rows, chunk.start_choices_to_experts(weights).wait(), chunk.groups)
 
 
 @dataclass(frozen=True)
@@ -104,7 +77,6 @@ class DispatchMetadata:
     """What the way back needs.
 
     Args:
-        exchange: brings the rows back.
         dtype: of the tokens.
         overflowed: how many choices overflowed their expert's capacity, of this rank's tokens: a scalar.
         counts: [E] choices of all this rank's tokens that fell on each expert, overflowed ones included, where the
@@ -112,7 +84,6 @@ class DispatchMetadata:
         split_tokens: tokens of each rank of the split axis, where they are gathered again.
     """
 
-    exchange: Exchange
     dtype: torch.dtype
     overflowed: Tensor
     counts: Tensor | None = None

@@ -1,15 +1,15 @@
 """Rows to the experts and back. Each direction is the other's backward, so each is written once.
 
-Communication-aware checkpointing (paper section 5.2) acts here: a whole direction, from its first collective to its
-last, is one replayable operation. The tape of a recomputed block keeps what came out at its end, and nothing between.
+Each begins with ``start_..`` and ends with ``wait()`` of what that gives: between the two, the all-to-all is under way.
+What stays inside a host, over tensor, is done in line: before the way back begins, and when what comes is waited for.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +17,11 @@ from torch import Tensor
 from lightning_tex.moe.expert_axes import ExpertAxes
 from lightning_tex.moe.groups import Groups
 from lightning_tex.moe.permute import Order, invert, pick, sum_picked
-from lightning_tex.parallel.collectives import all_gather, all_to_all
+from lightning_tex.parallel.all_to_all import start_all_to_all
+from lightning_tex.parallel.collectives import all_gather
 from lightning_tex.parallel.compiled import leaf
 from lightning_tex.parallel.device import device_type
-from lightning_tex.parallel.flight_record import TRAINING
-from lightning_tex.parallel.replay import replayable
+from lightning_tex.parallel.started import Ready, Then, UnderWay
 
 # t own tokens, k choices per token, E experts, e experts held here, P = E/e ranks on the expert axis, C capacity,
 # c = C/split, D width, n rows sent, m rows that come back, N rows at the experts
@@ -48,33 +48,37 @@ class Exchange(ABC):
     unserved: bool
 
     @property
-    def communicates(self) -> bool:
-        """Whether anything passes between ranks."""
-        return True
+    def rows(self) -> int:
+        """N."""
+        return self.groups.rows
 
     @abstractmethod
-    def send(self, rows: Tensor) -> Tensor:
+    def start_send(self, rows: Tensor) -> UnderWay[Tensor]:
         """[n, D] rows of this rank to the experts: [N, D], grouped by expert."""
 
     @abstractmethod
-    def bring(self, rows: Tensor) -> Tensor:
-        """Partial sums at the experts [N, D] back: [m, D]."""
+    def start_bring(self, rows: Tensor) -> UnderWay[Tensor]:
+        """Partial sums at the experts [N, D] back: [m, D]. They may be overwritten."""
 
-    def to_experts(self, x: Tensor) -> Tensor:
+    def start_to_experts(self, x: Tensor) -> UnderWay[Tensor]:
         """[t, D] tokens to the experts of their choices: [N, D]."""
-        return self.send(pick(x, self.choice // self.slot.shape[1], self.gaps))
+        return self.start_send(pick(x, self.choice // self.slot.shape[1], self.gaps))
 
-    def from_experts(self, y: Tensor) -> Tensor:
+    def start_from_experts(self, y: Tensor) -> UnderWay[Tensor]:
         """From partial sums at the experts [N, D], the sum over each token's choices: [t, D]. The transpose."""
-        return sum_picked(self.bring(y), self.slot, self.unserved)
+        return Then(self.start_bring(y), lambda rows: sum_picked(rows, self.slot, self.unserved))
 
-    def choices_to_experts(self, weights: Tensor) -> Tensor:
+    def start_choices_to_experts(self, weights: Tensor) -> UnderWay[Tensor]:
         """[t, k] numbers, one of each choice, to its row: [N]; 0 where the row is empty."""
-        return self.send(pick(weights.reshape(-1, 1), self.choice, self.gaps)).squeeze(1)
+        return Then(self.start_send(pick(weights.reshape(-1, 1), self.choice, self.gaps)), lambda rows: rows.squeeze(1))
 
-    def choices_from_experts(self, partial: Tensor) -> Tensor:
+    def start_choices_from_experts(self, partial: Tensor) -> UnderWay[Tensor]:
         """The transpose: [N] -> [t, k]; 0 where a choice was not served."""
-        return pick(self.bring(partial[:, None]), self.slot.flatten(), self.unserved).view(self.slot.shape)
+
+        def home(rows: Tensor) -> Tensor:
+            return pick(rows, self.slot.flatten(), self.unserved).view(self.slot.shape)
+
+        return Then(self.start_bring(partial[:, None]), home)
 
 
 @dataclass(frozen=True)
@@ -95,13 +99,14 @@ class LocalExchange(Exchange):
 
     @property
     def communicates(self) -> bool:
+        """Whether anything passes between ranks."""
         return self.axes.shard.size > 1
 
-    def send(self, rows: Tensor) -> Tensor:
-        return rows
+    def start_send(self, rows: Tensor) -> UnderWay[Tensor]:
+        return Ready(rows)
 
-    def bring(self, rows: Tensor) -> Tensor:
-        return self.axes.sum_own(rows)
+    def start_bring(self, rows: Tensor) -> UnderWay[Tensor]:
+        return Ready(self.axes.sum_own(rows))
 
 
 @dataclass(frozen=True)
@@ -114,15 +119,20 @@ class CapacityExchange(Exchange):
 
     experts: int
 
-    def send(self, rows: Tensor) -> Tensor:
+    def start_send(self, rows: Tensor) -> UnderWay[Tensor]:
         buffer = rows.view(self.experts, -1, rows.shape[1])  # [E, c, D]
-        by_sender = all_gather(all_to_all(buffer, self.axes.expert), 0, self.axes.gather)  # [senders * e, c, D]
+        return Then(start_all_to_all(buffer, self.axes.expert), self._arrived)
+
+    def _arrived(self, received: Tensor) -> Tensor:
+        by_sender = all_gather(received, 0, self.axes.gather)  # [senders * e, c, D]
         return by_sender.unflatten(0, (self._senders, -1)).transpose(0, 1).flatten(0, 2)
 
-    def bring(self, rows: Tensor) -> Tensor:
+    def start_bring(self, rows: Tensor) -> UnderWay[Tensor]:
         here = self.experts // self.axes.expert.size
         by_sender = rows.view(here, self._senders, -1, rows.shape[-1]).transpose(0, 1).flatten(0, 1)
-        buffer = all_to_all(self.axes.sum_own(by_sender), self.axes.expert)  # [E, c, D]
+        return Then(start_all_to_all(self.axes.sum_own(by_sender), self.axes.expert), self._home)
+
+    def _home(self, buffer: Tensor) -> Tensor:  # [E, c, D]
         return all_gather(buffer, 1, self.axes.split).flatten(0, 1)
 
     @property
@@ -167,14 +177,17 @@ class DroplessExchange(Exchange):
         regrouped = _regrouped(by_sender, total)
         return cls(axes, groups, choice, gaps, slot, unserved, sent, received, gathered, *regrouped)
 
-    def send(self, rows: Tensor) -> Tensor:
-        received = all_to_all(rows, self.axes.expert, self.received, self.sent)
-        arrived = all_gather(received, 0, self.axes.gather, self.gathered)
-        return arrived if self.by_expert is None else arrived.index_select(0, self.by_expert)
+    def start_send(self, rows: Tensor) -> UnderWay[Tensor]:
+        return Then(start_all_to_all(rows, self.axes.expert, self.received, self.sent), self._arrived)
 
-    def bring(self, rows: Tensor) -> Tensor:
+    def _arrived(self, received: Tensor) -> Tensor:
+        gathered = all_gather(received, 0, self.axes.gather, self.gathered)
+        return gathered if self.by_expert is None else gathered.index_select(0, self.by_expert)
+
+    def start_bring(self, rows: Tensor) -> UnderWay[Tensor]:
         by_sender = rows if self.by_sender is None else rows.index_select(0, self.by_sender)
-        return all_to_all(self.axes.sum_own(by_sender, self.gathered), self.axes.expert, self.sent, self.received)
+        own = self.axes.sum_own(by_sender, self.gathered)
+        return start_all_to_all(own, self.axes.expert, self.sent, self.received)
 
 
 def _regrouped(counts: Tensor, total: int) -> tuple[Tensor | None, Tensor | None]:
@@ -219,14 +232,60 @@ class ServedAsFarAsKnown(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ExchangeInRounds(DroplessExchange):
-    """All rows, as they would be sent at once, and the same in rounds.
+class ChunkedExchange:
+    """The exchange of one forward as that of one or several chunks of its rows, one after the other.
 
     Args:
-        rounds: exchanges of a part of the choices each.
+        chunks: the exchanges.
+        tokens: how many consecutive tokens each is of; ``None``: each is of all of them.
+        beside: while one chunk is computed others are under way.
+        kept: what has arrived is kept for the backward; else it comes again.
     """
 
-    rounds: list[DroplessExchange]
+    chunks: Sequence[Exchange]
+    tokens: Sequence[int] | None = None
+    beside: bool = True
+    kept: bool = True
+
+    @property
+    def rows(self) -> int:
+        """Rows that come to the experts held here."""
+        return sum(chunk.rows for chunk in self.chunks)
+
+    def split(self, x: Tensor) -> Sequence[Tensor]:
+        """What each chunk takes of tokens [t, ..]."""
+        return [x] * len(self.chunks) if self.tokens is None else x.split(list(self.tokens))
+
+    def joined(self) -> Joined:
+        """For what the chunks give of tokens [t, ..]."""
+        return Joined(self.tokens is not None)
+
+
+def even_parts(total: int, parts: int) -> list[int]:
+    """Sizes of so many consecutive parts, as equal as can be, larger ones first: of no larger total is one larger."""
+    return [total // parts + (part < total % parts) for part in range(parts)]
+
+
+class Joined:
+    """What comes of chunks one by one: put together where they are of different tokens, else summed, in fp32."""
+
+    def __init__(self, together: bool) -> None:
+        self._together = together
+        self._parts: list[Tensor] = []
+
+    def add(self, part: Tensor) -> None:
+        """The next chunk's, which may be overwritten."""
+        self._dtype = part.dtype
+        if self._together or not self._parts:
+            self._parts.append(part)
+        else:
+            wide = torch.promote_types(part.dtype, torch.float32)
+            self._parts = [self._parts[0].to(wide).add_(part)]
+
+    def result(self) -> Tensor:
+        """When all have been added."""
+        parts, self._parts = self._parts, []
+        return (torch.cat(parts) if len(parts) > 1 else parts[0]).to(self._dtype)
 
 
 @leaf
@@ -236,35 +295,3 @@ def _masked_as_empty(choices: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
     ends = starts[1:].to(torch.int32)
     ends[-1:] = total
     return choice, ends
-
-
-class _Direction(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, name: str, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor], moves: bool
-    ) -> Tensor:
-        ctx.back, ctx.layer = back, TRAINING.layer
-        return replayable(name, x, lambda: there(x)) if moves else there(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        TRAINING.layer = ctx.layer
-        return ctx.back(grad), None, None, None, None
-
-
-def to_experts(x: Tensor, exchange: Exchange) -> Tensor:
-    """[t, D] tokens to the experts of their choices: [N, D]. Backward: from the experts."""
-    return _Direction.apply(x, "exchange to experts", exchange.to_experts, exchange.from_experts, exchange.communicates)
-
-
-def from_experts(y: Tensor, exchange: Exchange) -> Tensor:
-    """[N, D] partial sums at the experts back, summed over each token's choices: [t, D]. Backward: to the experts."""
-    return _Direction.apply(
-        y, "exchange from experts", exchange.from_experts, exchange.to_experts, exchange.communicates
-    )
-
-
-def weights_to_experts(weights: Tensor, exchange: Exchange) -> Tensor:
-    """[t, k] weights of the choices to their rows: [N]. Backward: back."""
-    there, back = exchange.choices_to_experts, exchange.choices_from_experts
-    return _Direction.apply(weights, "exchange of weights", there, back, exchange.communicates)

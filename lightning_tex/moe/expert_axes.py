@@ -7,12 +7,12 @@ alike are split over it, so that each travels once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
 
-from lightning_tex.parallel.collectives import all_reduce, own_slice, reduce_scatter
+from lightning_tex.parallel.collectives import all_reduce_, own_slice, reduce_scatter
 from lightning_tex.parallel.topology import Axis, Communication, Layout, Topology
 
 
@@ -59,13 +59,17 @@ class ExpertAxes:
         gather: the axis arrived tokens are put together over; size 1 where they are whole.
         shard: the axis an expert's matrices are sharded over: what experts give are partial sums over it.
         fused: sum and split in one reduce-scatter, not an all-reduce and a split as in the paper.
+        expert_host: ``expert`` over the hosts' network, for numbers that hosts know.
+        chunks: of a batch that travel over ``expert`` one beside the products of another.
     """
 
     expert: Axis
     split: Axis
     gather: Axis
     shard: Axis
+    expert_host: Axis = field(default_factory=lambda: Axis("expert"))
     fused: bool = True
+    chunks: int = 1
 
     @classmethod
     def of(cls, topology: Topology) -> ExpertAxes:
@@ -73,12 +77,18 @@ class ExpertAxes:
         case = DispatchCase.of(topology.communication)
         split = Axis("tensor") if case.split is None else topology.axis(case.split)
         gather = Axis("expert_tensor") if case.gather is None else topology.axis(case.gather)
-        return cls(topology.expert, split, gather, topology.expert_tensor, topology.communication.fused)
+        communication = topology.communication
+        chunks = communication.expert_chunks if topology.expert.size > 1 else 1
+        shard, host = topology.expert_tensor, topology.expert_host
+        return cls(topology.expert, split, gather, shard, host, communication.fused, chunks)
 
     def sum_own(self, x: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
-        """Of partial sums over ``shard``, the sum; of that, the part along dim 0 that ``gather`` put in here."""
+        """Of partial sums over ``shard``, the sum; of that, the part along dim 0 that ``gather`` put in here.
+
+        They may be overwritten.
+        """
         if self.gather.size == 1:
-            return all_reduce(x, self.shard)
+            return all_reduce_(x, self.shard)
         if self.fused:
             return reduce_scatter(x, 0, self.gather, sizes)
-        return own_slice(all_reduce(x, self.gather), 0, self.gather, sizes)
+        return own_slice(all_reduce_(x, self.gather), 0, self.gather, sizes)

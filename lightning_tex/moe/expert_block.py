@@ -1,4 +1,4 @@
-"""What the experts held here compute, without autograd: forward and backward, for all rows or part by part."""
+"""What the experts held here compute, without autograd: forward and backward, behind one seam."""
 
 from __future__ import annotations
 
@@ -10,19 +10,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_tex.layers.mlp import Activation
 from lightning_tex.moe.activation import hidden, hidden_backward
-from lightning_tex.moe.exchange import Exchange
 from lightning_tex.moe.products import Products
 
-# N rows at the experts, e experts held here, D model width, H hidden width, t own tokens
+# N rows at the experts, e experts held here, D model width, H hidden width, t own tokens, k choices per token
 
 
 class Matrices(NamedTuple):
-    """Of all experts: up and gate [e, H, D] (no gate with gelu), down [e, D, H]."""
+    """Of all experts: up and gate [e, H, D] (not always a gate), down [e, D, H]; biases of the first [e, H].
+
+    Those of down are added elsewhere (``output_biases``).
+    """
 
     up: Tensor
     gate: Tensor | None
     down: Tensor
+    up_bias: Tensor | None = None
+    gate_bias: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> Matrices:
         """The same in a dtype; copies only where they have another."""
@@ -34,7 +39,7 @@ class Matrices(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What a backward needs: tokens or rows x, the weight of each row [N], what up and gate gave [N, H]."""
+    """What a backward needs: tokens or rows x, the weight of each row, what up and gate gave [N, H]."""
 
     x: Tensor
     weights: Tensor
@@ -42,194 +47,135 @@ class Kept(NamedTuple):
     gate: Tensor | None
 
 
-class Gradients(NamedTuple):
-    """Of one backward; those that nobody wants are None."""
+class Wanted(NamedTuple):
+    """What wants a gradient."""
 
-    x: Tensor
-    weights: Tensor
-    up: Tensor | None
+    x: bool
+    weights: bool
+    up: bool
+    gate: bool
+    down: bool
+    up_bias: bool
+    gate_bias: bool
+
+
+class InnerGradients(NamedTuple):
+    """Gradients of what up and gate gave [N, H], and of the rows' weights [N]."""
+
+    up: Tensor
     gate: Tensor | None
-    down: Tensor | None
+    weights: Tensor
+
+
+class MatrixGradients:
+    """Gradients of the matrices and biases that want one, summed over what is added.
+
+    Args:
+        wanted: which do.
+    """
+
+    def __init__(self, wanted: Wanted) -> None:
+        self._wanted = wanted
+        self.up: Tensor | None = None
+        self.gate: Tensor | None = None
+        self.down: Tensor | None = None
+        self.up_bias: Tensor | None = None
+        self.gate_bias: Tensor | None = None
+
+    def add_down(self, products: Products, grad: Tensor, values: Tensor) -> None:
+        """From gradients of the experts' outputs [N, D] and what down multiplied [N, H]."""
+        if self._wanted.down:
+            self.down = products.matrices_backward(grad, values, self.down)
+
+    def add_ups(self, products: Products, inner: InnerGradients, rows: Tensor) -> None:
+        """From gradients of the first products and their rows [N, D]."""
+        if self._wanted.up:
+            self.up = products.matrices_backward(inner.up, rows, self.up)
+        if self._wanted.gate and inner.gate is not None:
+            self.gate = products.matrices_backward(inner.gate, rows, self.gate)
+        if self._wanted.up_bias:
+            self.up_bias = _sum(products.biases_backward(inner.up), self.up_bias)
+        if self._wanted.gate_bias and inner.gate is not None:
+            self.gate_bias = _sum(products.biases_backward(inner.gate), self.gate_bias)
+
+    def all(self) -> Matrices:
+        """Those there are, in the places of what they are gradients of."""
+        return Matrices(self.up, self.gate, self.down, self.up_bias, self.gate_bias)  # type: ignore[arg-type]
+
+
+def _sum(gradient: Tensor, before: Tensor | None) -> Tensor:
+    return gradient if before is None else before.add_(gradient)
 
 
 class ExpertBlock(ABC):
-    """``down[e] @ (weight * activation(up[e] @ row, gate[e] @ row))`` for the rows of all experts e.
+    """``down[e] @ (weight * activation(up[e] @ row + bias, gate[e] @ row + bias))`` for each token's choices, summed.
 
-    It takes rows [N, D] that have travelled and gives as many; or, where nothing travels, tokens [t, D], of which it
-    picks the rows and into which it sums what comes out.
+    From tokens [t, D] and the weights of their choices [t, k] to tokens [t, D]: it brings rows to the experts, and
+    takes back what they give. Forward and backward are three steps each, in the order of the methods, so that something
+    else may run between them while rows are under way.
     """
 
     @abstractmethod
-    def inward(self, x: Tensor, matrices: Matrices) -> tuple[Tensor, Tensor | None]:
-        """The products with up and gate: [N, H] twice."""
+    def depart(self, x: Tensor, weights: Tensor) -> None:
+        """Rows may begin to travel."""
 
     @abstractmethod
-    def outward(self, kept: Kept, matrices: Matrices) -> Tensor:
-        """The rest, shaped as x."""
+    def inward(self, matrices: Matrices) -> list[Kept]:
+        """The first products, and all that the backward needs."""
 
     @abstractmethod
-    def backward(self, grad: Tensor, kept: Kept, matrices: Matrices, wanted: Matrices) -> Gradients:
-        """The backward of both.
+    def outward(self, kept: list[Kept], matrices: Matrices) -> Tensor:
+        """The rest: [t, D]."""
 
-        Args:
-            grad: shaped as x.
-            wanted: truth values in place of matrices: which of them want a gradient.
-        """
+    @abstractmethod
+    def depart_backward(self, grad: Tensor) -> None:
+        """Gradients [t, D] may begin to travel."""
+
+    @abstractmethod
+    def backward(self, kept: list[Kept], matrices: Matrices, wanted: Wanted) -> MatrixGradients:
+        """The backward of all products."""
+
+    @abstractmethod
+    def arrive_backward(self) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of tokens and weights, if they are wanted."""
 
 
-class BlockOfRows(ExpertBlock):
-    """All rows at once.
+class RowsAtOnce:
+    """The products of all rows [N, D], grouped by expert.
 
     Args:
-        products: how their products are computed.
-        local: picks the rows from tokens and sums into them; ``None`` where rows have travelled.
+        products: how they are computed.
+        activation: between them.
     """
 
-    def __init__(self, products: Products, local: Exchange | None = None) -> None:
-        self.products, self.local = products, local
+    def __init__(self, products: Products, activation: Activation) -> None:
+        self.products, self.activation = products, activation
 
-    def inward(self, x: Tensor, matrices: Matrices) -> tuple[Tensor, Tensor | None]:
-        rows = self._rows(x)
-        gate = None if matrices.gate is None else self.products.forward(rows, matrices.gate)
-        return self.products.forward(rows, matrices.up), gate
-
-    def outward(self, kept: Kept, matrices: Matrices) -> Tensor:
-        return self._summed(self.products.forward(hidden(kept.up, kept.gate, kept.weights), matrices.down))
-
-    def backward(self, grad: Tensor, kept: Kept, matrices: Matrices, wanted: Matrices) -> Gradients:
-        products, grad = self.products, self._rows(grad).contiguous()
-        d_hidden = products.rows_backward([(grad, matrices.down)])
-        again, d_up, d_gate, d_weights = hidden_backward(d_hidden, kept.up, kept.gate, kept.weights)
-        d_down_matrices = products.matrices_backward(grad, again) if wanted.down else None
-        del grad, d_hidden, again
-        rows = self._rows(kept.x)
-        d_up_matrices = products.matrices_backward(d_up, rows) if wanted.up else None
-        d_gate_matrices = products.matrices_backward(d_gate, rows) if wanted.gate and d_gate is not None else None
-        del rows
-        pairs = [(d_up, matrices.up)]
-        if d_gate is not None and matrices.gate is not None:
-            pairs.append((d_gate, matrices.gate))
-        d_x = self._summed(products.rows_backward(pairs))
-        return Gradients(d_x, d_weights, d_up_matrices, d_gate_matrices, d_down_matrices)
-
-    def _rows(self, x: Tensor) -> Tensor:
-        return x if self.local is None else self.local.to_experts(x)
-
-    def _summed(self, rows: Tensor) -> Tensor:
-        return rows if self.local is None else self.local.from_experts(rows)
-
-
-class _Expert(NamedTuple):
-    """What is one expert's: its rows' tokens, and views of its part of what is kept, and of its matrices."""
-
-    token: Tensor
-    weights: Tensor
-    up: Tensor
-    gate: Tensor | None
-    matrices: Matrices
-
-
-class BlockByExpert(ExpertBlock):
-    """One expert after the other, where nothing travels and nobody waits: no more than an expert's rows exist at once.
-
-    On a CPU, whose caches hold an expert's rows and not all of them.
-
-    Args:
-        local: which rows are whose.
-    """
-
-    def __init__(self, local: Exchange) -> None:
-        assert not local.gaps
-        self.local, self.sizes = local, local.groups.sizes
-        self.token = local.choice // local.slot.shape[1]
-
-    def inward(self, x: Tensor, matrices: Matrices) -> tuple[Tensor, Tensor | None]:
-        up = x.new_empty(self.local.groups.rows, matrices.up.shape[1])
-        gate = None if matrices.gate is None else torch.empty_like(up)
-        for expert in self._experts(Kept(x, self.token, up, gate), matrices):
-            rows = x.index_select(0, expert.token)
-            torch.mm(rows, expert.matrices.up.t(), out=expert.up)
-            if expert.gate is not None and expert.matrices.gate is not None:
-                torch.mm(rows, expert.matrices.gate.t(), out=expert.gate)
-        return up, gate
+    def inward(self, rows: Tensor, matrices: Matrices) -> tuple[Tensor, Tensor | None]:
+        """With up and gate: [N, H] twice."""
+        gate = None if matrices.gate is None else self._affine(rows, matrices.gate, matrices.gate_bias)
+        return self._affine(rows, matrices.up, matrices.up_bias), gate
 
     def outward(self, kept: Kept, matrices: Matrices) -> Tensor:
-        sums = self._sums(kept.x)
-        for expert in self._experts(kept, matrices):
-            value = hidden(expert.up, expert.gate, expert.weights)
-            sums.add(expert.token, [(value, expert.matrices.down.t())])
-        return sums.total()
+        """The last product: [N, D]."""
+        return self.products.forward(hidden(kept.up, kept.gate, kept.weights, self.activation), matrices.down)
 
-    def backward(self, grad: Tensor, kept: Kept, matrices: Matrices, wanted: Matrices) -> Gradients:
-        sums, d_weights = self._sums(kept.x), []
-        d_matrices = Matrices(*(torch.empty_like(m) if w else None for m, w in zip(matrices, wanted, strict=True)))  # type: ignore[arg-type]
-        for expert, places in zip(self._experts(kept, matrices), d_matrices.of_each(len(self.sizes)), strict=True):
-            d_rows, rows = grad.index_select(0, expert.token), kept.x.index_select(0, expert.token)
-            d_hidden = d_rows @ expert.matrices.down
-            again, d_up, d_gate, d_weight = hidden_backward(d_hidden, expert.up, expert.gate, expert.weights)
-            d_weights.append(d_weight)
-            for place, out, into in zip(places, (d_up, d_gate, d_rows), (rows, rows, again), strict=True):
-                if place is not None and out is not None:
-                    torch.mm(out.t(), into, out=place)
-            pairs = [(d_up, expert.matrices.up)]
-            if d_gate is not None and expert.matrices.gate is not None:
-                pairs.append((d_gate, expert.matrices.gate))
-            sums.add(expert.token, pairs)
-        return Gradients(sums.total(), torch.cat(d_weights), *d_matrices)
+    def inner_backward(
+        self, grad: Tensor, kept: Kept, matrices: Matrices, gradients: MatrixGradients
+    ) -> InnerGradients:  # [N, D]
+        """The backward as far as the first products; adds the gradient of down."""
+        d_hidden = self.products.rows_backward([(grad, matrices.down)])
+        again, d_up, d_gate, d_weights = hidden_backward(d_hidden, kept.up, kept.gate, kept.weights, self.activation)
+        gradients.add_down(self.products, grad, again)
+        return InnerGradients(d_up, d_gate, d_weights)
 
-    def _experts(self, kept: Kept, matrices: Matrices) -> Iterator[_Expert]:
-        # Views of all at once: of each by itself they take as long as small products.
-        gate = [None] * len(self.sizes) if kept.gate is None else kept.gate.split(self.sizes)
-        parts = (t.split(self.sizes) for t in (self.token, kept.weights.to(kept.up.dtype), kept.up))
-        return starmap(_Expert, zip(*parts, gate, matrices.of_each(len(self.sizes)), strict=True))
+    def rows_backward(self, inner: InnerGradients, matrices: Matrices) -> Tensor:
+        """Gradients of the rows: [N, D]."""
+        pairs: Sequence[tuple[Tensor, Tensor]] = [(inner.up, matrices.up)]
+        if inner.gate is not None and matrices.gate is not None:
+            pairs = [*pairs, (inner.gate, matrices.gate)]
+        return self.products.rows_backward(pairs)
 
-    def _sums(self, x: Tensor) -> _Sums:
-        if x.dtype == torch.promote_types(x.dtype, torch.float32):
-            return _SumsAtOnce(x)
-        return _SumsOfRows(x, self.local)
-
-
-class _Sums(ABC):
-    """Sums over each token's choices: [t, D]."""
-
-    @abstractmethod
-    def add(self, token: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Add the next rows: the sum of the products of some pairs of matrices, to these tokens."""
-
-    @abstractmethod
-    def total(self) -> Tensor:
-        """When all rows are there."""
-
-
-class _SumsAtOnce(_Sums):
-    """Rows are added when they are there, in the precision that they have."""
-
-    def __init__(self, x: Tensor) -> None:
-        self._total = torch.zeros_like(x, memory_format=torch.contiguous_format)
-
-    def add(self, token: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        (a, b), *others = pairs
-        rows = a @ b
-        for a, b in others:
-            rows.addmm_(a, b)
-        self._total.index_add_(0, token, rows)
-
-    def total(self) -> Tensor:
-        return self._total
-
-
-class _SumsOfRows(_Sums):
-    """All rows are there before they are added, which is done in more precision than they have."""
-
-    def __init__(self, x: Tensor, local: Exchange) -> None:
-        self._local, self._rows = local, x.new_empty(local.groups.rows, x.shape[1])
-        self._places = iter(self._rows.split(local.groups.sizes))
-
-    def add(self, token: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        (a, b), *others = pairs
-        rows = torch.mm(a, b, out=next(self._places))
-        for a, b in others:
-            rows.addmm_(a, b)
-
-    def total(self) -> Tensor:
-        return self._local.from_experts(self._rows)
+    def _affine(self, rows: Tensor, matrices: Tensor, biases: Tensor | None) -> Tensor:
+        product = self.products.forward(rows, matrices)
+        return product if biases is None else self.products.add_biases(product, biases)

@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lightning_tex.layers.mlp import Activation, require_activation
+from lightning_tex.layers.mlp import GATED, Activation, require_activation
 from lightning_tex.moe.activation import hidden
-from lightning_tex.moe.dispatch import Arrived, LocalRows, RowsInRounds
-from lightning_tex.moe.exchange import Exchange, from_experts
-from lightning_tex.moe.expert_block import BlockByExpert, BlockOfRows, ExpertBlock, Gradients, Kept, Matrices
+from lightning_tex.moe.chunks import BlockInChunks
+from lightning_tex.moe.dispatch import Arrived
+from lightning_tex.moe.exchange import ChunkedExchange
+from lightning_tex.moe.expert_block import ExpertBlock, Kept, Matrices, RowsAtOnce, Wanted
 from lightning_tex.moe.groups import Groups
+from lightning_tex.moe.local_block import LocalAtOnce, LocalByExpert
 from lightning_tex.moe.products import LoopedProducts, Products
 from lightning_tex.moe.rounds import BlockInRounds
 from lightning_tex.parallel.autocast import autocast_dtype, autocast_off
 from lightning_tex.parallel.device import device_type
+from lightning_tex.parallel.flight_record import TRAINING
 from lightning_tex.parallel.initialization import by_index, init_uniform_
-from lightning_tex.parallel.replay import replaying
+from lightning_tex.parallel.replay import outside_replay
 from lightning_tex.parallel.sharding import TexModule
 
 # N rows, D model width, H hidden width, E experts, e experts held here (per rank: H/expert_tensor), t own tokens
 
 
 class Experts(TexModule):
-    """E feed-forward blocks as stacked matrices: [N, D] rows grouped by expert -> [t, D] sums over a token's choices.
+    """E feed-forward blocks as stacked matrices: [t, D] tokens -> [t, D] sums over a token's choices.
 
     Each row's hidden units are multiplied with its weight. Sharded over expert_tensor, each rank computes partial sums;
     the exchange sums them on the way back, and the input's partial gradients likewise.
@@ -37,7 +41,8 @@ class Experts(TexModule):
         dim: D.
         hidden_dim: H; divisible by the expert_tensor axis.
         num_experts: E; divisible by the expert axis.
-        activation: ``"gelu"`` (two matrices) or ``"swiglu"`` (three).
+        activation: see :class:`lightning_tex.layers.ParallelMLP`; with a gate there are three matrices, else two.
+        bias: biases of the first matrices; of the last one's see :class:`lightning_tex.moe.output_biases.OutputBiases`.
     """
 
     axes = ("expert", "expert_tensor")
@@ -45,134 +50,172 @@ class Experts(TexModule):
         "gate": {"expert": 0, "expert_tensor": 1},
         "up": {"expert": 0, "expert_tensor": 1},
         "down": {"expert": 0, "expert_tensor": 2},
+        "up_bias": {"expert": 0, "expert_tensor": 1},
+        "gate_bias": {"expert": 0, "expert_tensor": 1},
     }
     gate: nn.Parameter | None
+    up_bias: nn.Parameter | None
+    gate_bias: nn.Parameter | None
 
-    def __init__(self, dim: int, hidden_dim: int, num_experts: int, activation: Activation = "gelu") -> None:
+    def __init__(
+        self, dim: int, hidden_dim: int, num_experts: int, activation: Activation = "gelu", bias: bool = False
+    ) -> None:
         super().__init__()
         require_activation(activation)
-        self.dim, self.hidden_dim, self.num_experts = dim, hidden_dim, num_experts
-        shape = (num_experts, hidden_dim, dim)
-        self.gate = nn.Parameter(torch.empty(shape)) if activation == "swiglu" else None
+        self.dim, self.hidden_dim, self.num_experts, self.activation = dim, hidden_dim, num_experts, activation
+        gated, shape = activation in GATED, (num_experts, hidden_dim, dim)
+        self.up_bias = nn.Parameter(torch.empty(num_experts, hidden_dim)) if bias else None
+        self.gate_bias = nn.Parameter(torch.empty(num_experts, hidden_dim)) if bias and gated else None
+        self.gate = nn.Parameter(torch.empty(shape)) if gated else None
         self.up = nn.Parameter(torch.empty(shape))
         self.down = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
         self.reset_parameters()
+
+    @property
+    def matrices(self) -> Matrices:
+        """Those held here."""
+        return Matrices(self.up, self.gate, self.down, self.up_bias, self.gate_bias)
 
     @by_index
     def reset_parameters(self) -> None:
         """Draw each expert as ``torch.nn.Linear`` would: uniform within 1/sqrt(input width)."""
         boxes = self.boxes()
         for name, parameter in self.named_parameters(recurse=False):
-            init_uniform_(parameter, 1 / math.sqrt(boxes[name].full[-1]), boxes[name])
+            width = self.hidden_dim if name == "down" else self.dim
+            init_uniform_(parameter, 1 / math.sqrt(width), boxes[name])
 
-    def forward(self, arrived: Arrived, exchange: Exchange) -> Tensor:
-        """What the experts give for the rows that arrived, brought back by the exchange: [N, D] -> [t, D].
+    def forward(self, arrived: Arrived, beside: Callable[[], object] | None = None) -> Tensor:
+        """What the experts give for the rows that come to them, summed over each token's choices: [t, D].
 
-        Rows that are picked from the own tokens are so again in the backward, and not kept.
+        Args:
+            arrived: the tokens, and what brings their rows.
+            beside: is run while the last rows are on their way home; its backward while gradients are on their way.
         """
-        x, weights, block, home = self._plan(arrived)
-        call = _Call(block, autocast_dtype(x), last_product=home or not replaying())
-        y = _Outward.apply(_Inward.apply(x, weights, self.up, self.gate, self.down, call), call)
-        return y if home else from_experts(y, exchange)
+        call = _Call(self._block(arrived), autocast_dtype(arrived.tokens))
+        tie = _Inward.apply(_Depart.apply(arrived.tokens, arrived.weights, call), *self.matrices, call)
+        if beside is not None:
+            beside()
+        return _Outward.apply(tie, call)
 
-    def _plan(self, arrived: Arrived) -> tuple[Tensor, Tensor, ExpertBlock, bool]:
-        """What is computed from, with which weights, how, and whether what it gives is home."""
+    def _block(self, arrived: Arrived) -> ExpertBlock:
+        exchange = arrived.exchange
 
-        def at_once(groups: Groups, local: Exchange | None = None) -> BlockOfRows:
+        def of_rows(groups: Groups) -> RowsAtOnce:
             matrices = [m for m in (self.up, self.gate, self.down) if m is not None]
-            return BlockOfRows(Products.of(groups, autocast_dtype(x), matrices), local)
+            return RowsAtOnce(Products.of(groups, autocast_dtype(arrived.tokens), matrices), self.activation)
 
-        if isinstance(arrived, RowsInRounds):
-            x = arrived.tokens
-            return x, arrived.choice_weights, BlockInRounds(arrived.exchange.rounds, at_once), True
-        if isinstance(arrived, LocalRows):
-            x, local = arrived.tokens, arrived.exchange
-            on_cpu = device_type(x) == "cpu"
-            return x, arrived.weights, BlockByExpert(local) if on_cpu else at_once(local.groups, local), True
-        x = arrived.rows
-        return x, arrived.weights, at_once(arrived.groups), False
+        if isinstance(exchange, ChunkedExchange):
+            return (BlockInChunks if exchange.kept else BlockInRounds)(exchange, of_rows)
+        if device_type(arrived.tokens) == "cpu":
+            return LocalByExpert(exchange, self.activation)
+        return LocalAtOnce(exchange, of_rows(exchange.groups))
 
     @torch.no_grad()
     def own_outputs(self, arrived: Arrived) -> Iterator[Tensor]:
         """What the experts held here give by themselves, one after another: partial sums over expert_tensor."""
-        rows, weights = arrived.rows, arrived.weights
-        dtype = autocast_dtype(rows)
-        up, gate, down = Matrices(self.up, self.gate, self.down).to(dtype)
-        for e, (part, weight) in enumerate(LoopedProducts(arrived.groups).parts(rows.to(dtype), weights)):
+        dtype = autocast_dtype(arrived.tokens)
+        matrices = self.matrices.to(dtype)
+        with outside_replay():
+            chunks = [LoopedProducts(c.groups).parts(c.rows.to(dtype), c.weights) for c in arrived.by_chunk()]
+        for own, *parts in zip(matrices.of_each(len(self.up)), *chunks, strict=True):
+            rows, weights = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
             with autocast_off(rows):
-                value = hidden(part @ up[e].mT, None if gate is None else part @ gate[e].mT, weight)
-                output = value @ down[e].mT
+                up, gate = _affine(rows, own.up, own.up_bias), None
+                if own.gate is not None:
+                    gate = _affine(rows, own.gate, own.gate_bias)
+                output = hidden(up, gate, weights, self.activation) @ own.down.mT
             yield output
 
     def extra_repr(self) -> str:
-        kind = "gelu" if self.gate is None else "swiglu"
-        return f"{self.num_experts} x ({self.dim} -> {self.hidden_dim} -> {self.dim}), {kind}"
+        sizes = f"{self.num_experts} x ({self.dim} -> {self.hidden_dim} -> {self.dim})"
+        return f"{sizes}, {self.activation}{', biases' if self.up_bias is not None else ''}"
+
+
+def _affine(rows: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    return rows @ matrix.mT if bias is None else rows @ matrix.mT + bias
 
 
 class _Call:
-    """One forward of a block, and what its two nodes in the graph give each other.
+    """One forward of a block, and what its nodes in the graph give each other.
 
     Args:
         block: computes.
         dtype: in which.
-        last_product: whether it is computed; where not, nobody looks at it.
     """
 
-    def __init__(self, block: ExpertBlock, dtype: torch.dtype, last_product: bool = True) -> None:
-        self.block, self.dtype, self.last_product = block, dtype, last_product
-        self.kept: tuple[Kept, Matrices] | None = None
-        self.grad: Tensor | None = None
+    def __init__(self, block: ExpertBlock, dtype: torch.dtype) -> None:
+        self.block, self.dtype = block, dtype
+        self.kept: tuple[list[Kept], Matrices] | None = None
+        self.wanted = (False, False)
 
 
-class _Inward(torch.autograd.Function):
-    """The first products, and all that is kept: a recomputation ends here, before the last product.
+class _Depart(torch.autograd.Function):
+    """Rows set out; in the backward, gradients of tokens and weights are waited for.
 
-    Its result is a tensor without elements, which ties :class:`_Outward` to it.
+    Its result is a tensor without elements, as is that of the next node: they tie the three nodes together.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weights: Tensor, up: Tensor, gate: Tensor | None, down: Tensor, call: _Call
-    ) -> Tensor:
-        ctx.call = call
+    def forward(ctx: Any, x: Tensor, weights: Tensor, call: _Call) -> Tensor:
+        ctx.call, ctx.dtypes = call, (x.dtype, weights.dtype)
+        call.wanted = ctx.needs_input_grad[:2]
         with autocast_off(x):
-            matrices, tokens = Matrices(up, gate, down).to(call.dtype), x.to(call.dtype)
-            products = call.block.inward(tokens, matrices)
-        call.kept = Kept(tokens, weights, *products), matrices
-        ctx.save_for_backward(x, weights, *products, up, gate, down)
+            call.block.depart(x.to(call.dtype), weights)
         return x.new_empty(0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        x, weights, inward, gated, *parameters = ctx.saved_tensors
-        call, matrices = ctx.call, Matrices(*parameters)
-        grad, call.grad = call.grad, None
-        with autocast_off(x):
-            kept = Kept(x.to(call.dtype), weights, inward, gated)
-            wanted = Matrices(*ctx.needs_input_grad[2:5])
-            found: Gradients = call.block.backward(grad, kept, matrices.to(call.dtype), wanted)
-            like = (x, weights, *matrices)
-            gradients = [None if g is None else g.to(t.dtype) for g, t in zip(found, like, strict=True)]
-        return (*gradients, None)
+        gradients = ctx.call.block.arrive_backward()
+        return (*(None if g is None else g.to(d) for g, d in zip(gradients, ctx.dtypes, strict=True)), None)
+
+
+class _Inward(torch.autograd.Function):
+    """The first products, and all that is kept: a recomputation ends here, before the last product."""
+
+    @staticmethod
+    def forward(ctx: Any, tie: Tensor, *parameters_and_call: Any) -> Tensor:
+        *parameters, call = parameters_and_call
+        ctx.call = call
+        with autocast_off(tie):
+            matrices = Matrices(*parameters).to(call.dtype)
+            kept = call.block.inward(matrices)
+        call.kept = kept, matrices
+        ctx.save_for_backward(*parameters, *chain.from_iterable(kept))
+        return tie.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        held, tensors = len(Matrices._fields), ctx.saved_tensors
+        call, matrices, tensors = ctx.call, Matrices(*tensors[:held]), tensors[held:]
+        kept = [Kept(*tensors[i : i + len(Kept._fields)]) for i in range(0, len(tensors), len(Kept._fields))]
+        del tensors
+        with autocast_off(matrices.up):
+            wanted = Wanted(*call.wanted, *ctx.needs_input_grad[1:-1])
+            found = call.block.backward(kept, matrices.to(call.dtype), wanted)
+            of_matrices = zip(found.all(), matrices, strict=True)
+            gradients = [None if g is None or m is None else g.to(m.dtype) for g, m in of_matrices]
+        tie = matrices.up.new_empty(0) if ctx.needs_input_grad[0] else None
+        return (tie, *gradients, None)
 
 
 class _Outward(torch.autograd.Function):
-    """The rest of the block; in the backward it only passes the gradient on."""
+    """The rest of the block; in the backward, gradients set out."""
 
     @staticmethod
     def forward(ctx: Any, tie: Tensor, call: _Call) -> Tensor:
         ctx.call = call
+        ctx.layer = TRAINING.layer
         assert call.kept is not None
         kept, matrices = call.kept
         call.kept = None
-        if not call.last_product:
-            return kept.x.new_zeros(()).expand(kept.x.shape)
         with autocast_off(tie):
             return call.block.outward(kept, matrices)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.call.grad = grad
+        TRAINING.layer = ctx.layer
+        ctx.call.block.depart_backward(grad)
         return grad.new_empty(0), None

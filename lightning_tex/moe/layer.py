@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -12,9 +14,12 @@ from lightning_tex.moe.dropless import DroplessDispatcher
 from lightning_tex.moe.expert_axes import ExpertAxes
 from lightning_tex.moe.experts import Experts
 from lightning_tex.moe.losses import LossLedger, count_choices, routing_loss
+from lightning_tex.moe.output_biases import OutputBiases
 from lightning_tex.moe.rounds import BoundedDroplessDispatcher
-from lightning_tex.moe.router import Route, Router, make_router
+from lightning_tex.moe.router import Route
+from lightning_tex.moe.routers import RouterChoice, make_router
 from lightning_tex.moe.sequence_parallel import SequenceShardedCapacityDispatcher
+from lightning_tex.moe.shared import SharedExpert
 from lightning_tex.parallel.activation_checkpointing import first_forward_only
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.expert_load import ExpertLoad
@@ -29,8 +34,8 @@ class MoE(TexModule):
     """A feed-forward layer of E experts of which each token uses k: [.., dim] -> [.., dim].
 
     Alone in one process it is the plain layer; the strategy spreads its experts over the expert axis and shards them
-    over the expert_tensor axis. A token's output is the sum of its chosen experts' outputs times their weights; an
-    overflowed choice adds nothing (add the residual outside).
+    over the expert_tensor axis. A token's output is the sum of its chosen experts' outputs times their weights, and of
+    the shared expert's if there is one; an overflowed choice adds nothing (add the residual outside).
 
     Args:
         dim: model width D.
@@ -39,15 +44,20 @@ class MoE(TexModule):
         top_k: experts per token, k.
         capacity_factor: an expert takes ceil(factor * k * T / E) choices of a data rank's T tokens in a micro-step,
             first choices first, earlier tokens first; further ones overflow. ``None``: dropless, all are served.
-        activation: ``"gelu"`` or ``"swiglu"``.
-        router: ``"softmax"``; ``"forced_balance"``, which chooses by the token's place, for benches; a :class:`Router`
-            subclass, or an instance.
+        activation: see :class:`lightning_tex.layers.ParallelMLP`.
+        router: ``"softmax"``; ``"sigmoid"``, ``"sparsemixer"``; ``"forced_balance"``, which chooses by the
+            token's place, for benches; one of these with arguments of its own, ``{"name": .., "init_args": {..}}``; a
+            :class:`Router` subclass, or its import path, or an instance.
         norm_topk_prob: rescale a token's k weights to sum to 1.
         load_balance_coefficient: weight of E * sum_e f_e P_e.
         z_loss_coefficient: weight of the mean of logsumexp(logits)^2.
         round_factor: of dropless routing over an expert axis: rows at a rank's experts at once, relative to their mean
             over ranks; what is beyond is served in further rounds, to the same numbers. ``None``: all at once, whatever
             memory the fullest rank needs.
+        shared_hidden_dim: hidden width of an expert that every token uses beside its k; divisible by the tensor axis.
+            ``None``: there is none.
+        bias: biases of all matrices of the experts; dropless only, as each choice has to be served.
+        shared_gate: the shared expert's output is multiplied by a sigmoid gate of its own.
 
     Raises:
         ValueError: sizes or names that are not legal.
@@ -63,11 +73,15 @@ class MoE(TexModule):
         top_k: int = 1,
         capacity_factor: float | None = None,
         activation: Activation = "gelu",
-        router: str | Router | type[Router] = "softmax",
+        router: RouterChoice = "softmax",
         norm_topk_prob: bool = False,
         load_balance_coefficient: float = 0.01,
         z_loss_coefficient: float = 0.0,
         round_factor: float | None = None,
+        *,
+        shared_hidden_dim: int | None = None,
+        shared_gate: bool = False,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         if round_factor is not None and (round_factor < 1 or capacity_factor is not None):
@@ -77,11 +91,20 @@ class MoE(TexModule):
             )
         if capacity_factor is not None and capacity_factor <= 0:
             raise UserValueError(f"capacity_factor={capacity_factor} must be positive, or None for dropless routing")
+        if bias and capacity_factor is not None:
+            raise UserValueError(
+                f"bias=True with capacity_factor={capacity_factor}: biases are added whichever choices overflow; "
+                "legal: capacity_factor=None (dropless)"
+            )
         self.hidden_dim, self.num_experts, self.top_k = hidden_dim, num_experts, top_k
         self.capacity_factor, self.round_factor = capacity_factor, round_factor
         self.load_balance_coefficient, self.z_loss_coefficient = load_balance_coefficient, z_loss_coefficient
         self.router = make_router(router, dim, num_experts, top_k, norm_topk_prob)
-        self.experts = Experts(dim, hidden_dim, num_experts, activation)
+        self.shared = None
+        if shared_hidden_dim is not None:
+            self.shared = SharedExpert(dim, shared_hidden_dim, activation, shared_gate)
+        self.output_biases = OutputBiases(num_experts, dim, hidden_dim) if bias else None
+        self.experts = Experts(dim, hidden_dim, num_experts, activation, bias)
         self.ledger = LossLedger()
         self.load = ExpertLoad()
         self._arrived_rows = self._routed_choices = 0
@@ -122,22 +145,33 @@ class MoE(TexModule):
             return SequenceShardedCapacityDispatcher(self.num_experts, axes, self.capacity_factor, topology.tensor)
         return CapacityDispatcher(self.num_experts, axes, self.capacity_factor)
 
-    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        token_mask: Tensor | None = None,
+        beside: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """Mix experts.
 
         Args:
             x: [.., D].
             token_mask: boolean, shaped as x without its last dim (over whole sequences, if x holds a rank's part of
                 them); False for padding, which uses no expert, takes no capacity, counts in no routing loss, and
-                gives 0.
+                gives 0, but for the shared expert.
+            beside: a branch of the same tokens, such as a dense or shared expert, whose outcome for x is added. It is
+                computed while rows are on their way between ranks, forward and backward.
         """
         mask = None if token_mask is None else self.activation_layout.shard_mask(token_mask, x).reshape(-1).bool()
         route = self.router(x.reshape(-1, x.shape[-1]), mask)
+        # What is added to the experts' output comes before their last product, where a recomputation may end.
+        added = [] if self.output_biases is None else [self.output_biases(route, x.dtype).view_as(x)]
+        branches = [branch for branch in (self.shared, beside) if branch is not None]
         arrived, metadata = self.dispatcher.dispatch(x, route)
-        self._arrived_rows, self._routed_choices = arrived.groups.rows, route.indices.numel()
-        y = self.dispatcher.combine(self.experts(arrived, metadata.exchange), metadata).view_as(x)
+        self._arrived_rows, self._routed_choices = arrived.here, route.indices.numel()
+        between = (lambda: added.extend(branch(x) for branch in branches)) if branches else None
+        y = self.dispatcher.combine(self.experts(arrived, between), metadata).view_as(x)
         self._record(route, mask, metadata, y)
-        return y
+        return sum(added, y)
 
     @property
     def last_arrived_rows(self) -> int:
@@ -159,6 +193,7 @@ class MoE(TexModule):
             return
         counts = count_choices(route.indices, self.num_experts) if metadata.counts is None else metadata.counts
         self.load.add(counts, metadata.overflowed)
+        self.load.look(route.scores, mask)
         if torch.is_grad_enabled() and (self.load_balance_coefficient or self.z_loss_coefficient):
             with first_forward_only():  # a recomputation does not come here and must not miss what is saved here
                 loss = routing_loss(

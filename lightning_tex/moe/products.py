@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_tex.moe.groups import Groups
+from lightning_tex.parallel.compiled import leaf
 from lightning_tex.parallel.device import device_type
 
 # N rows in e groups, in and out: widths of a product
@@ -46,8 +47,20 @@ class Products(ABC):
         """The sum of ``grad @ matrices[e]`` over pairs of [N, out] and [e, out, in]: [N, in]."""
 
     @abstractmethod
-    def matrices_backward(self, grad: Tensor, rows: Tensor) -> Tensor:
-        """``grad.mT @ rows`` of each group, zeros of an empty one: [N, out], [N, in] -> [e, out, in]."""
+    def matrices_backward(self, grad: Tensor, rows: Tensor, added_to: Tensor | None = None) -> Tensor:
+        """``grad.mT @ rows`` of each group, zeros of an empty one: [N, out], [N, in] -> [e, out, in].
+
+        Args:
+            added_to: what it is added to, in its place.
+        """
+
+    @abstractmethod
+    def add_biases(self, products: Tensor, biases: Tensor) -> Tensor:
+        """Each row's expert's bias, in the place of the products: [N, out], [e, out] -> [N, out]."""
+
+    @abstractmethod
+    def biases_backward(self, grad: Tensor) -> Tensor:
+        """The sum of each group's rows, zeros of an empty one: [N, out] -> [e, out]."""
 
 
 class GroupedProducts(Products):
@@ -75,10 +88,25 @@ class GroupedProducts(Products):
             first += other
         return first
 
-    def matrices_backward(self, grad: Tensor, rows: Tensor) -> Tensor:
+    def matrices_backward(self, grad: Tensor, rows: Tensor, added_to: Tensor | None = None) -> Tensor:
         if not len(rows):
-            return rows.new_zeros(len(self.groups.ends), grad.shape[1], rows.shape[1])
-        return F.grouped_mm(grad.mT, rows, offs=self.groups.ends)
+            none = rows.new_zeros(len(self.groups.ends), grad.shape[1], rows.shape[1])
+            return added_to if added_to is not None else none
+        of_all = F.grouped_mm(grad.mT, rows, offs=self.groups.ends)
+        return of_all if added_to is None else added_to.add_(of_all)
+
+    def add_biases(self, products: Tensor, biases: Tensor) -> Tensor:
+        rows = torch.arange(len(products), device=products.device)
+        return _add_picked(products, torch.searchsorted(self.groups.ends, rows, right=True), biases)
+
+    def biases_backward(self, grad: Tensor) -> Tensor:
+        # As products with ones: a sum by index would add in any order.
+        return self.matrices_backward(grad, grad.new_ones(len(grad), _ALIGNMENT))[..., 0]
+
+
+@leaf
+def _add_picked(rows: Tensor, index: Tensor, added: Tensor) -> Tensor:
+    return rows.add_(added[index])
 
 
 class LoopedProducts(Products):
@@ -107,8 +135,19 @@ class LoopedProducts(Products):
                     torch.mm(part, matrix, out=place)
         return out
 
-    def matrices_backward(self, grad: Tensor, rows: Tensor) -> Tensor:
-        out = rows.new_empty(len(self.groups.sizes), grad.shape[1], rows.shape[1])
+    def matrices_backward(self, grad: Tensor, rows: Tensor, added_to: Tensor | None = None) -> Tensor:
+        out = rows.new_empty(len(self.groups.sizes), grad.shape[1], rows.shape[1]) if added_to is None else added_to
         for (grad_part, part), place in zip(self.parts(grad, rows), out, strict=True):
-            torch.mm(grad_part.mT, part, out=place)
+            if added_to is None:
+                torch.mm(grad_part.mT, part, out=place)
+            else:
+                place.addmm_(grad_part.mT, part)
         return out
+
+    def add_biases(self, products: Tensor, biases: Tensor) -> Tensor:
+        for (part,), bias in zip(self.parts(products), biases, strict=True):
+            part.add_(bias)
+        return products
+
+    def biases_backward(self, grad: Tensor) -> Tensor:
+        return torch.stack([part.sum(0) for (part,) in self.parts(grad)])

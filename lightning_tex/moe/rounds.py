@@ -9,19 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 
 import torch
 from torch import Tensor
 
+from lightning_tex.moe.chunks import Homeward, HomewardBackward
 from lightning_tex.moe.dropless import DroplessDispatcher
-from lightning_tex.moe.exchange import DroplessExchange, ExchangeInRounds
+from lightning_tex.moe.exchange import ChunkedExchange, DroplessExchange, Exchange
 from lightning_tex.moe.expert_axes import ExpertAxes
-from lightning_tex.moe.expert_block import ExpertBlock, Gradients, Kept, Matrices
+from lightning_tex.moe.expert_block import ExpertBlock, Kept, Matrices, MatrixGradients, RowsAtOnce, Wanted
 from lightning_tex.moe.groups import Groups
-from lightning_tex.moe.permute import Order
+from lightning_tex.moe.permute import Order, group_by_expert
 from lightning_tex.parallel.collectives import all_gather
 from lightning_tex.parallel.replay import replayable
+from lightning_tex.parallel.started import OneAhead, Together
 
 # t own tokens, D model width, E experts, e experts held here, P = E/e ranks on the expert axis, k choices per token,
 # N rows at the experts
@@ -38,17 +41,17 @@ class BoundedDroplessDispatcher(DroplessDispatcher):
 
     round_factor: float
 
-    def _travelling(self, indices: Tensor, order: Order, counts: Tensor) -> DroplessExchange:
+    def _travelling(self, indices: Tensor) -> tuple[ChunkedExchange, Tensor]:
         axes = self.axes
+        order = group_by_expert(indices.flatten(), self.num_experts)
+        counts = order.starts.diff()
         of_group = all_gather(counts[None], 0, axes.expert, operation="exchange_counts")  # [P, E]
         of_all = all_gather(of_group[None], 0, axes.gather, operation="exchange_counts")  # [gather, P, E]
         known = of_all.cpu()  # the one thing that the host waits for
         rounds = _rounds(known, axes.expert.size, self.round_factor)
-        parts = [_part(axes, indices.shape, order, of_all, known, i, rounds) for i in range(rounds)]
-        if rounds == 1:
-            return parts[0]
-        whole = _part(axes, indices.shape, order, of_all, known, 0, 1)
-        return ExchangeInRounds(**vars(whole), rounds=parts)
+        parts = rounds * axes.chunks
+        exchanges = [_part(axes, indices.shape, order, of_all, known, i, parts) for i in range(parts)]
+        return ChunkedExchange(exchanges, beside=axes.chunks > 1, kept=rounds == 1), counts
 
 
 def _rounds(counts: Tensor, ranks: int, factor: float) -> int:
@@ -74,10 +77,11 @@ def _part(
     """
     device, here = counts.device, known.shape[-1] // axes.expert.size
     own = slice(axes.expert.rank * here, (axes.expert.rank + 1) * here)
-    begin, end = (counts[axes.gather.rank, axes.expert.rank] * i // parts for i in (part, part + 1))
-    counts, known = (c * (part + 1) // parts - c * part // parts for c in (counts, known))
+    all_own = counts[axes.gather.rank, axes.expert.rank]
+    begin = all_own // parts * part + (all_own % parts).clamp(max=part)
+    counts, known = (c // parts + (c % parts > part) for c in (counts, known))
     sent = known[axes.gather.rank, axes.expert.rank].view(-1, here).sum(1).tolist()
-    total, lengths = sum(sent), end - begin
+    total, lengths = sum(sent), counts[axes.gather.rank, axes.expert.rank]
     shift = order.starts[:-1] + begin - (lengths.cumsum(0) - lengths)
     numbers = torch.arange(total, device=device)
     choice = order.sorted[numbers + shift.repeat_interleave(lengths, output_size=total)]
@@ -90,45 +94,61 @@ def _part(
 
 
 class BlockInRounds(ExpertBlock):
-    """One round after the other, from tokens [t, D] and the weights of their choices [t, k]; nothing else is kept.
+    """One round after the other; nothing is kept but tokens and weights. Rows and gradients of a round come together.
 
     Args:
-        rounds: bring the rows and take them back.
-        block: what computes rows that lie in these groups.
+        exchange: brings the rounds and takes them back.
+        of_rows: the products of rows in these groups.
     """
 
-    def __init__(self, rounds: list[DroplessExchange], block: Callable[[Groups], ExpertBlock]) -> None:
-        self.rounds = [(exchange, block(exchange.groups)) for exchange in rounds]
+    def __init__(self, exchange: ChunkedExchange, of_rows: Callable[[Groups], RowsAtOnce]) -> None:
+        self.exchange = exchange
+        self._rounds = [(each, of_rows(each.groups)) for each in exchange.chunks]
+        self._given: tuple[Tensor, ...] = ()
 
-    def inward(self, x: Tensor, matrices: Matrices) -> tuple[Tensor, Tensor | None]:
-        return x.new_empty(0), None
+    def depart(self, x: Tensor, weights: Tensor) -> None:
+        self._given = x, weights
 
-    def outward(self, kept: Kept, matrices: Matrices) -> Tensor:
+    def inward(self, matrices: Matrices) -> list[Kept]:
+        (x, weights), self._given = self._given, ()
+        return [Kept(x, weights, x.new_empty(0), None)]
+
+    def outward(self, kept: list[Kept], matrices: Matrices) -> Tensor:
         def run() -> Tensor:
-            total = _zeros(kept.x)
-            for exchange, block in self.rounds:
-                total += exchange.from_experts(block.outward(self._arrived(kept, exchange, block, matrices), matrices))
-            return total.to(kept.x.dtype)
+            home = Homeward(self.exchange)
+            for (each, of_rows), (rows, weights) in zip(self._rounds, self._arriving(kept[0]), strict=True):
+                home.start(each.start_from_experts, self._computed(of_rows, rows, weights, matrices))
+                del rows, weights
+            return home.result()
 
-        return replayable("experts in rounds", kept.x, run)
+        return replayable("experts in rounds", kept[0].x, run)
 
-    def backward(self, grad: Tensor, kept: Kept, matrices: Matrices, wanted: Matrices) -> Gradients:
-        d_x, d_weights = _zeros(kept.x), torch.zeros_like(kept.weights)
-        d_matrices: list[Tensor | None] = [None] * len(matrices)
-        for exchange, block in self.rounds:
-            arrived = self._arrived(kept, exchange, block, matrices)
-            found = block.backward(exchange.to_experts(grad), arrived, matrices, wanted)
-            d_x += exchange.from_experts(found.x)
-            d_weights += exchange.choices_from_experts(found.weights)
-            for i, d_matrix in enumerate((found.up, found.gate, found.down)):
-                total = d_matrices[i]
-                d_matrices[i] = d_matrix if total is None or d_matrix is None else total.add_(d_matrix)
-        return Gradients(d_x.to(kept.x.dtype), d_weights, *d_matrices)
+    def _computed(self, of_rows: RowsAtOnce, rows: Tensor, weights: Tensor, matrices: Matrices) -> Tensor:
+        return of_rows.outward(Kept(rows, weights, *of_rows.inward(rows, matrices)), matrices)
 
-    def _arrived(self, kept: Kept, exchange: DroplessExchange, block: ExpertBlock, matrices: Matrices) -> Kept:
-        rows, weights = exchange.to_experts(kept.x), exchange.choices_to_experts(kept.weights)
-        return Kept(rows, weights, *block.inward(rows, matrices))
+    def depart_backward(self, grad: Tensor) -> None:
+        self._given = (grad,)
 
+    def backward(self, kept: list[Kept], matrices: Matrices, wanted: Wanted) -> MatrixGradients:
+        (grad,), self._given = self._given, ()
+        gradients, self._home = MatrixGradients(wanted), HomewardBackward(self.exchange, wanted)
+        arriving = self._arriving(kept[0], grad)
+        for (each, of_rows), (rows, weights, d_outputs) in zip(self._rounds, arriving, strict=True):
+            again = Kept(rows, weights, *of_rows.inward(rows, matrices))
+            inner = of_rows.inner_backward(d_outputs, again, matrices, gradients)
+            del rows, weights, d_outputs
+            self._home.start(each, of_rows.rows_backward(inner, matrices), inner.weights)
+            gradients.add_ups(of_rows.products, inner, again.x)
+        return gradients
 
-def _zeros(x: Tensor) -> Tensor:
-    return torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    def arrive_backward(self) -> tuple[Tensor | None, Tensor | None]:
+        return self._home.result()
+
+    def _arriving(self, kept: Kept, *grad: Tensor) -> OneAhead[tuple[Tensor, ...]]:
+        """Of every round rows, their weights and, with it, gradients of what the experts gave for them."""
+
+        def start(each: Exchange) -> Together:
+            travelling = [each.start_to_experts(kept.x), each.start_choices_to_experts(kept.weights)]
+            return Together([*travelling, *map(each.start_to_experts, grad)])
+
+        return OneAhead([partial(start, each) for each in self.exchange.chunks], self.exchange.beside)

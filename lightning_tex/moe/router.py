@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lightning_tex.moe.group_limit import GroupLimit, GroupScore
 from lightning_tex.parallel.autocast import autocast_off
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.initialization import by_index, init_uniform_
@@ -19,13 +20,16 @@ from lightning_tex.parallel.sharding import TexModule
 
 # T tokens, D model width, E experts, k choices per token
 
+# Added to a sum of scores before it divides: all of a sigmoid's may be 0.
+_LEAST = 1e-20
+
 
 class Route(NamedTuple):
     """A router's decision.
 
     indices: [T, k] int64, the chosen experts, best first; E where the token is masked out.
     weights: [T, k], what the chosen experts' outputs are multiplied with; 0 where masked.
-    scores:  [T, E], non-negative, rows sum to 1 for a softmax: what the load-balance loss pushes on.
+    scores:  [T, E], non-negative, rows sum to 1: what the load-balance loss pushes on.
     logits:  [T, E], what the z-loss pushes on.
     """
 
@@ -55,35 +59,63 @@ class _FullPrecisionLinear(torch.autograd.Function):
 
 
 class Router(TexModule):
-    """Base of all routers: linear logits in fp32, scores, top-k. A subclass defines :meth:`score`, or all of forward.
+    """Base of all routers: linear logits in fp32, scores, top-k, weights.
 
-    Ranks of one tensor group hold the same tokens and must decide alike: the decision of tensor rank 0 is theirs.
-    Indices come from detached scores, and in a recomputation from its tape: what is chosen is chosen once.
+    A subclass defines :meth:`score`, and may define :meth:`prefer`, :meth:`choose`, :meth:`weigh` and :meth:`balance`,
+    or all of forward. Ranks of one tensor group hold the same tokens and must decide alike: the decision of tensor rank
+    0 is theirs. Indices come from detached scores, and in a recomputation from its tape: what is chosen is chosen once.
 
     Args:
         dim: model width D.
         num_experts: E.
         top_k: choices per token, k.
         norm_topk_prob: rescale a token's k weights to sum to 1.
+        bias: add a bias to the logits.
+        routed_scaling_factor: weights are multiplied with it, last.
+        n_group: experts are in so many groups, of which a token uses few (:class:`GroupLimit`); ``None``: in one.
+        topk_group: how many of them.
+        group_score: ``"max"``: a group is as good as its best expert; ``"top2_sum"``: as its best two.
 
     Raises:
-        ValueError: ``top_k`` outside 1..num_experts.
+        ValueError: ``top_k`` outside 1..num_experts, or groups that there cannot be.
     """
 
     full_precision = True
 
-    def __init__(self, dim: int, num_experts: int, top_k: int = 1, norm_topk_prob: bool = False) -> None:
+    group_score: ClassVar[GroupScore] = "max"
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        top_k: int = 1,
+        norm_topk_prob: bool = False,
+        *,
+        bias: bool = False,
+        routed_scaling_factor: float = 1.0,
+        n_group: int | None = None,
+        topk_group: int | None = None,
+        group_score: GroupScore | None = None,
+    ) -> None:
         super().__init__()
         if not 1 <= top_k <= num_experts:
             raise UserValueError(f"top_k={top_k} must be between 1 and num_experts={num_experts}")
         self.dim, self.num_experts, self.top_k, self.norm_topk_prob = dim, num_experts, top_k, norm_topk_prob
+        self.routed_scaling_factor = routed_scaling_factor
+        self.groups = None
+        if n_group is not None and n_group > 1:
+            self.groups = GroupLimit(n_group, topk_group or n_group, group_score or self.group_score)
+            self.groups.require(num_experts, top_k)
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        self.bias = nn.Parameter(torch.empty(num_experts)) if bias else None
         self.reset_parameters()
 
     @by_index
     def reset_parameters(self) -> None:
         """Draw as ``torch.nn.Linear`` does: uniform within 1/sqrt(dim)."""
-        init_uniform_(self.weight, 1 / math.sqrt(self.dim), self.boxes()["weight"])
+        boxes = self.boxes()
+        for name, parameter in self.named_parameters(recurse=False):
+            init_uniform_(parameter, 1 / math.sqrt(self.dim), boxes[name])
 
     @abstractmethod
     def score(self, logits: Tensor) -> Tensor:  # [T, E] -> [T, E]
@@ -99,61 +131,38 @@ class Router(TexModule):
         """
         with autocast_off(x):
             logits = _FullPrecisionLinear.apply(x, self.weight)
+            if self.bias is not None:
+                logits = logits + self.bias
             scores = self.score(logits)
             indices = decided("the choice of experts", lambda: self.choose(scores.detach()))
-            weights = scores.gather(-1, indices)
-            if self.norm_topk_prob:
-                weights = weights / weights.sum(-1, keepdim=True)
+            weights = self.weigh(logits, scores, indices)
             if token_mask is not None:
                 indices = indices.masked_fill(~token_mask[:, None], self.num_experts)
                 weights = weights.masked_fill(~token_mask[:, None], 0)
-        return Route(indices, weights, scores, logits)
+            balanced = self.balance(scores)
+        return Route(indices, weights, balanced, logits)
+
+    def prefer(self, scores: Tensor) -> Tensor:  # [T, E] -> [T, E]
+        """What experts are chosen by: the scores, unless a subclass says otherwise. No gradient."""
+        return scores
 
     def choose(self, scores: Tensor) -> Tensor:  # [T, E] -> [T, k]
         """Indices of the experts that are chosen, best first; alike on ranks that hold the same tokens."""
-        return self.activation_layout.agree(scores.topk(self.top_k, dim=-1).indices)
+        preferences = self.prefer(scores)
+        if self.groups is not None:
+            preferences = self.groups.limit(preferences)
+        return self.activation_layout.agree(preferences.topk(self.top_k, dim=-1).indices)
+
+    def weigh(self, logits: Tensor, scores: Tensor, indices: Tensor) -> Tensor:  # [T, E] twice, [T, k] -> [T, k]
+        """What the chosen experts' outputs are multiplied with."""
+        weights = scores.gather(-1, indices)
+        if self.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + _LEAST)
+        return weights if self.routed_scaling_factor == 1 else weights * self.routed_scaling_factor
+
+    def balance(self, scores: Tensor) -> Tensor:  # [T, E] -> [T, E]
+        """The scores that the load-balance loss is of, whose rows are to sum to 1."""
+        return scores
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_experts={self.num_experts}, top_k={self.top_k}"
-
-
-class SoftmaxRouter(Router):
-    """Softmax over all experts, then the k largest (Switch, GShard, Mixtral with ``norm_topk_prob``)."""
-
-    def score(self, logits: Tensor) -> Tensor:
-        return logits.softmax(-1)
-
-
-class ForcedBalanceRouter(SoftmaxRouter):
-    """Chooses by the token's place, as many tokens for each expert; weights are those of the softmax, with gradients.
-
-    Learns nothing worth having: it makes benches of one routing out of any weights and tokens.
-    """
-
-    def choose(self, scores: Tensor) -> Tensor:
-        tokens, experts = scores.shape
-        return torch.arange(tokens * self.top_k, device=scores.device).view(tokens, self.top_k) % experts
-
-
-ROUTERS: dict[str, type[Router]] = {"softmax": SoftmaxRouter, "forced_balance": ForcedBalanceRouter}
-
-
-def make_router(router: str | Router | type[Router], dim: int, num_experts: int, top_k: int, norm: bool) -> Router:
-    """The router a user asked for by name, class or instance.
-
-    Raises:
-        ValueError: unknown name, or an instance made for other sizes.
-    """
-    if isinstance(router, Router):
-        if (router.dim, router.num_experts, router.top_k) != (dim, num_experts, top_k):
-            raise UserValueError(
-                f"router is made for dim={router.dim}, num_experts={router.num_experts}, top_k={router.top_k}; "
-                f"the MoE layer has dim={dim}, num_experts={num_experts}, top_k={top_k}"
-            )
-        return router
-    if isinstance(router, str):
-        if router not in ROUTERS:
-            known = ", ".join(map(repr, ROUTERS))
-            raise UserValueError(f"router={router!r}; legal: {known}, or a Router class or instance")
-        router = ROUTERS[router]
-    return router(dim, num_experts, top_k, norm)

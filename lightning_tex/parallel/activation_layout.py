@@ -20,6 +20,7 @@ from lightning_tex.parallel.collectives import (
     gather,
     own_slice,
     reduce,
+    reduce_,
     reduce_split,
     split,
 )
@@ -63,7 +64,11 @@ class ActivationLayout(ABC):
         """:meth:`leave` of ``x @ weight.mT``, the last product of such a region: [.., S, in], [D, in] -> [.., s, D]."""
         if self.tensor.size == 1:
             return F.linear(x, weight)
-        return products_then([(x, weight)], self.leave)
+        return products_then([(x, weight)], self.leave_own)
+
+    def leave_own(self, partial: Tensor) -> Tensor:
+        """:meth:`leave` of what nobody else has, and what may be overwritten."""
+        return self.leave(partial)
 
     @abstractmethod
     def gather_columns(self, columns: Tensor) -> Tensor:
@@ -96,6 +101,10 @@ class Replicated(ActivationLayout):
     def leave(self, partial: Tensor) -> Tensor:
         """All-reduce forward, identity backward."""
         return reduce(partial, self.tensor)
+
+    def leave_own(self, partial: Tensor) -> Tensor:
+        """All-reduce in place forward, identity backward."""
+        return reduce_(partial, self.tensor)
 
     def gather_columns(self, columns: Tensor) -> Tensor:
         """All-gather forward, split backward."""

@@ -32,13 +32,30 @@ def all_reduce(x: Tensor, axis: Axis, op: str = "sum", operation: str = "all_red
 
     def run() -> Tensor:
         out = x.clone(memory_format=torch.contiguous_format)
-        TRAINING.enter("all_reduce", axis, x)
-        dist.all_reduce(out, op=getattr(dist.ReduceOp, op.upper()), group=axis.group)
-        TRAINING.leave()
-        count_sent(operation, axis, 2 * (axis.size - 1) * x.nbytes)
+        _sum(out, axis, op, operation)
         return out
 
     return replayable(f"{operation} over {axis.name}", x, run)
+
+
+def all_reduce_(x: Tensor, axis: Axis) -> Tensor:
+    """Sum of ``x``, which becomes it, over the axis. On a tape the result may be another tensor."""
+    if axis.size == 1:
+        return x
+
+    def run() -> Tensor:
+        out = x.contiguous()
+        _sum(out, axis, "sum", "all_reduce")
+        return out
+
+    return replayable(f"all_reduce over {axis.name}", x, run)
+
+
+def _sum(x: Tensor, axis: Axis, op: str, operation: str) -> None:
+    TRAINING.enter("all_reduce", axis, x)
+    dist.all_reduce(x, op=getattr(dist.ReduceOp, op.upper()), group=axis.group)
+    TRAINING.leave()
+    count_sent(operation, axis, 2 * (axis.size - 1) * x.nbytes)
 
 
 def broadcast(x: Tensor, axis: Axis) -> Tensor:
@@ -119,37 +136,6 @@ def _padded(x: Tensor, dim: int, length: int) -> Tensor:
     return x if x.shape[dim] == length else F.pad(x, [0, 0] * (x.dim() - 1 - dim) + [0, length - x.shape[dim]])
 
 
-def all_to_all(
-    x: Tensor,
-    axis: Axis,
-    received: Sequence[int] | None = None,
-    sent: Sequence[int] | None = None,
-    operation: str = "all_to_all",
-) -> Tensor:
-    """Rows to their rank: the first dim is split into ``size`` parts, part i goes to rank i. [n, ..] -> [m, ..].
-
-    Args:
-        received: rows from each rank; ``None`` with ``sent=None`` for equal parts.
-        sent: rows to each rank.
-    """
-    if axis.size == 1:
-        return x
-
-    def run() -> Tensor:
-        rows = x.shape[0] if received is None else sum(received)
-        out = x.new_empty((rows, *x.shape[1:]))
-        to_here, from_here = (None if counts is None else list(counts) for counts in (received, sent))
-        TRAINING.enter("all_to_all", axis, x)
-        dist.all_to_all_single(out, x.contiguous(), to_here, from_here, group=axis.group)
-        TRAINING.leave()
-        own = x.shape[0] // axis.size if sent is None else sent[axis.rank]
-        row_bytes = x[:1].numel() * x.element_size() if x.shape[0] else 0
-        count_sent(operation, axis, axis.size * (x.shape[0] - own) * row_bytes)
-        return out
-
-    return replayable(f"{operation} over {axis.name}", x, run)
-
-
 # --- collectives with a backward
 
 
@@ -170,6 +156,17 @@ class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         return all_reduce(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _ReduceInPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        # Not marked as changed: nobody else has x, and a tape would take the mark for a change of what it has recorded.
+        return all_reduce_(x, axis)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -238,7 +235,7 @@ class _Split(torch.autograd.Function):
 
 
 # Nodes of an autograd graph at which gradients come out of, or go into, what an axis's ranks hold parts of.
-BORDERS = tuple(function._backward_cls for function in (_EnterSplit, _ReduceSplit, _Reduce))
+BORDERS = tuple(function._backward_cls for function in (_EnterSplit, _ReduceSplit, _Reduce, _ReduceInPlace))
 
 
 def enter(x: Tensor, axis: Axis) -> Tensor:
@@ -249,6 +246,11 @@ def enter(x: Tensor, axis: Axis) -> Tensor:
 def reduce(x: Tensor, axis: Axis) -> Tensor:
     """Out of a region whose ranks each hold a partial sum. All-reduce forward, identity backward."""
     return x if axis.size == 1 else _Reduce.apply(x, axis)
+
+
+def reduce_(x: Tensor, axis: Axis) -> Tensor:
+    """:func:`reduce` of a partial sum that nobody else has, in its place."""
+    return x if axis.size == 1 else _ReduceInPlace.apply(x, axis)
 
 
 def enter_split(x: Tensor, dim: int, axis: Axis) -> Tensor:

@@ -27,6 +27,7 @@ class ProcessGroups:
         self._made: dict[Division, dist.ProcessGroup] = {_key([tuple(range(world))]): _whole()}
         self._by_themselves: dict[tuple[str, Division], dist.ProcessGroup] = {}
         self._host: dist.ProcessGroup | None = None
+        self._on_host: dict[Division, dist.ProcessGroup] = {}
 
     def knows(self, division: list[tuple[int, ...]], group: dist.ProcessGroup) -> None:
         """There is a group already for this rank's part of a division."""
@@ -58,6 +59,28 @@ class ProcessGroups:
                 _whole() if on_cpu else dist.new_group(backend="gloo", timeout=self._timeout, group_desc="host")
             )
         return self._host
+
+    def on_host(
+        self, division: list[tuple[int, ...]], group: dist.ProcessGroup | None, name: str
+    ) -> dist.ProcessGroup | None:
+        """An axis's group over the host's network: its own where that reaches tensors on CPU.
+
+        Args:
+            division: all parts, of ranks in ascending order.
+            group: the axis's, of this rank's part.
+            name: of the axis.
+        """
+        if len(division[0]) == 1 or reaches_cpu(group):
+            return group
+        if len(division) == 1:
+            return self.host()
+        key = _key(division)
+        if key not in self._on_host:
+            for part in division:
+                made = dist.new_group(list(part), backend="gloo", timeout=self._timeout, group_desc=f"{name} on hosts")
+                if dist.get_rank() in part:
+                    self._on_host[key] = made
+        return self._on_host[key]
 
     def _make(self, division: list[tuple[int, ...]], name: str, options: Any) -> dist.ProcessGroup:
         own = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TypeVar
 
 import torch
@@ -23,7 +23,7 @@ def by_index(reset: _Reset) -> _Reset:
 
 
 @torch.no_grad()
-def materialise(root: nn.Module, device: torch.device, seed: int) -> None:
+def materialise(root: nn.Module, device: torch.device, seed: int, given: Collection[str] = ()) -> None:
     """Give meta parameters memory and values that are a function of (seed, name, global index) alone.
 
     Values come from the owning module's ``reset_parameters``. A parameter that is not on meta keeps its value.
@@ -32,12 +32,13 @@ def materialise(root: nn.Module, device: torch.device, seed: int) -> None:
         root: the model, sharded already.
         device: where the parameters go.
         seed: the same on all ranks.
+        given: names of parameters whose values will come from elsewhere: where a module has no others they are zero.
 
     Raises:
         TypeError: a module with meta parameters or buffers has no ``reset_parameters``.
     """
     made: dict[int, nn.Parameter] = {}
-    devices = [device] if device.type == "cuda" else []
+    devices, given = [device] if device.type == "cuda" else [], set(given)
     for name, module in root.named_modules():
         parameters = dict(module.named_parameters(recurse=False))
         buffers = dict(module.named_buffers(recurse=False))
@@ -56,6 +57,8 @@ def materialise(root: nn.Module, device: torch.device, seed: int) -> None:
                 empty = nn.Parameter(torch.zeros_like(parameter, device=device), parameter.requires_grad)
                 setattr(module, own, made.setdefault(id(parameter), empty))
         kept.update({own: getattr(module, own).clone() for own in parameters if own not in fresh and own not in kept})
+        if not any(b.is_meta for b in buffers.values()) and all(f"{name}.{own}" in given for own in fresh):
+            continue
         for own, buffer in buffers.items():
             if buffer.is_meta:
                 setattr(module, own, torch.empty_like(buffer, device=device))

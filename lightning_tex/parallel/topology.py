@@ -180,6 +180,10 @@ class Layout:
             groups.setdefault(self.group_number(name, rank), []).append(rank)
         return [tuple(group) for group in groups.values()]
 
+    def leaves_nodes(self, name: str, ranks_per_node: int) -> bool:
+        """Whether groups of an axis have ranks on several nodes, of which each has that many."""
+        return any(len({rank // ranks_per_node for rank in group}) > 1 for group in self.groups(name))
+
     def __str__(self) -> str:
         experts = f"expert {self.expert} x expert_tensor {self.expert_tensor} x expert_data {self.expert_data}"
         return f"{self.world} ranks = tensor {self.tensor} x data {self.data} = {experts}"
@@ -195,12 +199,14 @@ class Communication:
         fused: an all-reduce followed by a split is one reduce-scatter.
         sequence_parallel: between embedding and head, activations are split over tensor along the sequence.
         overlap: gradients are reduced while the backward still runs.
+        expert_chunks: of a MoE layer's tokens, one of which travels while the experts compute another.
     """
 
     duplicate_token_dropping: bool = True
     fused: bool = True
     sequence_parallel: bool = False
     overlap: bool = True
+    expert_chunks: int = 1
 
 
 @dataclass(frozen=True)
@@ -209,7 +215,7 @@ class Topology:
 
     ``mesh`` is (data, tensor), for everything but experts; ``expert_mesh`` is (expert_data, expert, expert_tensor).
     Both are ``None`` in a single process that has no process group. ``host`` is the world over the host's network: what
-    is small and lies on the CPU goes there, so that no rank waits for its device.
+    is small and lies on the CPU goes there, so that no rank waits for its device; ``expert_host`` likewise, of expert.
     """
 
     layout: Layout
@@ -220,6 +226,7 @@ class Topology:
     expert_data: Axis
     world: Axis
     host: Axis
+    expert_host: Axis
     mesh: DeviceMesh | None = None
     expert_mesh: DeviceMesh | None = None
     communication: Communication = Communication()
@@ -242,7 +249,7 @@ class Topology:
     def without_groups(cls, layout: Layout) -> Topology:
         """A layout's first rank as a topology that has sizes and no processes: for what is only reckoned with."""
         axes = {name: Axis(name, layout.axis_size(name)) for name in (*AXES, "world")}
-        return cls(layout, **axes, host=axes["world"])  # type: ignore[arg-type]
+        return cls(layout, **axes, host=axes["world"], expert_host=axes["expert"])  # type: ignore[arg-type]
 
     @classmethod
     def build(
@@ -277,15 +284,18 @@ class Topology:
             return Axis(name, len(members), members.index(rank), members, group, meter)
 
         world = Axis("world", layout.world, rank, tuple(range(layout.world)), dist.group.WORLD, meter)
+        expert = axis("expert")
+        on_host = groups.on_host(layout.groups("expert"), expert.group, "expert")
         return cls(
             layout,
             tensor=axis("tensor"),
             data=axis("data"),
             expert_tensor=axis("expert_tensor"),
-            expert=axis("expert"),
+            expert=expert,
             expert_data=axis("expert_data"),
             world=world,
             host=replace(world, group=groups.host(), meter=None),
+            expert_host=replace(expert, group=on_host),
             mesh=mesh,
             expert_mesh=expert_mesh,
             communication=communication or Communication(),

@@ -81,7 +81,11 @@ class Activations:
         heads = 2 * layer.num_heads + 2 * layer.num_kv_heads  # query and result, key and value
         kernel = step.tokens * heads * layer.head_dim // tensor * step.element_bytes
         log_sums = step.tokens * layer.num_heads // tensor * step.score_bytes
-        return self.whole(layer.dim) + kernel + log_sums
+        normed = 0
+        if layer.head_norms:  # what they are given, and a scale of each head
+            per_head = layer.head_dim * step.element_bytes + step.score_bytes
+            normed = step.tokens * (layer.num_heads + layer.num_kv_heads) // tensor * per_head
+        return self.whole(layer.dim) + kernel + log_sums + normed
 
     def _mlp(self, layer: Mlp) -> int:
         """The input of the first product, and what stands between the products."""
@@ -141,10 +145,13 @@ class Activations:
         here = layer.num_experts // step.layout.expert
         slots = step.own_tokens(layer) * layer.top_k
         of_experts = _INT64 * layer.num_experts + _INT32 * here
+        chunks = len(step.sent_rows(layer))
+        of_experts += _INT32 * here * (chunks - 1)
         if step.static(layer):
             whole = layer.num_experts * step.capacity_rows(layer)
-            rows = whole + 1 if step.split == 1 else whole // step.split  # where it is not split with its last
-            return _INT64 * (slots + rows) + of_experts
+            # Where it is neither split nor in chunks, with its last.
+            rows = whole + 1 if step.split == chunks == 1 else whole // step.split
+            return _INT64 * (slots * chunks + rows) + of_experts
         regrouped = 2 * step.rows(layer) if here > 1 and step.layout.expert * step.gather > 1 else 0
         return _INT64 * (slots + step.chosen_rows(layer) + regrouped) + of_experts
 

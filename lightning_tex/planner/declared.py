@@ -106,6 +106,8 @@ def _moe_flow(at: Activations, layer: Moe, device: str) -> int:
     step, arrived, hidden, matrices = at.step, at.arrived(layer), at.hidden(layer), _matrices(at, layer)
     if device == "cpu" and not step.moved(layer):
         return _by_expert(at, layer)
+    if step.chunks > 1:
+        return _chunked(at, layer, device)
     own = arrived // step.gather
     there = own * (1 + (step.layout.expert > 1)) + arrived * ((step.gather > 1) + _regrouped(at, layer))
     products, made = (2, 6) if layer.gated else (1, 4)
@@ -118,6 +120,29 @@ def _moe_flow(at: Activations, layer: Moe, device: str) -> int:
         arrived + (products + 2) * hidden + matrices // (products + 1),
         max(summed, picked) + products * hidden + matrices,
         there + at.home(layer) - at.given_back(layer),
+    )
+
+
+def _chunked(at: Activations, layer: Moe, device: str) -> int:
+    """The same where rows come in chunks: of the last one, when the matrices' gradients of others are there.
+
+    Beside it the chunk before is on its way home, what came home of those before that has been summed, and of more than
+    two the next one is on its way.
+    """
+    step, matrices = at.step, _matrices(at, layer)
+    largest = max(step.sent_rows(layer)) / sum(step.sent_rows(layer))
+    arrived, hidden = at.arrived(layer) * largest, at.hidden(layer) * largest
+    own = arrived / step.gather
+    home = own + own * (step.gather > 1) + arrived * _regrouped(at, layer)
+    beside = home + at.home(layer) * (1 - largest) + (2 * own if step.chunks > 2 else 0)
+    products, made = (2, 6) if layer.gated else (1, 4)
+    # A product is added to what is there when all of it is, but on a CPU one expert's after the other.
+    apart = matrices / (products + 1) if device == "cuda" else 0
+    summed = arrived * (1 + (layer.gated and device == "cuda"))
+    return int(
+        matrices
+        + beside
+        + max(arrived + made * hidden, arrived + (products + 2) * hidden + apart, summed + products * hidden + apart)
     )
 
 

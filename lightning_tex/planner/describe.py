@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Set
-from dataclasses import astuple, replace
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_tex.models.decoder import Block, Decoder, DecoderConfig
+from lightning_tex.models.block import Block
+from lightning_tex.models.config import DecoderConfig
+from lightning_tex.models.decoder import Decoder
 from lightning_tex.parallel.activation_checkpointing import checkpointed_blocks
 from lightning_tex.parallel.precision import keeps_full_precision
 from lightning_tex.parallel.sharding import TexModule, check_sizes, declared_partial
@@ -27,7 +29,7 @@ from lightning_tex.planner.layers import (
     Other,
     known_layer,
 )
-from lightning_tex.planner.model import ModelDescription, Parameter, PlacedLayer
+from lightning_tex.planner.model import ModelDescription, Parameter, PlacedLayer, Repeated
 
 
 def describe(
@@ -61,35 +63,48 @@ def describe_decoder(config: DecoderConfig) -> ModelDescription:
     Raises:
         ValueError: sizes that no decoder has.
     """
-    return _describe_decoder(astuple(config))
+    return _describe_decoder(_Sizes(config))
 
 
 def decoder_parameters(config: DecoderConfig) -> int:
     """Parameters of a whole :class:`Decoder`."""
-    shallow = _shallow(config)
-    blocks = min(config.num_layers, config.moe_every)
-    total = 0
-    for parameter in shallow.parameters:
-        block = shallow.layers[parameter.layer].block
-        total += parameter.numel * (1 if block is None else len(range(block, config.num_layers, blocks)))
-    return total
+    shallow, order = _shallow(config)
+    times = Counter(order)
+    return sum(
+        parameter.numel * (1 if (block := shallow.layers[parameter.layer].block) is None else times[block])
+        for parameter in shallow.parameters
+    )
+
+
+class _Sizes:
+    """A configuration as the key of a cache: compared by its values, some of which are lists."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        self.config, self._values = replace(config), repr(config)
+
+    def __hash__(self) -> int:
+        return hash(self._values)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Sizes) and self._values == other._values
 
 
 @lru_cache(maxsize=512)
-def _describe_decoder(values: tuple[Any, ...]) -> ModelDescription:
-    config = DecoderConfig(*values)
-    deep = _repeated(_shallow(config), config.num_layers)
-    return replace(deep, layers=(*deep.layers, PlacedLayer(LinearCrossEntropy())), config=config)
+def _describe_decoder(sizes: _Sizes) -> ModelDescription:
+    deep = _repeated(*_shallow(sizes.config))
+    return replace(deep, layers=(*deep.layers, PlacedLayer(LinearCrossEntropy())), config=sizes.config)
 
 
-def _shallow(config: DecoderConfig) -> ModelDescription:
-    """A decoder of one block of each kind."""
+def _shallow(config: DecoderConfig) -> tuple[ModelDescription, tuple[int, ...]]:
+    """A decoder of one block of each kind, and of each block of the whole one the kind."""
+    kinds = Repeated.of(config.block_kinds())
     with torch.device("meta"):
-        return describe(Decoder(replace(config, num_layers=min(config.num_layers, config.moe_every))))
+        shallow = describe(Decoder(config.of_blocks([kinds.order.index(kind) for kind in range(len(kinds.kinds))])))
+    return shallow, kinds.order
 
 
-def _repeated(shallow: ModelDescription, blocks: int) -> ModelDescription:
-    """A decoder's description with its blocks in turn, until there are so many."""
+def _repeated(shallow: ModelDescription, order: Sequence[int]) -> ModelDescription:
+    """A decoder's description with these of its blocks, in this order."""
     of_layer: list[list[Parameter]] = [[] for _ in shallow.layers]
     for parameter in shallow.parameters:
         of_layer[parameter.layer].append(parameter)
@@ -111,8 +126,8 @@ def _repeated(shallow: ModelDescription, blocks: int) -> ModelDescription:
         of_block.setdefault(placed.block, []).append(place)
     first, last = min(of_block[0]), max(of_block[len(of_block) - 2])
     copy(range(first))
-    for block in range(blocks):
-        copy(of_block[block % (len(of_block) - 1)], block)
+    for block, shown in enumerate(order):
+        copy(of_block[shown], block)
     copy(range(last + 1, len(shallow.layers)))
     return replace(shallow, parameters=tuple(parameters), layers=tuple(layers), laid_out={})
 
@@ -128,12 +143,19 @@ def _formulas_hold(root: nn.Module, blocks: list[nn.Module], layers: tuple[Place
     patterns = [inside[start : start + len(_BLOCK)] for start in range(0, len(inside), len(_BLOCK))]
     return (
         type(decoders[0]).forward is Decoder.forward
+        and _plain_arithmetic(decoders[0].config)
         and all(type(block) is Block for block in blocks)
         and blocks == list(decoders[0].blocks)
         and outside == [Embedding, Norm, Head]
         and len(set(losses)) <= 1
         and all(pattern[:-1] == _BLOCK[:-1] and pattern[-1] in (Mlp, Moe) for pattern in patterns)
+        and all(placed.layer.plain for placed in layers if isinstance(placed.layer, (Norm, Attention, Mlp, Moe, Head)))
     )
+
+
+def _plain_arithmetic(config: DecoderConfig) -> bool:
+    """Whether a decoder multiplies what is between its layers by nothing."""
+    return config.embedding_multiplier == config.residual_multiplier == config.logits_scaling == 1
 
 
 # The layers of a Block; the last may have experts.

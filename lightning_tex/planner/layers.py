@@ -8,7 +8,9 @@ from torch import nn
 
 from lightning_tex.layers import (
     ColumnParallelLinear,
+    LayerNorm,
     ParallelAttention,
+    ParallelLatentAttention,
     ParallelMLP,
     RMSNorm,
     RowParallelLinear,
@@ -17,7 +19,8 @@ from lightning_tex.layers import (
     VocabParallelHead,
     VocabParallelLinearCrossEntropy,
 )
-from lightning_tex.moe import MoE
+from lightning_tex.layers.qk_norm import HeadNorm, ShardedRMSNorm
+from lightning_tex.moe import MoE, Router, SoftmaxRouter
 
 
 @dataclass(frozen=True)
@@ -30,33 +33,74 @@ class Embedding:
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm over the last dim: [.., dim] -> [.., dim]."""
+    """A norm over the last dim: [.., dim] -> [.., dim]; ``plain``: what it keeps has a formula."""
 
     dim: int
+    plain: bool = True
 
 
 @dataclass(frozen=True)
 class Attention:
-    """A :class:`ParallelAttention`: [.., dim] -> [.., dim]."""
+    """A :class:`ParallelAttention`: [.., dim] -> [.., dim].
+
+    ``head_norms``, ``full_norms``: queries and keys are normed by head, or over all heads together. ``window``: how
+    many positions each sees. ``plain``: what it keeps has a formula.
+    """
 
     dim: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    head_norms: bool
+    full_norms: bool
+    window: int | None
+    plain: bool
+
+    def seen(self, length: int) -> float:
+        """Positions that one of a sequence sees in the mean, where none sees what comes later."""
+        window = length if self.window is None else min(self.window, length)
+        return window - window**2 / (2 * length)
+
+    @property
+    def inner(self) -> int:
+        """Width of all query heads."""
+        return self.num_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """A :class:`ParallelLatentAttention`: [.., dim] -> [.., dim].
+
+    ``entering``: width of what enters the sharded region. ``latents``: (in, out) of the products before it, whole on
+    every rank. ``columns``: of those within. ``head_dim``, ``v_head_dim``: widths of a head's keys, and of its values.
+    """
+
+    dim: int
+    num_heads: int
+    head_dim: int
+    v_head_dim: int
+    entering: int
+    latents: tuple[tuple[int, int], ...]
+    columns: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
 class Mlp:
-    """A :class:`ParallelMLP`; ``gated``: three matrices in place of two."""
+    """A :class:`ParallelMLP`; ``gated``: three matrices in place of two. ``plain``: what it keeps has a formula."""
 
     dim: int
     hidden: int
     gated: bool
+    plain: bool
 
 
 @dataclass(frozen=True)
 class Moe:
-    """A :class:`MoE` layer; ``routing_losses``: whether it has any, ``z_loss``: whether one of them is of logits."""
+    """A :class:`MoE` layer; ``routing_losses``: whether it has any, ``z_loss``: whether one of them is of logits.
+
+    ``shared``: the expert that every token uses, ``shared_gate``: whether it scales its output. ``plain``: what the
+    layer keeps has a formula.
+    """
 
     dim: int
     hidden: int
@@ -68,15 +112,19 @@ class Moe:
     routing_losses: bool
     z_loss: bool
     round_factor: float | None
+    shared: Mlp | None
+    shared_gate: bool
+    plain: bool
 
 
 @dataclass(frozen=True)
 class Head:
-    """A :class:`VocabParallelHead`: [.., dim] -> [.., vocab_size]."""
+    """A :class:`VocabParallelHead`: [.., dim] -> [.., vocab_size]; ``plain``: what it keeps has a formula."""
 
     dim: int
     vocab_size: int
     gather_output: bool
+    plain: bool
 
 
 @dataclass(frozen=True)
@@ -122,7 +170,9 @@ class Other:
 
 
 Loss = CrossEntropy | LinearCrossEntropy
-Layer = Embedding | Norm | Attention | Mlp | Moe | Head | Loss | ColumnLinear | RowLinear | Linear | Other
+Layer = (
+    Embedding | Norm | Attention | LatentAttention | Mlp | Moe | Head | Loss | ColumnLinear | RowLinear | Linear | Other
+)
 
 
 def known_layer(module: nn.Module) -> Layer | None:
@@ -132,20 +182,26 @@ def known_layer(module: nn.Module) -> Layer | None:
             return Embedding(module.size, module.dim)
         case RMSNorm():
             return Norm(module.normalized_shape[-1])
+        case LayerNorm():
+            return Norm(module.normalized_shape[-1], plain=False)
+        case ParallelLatentAttention():
+            return _latent_attention(module)
         case ParallelAttention():
-            dim = module.num_heads * module.head_dim
-            return Attention(dim, module.num_heads, module.num_kv_heads, module.head_dim)
+            return _attention(module)
         case ParallelMLP():
-            return Mlp(module.up.in_features, module.hidden_dim, module.gate is not None)
+            return _mlp(module)
         case MoE():
+            shared = None if module.shared is None else _mlp(module.shared)
+            plain = shared is None and module.output_biases is None and _is_plain(module.router)
             losses = bool(module.load_balance_coefficient or module.z_loss_coefficient)
             return Moe(
                 module.router.dim, module.hidden_dim, module.experts.gate is not None, module.num_experts,
                 module.top_k, module.capacity_factor, module.router.norm_topk_prob, losses,
-                bool(module.z_loss_coefficient), module.round_factor,
+                bool(module.z_loss_coefficient), module.round_factor, shared,
+                module.shared is not None and module.shared.output_gate is not None, plain,
             )  # fmt: skip
         case VocabParallelHead():
-            return Head(module.dim, module.size, module.gather_output)
+            return Head(module.dim, module.size, module.gather_output, module.softcap is None and module.bias is None)
         case VocabParallelCrossEntropy():
             return CrossEntropy()
         case VocabParallelLinearCrossEntropy():
@@ -157,3 +213,39 @@ def known_layer(module: nn.Module) -> Layer | None:
         case nn.Linear():
             return Linear(module.in_features, module.out_features)
     return Other(type(module).__name__) if any(True for _ in module.parameters(recurse=False)) else None
+
+
+def _attention(module: ParallelAttention) -> Attention:
+    full_norms, scores, rotary = isinstance(module.query_norm, ShardedRMSNorm), module.scores, module.rotary
+    whole = rotary.width == module.head_dim and not rotary.interleaved
+    unusual = full_norms or module.clip_qkv or module.sinks is not None or scores.window or scores.softcap
+    return Attention(
+        module.query.in_features, module.num_heads, module.num_kv_heads, module.head_dim,
+        isinstance(module.query_norm, HeadNorm), full_norms, scores.window, whole and not unusual,
+    )  # fmt: skip
+
+
+def _latent_attention(module: ParallelLatentAttention) -> LatentAttention:
+    latents = [one for one in (module.query_latent, module.key_value_latent) if one is not None]
+    columns = module.query, module.key_value
+    return LatentAttention(
+        module.dim,
+        module.num_heads,
+        module.qk_nope_head_dim + module.qk_rope_head_dim,
+        module.v_head_dim,
+        module.query.in_features + module.key_value_latent.out_features,
+        tuple((one.in_features, one.out_features) for one in latents),
+        tuple((one.in_features, one.out_features) for one in columns),
+    )
+
+
+def _is_plain(router: Router) -> bool:
+    """Whether a router keeps scores, choices and weights, and nothing else."""
+    known = type(router).forward is Router.forward and type(router).weigh is Router.weigh
+    softmax = isinstance(router, SoftmaxRouter) and known
+    return softmax and router.bias is None and router.routed_scaling_factor == 1
+
+
+def _mlp(module: ParallelMLP) -> Mlp:
+    plain = module.activation not in ("relu", "clamped_swiglu")
+    return Mlp(module.up.in_features, module.hidden_dim, module.gate is not None, plain)

@@ -10,6 +10,7 @@ from typing import ClassVar
 from lightning_tex.optim.state_config import OPTIMIZER_STATE_FORMATS, ZERO_STAGES
 from lightning_tex.parallel.activation_checkpointing import ACTIVATION_CHECKPOINTING, ActivationCheckpointing
 from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.parallel.expert_chunks import ExpertChunks, chunks_on
 from lightning_tex.parallel.precision import PRECISIONS, StoredDtypes
 from lightning_tex.parallel.topology import Communication, Layout, divisors
 from lightning_tex.planner.instants import Instant
@@ -100,6 +101,7 @@ class Candidate:
             "activation_checkpointing": self.activation_checkpointing,
             "optimizer_state_format": self.optimizer_state_format,
             "duplicate_token_dropping": self.communication.duplicate_token_dropping,
+            "expert_chunks": self.communication.expert_chunks,
             "micro_batch": self.micro_batch,
             "accumulate_grad_batches": self.accumulation,
         }
@@ -136,6 +138,8 @@ class Choices:
         tensor, expert, expert_tensor, micro_batch: sizes to keep to.
         zero_stage, sequence_parallel, activation_checkpointing, optimizer_state_format: values to try.
         duplicate_token_dropping: duplicate-token dropping where it is a choice.
+        expert_chunks: as the strategy's.
+        ranks_per_node: decides of ``"auto"`` chunks; ``None``: there is one node.
         most_tensor: no larger tensor axis, such as the GPUs of a node.
     """
 
@@ -148,6 +152,8 @@ class Choices:
     activation_checkpointing: Sequence[ActivationCheckpointing] = ACTIVATION_CHECKPOINTING
     optimizer_state_format: Sequence[str] = OPTIMIZER_STATE_FORMATS
     duplicate_token_dropping: bool = True
+    expert_chunks: ExpertChunks = "auto"
+    ranks_per_node: int | None = None
     most_tensor: int | None = None
 
 
@@ -227,12 +233,15 @@ def _options(
 ) -> Iterator[tuple[int, ActivationCheckpointing, str, Communication]]:
     formats = [f for f in choices.optimizer_state_format if f == "fp32" or job.precision.startswith("bf16")]
     replicated = layout.data > 1
+    chunks = chunks_on(layout, choices.expert_chunks, choices.ranks_per_node or layout.world)
     recomputations = choices.activation_checkpointing if job.model.blocks.order else (None,)
     for sequence in choices.sequence_parallel:
         indivisible = layout.tensor == 1 or job.sequence_length % layout.tensor
         if sequence and (indivisible or not job.model.sequence_can_be_split):
             continue
-        communication = Communication(choices.duplicate_token_dropping, sequence_parallel=sequence)
+        communication = Communication(
+            choices.duplicate_token_dropping, sequence_parallel=sequence, expert_chunks=chunks
+        )
         for stage in choices.zero_stage if replicated else list(choices.zero_stage)[:1]:
             for checkpointing in recomputations:
                 if (

@@ -7,6 +7,7 @@ from math import ceil
 
 from lightning_tex.layers.linear_cross_entropy import chunk_sizes
 from lightning_tex.moe.capacity import buffer_rows, capacity
+from lightning_tex.moe.exchange import even_parts
 from lightning_tex.moe.expert_axes import DispatchCase
 from lightning_tex.parallel.topology import Communication, Layout
 from lightning_tex.planner.layers import Embedding, Head, Moe
@@ -80,6 +81,11 @@ class MicroStep:
         """Ranks that what arrived is put together over."""
         return DispatchCase.of(self.communication).sizes(self.layout)[1]
 
+    @property
+    def chunks(self) -> int:
+        """That a MoE layer's rows travel in."""
+        return self.communication.expert_chunks if self.layout.expert > 1 else 1
+
     def static(self, layer: Moe) -> bool:
         """Whether rows travel in buffers of a shape that does not depend on the routing."""
         travels = max(self.layout.expert, self.split, self.gather) > 1
@@ -97,11 +103,22 @@ class MicroStep:
 
     def chosen_rows(self, layer: Moe) -> int:
         """Rows that a rank sends without buffers: its own choices; the longest share where they do not divide."""
+        return sum(self._chosen(layer))
+
+    def _chosen(self, layer: Moe) -> list[int]:
         sequence = self.communication.sequence_parallel
-        rows = -(-self.tokens // (self.layout.tensor if sequence else self.split)) * layer.top_k
+        tokens = -(-self.tokens // (self.layout.tensor if sequence else self.split))
+        rows = [part * layer.top_k for part in even_parts(tokens, self.chunks)]
         if sequence and layer.capacity_factor is not None:
-            rows = min(rows, int(layer.capacity_factor * rows))  # what overflows does not travel
+            rows = [min(part, int(layer.capacity_factor * part)) for part in rows]  # what overflows does not travel
         return rows
+
+    def sent_rows(self, layer: Moe) -> list[int]:
+        """Rows that a rank sends in each chunk."""
+        if not self.static(layer):
+            return self._chosen(layer)
+        own = self.capacity_rows(layer) // self.split
+        return [layer.num_experts * part for part in even_parts(own, max(1, min(self.chunks, own)))]
 
     def rows(self, layer: Moe) -> int:
         """N, at the fullest rank, when choices fall evenly but for the job's imbalance."""

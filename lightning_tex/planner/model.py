@@ -13,7 +13,7 @@ from functools import cached_property
 from math import prod
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
-from lightning_tex.models.decoder import DecoderConfig
+from lightning_tex.models.config import DecoderConfig
 from lightning_tex.parallel.sharding import Box, ParameterSharding
 from lightning_tex.parallel.topology import Layout, Topology
 from lightning_tex.planner.layers import Embedding, Head, Layer, Loss, Moe, Norm

@@ -36,7 +36,8 @@ def pretended_topology(layout: Layout, communication: Communication) -> Iterator
     }
     try:
         with _NoOtherWorld():
-            yield Topology(layout, **axes, host=axes["world"], communication=communication)  # type: ignore[arg-type]
+            hosts = {"host": axes["world"], "expert_host": axes["expert"]}
+            yield Topology(layout, **axes, **hosts, communication=communication)  # type: ignore[arg-type]
     finally:
         for group in groups.values():
             del _world.pg_group_ranks[group]

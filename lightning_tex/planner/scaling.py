@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from lightning_tex.models.decoder import DecoderConfig
 from lightning_tex.planner.cluster import Cluster
 from lightning_tex.planner.describe import describe_decoder
 from lightning_tex.planner.layouts import Choices, Job
-from lightning_tex.planner.search import GPT3, Planned, decoder_config, plan_all
+from lightning_tex.planner.search import GPT3, Planned, decoder_config, plan_all, resized
 from lightning_tex.planner.traffic import sent_bytes, step_collectives
 
 RANKS = tuple(1 << i for i in range(3, 15))  # 8 to 16,384
@@ -58,14 +57,7 @@ def by_experts(job: Job, cluster: Cluster, choices: Choices, experts: Iterable[i
 def by_width(job: Job, cluster: Cluster, choices: Choices) -> list[Point]:
     """The base models of the GPT-3 family, with the job's experts, on as many ranks."""
     config = decoder_config(job)
-    ratio = config.hidden / config.dim
-
-    def sized(layers: int, width: int) -> DecoderConfig:
-        heads = max(width // 128, 8)
-        shape = {"dim": width, "num_layers": layers, "num_heads": heads, "num_kv_heads": None}
-        return replace(config, **shape, hidden_dim=int(ratio * width))  # type: ignore[arg-type]
-
-    models = [(w, sized(layers, w)) for layers, w in GPT3 if w >= 1024]
+    models = [(w, resized(config, w, layers, max(w // 128, 8))) for layers, w in GPT3 if w >= 1024]
     return _points(((width, replace(job, model=describe_decoder(one))) for width, one in models), cluster, choices)
 
 

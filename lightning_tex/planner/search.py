@@ -8,7 +8,7 @@ from itertools import pairwise
 from math import inf
 from typing import Any
 
-from lightning_tex.models.decoder import DecoderConfig
+from lightning_tex.models.config import DecoderConfig
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.planner.cluster import Cluster
 from lightning_tex.planner.describe import decoder_parameters, describe_decoder
@@ -187,7 +187,7 @@ def family(like: DecoderConfig, largest: int = 49152) -> list[DecoderConfig]:
     and grows by ``moe_every`` until the next width's model is as large. The hidden width's and key/value heads' ratios
     stay.
     """
-    ratio, shared = like.hidden / like.dim, like.num_heads // like.kv_heads
+    shared = like.num_heads // like.kv_heads
     widths = [256, 512, 768, *range(1024, largest + 1, 1024)]
     found = []
     for width, following in zip(widths, [*widths[1:], widths[-1] + 1024], strict=True):
@@ -196,10 +196,26 @@ def family(like: DecoderConfig, largest: int = 49152) -> list[DecoderConfig]:
         layers = max(_layers(width) // like.moe_every, 1) * like.moe_every
         last = _layers(following) * (following / width) ** 2
         while layers < last:
-            found.append(replace(like, dim=width, num_layers=layers, num_heads=heads, num_kv_heads=kv_heads,
-                                 hidden_dim=int(ratio * width)))  # fmt: skip
+            found.append(resized(like, width, layers, heads, kv_heads))
             layers += like.moe_every
     return found
+
+
+def resized(like: DecoderConfig, width: int, layers: int, heads: int, kv_heads: int | None = None) -> DecoderConfig:
+    """A decoder of another size whose hidden widths have the same ratio.
+
+    Raises:
+        ValueError: it names its blocks one by one, and other numbers of them are unknown.
+    """
+    if like.moe_layers is not None or like.layer_types is not None:
+        raise UserValueError(
+            "a search over sizes needs to know of any number of blocks what they are made of, and moe_layers and "
+            f"layer_types list num_layers={like.num_layers} of them; legal: moe_every, and the same attention in all"
+        )
+    sizes = {"dim": width, "num_layers": layers, "num_heads": heads, "num_kv_heads": kv_heads}
+    hidden, expert_hidden = (int(one / like.dim * width) for one in (like.hidden, like.expert_hidden))
+    widths = {"head_dim": None, "hidden_dim": hidden, "expert_hidden_dim": expert_hidden}
+    return replace(like, **sizes, **widths)  # type: ignore[arg-type]
 
 
 def _layers(width: int) -> int:

@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from lightning_tex.planner.cluster import Cluster
+from lightning_tex.planner.expert_overlap import hidden_exchange
 from lightning_tex.planner.layouts import Candidate, Job
 from lightning_tex.planner.links import seconds
 from lightning_tex.planner.model import ModelDescription
@@ -80,7 +81,8 @@ def step_time(job: Job, candidate: Candidate, cluster: Cluster, flat: FlatBuffer
     """Foresee the time of an optimizer step.
 
     Computation waits for the collectives of layers. Gradients are reduced beside the last backward (ZeRO 2: every one),
-    buffer by buffer as they are complete; parameters are collected beside the update of the buffers that follow.
+    buffer by buffer as they are complete; parameters are collected beside the update of the buffers that follow. One
+    chunk of a MoE layer's tokens travels beside the products of another.
 
     Args:
         job, candidate: what is trained, and how.
@@ -95,6 +97,8 @@ def step_time(job: Job, candidate: Candidate, cluster: Cluster, flat: FlatBuffer
         communication[key] = communication.get(key, 0.0) + steps * collective.times * seconds(
             collective, layout, cluster
         )
+    if hidden_beside_experts := hidden_exchange(job, candidate, cluster):
+        communication["all_to_all", "expert"] -= steps * cluster.overlap * hidden_beside_experts
     if job.world > 1:
         norm = Collective("all_reduce", "world", job.world, "optimizer", 16)
         communication["all_reduce", "world"] = seconds(norm, layout, cluster)

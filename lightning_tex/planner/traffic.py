@@ -19,6 +19,7 @@ from lightning_tex.planner.layers import (
     CrossEntropy,
     Embedding,
     Head,
+    LatentAttention,
     Linear,
     LinearCrossEntropy,
     Mlp,
@@ -109,6 +110,13 @@ class MicroStepTraffic:
                 yield from self._leave(layer.dim, forward)
             case Attention():
                 yield from self._enter(layer.dim, forward, backward)
+                if layer.full_norms:  # sums of squares, of queries and of keys
+                    sums = self.step.score_bytes * self.step.tokens
+                    for _ in range(2):
+                        yield from self._over("tensor", "all_reduce", sums, (*forward, BACKWARD))
+                yield from self._leave(layer.dim, last)
+            case LatentAttention():
+                yield from self._enter(layer.entering, forward, backward)
                 yield from self._leave(layer.dim, last)
             case Mlp():
                 yield from self._enter(layer.dim, forward, backward)
@@ -120,6 +128,9 @@ class MicroStepTraffic:
             case RowLinear():
                 yield from self._leave(layer.out_features, last)
             case Moe():
+                if layer.shared is not None:  # which is computed last, beside rows on their way
+                    yield from self._enter(layer.dim, forward, backward)
+                    yield from self._leave(layer.dim, forward if layer.shared_gate else last)
                 yield from self._moe(layer, forward, last)
             case Head():
                 yield from self._enter(layer.dim, forward, backward)
@@ -192,7 +203,7 @@ class MicroStepTraffic:
 
     def _capacity(self, layer: Moe, forward: tuple[str, ...], last: tuple[str, ...]) -> Iterator[Collective]:
         yield from self._over("expert", "all_reduce", _INT64, [FORWARD], "exchange_counts")
-        yield from self._exchange(layer, layer.num_experts * self.step.capacity_rows(layer), forward, last)
+        yield from self._exchange(layer, forward, last)
 
     def _dropless(self, layer: Moe, forward: tuple[str, ...], last: tuple[str, ...]) -> Iterator[Collective]:
         step, sequence = self.step, self.step.communication.sequence_parallel
@@ -201,8 +212,8 @@ class MicroStepTraffic:
             queues = step.layout.tensor * layer.top_k * step.sequences * (layer.num_experts + 1)
             yield from self._over("tensor", "all_gather", _INT64 * queues, [FORWARD], "exchange_counts")
         bounded = layer.round_factor is not None and step.layout.expert > 1
-        if bounded:  # everybody's, as all must agree on the rounds
-            counts *= step.layout.expert
+        # Everybody's, as all must agree on the rounds; or of each chunk.
+        counts *= step.layout.expert if bounded else step.chunks
         operation = "all_gather" if bounded else "all_to_all"
         yield from self._over("expert", operation, counts, [FORWARD], "exchange_counts")
         if step.gather > 1:
@@ -213,22 +224,23 @@ class MicroStepTraffic:
             yield from self._over("tensor", "all_gather", size * longest * layer.dim, [BACKWARD])
             yield from self._over("tensor", "all_gather", step.score_bytes * longest * layer.top_k, [BACKWARD])
             yield from self._over("tensor", "all_gather", size * longest * layer.dim, last)
-        yield from self._exchange(layer, step.chosen_rows(layer) * step.split, forward, last, home=False)
+        yield from self._exchange(layer, forward, last, home=False)
 
     def _exchange(
-        self, layer: Moe, rows: int, forward: tuple[str, ...], last: tuple[str, ...], home: bool = True
+        self, layer: Moe, forward: tuple[str, ...], last: tuple[str, ...], home: bool = True
     ) -> Iterator[Collective]:
-        """Rows and their weights to the experts, rows back; in the backward each the other way.
+        """Rows and their weights to the experts, rows back, chunk by chunk; in the backward each the other way.
 
         Args:
-            rows: before the split.
             forward, last: passes of the way there, and of the way back.
             home: what comes back is gathered over the split axis.
         """
         row, weight = self.step.element_bytes * layer.dim, self.step.score_bytes
-        for of_row, there, back in ((row, (*forward, BACKWARD), (*last, BACKWARD)), (weight, forward, (BACKWARD,))):
-            yield from self._to_experts(rows * of_row, there)
-            yield from self._from_experts(rows * of_row, back, home)
+        for sent in self.step.sent_rows(layer):
+            rows = sent * self.step.split
+            for of_row, there, back in ((row, (*forward, BACKWARD), (*last, BACKWARD)), (weight, forward, (BACKWARD,))):
+                yield from self._to_experts(rows * of_row, there)
+                yield from self._from_experts(rows * of_row, back, home)
 
     def _to_experts(self, buffer: int, passes: Iterable[str]) -> Iterator[Collective]:
         share = buffer // self.step.split

@@ -1,8 +1,8 @@
 """Arithmetic of a step: products as 2 m n k each, and the bytes that everything else reads and writes.
 
 Model FLOPs are three forwards (a forward, and a backward of twice that) of every product on whole matrices, attention
-over whole squares: what MFU is usually measured by. What a rank computes besides (recomputation, equal work on tensor
-ranks, imbalance) takes time and is no model FLOP.
+over whole squares, or a window's whole width: what MFU is usually measured by. What a rank computes besides
+(recomputation, equal work on tensor ranks, imbalance) takes time and is no model FLOP.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from lightning_tex.planner.layers import (
     ColumnLinear,
     CrossEntropy,
     Head,
+    LatentAttention,
     Layer,
     Linear,
     LinearCrossEntropy,
@@ -81,10 +82,13 @@ class Work:
         match layer:
             case Attention():
                 yield from self._attention(layer)
+            case LatentAttention():
+                yield from self._latent_attention(layer)
             case Mlp():
-                yield Product(tokens, _ups(layer) * layer.hidden / tensor, layer.dim)
-                yield Product(tokens, layer.dim, layer.hidden / tensor, recorded=tensor > 1)
+                yield from self._mlp(layer)
             case Moe():
+                if layer.shared is not None:
+                    yield from self._mlp(layer.shared)
                 yield from self._moe(layer)
             case Head():
                 yield Product(tokens, self.step.columns(layer), layer.dim)
@@ -96,15 +100,33 @@ class Work:
                 yield Product(self.step.held, layer.out_features, layer.in_features)
 
     def _attention(self, layer: Attention) -> Iterator[Product]:
-        """Projections, then scores and mix of each head over the half of the square that is seen."""
+        """Projections, then scores and mix of each head over the part of the square that is seen."""
         tokens, tensor = self.step.tokens, self.step.layout.tensor
-        d, kv = layer.dim, layer.num_kv_heads * layer.head_dim
-        yield Product(tokens, d / tensor, d)
+        d, inner, kv = layer.dim, layer.inner, layer.num_kv_heads * layer.head_dim
+        yield Product(tokens, inner / tensor, d)
         yield Product(tokens, 2 * kv / tensor, d)
         length, heads = self.step.job.sequence_length, self.step.sequences * layer.num_heads / tensor
+        seen = layer.seen(length)
+        yield Product(length, seen, layer.head_dim, heads, backward=2.5, attention=True)
+        yield Product(length, layer.head_dim, seen, heads, backward=2.5, attention=True)
+        yield Product(tokens, d, inner / tensor, recorded=tensor > 1)
+
+    def _latent_attention(self, layer: LatentAttention) -> Iterator[Product]:
+        """Latents of the tokens held here, the heads' projections, and the same scores and mix."""
+        tokens, tensor, length = self.step.tokens, self.step.layout.tensor, self.step.job.sequence_length
+        for width, made in layer.latents:
+            yield Product(self.step.held, made, width)
+        for width, made in layer.columns:
+            yield Product(tokens, made / tensor, width)
+        heads = self.step.sequences * layer.num_heads / tensor
         yield Product(length, length / 2, layer.head_dim, heads, backward=2.5, attention=True)
-        yield Product(length, layer.head_dim, length / 2, heads, backward=2.5, attention=True)
-        yield Product(tokens, d, d / tensor, recorded=tensor > 1)
+        yield Product(length, layer.v_head_dim, length / 2, heads, backward=2.5, attention=True)
+        yield Product(tokens, layer.dim, layer.num_heads * layer.v_head_dim / tensor, recorded=tensor > 1)
+
+    def _mlp(self, layer: Mlp) -> Iterator[Product]:
+        tokens, tensor = self.step.tokens, self.step.layout.tensor
+        yield Product(tokens, _ups(layer) * layer.hidden / tensor, layer.dim)
+        yield Product(tokens, layer.dim, layer.hidden / tensor, recorded=tensor > 1)
 
     def _moe(self, layer: Moe) -> Iterator[Product]:
         here = layer.num_experts / self.step.layout.expert
@@ -123,24 +145,37 @@ class Work:
                 return 2 * self._stream(layer.dim)
             case Attention():
                 return self._attention_bytes(layer)
+            case LatentAttention():
+                return self._latent_bytes(layer)
             case Mlp():
-                hidden = self.step.tokens * layer.hidden / self.step.layout.tensor
-                return self._between_bytes(layer, hidden) + 3 * self._stream(layer.dim)
+                return self._mlp_bytes(layer)
             case Moe():
-                return self._moe_bytes(layer)
+                return self._moe_bytes(layer) + (0 if layer.shared is None else self._mlp_bytes(layer.shared))
         return 0
 
     def _stream(self, dim: int) -> int:
         return self.step.held * dim * self.step.element_bytes
 
     def _attention_bytes(self, layer: Attention) -> float:
-        """Rotation of queries and keys (three passes), the kernel, and the residual."""
+        """Rotation of queries and keys (three passes), norms before it, the kernel, and the residual."""
         per_head = self.step.tokens * layer.head_dim / self.step.layout.tensor * self.step.element_bytes
         heads = layer.num_heads + layer.num_kv_heads
-        return 5 * per_head * heads + per_head * 2 * heads + 3 * self._stream(layer.dim)
+        norms = 2 * per_head * heads if layer.head_norms else 0
+        return 5 * per_head * heads + per_head * 2 * heads + norms + 3 * self._stream(layer.dim)
 
-    def _between_bytes(self, layer: Mlp, hidden: float) -> float:
-        return hidden * self.step.element_bytes * (5 if layer.gated else 2)
+    def _latent_bytes(self, layer: LatentAttention) -> float:
+        """Latents put together, heads put together (queries and keys), the kernel, and the residual."""
+        of_heads = self.step.tokens * layer.num_heads / self.step.layout.tensor * self.step.element_bytes
+        return (
+            2 * self._stream(layer.entering)
+            + of_heads * (8 * layer.head_dim + 2 * layer.v_head_dim)
+            + 3 * (self._stream(layer.dim))
+        )
+
+    def _mlp_bytes(self, layer: Mlp) -> float:
+        """What stands between the products, and the residual."""
+        hidden = self.step.tokens * layer.hidden / self.step.layout.tensor
+        return hidden * self.step.element_bytes * (5 if layer.gated else 2) + 3 * self._stream(layer.dim)
 
     def _moe_bytes(self, layer: Moe) -> float:
         """Router, rows picked (and reordered where they travel), what stands between the products, the sum."""
@@ -261,11 +296,18 @@ def _multiplications(layer: Layer, length: int) -> int:
     match layer:
         case Attention():
             kv = layer.num_kv_heads * layer.head_dim
-            return 2 * layer.dim * layer.dim + 2 * layer.dim * kv + 2 * length * layer.dim
+            return (
+                2 * layer.dim * layer.inner + 2 * layer.dim * kv + 2 * min(length, layer.window or length) * layer.inner
+            )
+        case LatentAttention():
+            made = sum(width * made for width, made in (*layer.latents, *layer.columns))
+            widths = layer.num_heads * (layer.head_dim + layer.v_head_dim)
+            return made + length * widths + layer.num_heads * layer.v_head_dim * layer.dim
         case Mlp():
             return (_ups(layer) + 1) * layer.dim * layer.hidden
         case Moe():
-            return (_ups(layer) + 1) * layer.dim * layer.hidden * layer.top_k + layer.dim * layer.num_experts
+            chosen = (_ups(layer) + 1) * layer.dim * layer.hidden * layer.top_k + layer.dim * layer.num_experts
+            return chosen + (0 if layer.shared is None else _multiplications(layer.shared, length))
         case Head():
             return layer.dim * layer.vocab_size
         case ColumnLinear() | RowLinear() | Linear():

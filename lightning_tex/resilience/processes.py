@@ -117,8 +117,9 @@ def stacks() -> str:
 
 # Set once the run has failed, so that this process will end by an error.
 failing = threading.Event()
-# Set while the last run of this process has ended as it should.
+# Set while the last run of this process has ended as it should; or, on all ranks, because it was asked to.
 through = threading.Event()
+stopped = threading.Event()
 
 # What this process has started besides multiprocessing's children, and how to end it.
 _started: list[Callable[[], None]] = []
@@ -131,7 +132,7 @@ def on_end(end: Callable[[], None]) -> None:
 
 def end_process_at_the_latest(seconds: float) -> None:
     """End this process after that time even if a call holds Python's lock, as gloo's do now and then when ranks die."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, RuntimeError):  # no room for its thread
         faulthandler.dump_traceback_later(seconds, exit=True, file=os.open(os.devnull, os.O_WRONLY))
 
 

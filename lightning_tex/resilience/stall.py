@@ -38,7 +38,7 @@ def stalled_ranks(
         absent = set(known) - set(tracks)
         stalled = (
             _in_other_collectives(tracks, known)
-            or [Stalled(rank, "has not begun any collective") for rank in sorted(absent)]
+            or [Stalled(rank, f"has not begun any collective of {name}") for rank in sorted(absent)]
             or _in_none({rank: track for rank, track in tracks.items() if rank not in timed_out})
             or _behind(tracks)
         )

@@ -10,6 +10,7 @@ from types import TracebackType
 
 from lightning_tex.resilience.processes import say
 
+# On an error: what a line begins with that says what went wrong in handling it; empty: nothing does.
 _MARK = "_lightning_tex_told"
 _in_one_line: tuple[type[BaseException], ...] = ()
 
@@ -40,12 +41,17 @@ def tell(error: BaseException, rank: int, host: str, step: int) -> None:
     else:
         lines = "".join(traceback.format_exception(error)).rstrip()
         say(f"[rank {rank}] failed ({host}, step {step}):\n{lines}")
-    mark_told(error)
+    mark_told(error, f"[rank {rank}] in handling it: ")
 
 
-def mark_told(error: BaseException) -> None:
-    """Python's own report of an uncaught error leaves it out."""
-    setattr(error, _MARK, True)
+def mark_told(error: BaseException, then: str = "") -> None:
+    """Python's own report of an uncaught error leaves it out, and what it has led to.
+
+    Args:
+        error: that has been printed, or is a consequence of one that has.
+        then: what a line begins with that tells of an error in handling it; empty: none does.
+    """
+    setattr(error, _MARK, then)
     if sys.excepthook is not _excepthook:
         global _before
         _before, sys.excepthook = sys.excepthook, _excepthook
@@ -53,12 +59,20 @@ def mark_told(error: BaseException) -> None:
 
 def is_told(error: BaseException) -> bool:
     """Whether it has been printed, or is a consequence of one that has."""
-    return getattr(error, _MARK, False)
+    return hasattr(error, _MARK)
 
 
 _before = sys.__excepthook__
 
 
 def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if not is_told(error):
+    if is_told(error):
+        return
+    handled = error.__cause__ or error.__context__
+    while handled is not None and not is_told(handled):
+        handled = handled.__cause__ or handled.__context__
+    if handled is None:
         _before(kind, error, trace)
+    elif then := getattr(handled, _MARK):
+        where = traceback.extract_tb(trace)[-1:]
+        say(f"{then}{described(error)}{''.join(f' (line {f.lineno} of {f.filename})' for f in where)}")

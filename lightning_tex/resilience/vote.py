@@ -1,4 +1,4 @@
-"""One small number of every rank, the highest of which all ranks learn: over the host's network, at every step."""
+"""A few small numbers of every rank, of each of which all learn the highest: over the host's network, at every step."""
 
 from __future__ import annotations
 
@@ -28,15 +28,16 @@ class Vote:
     def __init__(self, host: Axis) -> None:
         self._host = host
 
-    def highest(self, number: int) -> Highest:
-        """The highest of all ranks' numbers (not negative); collective.
+    def highest(self, *numbers: int) -> list[Highest]:
+        """Of each number (not negative) the highest of all ranks'; one collective of 8 bytes for each.
 
         Raises:
             RuntimeError: a rank has gone.
         """
-        if self._host.size == 1:
-            return Highest(number, self._host.rank)
-        ballot = torch.tensor(number * self._host.size + self._host.rank)
+        world, rank = self._host.size, self._host.rank
+        if world == 1:
+            return [Highest(number, rank) for number in numbers]
+        ballot = torch.tensor([number * world + rank for number in numbers])
         with TRAINING.inside("vote", self._host, ballot):
             dist.all_reduce(ballot, dist.ReduceOp.MAX, group=self._host.group)
-        return Highest(*divmod(int(ballot), self._host.size))
+        return [Highest(*divmod(highest, world)) for highest in ballot.tolist()]

@@ -12,9 +12,14 @@ from lightning_tex.saving import paths
 from lightning_tex.saving.reading import all_problems
 from lightning_tex.saving.writing import Broadcast
 
+# What is tried to be written.
+_PROBE = "probe"
+
 
 def require_writable(folders: Sequence[Path], writes: bool, world: Axis, broadcast: Broadcast) -> None:
     """Try to write a file in each folder, which is made if need be; then all is as it was. Collective.
+
+    What a process that was killed has left of its own try is removed.
 
     Args:
         folders: the same on all ranks.
@@ -32,6 +37,7 @@ def require_writable(folders: Sequence[Path], writes: bool, world: Axis, broadca
     if world.rank == 0:
         for folder in folders:
             made += _made(folder, problems)
+            paths.remove_leftovers(folder / _PROBE)
     problems = broadcast(problems)
     if writes and not problems:
         problems = [f"rank {world.rank}: {text}" for text in map(_failure, folders) if text]
@@ -57,10 +63,10 @@ def _made(folder: Path, problems: list[str]) -> list[Path]:
 
 
 def _failure(folder: Path) -> str | None:
-    probe = paths.partial_name(folder / "probe")
+    probe = paths.partial_name(folder / _PROBE)
     try:
         probe.write_bytes(b"?")
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         with suppress(OSError):
             probe.unlink(missing_ok=True)

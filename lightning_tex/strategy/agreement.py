@@ -36,10 +36,11 @@ _PACKAGES = ("torch", "lightning", "lightning_tex", "torchmetrics")
 # Of a Trainer; a dotted name is an attribute's attribute.
 _TRAINER_OPTIONS = (
     "max_epochs", "min_epochs", "max_steps", "min_steps", "accumulate_grad_batches", "gradient_clip_val",
-    "gradient_clip_algorithm", "val_check_interval", "check_val_every_n_epoch", "limit_train_batches",
-    "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches", "num_sanity_val_steps",
-    "fast_dev_run", "log_every_n_steps", "reload_dataloaders_every_n_epochs", "num_nodes", "num_devices", "precision",
-    "barebones", "_detect_anomaly", "_accelerator_connector.use_distributed_sampler", "validate_loop.inference_mode",
+    "gradient_clip_algorithm", "val_check_interval", "_val_check_time_interval", "check_val_every_n_epoch",
+    "limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches",
+    "num_sanity_val_steps", "fast_dev_run", "log_every_n_steps", "reload_dataloaders_every_n_epochs", "num_nodes",
+    "num_devices", "precision", "barebones", "_detect_anomaly", "_accelerator_connector.use_distributed_sampler",
+    "validate_loop.inference_mode",
 )  # fmt: skip
 
 # Callbacks that act on all ranks together. Others may be on some ranks alone, such as one that prints.
@@ -102,7 +103,7 @@ def _trainer_options(trainer: Trainer) -> dict[str, str]:
     for path in _TRAINER_OPTIONS:
         value: Any = trainer
         for name in path.split("."):
-            value = getattr(value, name)
+            value = getattr(value, name, None)  # of the two val_check_intervals there is one
         options[f"the Trainer's {path.rsplit('.')[-1].lstrip('_')}"] = describe(value) or class_name(type(value))
     return options
 
@@ -166,7 +167,7 @@ def model(module: LightningModule, trainer: Trainer) -> Comparison:
     """Names, shapes, dtypes, classes and options of a model, as they are before this stage shards anything.
 
     Numbers and words of a user's own classes may differ by rank for a reason, and are only advised to be alike, before
-    the first training: after it they may be what a rank has seen.
+    the first training: after it they may be what a rank has seen. A module's own ``alike_on_all_ranks()`` takes part.
     """
     facts = {name: _tensor(tensor) for name, tensor in module.named_parameters()}
     facts |= {name: _tensor(tensor) for name, tensor in module.named_buffers()}
@@ -183,6 +184,8 @@ def model(module: LightningModule, trainer: Trainer) -> Comparison:
             own = {n: v for n, v in vars(part).items() if n not in known and _is_own_option(n, v)}
             advised |= described(own, prefix)
     (facts if _is_known(type(module)) else advised).update(described(_flat(module.hparams), "hparams."))
+    own_facts: Any = getattr(module, "alike_on_all_ranks", dict)
+    facts |= described(own_facts())
     if any(part.bound for _, part in tex_modules(module)):
         advised = {}
     remedy = (

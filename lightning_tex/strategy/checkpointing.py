@@ -15,6 +15,7 @@ from typing import Any
 from lightning import Trainer
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -40,6 +41,7 @@ from lightning_tex.saving.random_streams import restore_random_streams
 from lightning_tex.strategy import agreement
 from lightning_tex.strategy.checkpoint_folders import model_checkpoints, saving_folders
 from lightning_tex.strategy.ckpt_path import CheckpointConnector
+from lightning_tex.strategy.initial_weights import InitialWeights
 from lightning_tex.strategy.mesh import MeshStrategy
 
 _log = logging.getLogger(__name__)
@@ -93,6 +95,7 @@ class CheckpointingStrategy(MeshStrategy):
         self._side_group: SideGroup | None = None
         self._random_at_first_step: dict[str, Tensor] = {}
         self._init_from = init_from
+        self.initial_weights = InitialWeights()
         self._saved_here: set[Path] = set()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -290,6 +293,9 @@ class CheckpointingStrategy(MeshStrategy):
         assert self.lightning_module is not None
         self._background.wait()
         run = self._run()
+        if not self.lightning_module.strict_loading:  # a checkpoint that may lack weights, such as of adapters alone
+            self.initial_weights.take(run)
+        self.initial_weights.forget()
         path = located(self.broadcast(str(checkpoint_path)), run.checkpoint_io)
         self._reading_format = reading_format(path)
         loaded = self._reading_format.load(run, path, weights_only, self.lightning_module.strict_loading)
@@ -325,11 +331,17 @@ class CheckpointingStrategy(MeshStrategy):
         self._require_agreement(agreement.resuming(ckpt_path))
 
     def begin_from_weights(self) -> None:
-        """Load ``init_from``'s weights, from either form and any layout, if this is the beginning; collective."""
+        """Where nothing was loaded: take ``init_from``'s weights, or those the module is to begin with; collective.
+
+        ``init_from``, of either form and any layout, is for the beginning of a fit.
+        """
         trainer = self._trainer
-        if self._init_from is None or (trainer is not None and trainer.global_step):
+        fitting = trainer is None or trainer.state.fn == TrainerFn.FITTING
+        if self._init_from is None or not fitting or (trainer is not None and trainer.global_step):
+            self.initial_weights.take(self._run())
             return
         assert self.lightning_module is not None
+        self.initial_weights.forget()
         run = self._run()
         path = located(self.broadcast(str(self._init_from)), run.checkpoint_io)
         reading_format(path).load_weights(run, path, self.lightning_module.strict_loading)

@@ -42,7 +42,7 @@ class Resuming(Protocol):
         """Called first, with a word, "a path" or ``None``; collective."""
 
     def begin_from_weights(self) -> None:
-        """Called when a fit resumes from nothing; collective."""
+        """Called when nothing was loaded; collective."""
 
 
 class CheckpointConnector(_CheckpointConnector):
@@ -102,7 +102,7 @@ class CheckpointConnector(_CheckpointConnector):
             self._resume_from(checkpoint_path, weights_only)
         else:
             super().resume_start(None)
-        if self._fitting and not self._ckpt_path:
+        if not self._ckpt_path:
             self._strategy.begin_from_weights()
 
     def restore_lr_schedulers(self) -> None:

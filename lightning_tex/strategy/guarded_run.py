@@ -16,7 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_tex.parallel.errors import is_consequence
 from lightning_tex.parallel.flight_record import TRAINING
 from lightning_tex.resilience.monitor import Monitor, current_monitor, join_monitor
-from lightning_tex.resilience.processes import failing, say, through
+from lightning_tex.resilience.processes import failing, say, stopped, through
 from lightning_tex.resilience.signals import SUPERVISED
 from lightning_tex.resilience.telling import described, mark_told, tell
 from lightning_tex.resilience.verdict import Report, Verdict
@@ -33,12 +33,15 @@ class GuardedRun:
         self._inside = False
         self._held_back = ExitStack()
         self._trainer: Trainer | None = None
+        self._advises_at_last = False
 
     @contextmanager
     def frame(self, trainer: Trainer) -> Iterator[None]:
         """Around a whole run on this rank, from before set-up until its error, if any, has passed."""
         self._held_back.close()
+        self._advises_at_last = False
         through.clear()
+        stopped.clear()
         if trainer.world_size == 1:
             yield
             return
@@ -50,6 +53,7 @@ class GuardedRun:
                 self._monitor.wait_for_all()
         except StoppedTogether:
             self._inside = False
+            stopped.set()
             self.leave()
             raise
         except BaseException as error:
@@ -93,6 +97,9 @@ class GuardedRun:
     def leave(self) -> None:
         """The run has ended here: by itself, or after an error all the way to the strategy's teardown."""
         if self._monitor is not None and not self._inside:
+            if self._advises_at_last and (advice := self._advice()):
+                say(advice)
+            self._advises_at_last = False
             self._monitor.leave()
             self._monitor = None
 
@@ -104,6 +111,8 @@ class GuardedRun:
         TRAINING.leave()
         if verdict is not None and not verdict.ends_others and verdict.text and rank:
             mark_told(error)  # rank 0 says it for all
+        # Where all have raised, hooks may still save.
+        self._advises_at_last = rank == 0 and verdict is not None and not verdict.ends_others
         if verdict is not None and verdict.kind == "together":
             return
         if verdict is None or verdict.ends_others:

@@ -166,7 +166,10 @@ def _samples(loader: Any, batches: GrownBatch) -> int:
 def _nearest(job: Job, candidate: Candidate, device_bytes: int) -> str:
     """The layouts that fit and differ in the fewest options."""
     cluster = replace(CLUSTERS["h100"], memory_bytes=float(device_bytes), reserved_bytes=0.0)
-    choices = Choices(duplicate_token_dropping=candidate.communication.duplicate_token_dropping)
+    communication = candidate.communication
+    choices = Choices(
+        duplicate_token_dropping=communication.duplicate_token_dropping, expert_chunks=communication.expert_chunks
+    )
     wanted = candidate.options()
 
     def distance(planned: Planned) -> tuple[int, float]:

@@ -35,7 +35,7 @@ from lightning_tex.parallel.initialization import has_values
 from lightning_tex.parallel.topology import Axis, Layout, build_mesh
 from lightning_tex.resilience.agreement import Agreement, Comparison
 from lightning_tex.resilience.nccl import record_flights
-from lightning_tex.resilience.processes import through
+from lightning_tex.resilience.processes import stopped, through
 from lightning_tex.resilience.rendezvous import meet
 from lightning_tex.strategy import agreement
 from lightning_tex.strategy.guarded_run import GuardedRun
@@ -50,8 +50,8 @@ _SET_UP = timedelta(minutes=1)
 
 
 def _destroy_groups() -> None:
-    """At the end of a process whose last run ended well: their threads, left to themselves, can abort it."""
-    if through.is_set() and dist.is_initialized():
+    """At the end of a process whose last run no rank has failed in: their threads, left to themselves, can abort it."""
+    if (through.is_set() or stopped.is_set()) and dist.is_initialized():
         dist.destroy_process_group()
 
 

@@ -113,6 +113,7 @@ def _options(strategy: Any) -> dict[str, Any]:
         "expert_tensor_parallel_size": layout.expert_tensor,
         "sequence_parallel": strategy.communication.sequence_parallel,
         "duplicate_token_dropping": strategy.communication.duplicate_token_dropping,
+        "expert_chunks": strategy.communication.expert_chunks,
         "zero_stage": config.zero_stage,
         "optimizer_state_format": config.optimizer_state_format,
         "activation_checkpointing": strategy.activation_checkpointing,

@@ -11,7 +11,7 @@ from typing import Any
 from lightning import Trainer
 from lightning.fabric.utilities.seed import pl_worker_init_function
 
-from lightning_tex.data.workers import named_worker_errors
+from lightning_tex.data.workers import SparedWorker, named_worker_errors
 from lightning_tex.moe import auxiliary_loss
 from lightning_tex.parallel.errors import UserRuntimeError
 from lightning_tex.parallel.flight_record import TRAINING
@@ -75,11 +75,14 @@ class StepStrategy(CheckpointingStrategy):
         self._logged_names = LoggedNames(self._agreement(data.ranks, f"logged/{data.ranks[0]}"))
 
     def process_dataloader(self, dataloader: object) -> object:
-        """Seed workers by data rank."""
-        if getattr(dataloader, "worker_init_fn", False) is None:
-            rank = self.distributed_sampler_kwargs["rank"]
+        """Seed workers by data rank, and leave signals to ranks."""
+        begins: Any = getattr(dataloader, "worker_init_fn", False)
+        if begins is not False and not isinstance(begins, SparedWorker):
+            begins = begins or partial(_seed_worker, rank=self.distributed_sampler_kwargs["rank"])
+            if self._stopping is not None:  # else asked for outside a run
+                begins = SparedWorker(self._stopping.signals, begins)
             with suppress(ValueError, AttributeError):
-                dataloader.worker_init_fn = partial(_seed_worker, rank=rank)  # type: ignore[attr-defined]
+                dataloader.worker_init_fn = begins  # type: ignore[attr-defined]
         return dataloader
 
     def on_train_start(self) -> None:
@@ -121,7 +124,7 @@ class StepStrategy(CheckpointingStrategy):
             self.continue_random_streams()
             self.skipped_steps.batch_begins(args[0])
             auxiliary_loss(self.model)  # what an aborted step left behind
-            output = super().training_step(*args, **kwargs)
+            output = self._without_end_of_iteration(super().training_step, *args, **kwargs)
         if output is None and self.lightning_module.automatic_optimization and self.topology.world.size > 1:
             raise UserRuntimeError(
                 f"training_step returned None on rank {self.global_rank}: without a backward of its own it would leave "
@@ -129,6 +132,16 @@ class StepStrategy(CheckpointingStrategy):
                 "0 * loss where a batch is to count for nothing; None in a run of one process"
             )
         return output
+
+    def _without_end_of_iteration(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Lightning's loop takes it for the end of the epoch, here and on no other rank."""
+        try:
+            return step(*args, **kwargs)
+        except StopIteration as error:
+            raise UserRuntimeError(
+                f"training_step raised StopIteration on rank {self.global_rank}: most likely by next() of an iterator "
+                "of your own that has run out. Legal: next(iterator, default), or begin the iterator again"
+            ) from error
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         return self._evaluate(super().validation_step, *args, **kwargs)

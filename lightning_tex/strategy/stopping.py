@@ -1,7 +1,7 @@
 """Stopping together: a signal to a rank, or a limit of time, ends all ranks at one step, with a complete checkpoint.
 
-At the boundary of every step ranks vote (:class:`~lightning_tex.resilience.vote.Vote`). What one was asked meanwhile is
-then asked of all; they save and leave, so that no rank waits for one that has gone.
+At the end of every step ranks vote (:class:`~lightning_tex.strategy.ballot.Ballot`). What one was asked meanwhile is
+then asked of all; before the next step they save and leave, so that no rank waits for one that has gone.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,17 +22,18 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lightning_tex.resilience.signals import StopSignals, exit_code
+from lightning_tex.resilience.processes import end_process, say
+from lightning_tex.resilience.signals import STOP_SIGNALS, StopSignals, exit_code
 from lightning_tex.resilience.vote import Vote
 from lightning_tex.saving.newest import STOPPED
 from lightning_tex.saving.random_streams import random_streams, restore_random_streams
-from lightning_tex.strategy.early_end import EarlyEnd
+from lightning_tex.strategy.ballot import Ballot
 from lightning_tex.strategy.time_limits import TimeLimits
 
 if TYPE_CHECKING:
     from lightning_tex.strategy.checkpointing import CheckpointingStrategy
 
-# A vote is the number of the signal that a rank was sent, or this one.
+# What a rank asks for is the number of the signal that it was sent, or this one.
 _TIME_LIMIT = int(max(signal.Signals)) + 1
 
 
@@ -61,15 +61,19 @@ class Stopping:
         self._environment: Any = strategy.cluster_environment
         name = f"[rank {strategy.global_rank}]"
         self._signals = StopSignals(self._stop_signals(), name, self._end_at_once)
-        self._vote: Vote | None = None
-        self._early_end: EarlyEnd | None = None
+        self._ballot: Ballot | None = None
         self._in_stage = False
         self._limits = TimeLimits(trainer)
         self._random_in_validation: dict[str, Any] = {}
 
     def _stop_signals(self) -> set[signal.Signals]:
         requeue = self._environment.requeue_signal if self._requeues else signal.SIGUSR1
-        return {signal.SIGTERM, signal.SIGINT, requeue}
+        return {*STOP_SIGNALS, requeue}
+
+    @property
+    def signals(self) -> tuple[signal.Signals, ...]:
+        """Those that ask a run to stop."""
+        return self._signals.signals
 
     @property
     def _requeues(self) -> bool:
@@ -79,10 +83,10 @@ class Stopping:
     # --- around a stage
 
     def begin(self) -> None:
-        """A stage begins: note signals, and vote at its boundaries."""
-        if self._vote is None:
-            self._vote = Vote(self._strategy.topology.host)
-            self._early_end = EarlyEnd(self.trainer, self._vote)
+        """A stage begins: note signals, and vote about them."""
+        if self._ballot is None:
+            self._ballot = Ballot(self.trainer, Vote(self._strategy.topology.host), self._asked)
+        self._limits = TimeLimits(self.trainer)
         self._in_stage = True
         loop: Any = self.trainer.fit_loop.epoch_loop
         advance = loop.advance
@@ -91,12 +95,12 @@ class Stopping:
             self._strategy.step_boundary()
             self.step_boundary()
             advance(data_fetcher)
+            self._limits.batch_ended()
 
         # There is no hook between two batches. In Lightning's own vote only rank 0 counts, and it waits for the device.
         loop.advance = advance_together
         loop._broadcast_sigterm_tensor = _no_vote
-        assert self._early_end is not None
-        self._early_end.install()
+        self._ballot.install()
         self._signals.install()
 
     def end(self) -> None:
@@ -106,19 +110,19 @@ class Stopping:
         loop = self.trainer.fit_loop.epoch_loop
         for name in ("advance", "_broadcast_sigterm_tensor"):
             vars(loop).pop(name, None)
-        if self._early_end is not None:
-            self._early_end.remove()
+        if self._ballot is not None:
+            self._ballot.remove()
 
     def _end_at_once(self, number: int) -> None:
         launcher: Any = self._strategy.launcher
         if launcher is not None:
             launcher.kill(signal.SIGKILL)
-        os._exit(128 + number)
+        end_process(128 + number)
 
     # --- boundaries
 
     def step_boundary(self) -> None:
-        """Between two batches of a fit; collective.
+        """Between two batches of a fit, after a ballot; collective where something is saved.
 
         Raises:
             StoppedTogether: a rank was sent a signal; a complete checkpoint is written.
@@ -126,16 +130,12 @@ class Stopping:
         """
         if not self._in_stage or self.trainer.fit_loop._should_accumulate():
             return
-        assert self._vote is not None
+        assert self._ballot is not None
         self._random_in_validation = {}
         self._limits.step_begins()
-        number, rank = self._vote.highest(self._asked())
+        number, rank = self._ballot.outcome
         if number == _TIME_LIMIT:
-            self._limits.reached = True
-            if self._requeues:
-                self._save_and_leave(self._environment.requeue_signal, "the end of the job's time")
-            self._save(f"the time is up on rank {rank}")
-            self.trainer.should_stop = True
+            self._stop_in_time(rank)
             raise StopIteration
         if number:
             self._save_and_leave(number, f"{signal.Signals(number).name} on rank {rank}")
@@ -143,32 +143,50 @@ class Stopping:
     def evaluation_boundary(self) -> None:
         """Before an evaluation step, which all ranks take equally often; collective.
 
+        When the time is up a complete checkpoint is written, and the validation is run to its end.
+
         Raises:
             StoppedTogether: a rank was sent a signal; inside a fit, a complete checkpoint is written: validation is run
                 again by a run that goes on from it.
         """
         if not self._in_stage:
             return
-        assert self._vote is not None
-        within_fit = self.trainer.state.fn == TrainerFn.FITTING and self.trainer.validating
-        if within_fit and not self._random_in_validation:
+        assert self._ballot is not None
+        if self._validates_in_fit and not self._random_in_validation:
             self._random_in_validation = random_streams()
-        number, rank = self._vote.highest(self._signals.requested or 0)
+        number, rank = self._ballot.hold()
         if not number:
             return
+        if number == _TIME_LIMIT:
+            with self._as_validation_began():
+                self._stop_in_time(rank)
+            return
         why = f"{signal.Signals(number).name} on rank {rank}"
-        if not within_fit:
+        if not self._validates_in_fit:
             self._say(f"stopping: {why}")
             self._leave(number)
         with self._as_validation_began():
             self._save_and_leave(number, why)
 
+    @property
+    def _validates_in_fit(self) -> bool:
+        return self.trainer.state.fn == TrainerFn.FITTING and self.trainer.validating
+
     def _asked(self) -> int:
         if self._signals.requested:
             return int(self._signals.requested)
-        return _TIME_LIMIT if self._limits.near() else 0
+        fits = self.trainer.state.fn == TrainerFn.FITTING
+        return _TIME_LIMIT if fits and self._limits.near() else 0
 
     # --- what a stop does
+
+    def _stop_in_time(self, rank: int) -> None:
+        """Save, and let the fit end as Lightning ends it."""
+        self._limits.reached = True
+        if self._requeues:
+            self._save_and_leave(self._environment.requeue_signal, "the end of the job's time")
+        self._save(f"the time is up on rank {rank}")
+        self.trainer.should_stop = True
 
     def _save_and_leave(self, number: int, why: str) -> None:
         if self._requeues:
@@ -219,20 +237,24 @@ class Stopping:
         """Save what a validation at its first step would leave, so that who goes on runs it whole."""
         progress = self.trainer.fit_loop.epoch_loop.val_loop.batch_progress
         done: int = progress.current.completed
-        trackers: list[Any] = [progress.total, progress.current]
-        for tracker in trackers:
-            tracker.ready, tracker.started = tracker.ready - done, tracker.started - done
-            tracker.processed, tracker.completed = tracker.processed - done, tracker.completed - done
+        _rewind(progress, done)
         now = random_streams()
         restore_random_streams(self._random_in_validation)
         try:
             yield
         finally:
             restore_random_streams(now)
+            _rewind(progress, -done)
 
     def _say(self, text: str) -> None:
         if self._strategy.is_global_zero:
-            print(f"lightning_tex: {text}", file=sys.stderr, flush=True)
+            say(f"lightning_tex: {text}")
+
+
+def _rewind(progress: Any, batches: int) -> None:
+    for tracker in (progress.total, progress.current):
+        tracker.ready, tracker.started = tracker.ready - batches, tracker.started - batches
+        tracker.processed, tracker.completed = tracker.processed - batches, tracker.completed - batches
 
 
 def checkpoint_folder(trainer: Trainer) -> Path | None:

@@ -36,6 +36,7 @@ from lightning_tex.optim.rounding import RoundingSeed
 from lightning_tex.parallel import initialization
 from lightning_tex.parallel.activation_checkpointing import ActivationCheckpointing, recompute_blocks, require_legal
 from lightning_tex.parallel.compiled import Compile, compile_leaves
+from lightning_tex.parallel.expert_chunks import ExpertChunks, chunks_on, require_legal_chunks
 from lightning_tex.parallel.flight_record import name_layers
 from lightning_tex.parallel.requested_layout import RequestedLayout
 from lightning_tex.parallel.sharding import TexModule, check_shardable, parameter_shardings, shard_module, synchronise
@@ -75,6 +76,8 @@ class TexMoEStrategy(StepStrategy):
         optimizer_state_format: of bf16 parameters. ``"fp32"``: fp32 master and states; ``"split"``: the same numbers in
             2 bytes less per parameter; ``"int8"``: states in 8 bits; ``"stochastic"``: no master, states in bf16.
         duplicate_token_dropping: split the tokens that tensor ranks hold alike before the all-to-all (section 5.1).
+        expert_chunks: chunks of a MoE layer's tokens, of which one travels between ranks while the experts compute
+            another, forward and backward; ``"auto"``: 2 where the expert axis leaves nodes, else 1.
         activation_checkpointing: recompute the blocks' activations in the backward. ``"full"`` repeats their
             collectives; ``"communication_aware"`` replays what they gave in the first forward (section 5.2).
         activation_checkpointing_policy: module classes of the blocks; ``None``: elements of nn.ModuleLists that hold
@@ -122,6 +125,7 @@ class TexMoEStrategy(StepStrategy):
         tile_size: int | None = None,
         optimizer_state_format: OptimizerStateFormat = "fp32",
         duplicate_token_dropping: bool = True,
+        expert_chunks: ExpertChunks = "auto",
         activation_checkpointing: ActivationCheckpointing = None,
         activation_checkpointing_policy: set[type[nn.Module]] | None = None,
         save_distributed_checkpoint: bool = True,
@@ -170,6 +174,8 @@ class TexMoEStrategy(StepStrategy):
             tile_size=tile_size,
             max_skipped_steps=max_skipped_steps,
         )
+        require_legal_chunks(expert_chunks)
+        self._expert_chunks = expert_chunks
         require_legal(activation_checkpointing, activation_checkpointing_policy)
         compile_leaves(compile)
         self._recompute = partial(
@@ -260,6 +266,8 @@ class TexMoEStrategy(StepStrategy):
         if departures := self._requested.departures(layout):
             rank_zero_info(f"elastic: the world has {self.world_size} ranks; {', '.join(departures)}")
         check_shardable(self.model, layout)
+        chunks = chunks_on(layout, self._expert_chunks, self.num_processes)
+        self.communication = replace(self.communication, expert_chunks=chunks)
         if trainer.state.fn == TrainerFn.FITTING:
             self._require_memory(layout)
         if self.communication.sequence_parallel:
@@ -275,7 +283,8 @@ class TexMoEStrategy(StepStrategy):
         name_layers((name, layer) for name, layer in self.model.named_modules() if isinstance(layer, TexModule))
         self.model = self.precision_plugin.convert_module(self.model)
         self._move_to_device()
-        initialization.materialise(self.model, self.root_device, seed)
+        given = self.initial_weights.expect(self.lightning_module)
+        initialization.materialise(self.model, self.root_device, seed, given)
         self._averages.attend(trainer, self.model, self.topology, self.root_device, seed)
         for metric in self.model.modules():
             if isinstance(metric, Metric) and metric.process_group is None:

@@ -13,32 +13,43 @@ _BEFORE_THE_END = 30.0  # s
 
 
 class TimeLimits:
-    """``Trainer(max_time=)`` and SLURM's end time: near when a step and a save would pass them."""
+    """``Trainer(max_time=)`` and SLURM's end time of one fit: near when a step and a save would pass them.
+
+    Args:
+        trainer: whose fit it is.
+    """
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         end = os.environ.get("SLURM_JOB_END_TIME", "")
         self._end = float(end) if end.isdigit() else None
-        self._step_began: float | None = None
+        self._step_began = self._asked = time.monotonic()
         self._step = self._save = 0.0
         self.reached = False
 
     def step_begins(self) -> None:
-        """A boundary: measures how long the step before it took, what belongs to it included."""
-        now = time.monotonic()
-        if self._step_began is not None:
-            self._step = now - self._step_began
-        self._step_began = now
+        """The first batch of an optimizer step begins."""
+        self._step_began = time.monotonic()
+
+    def batch_ended(self) -> None:
+        """A batch is done, the last one of a step or not."""
+        self._step = time.monotonic() - self._step_began
 
     def save_took(self, seconds: float) -> None:
         """A save, in seconds."""
         self._save = seconds
 
     def near(self) -> bool:
-        """Whether one more step and a save might end too late. Never before the run's first step."""
+        """Whether a save might end too late if it waits for the next time that this is asked.
+
+        Until then it may be as long as the last step took, or as it was since this was asked last. Never before the
+        run's first step.
+        """
+        now = time.monotonic()
+        since, self._asked = now - self._asked, now
         if self.reached or not self._step or not self._trainer.fit_loop._can_stop_early:
             return False
-        needed = self._step + 1.5 * self._save
+        needed = max(self._step, since) + 1.5 * self._save
         if self._end is not None and self._end - time.time() < needed + _BEFORE_THE_END:
             return True
         timers = [c for c in self._trainer.callbacks if isinstance(c, Timer)]  # type: ignore[attr-defined]

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lightning_tex.moe.losses import auxiliary_loss
 from lightning_tex.optim import OptimizerStateConfig, TiledOptimizer
 from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.parallel.flight_record import TRAINING
 
 
 class TrainStep(Precision):
@@ -47,6 +48,7 @@ class TrainStep(Precision):
             tensor = tensor + auxiliary_loss(module) / module.trainer.accumulate_grad_batches
         if _strategy(module).tiled_optimizers:
             _strategy(module).spikes.add(tensor)
+            TRAINING.layer = "the backward"
         self._told = _reached(_strategy(module).tiled_optimizers)
         for optimizer in self._told:
             optimizer.backward_begins(tensor, self._step_follows, undisturbed=self._may_overlap(module))
@@ -68,10 +70,12 @@ class TrainStep(Precision):
             result = closure()
         if _strategy(model).spikes.leaves_out(optimizer):
             return result
+        TRAINING.layer = "the optimizer's step"
         optimizer.reduce_gradients(whole=self._looked_at(model))
         self._unscale(optimizer)
         self._after_closure(model, optimizer)
         self._step(optimizer, **kwargs)
+        TRAINING.layer = ""
         return result
 
     @contextmanager

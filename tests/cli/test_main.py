@@ -19,6 +19,7 @@ from lightning_tex.recipe import Recipe, TexCLI
 from lightning_tex.testing.ranks import run_ranks
 
 PROBE = "--trainer.callbacks+=tiny_recipe.Probe"
+ON_TWO = ("--trainer.devices", "2", "--trainer.strategy.init_args.expert_parallel_size", "1")
 
 
 def _printed(capsys, *options: str) -> str:
@@ -57,11 +58,12 @@ def test_optimizer_of_the_command_line_and_vocabulary_of_the_data(recipe, tmp_pa
 
 def test_runs_again_in_the_same_directory_and_goes_on_from_the_last_checkpoint(recipe, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run_ranks(4, tiny_recipe.fit, whole, recipe, PROBE)
-    same_place = (PROBE, "--trainer.logger", "false")  # no version_0, version_1: the configuration is saved over
-    run_ranks(4, tiny_recipe.fit, parts, recipe, *same_place, "--trainer.max_steps", "2")
+    run_ranks(2, tiny_recipe.fit, whole, recipe, PROBE, *ON_TWO)
+    # No version_0, version_1: the configuration is saved over.
+    same_place = (PROBE, *ON_TWO, "--trainer.logger", "false")
+    run_ranks(2, tiny_recipe.fit, parts, recipe, *same_place, "--trainer.max_steps", "2")
     assert (parts / "config.yaml").exists()
-    run_ranks(4, tiny_recipe.fit, parts, recipe, *same_place, "--ckpt_path", "last")
+    run_ranks(2, tiny_recipe.fit, parts, recipe, *same_place, "--ckpt_path", "last")
     found = tiny_recipe.probed(parts)
     assert (found["first_step"], found["last_step"]) == (2, 4)
     assert found["last_loss"] == tiny_recipe.probed(whole)["last_loss"]
@@ -181,6 +183,8 @@ def test_help_lists_every_command(capsys):
         "plan --trace",
         "bench",
         "checkpoint",
+        "export",
+        "upcycle",
         "verify",
         "replay",
     ):
@@ -207,7 +211,9 @@ def test_an_unknown_command_is_told_with_the_nearest_of_all(words, told, capsys)
         cli.main(words)
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert end.value.code == 2
-    assert line.startswith(f"error: {told}") and line.endswith("plan, plan --trace, bench, checkpoint, verify, replay")
+    assert line.startswith(f"error: {told}") and line.endswith(
+        "plan, plan --trace, bench, checkpoint, export, upcycle, verify, replay"
+    )
 
 
 def test_an_own_command_after_its_options_is_told_the_order(capsys):

@@ -45,6 +45,14 @@ def test_choices_are_kept_to(capsys) -> None:
         assert (row["micro_batch"], row["activation_checkpointing"]) == (2, "full")
 
 
+def test_sizes_whose_activations_no_formula_has(capsys) -> None:
+    layout = "--tensor_parallel_size 2 --expert_parallel_size 2 --zero_stage 1 --sequence_parallel true --micro_batch 2"
+    kept = f"{layout} --activation_checkpointing none --optimizer_state_format fp32"
+    main(["plan", *SIZES, *JOB, *kept.split(), "--clip_qkv", "8", "--json"])
+    report = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert report["activations"] == "traced" and report["layouts"]
+
+
 def test_a_recipe_on_a_cluster(capsys) -> None:
     main(["plan", "--config", str(RECIPES / "quickstart.yaml"), "--cluster", "h100", "--json"])
     report = json.loads(capsys.readouterr().out.strip().splitlines()[-1])

@@ -59,21 +59,21 @@ def own_recipe(folder: Path, name: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"),
+    ("name", "reason", "wrong"),
     [
-        ("PlainLinearBetween", "mix (Linear) is given 8 of 16 features"),
-        ("SummedOverRanks", "every gradient is 2 times that of one process"),
+        ("PlainLinearBetween", "mix (Linear) is given 8 of 16 features", [(2, 2)]),
+        ("SummedOverRanks", "every gradient is 2 times that of one process", [(2, 1), (2, 2)]),
     ],
 )
-def test_a_wrong_module_is_named_and_ends_with_code_1(name, reason, tmp_path, capsys):
+def test_a_wrong_module_is_named_where_it_is_wrong_and_ends_with_code_1(name, reason, wrong, tmp_path, capsys):
     words = ("--config", str(own_recipe(tmp_path, name)), "--devices", "1", "2", "--steps", "1")
     code, report, printed = verified(capsys, *words)
     assert code == 1
     assert not report["alike"]
-    assert {layout["status"] for layout in report["layouts"]} <= {"alike", "differs", "failed"}
-    wrong = [layout for layout in report["layouts"] if not layout["alike"]]
-    assert wrong and all(layout["devices"] == 2 for layout in wrong)
-    assert any(reason in layout["reason"] for layout in wrong)
+    named = [layout for layout in report["layouts"] if not layout["alike"]]
+    assert [(layout["devices"], layout["strategy"]["tensor_parallel_size"]) for layout in named] == wrong
+    assert {layout["status"] for layout in named} <= {"differs", "failed"}
+    assert all(reason in layout["reason"] for layout in named)
     assert reason in printed.replace("\n", " ")
 
 

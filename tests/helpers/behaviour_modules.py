@@ -126,9 +126,9 @@ def batches(count: int, samples: int = 8, seed: int = 0) -> list[list[Tensor]]:
     return [[batch[:, :-1], batch[:, 1:]] for batch in ids]
 
 
-def loader(given: list[list[Tensor]]) -> DataLoader:
+def loader(given: list[list[Tensor]], workers: int = 0) -> DataLoader:
     """A data loader of ready batches; Lightning would take a bare list for a collection of loaders."""
-    return DataLoader(given, batch_size=None)
+    return DataLoader(given, batch_size=None, num_workers=workers)
 
 
 def own_slices(trainer: L.Trainer, given: list[list[Tensor]]) -> list[list[Tensor]]:

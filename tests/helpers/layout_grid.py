@@ -46,6 +46,7 @@ class Options:
     small_tiles: bool = False
     z_loss: bool = False
     collect: bool = False
+    chunks: bool = False
 
     def __str__(self) -> str:
         return "-".join(
@@ -61,12 +62,13 @@ class Options:
                 "tile64" if self.small_tiles else "tile8M",
                 "z" if self.z_loss else "noz",
                 "collect" if self.collect else "auto",
+                "chunks" if self.chunks else "whole",
             )
         )
 
     def mathematics(self) -> Options:
         """The options without those that must not change any number: what a reference depends on."""
-        return replace(self, duplicate_token_dropping=True, small_tiles=False, collect=False)
+        return replace(self, duplicate_token_dropping=True, small_tiles=False, collect=False, chunks=False)
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,8 @@ def all_options() -> list[Options]:
 def grid() -> list[Case]:
     """Every legal layout with every combination of the five options that change how a step is communicated or taken.
 
-    The six others rotate: each is a sum modulo 2 of some of the five, and the other way around on every other layout.
-    Different sums of independent bits are independent in pairs, so every layout by itself sees all pairs of all eleven.
+    The seven others rotate: each is a sum modulo 2 of some of the five, and the other way around on every other layout.
+    Different sums of independent bits are independent in pairs, so every layout by itself sees all pairs of all twelve.
     Layouts of a kind share their mathematics, hence their references.
     """
     return [
@@ -135,6 +137,7 @@ def _rotated(
         z_loss=adamw ^ accumulate ^ clip ^ turn,
         small_tiles=capacity ^ adamw ^ accumulate ^ clip ^ turn,
         collect=accumulate ^ clip ^ turn,
+        chunks=capacity ^ clip ^ turn,
     )
 
 

@@ -23,7 +23,7 @@ from lightning_tex.moe.experts import Experts
 from lightning_tex.testing.sliced_capacity import decide_overflow_as
 
 STEPS = 20
-FEWER_STEPS = 6  # where collectives, of four and eight ranks on two cores, take all the time
+FEWER_STEPS = 4  # where collectives, of four and eight ranks on two cores, take all the time
 SAMPLES = 8  # of one micro-step over the whole data axis, whatever its size
 LENGTH = 6  # tokens of a sample that are predicted from
 
@@ -181,6 +181,7 @@ def train_case(run: Run) -> Record:
         expert_parallel_size=sizes.expert,
         expert_tensor_parallel_size=sizes.expert_tensor,
         duplicate_token_dropping=options.duplicate_token_dropping,
+        expert_chunks=2 if options.chunks else 1,
         tile_size=64 if options.small_tiles else None,
     )
     module = Recorded(decoder_config(options, **small(sizes)), options.adamw, options.collect)

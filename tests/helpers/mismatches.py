@@ -247,6 +247,11 @@ TRAINER = {
     "validation interval": Mismatch(
         Run(trainer={"val_check_interval": 1}), ("val_check_interval is 1 on rank 1 and 1.0 on rank 0",)
     ),
+    "validation interval as a time": Mismatch(
+        Run(trainer={"val_check_interval": {"hours": 1}}),
+        ("the Trainer's val_check_time_interval is 3600.0 on rank 1 and 7200.0 on rank 0",),
+        Run(trainer={"val_check_interval": {"hours": 2}}),
+    ),
     "callback": Mismatch(
         Run(trainer={"callbacks": [EarlyStopping("x")]}),
         ("the callback EarlyStopping is there on rank 1 and not there on rank 0",),

@@ -10,8 +10,9 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 
+from helpers.behaviour_modules import PublicNames, batches, loader, new_trainer, own_slices
 from helpers.checkpoint_runs import fit, mean_over_data
 from lightning_tex.strategy.stopping import StoppedTogether
 
@@ -120,20 +121,58 @@ class Slow(L.Callback):
         time.sleep(self.seconds)
 
 
-def timed_fit(folder: str, seconds: float, step_seconds: float) -> Any:
-    """A fit with a limit of time: losses, how long its training took, checkpoints left."""
+class TimePasses(L.Callback):
+    """In the second batch of the second validation a rank's clock says that the time is up.
+
+    Args:
+        rank: whose.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def on_validation_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
+        if trainer.global_rank == self.rank and trainer.global_step == 4 and batch_idx == 1:
+            for timer in (callback for callback in trainer.callbacks if isinstance(callback, Timer)):
+                timer._offset += timer._duration
+
+
+def timed_fit(folder: str, seconds: float, slow: L.Callback) -> Any:
+    """A fit with a limit of time: losses, and batches that were validated."""
     kept = Losses()
-    began = time.monotonic()
     fit(
         LAYOUT,
         int(os.environ["WORLD_SIZE"]),
         EPOCHS,
         model=RANDOM,
-        callbacks=[kept, saves(folder), Slow(step_seconds)],
+        callbacks=[kept, saves(folder), slow],
         max_time={"seconds": seconds},
         **VALIDATES,
     )
-    return {"losses": mean_over_data(kept.module.losses), "took": time.monotonic() - began}
+    validated = kept.module.trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.completed
+    return {"losses": mean_over_data(kept.module.losses), "validated": validated}
+
+
+def stopped_evaluation(stage: str) -> tuple[Any, int]:
+    """A test or prediction in which the second rank gets SIGTERM: exit code, and batches it has begun."""
+    begun = 0
+
+    class Signalled(PublicNames):
+        def _step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+            nonlocal begun
+            begun += 1
+            if batch_idx == 2 and self.trainer.global_rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return self.loss(batch)
+
+        test_step = predict_step = validation_step = _step
+
+    trainer = new_trainer({})
+    try:
+        getattr(trainer, stage)(Signalled(), loader(own_slices(trainer, batches(6))))
+    except StoppedTogether as stop:
+        return stop.code, begun
+    return 0, begun
 
 
 def slurm_fit(folder: str, rank_signalled: int, **options: Any) -> Any:

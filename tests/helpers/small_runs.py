@@ -17,7 +17,7 @@ from torch._C._profiler import _ExtraFields_Allocation
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from lightning_tex import LanguageModel
-from lightning_tex.bench.memory import live_bytes
+from lightning_tex.bench.memory import live_bytes, settled_bytes
 from lightning_tex.layers import ParallelAttention, VocabParallelCrossEntropy, VocabParallelEmbedding, VocabParallelHead
 from lightning_tex.models import DecoderConfig
 from lightning_tex.moe import MoE, SoftmaxRouter
@@ -127,7 +127,7 @@ class Second(Callback):
             meter.stop()
             self.sent = meter.sent_bytes()
             self.states = state_bytes(module, trainer.strategy.topology, trainer.strategy.optimizers[0])
-            self.live = live_bytes(torch.device("cpu")) - self._inherited
+            self.live = settled_bytes(torch.device("cpu")) - self._inherited
 
 
 class Settled:

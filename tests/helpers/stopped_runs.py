@@ -35,7 +35,13 @@ class Launched(tex.TexMoEStrategy):
         super().setup_environment()
 
 
-def fit(incident: dict[str, Any] | None, timeout: float = 60.0, callbacks: tuple[Any, ...] = (), **flags: Any) -> None:
+def fit(
+    incident: dict[str, Any] | None,
+    timeout: float = 60.0,
+    callbacks: tuple[Any, ...] = (),
+    workers: int = 0,
+    **flags: Any,
+) -> None:
     """Eight steps on four ranks, tensor 2 x expert 2; a checkpoint and a validation after every second one."""
     silence()
     warnings.simplefilter("ignore")
@@ -60,7 +66,7 @@ def fit(incident: dict[str, Any] | None, timeout: float = 60.0, callbacks: tuple
         callbacks=[saves, *callbacks, *([happens] if happens else [])],
         **flags,
     )
-    data = loader(own_slices(trainer, batches(8)))
+    data = loader(own_slices(trainer, batches(8)), workers)
     trainer.fit(module, data, data)
     print(f"rank {os.environ.get('LOCAL_RANK')} is done")
 

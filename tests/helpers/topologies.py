@@ -22,7 +22,7 @@ def join(
     expert: int = 1,
     expert_tensor: int | None = None,
     duplicate_token_dropping: bool = True,
-    **communication: bool,
+    **communication: bool | int,
 ) -> Topology:
     """This rank's topology over the whole world; makes the world on the first call. Collective."""
     if not dist.is_initialized():
@@ -30,4 +30,4 @@ def join(
     layout = Layout.resolve(
         dist.get_world_size(), tensor, expert, expert_tensor, duplicate_token_dropping=duplicate_token_dropping
     )
-    return Topology.build(layout, "cpu", communication=Communication(duplicate_token_dropping, **communication))
+    return Topology.build(layout, "cpu", communication=Communication(duplicate_token_dropping, **communication))  # type: ignore[arg-type]

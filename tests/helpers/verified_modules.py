@@ -8,7 +8,7 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_tex.layers import ColumnParallelLinear, RowParallelLinear
 
@@ -33,8 +33,9 @@ class Numbers(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         generator = torch.Generator().manual_seed(0)
         data = TensorDataset(torch.randn(32, 8, generator=generator), torch.randn(32, generator=generator))
-        ranks = (self.trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
-        return DataLoader(data, batch_size=8 // ranks)
+        share = self.trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
+        sampler = DistributedSampler(data, shuffle=False, **share)
+        return DataLoader(data, batch_size=8 // share["num_replicas"], sampler=sampler)
 
 
 class PlainLinearBetween(Base):

@@ -49,6 +49,36 @@ def gradients(loss: Tensor, x: Tensor, head: VocabParallelHead, again: bool = Fa
     return torch.autograd.grad(loss, (x, head.weight), upstream, retain_graph=again)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_capped_logits(reduction: Any, chunks: int) -> None:
+    x, head, target = inputs()
+    head.softcap = 1.5
+    loss = VocabParallelLinearCrossEntropy(reduction=reduction)(x, head, target)
+    capped = 1.5 * (x @ head.weight.T / 1.5).tanh()
+    plain = F.cross_entropy(capped.transpose(1, 2), target, reduction=reduction)
+    torch.testing.assert_close(loss, plain, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(head(x), capped, rtol=1e-12, atol=1e-12)
+    for mine, theirs in zip(gradients(loss, x, head), gradients(plain, x, head), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_bias(reduction: Any, chunks: int) -> None:
+    head, (x, _, target) = VocabParallelHead(D, V, bias=True, softcap=2.0).double(), inputs()
+    torch.nn.init.normal_(head.bias)
+    loss = VocabParallelLinearCrossEntropy(reduction=reduction)(x, head, target)
+    logits = 2 * ((x @ head.weight.T + head.bias) / 2).tanh()
+    plain = F.cross_entropy(logits.transpose(1, 2), target, reduction=reduction)
+    torch.testing.assert_close(loss, plain, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(head(x), logits, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn(loss.shape, dtype=torch.float64)
+    leaves = (x, head.weight, head.bias)
+    for mine, theirs in zip(
+        torch.autograd.grad(loss, leaves, upstream), torch.autograd.grad(plain, leaves, upstream), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_value_and_gradients_are_torchs(reduction: Any, z_loss: float, chunks: int) -> None:

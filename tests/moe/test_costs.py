@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -109,16 +110,15 @@ def test_the_host_waits_for_nothing_without_an_expert_axis(mode: Any, capacity_f
 
 
 def waiting_on_ranks() -> None:
-    for layout, expected in (((2, 1, 2), 0), ((2, 1, 2, False), 0), ((1, 2, 1), 1), ((2, 2, 1), 1)):
-        topology = join(*layout)
-        for mode in MODES:
-            for capacity_factor in (None, 1.0):
-                reads = reads_of(mode, topology, capacity_factor=capacity_factor)
-                assert len(reads.forward) == expected, (layout, mode, capacity_factor, reads.forward)
-                assert not reads.backward, (layout, mode, capacity_factor, reads.backward)
+    for layout, dropless in (((2, 1, 2), 0), ((2, 1, 2, False), 0), ((1, 2, 1), 1), ((2, 2, 1), 1)):
+        for mode, capacity_factor, chunks in itertools.product(MODES, (None, 1.0), (1, 3)):
+            reads = reads_of(mode, join(*layout, expert_chunks=chunks), capacity_factor=capacity_factor)
+            expected = dropless if capacity_factor is None else 0
+            assert len(reads.forward) == expected, (layout, mode, capacity_factor, chunks, reads.forward)
+            assert not reads.backward, (layout, mode, capacity_factor, chunks, reads.backward)
 
 
-def test_the_host_waits_once_with_an_expert_axis_and_never_again_for_a_recomputation() -> None:
+def test_the_host_waits_once_for_dropless_rows_that_travel_and_never_again_for_a_recomputation() -> None:
     run_ranks(2, waiting_on_ranks, detail=False)
 
 

@@ -8,15 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_tex.moe.capacity import CapacityDispatcher, assign_slots, queues
-from lightning_tex.moe.dispatch import Arrived, ArrivedRows
+from lightning_tex.moe.dispatch import Arrived
 from lightning_tex.moe.dropless import DroplessDispatcher
-from lightning_tex.moe.exchange import Exchange, from_experts
+from lightning_tex.moe.exchange import ChunkedExchange, Exchange
 from lightning_tex.moe.expert_axes import ExpertAxes
 from lightning_tex.moe.experts import Experts
 from lightning_tex.moe.groups import Groups
 from lightning_tex.moe.permute import group_by_expert, invert, pick
 from lightning_tex.moe.router import Route
 from lightning_tex.parallel.device import device_type, pretend_device
+from lightning_tex.parallel.started import Ready
 from lightning_tex.parallel.topology import Axis
 
 
@@ -70,12 +71,29 @@ def worked_route(indices, experts, dim=3):
     return x, Route(indices, weights, empty, empty)
 
 
-def transform(arrived: Arrived) -> torch.Tensor:
-    """Expert e multiplies by e + 2: makes it visible which expert a row was at. Then by the row's weight."""
-    sizes = arrived.groups.sizes
+class Travel(torch.autograd.Function):
+    """One way of an exchange, whose backward is the other."""
+
+    @staticmethod
+    def forward(ctx, x, there, back):
+        ctx.back = back
+        return there(x).wait()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.back(grad.clone()).wait(), None, None
+
+
+def mixed(arrived: Arrived) -> torch.Tensor:
+    """Expert e multiplies by e + 2: makes it visible which expert a row was at. Then by the row's weight. Then home."""
+    exchange = arrived.exchange
+    rows = Travel.apply(arrived.tokens, exchange.start_to_experts, exchange.start_from_experts)
+    weights = Travel.apply(arrived.weights, exchange.start_choices_to_experts, exchange.start_choices_from_experts)
+    sizes = exchange.groups.sizes
     factor = torch.tensor([e + 2.0 for e, n in enumerate(sizes) for _ in range(n)], dtype=torch.float64)
-    assert len(factor) == len(arrived.rows) == len(arrived.weights)
-    return arrived.rows * (factor * arrived.weights)[:, None]
+    assert len(factor) == len(rows) == len(weights) == arrived.here
+    outputs = rows * (factor * weights)[:, None]
+    return Travel.apply(outputs, exchange.start_from_experts, exchange.start_to_experts)
 
 
 def loop(x, route, experts, capacity):
@@ -105,7 +123,7 @@ def dispatch_and_combine(indices, experts, factor):
         dispatcher = CapacityDispatcher(experts, alone, factor)
         capacity = math.ceil(factor * indices.shape[1] * indices.shape[0] / experts)
     arrived, metadata = dispatcher.dispatch(x, route)
-    y = dispatcher.combine(from_experts(transform(arrived), metadata.exchange), metadata)
+    y = dispatcher.combine(mixed(arrived), metadata)
     expected = loop(x, route, experts, capacity)
     torch.testing.assert_close(y, expected, rtol=1e-13, atol=1e-13)
     served = (y.detach() != 0).any(-1) if len(x) else torch.zeros(0)
@@ -116,7 +134,7 @@ def dispatch_and_combine(indices, experts, factor):
         sizes = [int((indices == e).sum()) for e in range(experts)]
         if device_type(x) != "cpu":  # masked choices are rows as well, of zeros
             sizes[-1] += indices.numel() - total
-        assert arrived.groups.sizes == sizes
+        assert arrived.exchange.groups.sizes == sizes
     else:
         assert metadata.overflowed == sum(max(0, int((indices == e).sum()) - capacity) for e in range(experts))
     if len(x) and total:
@@ -152,17 +170,11 @@ def test_pick_gives_zeros_for_no_row():
 class Stay(Exchange):
     """Rows that stay where they are."""
 
-    def send(self, rows):
-        return rows
+    def start_send(self, rows):
+        return Ready(rows)
 
-    def bring(self, rows):
-        return rows
-
-    def to_experts(self, x):
-        return x
-
-    def from_experts(self, y):
-        return y
+    start_bring = start_to_experts = start_from_experts = start_send
+    start_choices_to_experts = start_choices_from_experts = start_send
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=4), st.sampled_from(["gelu", "swiglu"]))
@@ -171,7 +183,8 @@ def test_experts_serve_their_own_rows_and_without_rows_have_zero_gradient(sizes,
     rows = torch.randn(sum(sizes), 3, dtype=torch.float64).requires_grad_()
     weights = torch.rand(sum(sizes), dtype=torch.float64).requires_grad_()
     groups = Groups.of(sizes)
-    y = experts(ArrivedRows(rows, weights, groups), Stay(None, groups, None, False, torch.empty(0, 1), False))
+    stay = Stay(None, groups, None, False, torch.empty(0, 1), False)
+    y = experts(Arrived(rows, weights, ChunkedExchange([stay])))
     owner = [e for e, n in enumerate(sizes) for _ in range(n)]
     expected = torch.zeros_like(y)
     for i, e in enumerate(owner):

@@ -9,7 +9,7 @@ from helpers.topologies import join
 from torch import nn
 
 from lightning_tex.moe import MoE, auxiliary_loss
-from lightning_tex.moe.expert_block import BlockOfRows
+from lightning_tex.moe.expert_block import RowsAtOnce
 from lightning_tex.parallel.activation_checkpointing import recompute_blocks
 from lightning_tex.parallel.collectives import all_reduce
 from lightning_tex.parallel.sharding import shard_module
@@ -40,18 +40,18 @@ def step(topology, round_factor, mode=None):
     recompute_blocks(model, mode)
     torch.manual_seed(1 + topology.data.rank)
     x = torch.randn(24, DIM, dtype=torch.float64).abs().requires_grad_()
-    rows, inward = [], BlockOfRows.inward
+    rows, inward = [], RowsAtOnce.inward
 
     def counted(block, arrived, matrices):
         rows.append(len(arrived))
         return inward(block, arrived, matrices)
 
-    BlockOfRows.inward = counted
+    RowsAtOnce.inward = counted
     try:
         loss = model.blocks[0](x).square().sum() + auxiliary_loss(model)
         loss.backward()
     finally:
-        BlockOfRows.inward = inward
+        RowsAtOnce.inward = inward
     return [loss.detach(), x.grad, *(p.grad for p in model.parameters())], rows
 
 

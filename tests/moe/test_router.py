@@ -3,7 +3,7 @@ import re
 import pytest
 import torch
 
-from lightning_tex.moe import MoE, Route, Router, SoftmaxRouter
+from lightning_tex.moe import MoE, Route, Router, SigmoidRouter, SoftmaxRouter
 from lightning_tex.parallel.topology import Layout
 
 
@@ -117,7 +117,10 @@ def test_forced_balance_serves_all_experts_alike_with_gradients_of_the_weights()
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"router": "hash"}, "router='hash'; legal: 'softmax', 'forced_balance', or a Router class or instance"),
+        (
+            {"router": "hash"},
+            "router='hash'; legal: 'softmax', 'sigmoid', 'sparsemixer', 'forced_balance', or a Router class",
+        ),
         (
             {"router": SoftmaxRouter(4, 5, 2), "top_k": 2},
             "router is made for dim=4, num_experts=5, top_k=2; the MoE layer has dim=4, num_experts=6, top_k=2",
@@ -125,7 +128,7 @@ def test_forced_balance_serves_all_experts_alike_with_gradients_of_the_weights()
         ({"top_k": 7}, "top_k=7 must be between 1 and num_experts=6"),
         ({"top_k": 0}, "top_k=0 must be between 1 and num_experts=6"),
         ({"capacity_factor": 0.0}, "capacity_factor=0.0 must be positive, or None for dropless routing"),
-        ({"activation": "relu"}, "activation='relu'; legal: 'gelu', 'swiglu'"),
+        ({"activation": "tanh"}, "activation='tanh'; legal: 'gelu', "),
     ],
 )
 def test_wrong_options_are_refused(options, message):
@@ -148,3 +151,86 @@ def test_check_names_what_cannot_be_sharded(layout, message):
         MoE(4, 10, 6).check("mlp", layout)
     MoE(4, 10, 6).check("mlp", Layout(8, 4, 2, 1))
     MoE(4, 10, 6).check("mlp", Layout(8, 2, 2, 2))
+
+
+def chosen_by_hand(scores, bias, groups, topk_group, top_k, best_of_group):
+    """The choices of one token, by the definition: groups by their best experts, then experts within them."""
+    size = len(scores) // groups
+    wanted = [score + b for score, b in zip(scores, bias, strict=True)]
+    of_group = [sum(sorted(wanted[g * size : (g + 1) * size])[-best_of_group:]) for g in range(groups)]
+    legal = sorted(range(groups), key=lambda g: -of_group[g])[:topk_group]
+    inside = [e for g in legal for e in range(g * size, (g + 1) * size)]
+    return sorted(inside, key=lambda e: -wanted[e])[:top_k]
+
+
+@pytest.mark.parametrize("kind", [SoftmaxRouter, SigmoidRouter])
+def test_groups_biases_and_scaling_by_hand(kind):
+    torch.manual_seed(0)
+    router = kind(4, 12, 3, norm_topk_prob=True, bias=True, routed_scaling_factor=2.5, n_group=4, topk_group=2).double()
+    x = torch.randn(20, 4, dtype=torch.float64)
+    correction = torch.zeros(12, dtype=torch.float64)
+    if kind is SigmoidRouter:
+        correction = router.correction_bias.copy_(0.3 * torch.randn(12))
+    route = router(x)
+    logits = x @ router.weight.T + router.bias
+    scores = logits.sigmoid() if kind is SigmoidRouter else logits.softmax(-1)
+    torch.testing.assert_close(route.scores, scores / scores.sum(-1, keepdim=True))
+    unlimited = 0
+    for t in range(20):
+        best = 2 if kind is SigmoidRouter else 1
+        expected = chosen_by_hand(scores[t].tolist(), correction.tolist(), 4, 2, 3, best)
+        assert route.indices[t].tolist() == expected
+        weights = torch.stack([scores[t, e] for e in expected])
+        torch.testing.assert_close(route.weights[t], 2.5 * weights / weights.sum())
+        unlimited += expected == chosen_by_hand(scores[t].tolist(), correction.tolist(), 1, 1, 3, best)
+    assert unlimited < 20  # the groups decide
+
+
+def test_a_router_may_be_a_name_with_arguments_or_an_import_path():
+    layer = MoE(4, 8, 6, 2, router={"name": "sigmoid", "init_args": {"routed_scaling_factor": 2.0}})
+    assert isinstance(layer.router, SigmoidRouter) and layer.router.routed_scaling_factor == 2
+    layer.router.correction_bias.fill_(1 + 2**-20)
+    assert (layer.bfloat16().state_dict()["router.correction_bias"] == 1 + 2**-20).all()
+    assert type(MoE(4, 8, 6, router="lightning_tex.moe.SigmoidRouter").router) is SigmoidRouter
+
+
+@pytest.mark.parametrize(
+    ("router", "message"),
+    [
+        ({"name": "sigmoid", "arguments": {}}, "router has 'arguments'; legal: name, and init_args"),
+        ({"init_args": {}}, "router has no name; legal"),
+        ({"name": "sigmoid", "init_args": {"groups": 2}}, "router SigmoidRouter: .*'groups'"),
+        ("no.such.Router", "router='no.such.Router'; legal: 'softmax', 'sigmoid'"),
+        (
+            {"name": "softmax", "init_args": {"n_group": 4}},
+            "n_group=4 does not divide num_experts=6; legal: 1, 2, 3, 6",
+        ),
+        (
+            {"name": "softmax", "init_args": {"n_group": 6, "topk_group": 1}},
+            "topk_group=1 of n_group=6 .*legal: 2 to 6",
+        ),
+        ({"name": "sigmoid", "init_args": {"n_group": 6}}, "group_score='top2_sum' .*legal: n_group of at most 3"),
+    ],
+)
+def test_routers_that_there_cannot_be_are_refused(router, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        MoE(4, 8, 6, 2, router=router)
+
+
+def test_sparsemixer_by_hand():
+    """Phi-MoE's: of each choice the softmax among what is left and not far below it."""
+    torch.manual_seed(0)
+    router = MoE(4, 8, 6, 2, router={"name": "sparsemixer", "init_args": {"jitter_eps": 0.2}}).double().router
+    x = torch.randn(30, 4, dtype=torch.float64)
+    route = router(x)
+    seen = set()
+    for t, logits in enumerate((x @ router.weight.T).tolist()):
+        left = dict(enumerate(logits))
+        for choice, weight in zip(route.indices[t].tolist(), route.weights[t].tolist(), strict=True):
+            best = max(left, key=left.get)
+            near = [e for e in left if (left[best] - left[e]) / max(abs(left[e]), left[best]) <= 0.4]
+            assert choice == best
+            assert weight == pytest.approx(1 / sum(2.718281828459045 ** (left[e] - left[best]) for e in near))
+            seen.add(len(near))
+            del left[best]
+    assert len(seen) > 2

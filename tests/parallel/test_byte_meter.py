@@ -127,15 +127,15 @@ def few_or_every(*factors):
 
 
 def against_formulas(cases):
-    for layout, mode, fused in cases:
-        with case(layout, mode=mode, fused=fused):
-            topology = join(*layout)
+    for layout, mode, fused, chunks in cases:
+        with case(layout, mode=mode, fused=fused, chunks=chunks):
+            topology = join(*layout, expert_chunks=chunks)
             meter = one_pass(topology, mode, fused)
             counted = {kind: Fraction(sent) for kind, sent in meter.sent_bytes().items()}
             assert counted == formulas(topology, mode, fused)
 
 
-@few_or_every(LAYOUTS, MODES, (True, False))
+@few_or_every(LAYOUTS, MODES, (True, False), (1, 2))
 def test_counts_equal_the_formulas(cases):
     run_ranks(4, against_formulas, cases)
 
@@ -152,16 +152,16 @@ class Everywhere(Block):
 
 
 def split_against_formulas(cases):
-    for layout, mode, (fused, *factors) in cases:
-        with case(layout, mode=mode, fused=fused, factors=factors):
-            topology = join(*layout, sequence_parallel=True)
+    for layout, mode, (fused, *factors), chunks in cases:
+        with case(layout, mode=mode, fused=fused, factors=factors, chunks=chunks):
+            topology = join(*layout, sequence_parallel=True, expert_chunks=chunks)
             x = torch.randn(B, EVEN // topology.tensor.size, D)
             meter = one_pass(topology, mode, fused, partial(Everywhere, *factors), x)
             counted = {kind: Fraction(sent) for kind, sent in meter.sent_bytes().items()}
             assert counted == formulas(topology, mode, fused, partial(Everywhere, *factors), EVEN)
 
 
-@few_or_every(LAYOUTS, MODES, ((True, None), (True, 1.0), (False, 1.0), (True, None, 1.0)))
+@few_or_every(LAYOUTS, MODES, ((True, None), (True, 1.0), (False, 1.0), (True, None, 1.0)), (1, 2))
 def test_counts_of_sequence_parallelism_equal_the_formulas(cases):
     run_ranks(4, split_against_formulas, cases)
 
@@ -211,9 +211,12 @@ def test_counts_of_own_modules_equal_the_formulas():
 # A vocabulary that 4 does not divide; heads shared by two. Every token to every expert where routing is not static.
 DECODERS = (
     DecoderConfig(98, D, 3, 8, 4, 24, 64, E, K, F, activation="gelu", tie_embeddings=False),
-    DecoderConfig(98, D, 2, 8, 4, 24, 64, E, E, None),
-    DecoderConfig(98, D, 2, 8, 4, 24, 64, E, E, 1.0, moe_every=1, load_balance_coefficient=0),
-)
+    DecoderConfig(98, D, 2, 8, 4, 24, 64, E, E, None, head_dim=6, qk_norm="head", expert_hidden_dim=16),
+    DecoderConfig(98, D, 2, 8, 4, 24, 64, E, E, 1.0, moe_every=1, load_balance_coefficient=0, qk_norm="full",
+                  shared_expert_hidden_dim=12, shared_expert_gate=True),
+    DecoderConfig(98, D, 2, 8, 8, 24, 64, E, E, None, kv_lora_rank=6, q_lora_rank=10, qk_nope_head_dim=4,
+                  qk_rope_head_dim=2, v_head_dim=3, shared_expert_hidden_dim=12),
+)  # fmt: skip
 STEPS = ((0, None, 1), (1, "full", 2), (2, "communication_aware", 2))  # ZeRO stage, recomputation, micro-steps
 
 
@@ -241,20 +244,20 @@ def training_step(model, topology, mode, stage, micro_steps):
     return meter
 
 
-def overflow_is_known(layout, config, sequence, step):
+def overflow_is_known(layout, config, sequence, *others):
     """Whether sizes tell what overflows."""
     return not (sequence and config.capacity_factor == F)
 
 
 def steps_against_formulas(cases):
     flat_sizes.SMALLEST_BUCKET = 2048  # several buffers of a kind
-    for layout, config, sequence, step in cases:
-        with case(layout, config, sequence=sequence, step=step):
-            step_against_formulas(layout, config, sequence, *step)
+    for layout, config, sequence, step, chunks in cases:
+        with case(layout, config, sequence=sequence, step=step, chunks=chunks):
+            step_against_formulas(layout, config, sequence, chunks, *step)
 
 
-def step_against_formulas(layout, config, sequence, stage, mode, micro_steps):
-    topology = join(*layout, sequence_parallel=sequence)
+def step_against_formulas(layout, config, sequence, chunks, stage, mode, micro_steps):
+    topology = join(*layout, sequence_parallel=sequence, expert_chunks=chunks)
     meter = training_step(Decoder(config), topology, mode, stage, micro_steps)
     job = Job(describe_decoder(config), 4, EVEN, B * topology.data.size * micro_steps, "32-true")
     candidate = Candidate(topology.layout, B, micro_steps, stage, mode, "fp32", topology.communication)
@@ -268,13 +271,15 @@ def step_against_formulas(layout, config, sequence, stage, mode, micro_steps):
 
 
 def test_bytes_and_calls_of_a_step_equal_the_planners():
-    run_ranks(4, steps_against_formulas, pairwise(LAYOUTS, DECODERS, (False, True), STEPS, legal=overflow_is_known))
+    cases = pairwise(LAYOUTS, DECODERS, (False, True), STEPS, (1, 3), legal=overflow_is_known)
+    cases.append((LAYOUTS[0], DECODERS[3], False, STEPS[1], 1))  # where a recomputation ends with a shared expert
+    run_ranks(4, steps_against_formulas, cases)
 
 
 @pytest.mark.full
 def test_bytes_and_calls_of_every_step_equal_the_planners():
     more = (1, 1, 1, True), (2, 1, 2, True), (1, 2, 1, False)
-    every = itertools.product((*LAYOUTS, *more), DECODERS, (False, True), STEPS)
+    every = itertools.product((*LAYOUTS, *more), DECODERS, (False, True), STEPS, (1, 3))
     run_ranks(4, steps_against_formulas, [values for values in every if overflow_is_known(*values)], timeout=600)
 
 
@@ -294,16 +299,16 @@ def by_ranks(topology, meter):
 
 
 def against_torch(cases):
-    for layout, sequence, module, mode in cases:
-        with case(layout, module.__name__, sequence=sequence, mode=mode):
-            topology = join(*layout, sequence_parallel=sequence)
+    for layout, sequence, module, mode, chunks in cases:
+        with case(layout, module.__name__, sequence=sequence, mode=mode, chunks=chunks):
+            topology = join(*layout, sequence_parallel=sequence, expert_chunks=chunks)
             with pytest.MonkeyPatch.context() as monkeypatch:
                 overheard = Overheard(topology, monkeypatch)
                 meter = one_pass(topology, mode, True, module)
             assert by_ranks(topology, meter) == overheard.bytes
 
 
-@few_or_every(LAYOUTS, (False, True), (Block, Dropless), MODES)
+@few_or_every(LAYOUTS, (False, True), (Block, Dropless), MODES, (1, 2))
 def test_counts_equal_what_passes_through_torch(cases):
     run_ranks(4, against_torch, cases)
 

@@ -11,6 +11,7 @@ from helpers.topologies import join
 
 from lightning_tex.parallel import collectives as c
 from lightning_tex.parallel import in_place_collectives as in_place
+from lightning_tex.parallel.all_to_all import all_to_all, start_all_to_all
 from lightning_tex.parallel.topology import Axis
 from lightning_tex.testing.ranks import run_ranks
 
@@ -181,7 +182,9 @@ def rows_to_ranks():
         expected = torch.cat([sent[i].split(rows[i])[me] for i in range(4)])
         grads = [numbers(40 + r, sum(rows[i][r] for i in range(4)), 3) for r in range(4)]
         there, back_again = ((arrive, leave), (leave, arrive)) if traffic else ((None, None), (None, None))
-        y, dx = c.all_to_all(sent[me], axis, *there), c.all_to_all(grads[me], axis, *back_again)
+        under_way = start_all_to_all(sent[me], axis, *there), start_all_to_all(grads[me], axis, *back_again)
+        y, dx = all_to_all(sent[me], axis, *there), all_to_all(grads[me], axis, *back_again)
+        assert all(torch.equal(a.wait(), b) for a, b in zip(under_way, (y, dx), strict=True))
         same(y, expected)
         back = [grads[j].split([rows[i][j] for i in range(4)])[me] for j in range(4)]
         same(dx, torch.cat(back))
@@ -190,7 +193,7 @@ def rows_to_ranks():
         right = c.all_reduce((sent[me] * dx).sum(), axis)
         same(left, right)
     strided = numbers(me, 3, 8).T  # [8, 3], not contiguous
-    same(c.all_to_all(strided, axis), torch.cat([numbers(i, 3, 8).T.chunk(4)[me] for i in range(4)]))
+    same(all_to_all(strided, axis), torch.cat([numbers(i, 3, 8).T.chunk(4)[me] for i in range(4)]))
 
 
 def test_all_to_all_even_uneven_and_empty_and_its_transpose():
@@ -200,7 +203,7 @@ def test_all_to_all_even_uneven_and_empty_and_its_transpose():
 def test_on_an_axis_of_size_one_all_are_the_identity():
     axis = Axis("tensor")
     x = numbers(0, 4, 2)
-    for function in (c.enter, c.reduce, c.sum_over, c.all_reduce, c.broadcast, c.all_to_all):
+    for function in (c.enter, c.reduce, c.sum_over, c.all_reduce, c.broadcast, all_to_all):
         assert function(x, axis) is x
     for function in (c.gather, c.split, c.all_gather, c.reduce_scatter):
         assert function(x, 0, axis) is x

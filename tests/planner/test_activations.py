@@ -34,8 +34,11 @@ B, S = 3, 8
 CONFIGS = (
     DecoderConfig(96, 64, 2, 8, None, 80, S, 4, 2, 1.25, activation="gelu"),
     DecoderConfig(96, 64, 2, 8, 4, 80, S, 4, 4, None, norm_topk_prob=True, z_loss_coefficient=0.1),
-    DecoderConfig(96, 64, 2, 8, 4, 80, S, 4, 4, 1.0, load_balance_coefficient=0),
-)
+    DecoderConfig(
+        96, 64, 2, 8, 4, 80, S, 4, 4, 1.0, load_balance_coefficient=0, head_dim=6, qk_norm="head", expert_hidden_dim=48,
+        attention_bias=True, attention_out_bias=True, first_dense_layers=1,
+    ),
+)  # fmt: skip
 
 
 def layers_of(config: DecoderConfig, experts: bool) -> tuple[Layer, ...]:
@@ -61,12 +64,12 @@ def saved_bytes(block: Block, x: torch.Tensor, precision: str) -> int:
         return sum(t.untyped_storage().nbytes() for t in saved.values()) if y.requires_grad else 0
 
 
-def compare(layouts: tuple[tuple[int, int, int, bool], ...]) -> int:
+def compare(layouts: tuple[tuple[int, int, int, bool], ...], chunks: int = 1) -> int:
     seen = 0
     for layout, sequence, config, precision in itertools.product(layouts, (False, True), CONFIGS, PRECISIONS):
         if sequence and (layout[0] == 1 or config.capacity_factor == 1.25):
             continue
-        topology = join(*layout, sequence_parallel=sequence)
+        topology = join(*layout, sequence_parallel=sequence, expert_chunks=chunks)
         job = Job(describe_decoder(config), topology.layout.world, S, B * topology.layout.data, precision)
         candidate = Candidate(topology.layout, B, communication=topology.communication)
         planned = Activations(MicroStep(job, candidate))
@@ -122,14 +125,15 @@ def test_saved_bytes_of_a_block_in_one_process() -> None:
 def test_saved_bytes_of_a_block_on_four_ranks() -> None:
     layouts = ((2, 2, 2, True), (2, 2, 2, False), (2, 4, 1, True), (4, 1, 4, True))
     assert min(run_ranks(4, compare, layouts, detail=False)) > 60
+    assert min(run_ranks(4, compare, layouts[:1], 3, detail=False)) > 15
 
 
 def compare_stashes(layouts: tuple[tuple[int, int, int, bool], ...]) -> int:
     seen = 0
-    for layout, sequence, config in itertools.product(layouts, (False, True), CONFIGS):
+    for layout, sequence, config, chunks in itertools.product(layouts, (False, True), CONFIGS, (1, 3)):
         if sequence and (layout[0] == 1 or config.capacity_factor == 1.25):
             continue
-        topology = join(*layout, sequence_parallel=sequence)
+        topology = join(*layout, sequence_parallel=sequence, expert_chunks=chunks)
         job = Job(describe_decoder(config), topology.layout.world, S, B * topology.layout.data, "32-true")
         candidate = Candidate(
             topology.layout, B, activation_checkpointing="communication_aware", communication=topology.communication
@@ -148,9 +152,9 @@ def compare_stashes(layouts: tuple[tuple[int, int, int, bool], ...]) -> int:
         planned = [
             Activations(MicroStep(job, candidate)).stash(layers_of(config, experts)) for experts in (False, True)
         ]
-        assert list(stash_bytes(model).values()) == planned, (layout, sequence, config)
+        assert list(stash_bytes(model).values()) == planned, (layout, sequence, config, chunks)
         at, moe = Activations(MicroStep(job, candidate)), layers_of(config, True)[-1]
-        assert decided == [0, at.decisions(moe)], (layout, sequence, config, decided)
+        assert decided == [0, at.decisions(moe)], (layout, sequence, config, chunks, decided)
         seen += 1
     return seen
 

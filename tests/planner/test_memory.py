@@ -42,9 +42,15 @@ CONFIGS = (
 
 
 def measured_and_planned(
-    layout: tuple[int, ...], sequence: bool, config: DecoderConfig, precision: str, mode: str | None, stage: int
+    layout: tuple[int, ...],
+    sequence: bool,
+    config: DecoderConfig,
+    precision: str,
+    mode: str | None,
+    stage: int,
+    chunks: int = 1,
 ) -> tuple[float, float]:
-    topology = join(*layout, sequence_parallel=sequence, overlap=False)
+    topology = join(*layout, sequence_parallel=sequence, overlap=False, expert_chunks=chunks)
     torch.manual_seed(0)
     model = Decoder(config)
     shard_module(model, topology)
@@ -112,6 +118,14 @@ LAYOUTS = {1: ((1, 1, 1),), 2: ((2, 1, 2), (1, 2, 1), (2, 2, 1)), 4: ((2, 2, 2),
 def test_peak_memory(world: int) -> None:
     cases = pairwise(LAYOUTS[world], *DEFAULT[world], legal=overflow_is_known)
     for wrong in run_ranks(world, compare, cases):
+        assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.full
+def test_peak_memory_of_chunks() -> None:
+    layouts = ((1, 4, 1), (2, 2, 2), (2, 4, 1))
+    cases = pairwise(layouts, *FACTORS, (2, 3), legal=overflow_is_known)
+    for wrong in run_ranks(4, compare, cases):
         assert not wrong, "\n".join(wrong)
 
 

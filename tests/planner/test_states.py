@@ -42,6 +42,9 @@ CONFIGS = {
     "gelu, untied": DecoderConfig(
         vocab_size=96, dim=48, num_layers=4, num_heads=4, num_experts=8, activation="gelu", tie_embeddings=False,
     ),
+    "experts in listed blocks": DecoderConfig(
+        vocab_size=96, dim=48, num_layers=5, num_heads=4, hidden_dim=32, num_experts=4, moe_layers=[1, 3, 4],
+    ),
     "no experts": DecoderConfig(vocab_size=96, dim=48, num_layers=2, num_heads=4),
 }  # fmt: skip
 
@@ -188,9 +191,9 @@ def allocated(
 
 
 KINDS = [
-    ("32-true", 0, "fp32", None), ("32-true", 2, "fp32", 64), ("bf16-mixed", 0, "fp32", 1000),
-    ("bf16-mixed", 1, "fp32", None), ("bf16-mixed", 1, "split", 100), ("bf16-mixed", 2, "int8", None),
-    ("bf16-mixed", 2, "stochastic", None), ("bf16-true", 1, "fp32", None), ("bf16-true", 0, "int8", 64),
+    ("32-true", 0, "fp32", None), ("32-true", 2, "fp32", 512), ("bf16-mixed", 0, "fp32", 1000),
+    ("bf16-mixed", 1, "fp32", None), ("bf16-mixed", 1, "split", 600), ("bf16-mixed", 2, "int8", None),
+    ("bf16-mixed", 2, "stochastic", None), ("bf16-true", 1, "fp32", None), ("bf16-true", 0, "int8", 512),
 ]  # fmt: skip
 
 

@@ -48,7 +48,11 @@ CONFIGS = (
     DecoderConfig(vocab_size=512, capacity_factor=1.0, activation="gelu", top_k=2, **SHAPE),
     DecoderConfig(vocab_size=512, activation="swiglu", top_k=4, moe_every=1, **SHAPE),
     DecoderConfig(vocab_size=6000, capacity_factor=1.25, activation="swiglu", top_k=1, **SHAPE),
-)
+    DecoderConfig(
+        vocab_size=512, top_k=2, moe_every=1, qk_norm="head", head_dim=48, attention_bias=True, expert_hidden_dim=96,
+        first_dense_layers=1, mlp_bias=True, **SHAPE,
+    ),
+)  # fmt: skip
 LAYOUTS = Layout(1), Layout(2, 2, 1, 2), Layout(4, 1, 4, 1), Layout(4, 2, 2, 2), Layout(8, 2, 4, 1)
 MODES = None, "full", "communication_aware"
 ADAMW_ONE_GROUP = assumed_adamw("not asked")
@@ -75,8 +79,9 @@ def as_formulas_say(config: DecoderConfig, layout: Layout, sequence: bool, mode:
         (CONFIGS[0], LAYOUTS[3], False, "communication_aware", "bf16-mixed"),
         pytest.param(CONFIGS[1], LAYOUTS[4], True, "full", "32-true", marks=pytest.mark.full),
         pytest.param(CONFIGS[2], LAYOUTS[2], False, None, "bf16-mixed", marks=pytest.mark.full),
+        pytest.param(CONFIGS[3], LAYOUTS[3], True, None, "bf16-mixed", marks=pytest.mark.full),
     ],
-    ids=["TED, replayed", "folded, sequence parallel, dropless, recomputed", "experts apart"],
+    ids=["TED, replayed", "folded, sequence parallel, dropless, recomputed", "experts apart", "norms of heads"],
 )
 def test_a_decoders_activations_are_those_of_the_formulas(
     config: DecoderConfig, layout: Layout, sequence: bool, mode: Any, precision: str

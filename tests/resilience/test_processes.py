@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import socket
 import subprocess
@@ -9,7 +10,7 @@ import sys
 
 import pytest
 
-from lightning_tex.resilience.processes import ProcessId, _stat
+from lightning_tex.resilience.processes import ProcessId, _stat, end_process_at_the_latest
 
 WAYS = {"sys.exit(3)": "ended with exit code 3", "os.kill(os.getpid(), 15)": "was killed by SIGTERM"}
 
@@ -27,3 +28,11 @@ def test_an_ended_process_tells_how_until_its_parent_asks(way: str) -> None:
     child.communicate()
     assert process.ending() == ""
     assert process._replace(host="elsewhere").ending() == ""
+
+
+def test_no_room_for_a_thread_does_not_keep_the_monitor_from_ending_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("unable to start watchdog thread")
+
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", refuse)
+    end_process_at_the_latest(60)

@@ -37,6 +37,16 @@ def test_a_rank_that_is_in_no_collective() -> None:
     assert "is in no collective for 9.0 s; its last was #1 all_reduce over tensor" in named(answers)[1]
 
 
+def test_a_rank_that_writes_its_part_of_a_checkpoint_for_too_long() -> None:
+    training = [entry(1), entry(2)]
+    saving = Entry(1, "gather of an object", "world", None, "", "", 3)
+    answers = {}
+    for rank in range(4):
+        tracks = [Track("training", None, 1.0, training), *([Track("saving", saving, 9.0, [saving])] * (rank != 2))]
+        answers[rank] = Where(3, tracks, {"world": [0, 1, 2, 3]})
+    assert named(answers) == {2: "has not begun any collective of saving"}
+
+
 def test_another_shape_in_a_group() -> None:
     answers = {rank: where(rank, entry(1), entry(2, axis="world")) for rank in range(4)}
     answers[2] = where(2, entry(1), entry(2, axis="world", shape=(5,)))

@@ -79,9 +79,9 @@ def hold(folder: Path, pairs: list[tuple[str, str]]) -> None:
     outcomes: dict[tuple[str, str], dict[str, Any]] = {}
     # A checkpoint's next step is that of the layout which saved it.
     pairs = list(dict.fromkeys([*pairs, *((name, name) for name in sources)]))
-    for world in worlds:
-        own = [pair for pair in pairs if LAYOUTS[pair[1]][0] == world]
-        found = run_ranks(world, resumes, str(folder), own, detail=False, timeout=300)[0]
+    for layout in dict.fromkeys(target for _, target in pairs):
+        own = [pair for pair in pairs if pair[1] == layout]
+        found = run_ranks(LAYOUTS[layout][0], resumes, str(folder), own, detail=False, timeout=300)[0]
         outcomes |= dict(zip(own, found, strict=True))
     for (source, target), outcome in outcomes.items():
         with case(source, target):

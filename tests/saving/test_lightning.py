@@ -20,11 +20,12 @@ from torch import nn
 import lightning_tex as tex
 from lightning_tex.testing.ranks import run_ranks
 
-TED = {"tensor_parallel_size": 2, "expert_parallel_size": 2}
+RANKS = 2
+TENSOR, EXPERT = {"tensor_parallel_size": 2}, {"expert_parallel_size": 2}
 # Resuming writes on into the folder it resumes from.
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 
-PLAIN = {**TED, "save_distributed_checkpoint": False}
+PLAIN = {**EXPERT, "save_distributed_checkpoint": False}
 
 
 class Remembers(L.Callback):
@@ -89,51 +90,55 @@ def run_callbacks(folder: str, layout: dict[str, Any], save_last: Any) -> dict[s
         (again,) = run.validate(module, Data(), ckpt_path="last", verbose=False)
         return {"best": float(used[0].best_model_score), "test": best["test_loss"], "last": last, "disk": disk, **again}
 
-    first = fit(layout, 4, 2, callbacks=used, then=evaluate, **OPTIONS)
-    resumed = fit(layout, 4, 3, ckpt_path="last", callbacks=callbacks(folder, save_last), seed=6, **OPTIONS)
+    first = fit(layout, RANKS, 2, callbacks=used, then=evaluate, **OPTIONS)
+    resumed = fit(layout, RANKS, 3, ckpt_path="last", callbacks=callbacks(folder, save_last), seed=6, **OPTIONS)
     return {**first["then"], "resumed": resumed, "first": first}
 
 
 # strategy, ModelCheckpoint's save_last
-SAVED: dict[str, tuple[dict[str, Any], Any]] = {"copy": (TED, True), "link": (TED, "link"), "plain": (PLAIN, "link")}
+SAVED: dict[str, tuple[dict[str, Any], Any]] = {
+    "copy": (TENSOR, True),
+    "link": (TENSOR, "link"),
+    "plain": (PLAIN, "link"),
+}
 DEFAULT = ("link", "plain")
 OPTIONS: dict[str, Any] = {"model": {"dropout": 0.1}, "limit_val_batches": 2, "limit_test_batches": 2}
 
 
 def everything(folder: str, names: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {name: run_callbacks(f"{folder}/{name}", *SAVED[name]) for name in names}
-    found["unbroken"] = fit(TED, 4, 3, **OPTIONS)
-    found["hooks"] = [hooks(f"{folder}/hooks {i}", layout) for i, layout in enumerate((TED, PLAIN))]
+    found["unbroken"] = fit(TENSOR, RANKS, 3, **OPTIONS)
+    found["hooks"] = [hooks(f"{folder}/hooks {i}", layout) for i, layout in enumerate((TENSOR, PLAIN))]
     found["refused"] = refused(folder)
     return found
 
 
 def hooks(path: str, layout: dict[str, Any]) -> tuple[Any, Any]:
-    run = trainer(tex.TexMoEStrategy(**layout), 4, callbacks=[Remembers()])
+    run = trainer(tex.TexMoEStrategy(**layout), RANKS, callbacks=[Remembers()])
     run.fit(Hooked(), Data())
     run.save_checkpoint(path)
     run.save_checkpoint(path)  # over itself
     module, memory = Hooked(), Remembers()
-    run = trainer(tex.TexMoEStrategy(**layout), 4, callbacks=[memory])
+    run = trainer(tex.TexMoEStrategy(**layout), RANKS, callbacks=[memory])
     run.fit(module, Data(), ckpt_path=path)
     return module.found, memory.state
 
 
 def refused(folder: str) -> dict[str, str]:
     path = f"{folder}/weights.ckpt"
-    run = trainer(tex.TexMoEStrategy(**TED), 4)
+    run = trainer(tex.TexMoEStrategy(**TENSOR), RANKS)
     module = Model()
     run.fit(module, Data())
     run.save_checkpoint(path, weights_only=True)
     larger = Larger()
-    trainer(tex.TexMoEStrategy(**TED), 4).test(larger, Data(), ckpt_path=path, verbose=False)
+    trainer(tex.TexMoEStrategy(**TENSOR), RANKS).test(larger, Data(), ckpt_path=path, verbose=False)
     assert all(torch.equal(p, dict(larger.named_parameters())[n]) for n, p in module.named_parameters())
     assert larger.more.tolist() == [7.0, 7.0]
 
     run.strategy.checkpoint_io = AsyncCheckpointIO(TorchCheckpointIO())
     said = {"async": message(lambda: run.save_checkpoint(path))}
     run.strategy.checkpoint_io = TorchCheckpointIO()
-    fresh = trainer(tex.TexMoEStrategy(**TED), 4)
+    fresh = trainer(tex.TexMoEStrategy(**TENSOR), RANKS)
     return said | {
         "weights only": message(lambda: fresh.fit(Model(), Data(), ckpt_path=path)),
         "storage options": message(lambda: run.save_checkpoint(path, storage_options={})),
@@ -162,7 +167,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ranks(request: pytest.FixtureRequest, folder: Path) -> list[dict[str, Any]]:
     names = [name for name in SAVED if name in selected(request, "saved")]
-    return run_ranks(4, everything, str(folder), names, detail=False)
+    return run_ranks(RANKS, everything, str(folder), names, detail=False)
 
 
 @pytest.mark.parametrize("saved", in_full(SAVED, DEFAULT))

@@ -65,3 +65,4 @@ def test_an_error_of_all_ranks_saves(tmp_path: Path, kind: str) -> None:
     newest = latest(tmp_path / "rescue")
     assert newest is not None and paths.manifest_of(newest).step == 3, ending.text
     assert ending.text.count("]: ValueError: what this rank cannot do") == 1
+    assert ending.text.count("lightning_tex: the newest complete checkpoint is ") == 1

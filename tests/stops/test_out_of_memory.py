@@ -19,7 +19,7 @@ def test_one_rank_says_what_took_the_memory_and_the_others_follow(tmp_path: Path
     assert ending.took_less_than(5) and 0 not in ending.codes.values(), ending
     assert ending.lines[0].startswith("[rank 3] failed ("), ending.text
     for words in (
-        r"OutOfMemory: out of memory on rank 3 after step 2, in \S+: no room for \[4, 4\]",
+        r"OutOfMemory: out of memory on rank 3 after step 2, in the backward: no room for \[4, 4\]",
         r"\n  planned: about \S+ \wiB on each rank of 4 ranks = tensor 2 x data 2.*parameters",
         r"\n  arrived: \d+ rows at this rank's experts of \S+, \d\.\d\d times the mean over ranks",
         r"\n  Legal: smaller micro-batches",

@@ -18,8 +18,8 @@ from helpers.stops import Ending, run_command, run_to_its_end
 
 from lightning_tex.saving import latest
 
-TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
-CODES = {TERM: 143, INT: 1, USR1: 138}
+TERM, INT, USR1, HUP = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP
+CODES = {TERM: 143, INT: 1, USR1: 138, HUP: 129}
 GOES_ON: dict[str, Any] = {"deed": "goes on", "rank": 0, "step": 1}
 
 
@@ -65,14 +65,32 @@ def test_the_rank_that_started_the_others(tmp_path: Path) -> None:
 @pytest.mark.parametrize("launcher", ["own", "external"])
 @pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.parametrize("ranks", [[0], [3], [0, 1, 2, 3]], ids=str)
-@pytest.mark.parametrize("number", [TERM, INT, USR1], ids=str)
+@pytest.mark.parametrize("number", [TERM, INT, USR1, HUP], ids=str)
 def test_some_ranks(tmp_path: Path, number: int, ranks: list[int], times: int, launcher: str) -> None:
     assert_stopped(stopped(tmp_path, ranks, number, times, launcher=launcher), tmp_path, number)
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.faults), 2])
-def test_a_third_signal_ends_at_once(tmp_path: Path, rank: int) -> None:
-    ending = stopped(tmp_path, [rank], TERM, times=3, incident={"deed": "busy", "rank": rank})
+@pytest.mark.parametrize(
+    "number", [TERM, *(pytest.param(n, marks=pytest.mark.faults) for n in (INT, USR1, HUP))], ids=str
+)
+def test_the_whole_process_group_with_workers_of_loaders(tmp_path: Path, number: int) -> None:
+    """As schedulers do, and a terminal's Ctrl-C."""
+
+    def to_all(processes: dict[int, int]) -> None:
+        os.killpg(os.getpgid(processes[0]), number)
+
+    def run() -> None:
+        fit(GOES_ON, callbacks=(Slow(0.2),), workers=1)
+
+    ending = run_to_its_end(4, run, folder=tmp_path, within=20, meanwhile=to_all)
+    assert_stopped(ending, tmp_path, number)
+    assert ending.text.count("all ranks stop after this step") == 4, ending.text
+
+
+@pytest.mark.parametrize(("rank", "busy"), [pytest.param(0, 0, marks=pytest.mark.faults), (2, 2), (1, 2)], ids=str)
+def test_a_third_signal_ends_at_once(tmp_path: Path, rank: int, busy: int) -> None:
+    """Also a rank that waits for another one in a collective."""
+    ending = stopped(tmp_path, [rank], TERM, times=3, incident={"deed": "busy", "rank": busy})
     assert not ending.left and 0 not in ending.codes.values(), ending
     assert ending.codes[rank] == CODES[TERM]
     assert ending.took_less_than(5), ending

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.signalled_runs import POINTS, STEPS, resumed_fit, stopped_fit
+from helpers.signalled_runs import POINTS, STEPS, resumed_fit, stopped_evaluation, stopped_fit
 
 from lightning_tex.testing.ranks import run_ranks
 
@@ -62,6 +62,11 @@ def test_every_signal_at_every_point(
 @pytest.mark.parametrize("step", [6])
 def test_at_the_validation_that_ends_an_epoch(tmp_path: Path, undisturbed: list[dict[str, Any]], step: int) -> None:
     stops_and_goes_on(tmp_path, undisturbed, [3], "validation", [TERM], step)
+
+
+@pytest.mark.parametrize("stage", ["test", "predict", pytest.param("validate", marks=pytest.mark.faults)])
+def test_outside_of_a_fit_all_ranks_leave_at_one_step(stage: str) -> None:
+    assert run_ranks(2, stopped_evaluation, stage) == [(CODES[TERM], 3)] * 2
 
 
 def test_in_one_process(tmp_path: Path) -> None:

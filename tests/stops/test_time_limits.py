@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.signalled_runs import resumed_fit, slurm_fit, timed_fit
+from helpers.signalled_runs import Slow, TimePasses, resumed_fit, slurm_fit, timed_fit
 
 from lightning_tex.testing.ranks import run_ranks
 
@@ -15,18 +15,29 @@ pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists a
 
 
 def longer_fit(folder: str, path: str) -> Any:
-    return resumed_fit(folder, path, max_time={"hours": 1})
+    return resumed_fit(folder, path, max_time={"hours": 100})
 
 
-def test_max_time_saves_before_it_is_over(tmp_path: Path, undisturbed: list[dict[str, Any]]) -> None:
-    timed = run_ranks(4, timed_fit, str(tmp_path), 1.5, 0.3)
-    (stopped,) = tmp_path.glob("stopped-step=*.ckpt")
+def goes_on(folder: Path, timed: list[dict[str, Any]], undisturbed: list[dict[str, Any]]) -> None:
+    """From the checkpoint that a fit with a limit of time has left."""
+    (stopped,) = folder.glob("stopped-step=*.ckpt")
     done = len(timed[0]["losses"])
     assert 0 < done < 12 and stopped.name == f"stopped-step={done}.ckpt"
-    resumed = run_ranks(4, longer_fit, str(tmp_path), str(stopped))
+    resumed = run_ranks(4, longer_fit, str(folder), str(stopped))
     for before, after, whole in zip(timed, resumed, undisturbed, strict=True):
         assert before["losses"] + after["losses"] == whole["losses"]
         assert torch.equal(after["own"], whole["own"])
+
+
+def test_max_time_saves_before_it_is_over(tmp_path: Path, undisturbed: list[dict[str, Any]]) -> None:
+    goes_on(tmp_path, run_ranks(4, timed_fit, str(tmp_path), 1.5, Slow(0.3)), undisturbed)
+
+
+def test_max_time_saves_in_a_validation_that_is_longer(tmp_path: Path, undisturbed: list[dict[str, Any]]) -> None:
+    timed = run_ranks(4, timed_fit, str(tmp_path), 3600.0, TimePasses(rank=1))
+    assert [len(own["losses"]) for own in timed] == [4] * 4
+    assert [own["validated"] for own in timed] == [6] * 4, "the validation is run to its end"
+    goes_on(tmp_path, timed, undisturbed)
 
 
 def fake_scontrol(folder: Path, code: int = 0) -> Path:

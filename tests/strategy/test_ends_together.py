@@ -24,6 +24,9 @@ from helpers.trainers import gathered
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from lightning_tex.parallel.flight_record import TRAINING
+from lightning_tex.testing.ranks import RanksFailed
+
 
 def train_unequal(layout: Any, iterable: bool) -> dict[str, Any]:
     module = PublicNames()
@@ -83,6 +86,62 @@ def test_one_rank_that_ends_the_training_ends_it_everywhere() -> None:
         assert len(set(found[hook])) == 1, hook
 
 
+class Votes(L.Callback):
+    """Shapes of what ranks voted about, from the end of a batch to that of the next one."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+        self.between: list[list[Any]] = []
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        calls = [call for call in TRAINING.last_calls if call.number > self.seen]
+        self.seen = TRAINING.number
+        self.between.append([(call.shape, call.dtype) for call in calls if call.operation == "vote"])
+
+
+def votes_in_steps(accumulated: int) -> list[list[Any]]:
+    votes = Votes()
+    trainer = new_trainer({}, callbacks=[votes], accumulate_grad_batches=accumulated)
+    trainer.fit(PublicNames(), loader(own_slices(trainer, batches(6))))
+    return votes.between[1:]
+
+
+def test_a_batch_has_one_vote_of_two_numbers() -> None:
+    of_16_bytes = (torch.Size([2]), torch.int64)
+    found = together(2, {n: (votes_in_steps, n) for n in (1, 2)})
+    for accumulated in (1, 2):
+        assert found[accumulated] == [[[of_16_bytes]] * 5] * 2, accumulated
+
+
+class ClockAhead(L.Callback):
+    """By one rank's clock a validation is due after the second step."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_rank == 1 and trainer.global_step == 1:
+            trainer._last_val_time -= 7200
+
+
+class NotesValidations(L.Callback):
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_validation_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self.steps.append(trainer.global_step)
+
+
+def validated_by_time() -> list[int]:
+    notes = NotesValidations()
+    flags = {"val_check_interval": {"hours": 1}, "num_sanity_val_steps": 0}
+    trainer = new_trainer({}, callbacks=[ClockAhead(), notes], **flags)
+    given = own_slices(trainer, batches(4))
+    trainer.fit(Validated(), loader(given), loader(given[:1]))
+    return notes.steps
+
+
+def test_a_validation_that_is_due_by_one_rank_s_clock_is_run_by_all() -> None:
+    assert on_ranks(2, validated_by_time) == [[2], [2]]
+
+
 def fit_short_last_batch(layout: Any, uneven: bool) -> dict[str, Tensor]:
     module = PublicNames(capacity_factor=None if not uneven else 1.0)
     trainer = new_trainer(layout)
@@ -104,6 +163,25 @@ def test_last_batch_that_is_shorter_on_some_ranks() -> None:
         assert int(outcome["steps"]) == 4
         assert all(bool(value.isfinite().all()) for value in outcome.values())
         assert all(torch.equal(value, outcomes[0][name]) for name, value in outcome.items())
+
+
+class RunsOut(PublicNames):
+    """Its own iterator does, on one rank."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        if self.trainer.global_rank == 1 and batch_idx == 2:
+            next(iter([]))
+        return super().training_step(batch, batch_idx)
+
+
+def fit_that_runs_out() -> None:
+    trainer = new_trainer({})
+    trainer.fit(RunsOut(), loader(own_slices(trainer, batches(4))))
+
+
+def test_a_step_that_raises_stop_iteration_does_not_end_one_rank_s_epoch() -> None:
+    with pytest.raises(RanksFailed, match=r"training_step raised StopIteration on rank 1: .*next\(iterator, default"):
+        on_ranks(2, fit_that_runs_out)
 
 
 class Numbers(Dataset):

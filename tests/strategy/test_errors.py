@@ -89,6 +89,7 @@ def test_layout_that_the_world_does_not_allow(devices: int, arguments: dict[str,
             ("activation_checkpointing_policy", "activation_checkpointing=None"),
         ),
         ({"tile_size": 0}, ("tile_size=0", "1 or more")),
+        ({"expert_chunks": 0}, ("expert_chunks=0", "at least 1", "'auto'")),
     ],
 )
 def test_option_that_does_not_exist(arguments: dict[str, Any], words: tuple[str, ...]) -> None:

@@ -1,7 +1,7 @@
 """Every layout trains as one process does: losses, gradient norms, gradients and parameters over optimizer steps.
 
 By default each layout of one rank runs twice, each of two and four ranks once, and of the 22 on eight ranks those of
-``ON_EIGHT`` once, with options that together cover all pairs; four and eight ranks over six steps, and one of four
+``ON_EIGHT`` once, with options that together cover all pairs; four and eight ranks over four steps, and one of four
 over twenty. ``-m full`` runs twenty steps everywhere, the other layouts of eight ranks and the other cases of two and
 four, the rest of the cases that cover all pairs of layout and option, in fp32 and fp64, and the grid: every layout with
 every combination of routing by capacity, duplicates not split, AdamW, accumulation and clipping, 960 cases in fp64,
