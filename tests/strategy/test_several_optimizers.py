@@ -129,7 +129,7 @@ class Shared(Rivals):
 
 
 def fit_shared() -> str:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="is in optimizer") as caught:
         trainer(tex.TexMoEStrategy(), 1).fit(Shared(), Data())
     return str(caught.value)
 
