@@ -98,8 +98,8 @@ class Mlp:
 class Moe:
     """A :class:`MoE` layer; ``routing_losses``: whether it has any, ``z_loss``: whether one of them is of logits.
 
-    ``shared``: the expert that every token uses, ``shared_gate``: whether it scales its output. ``plain``: what the
-    layer keeps has a formula.
+    ``shared``: the expert that every token uses; ``shared_gate``: whether it scales its result, which is kept for that.
+    ``plain``: what it keeps has a formula.
     """
 
     dim: int

@@ -128,7 +128,7 @@ class MicroStepTraffic:
             case RowLinear():
                 yield from self._leave(layer.out_features, last)
             case Moe():
-                if layer.shared is not None:  # which is computed last, beside rows on their way
+                if layer.shared is not None:  # which runs beside the way home
                     yield from self._enter(layer.dim, forward, backward)
                     yield from self._leave(layer.dim, forward if layer.shared_gate else last)
                 yield from self._moe(layer, forward, last)

@@ -259,7 +259,8 @@ def steps_against_formulas(cases):
 def step_against_formulas(layout, config, sequence, chunks, stage, mode, micro_steps):
     topology = join(*layout, sequence_parallel=sequence, expert_chunks=chunks)
     meter = training_step(Decoder(config), topology, mode, stage, micro_steps)
-    job = Job(describe_decoder(config), 4, EVEN, B * topology.data.size * micro_steps, "32-true")
+    world = topology.layout.world
+    job = Job(describe_decoder(config), world, EVEN, B * topology.data.size * micro_steps, "32-true")
     candidate = Candidate(topology.layout, B, micro_steps, stage, mode, "fp32", topology.communication)
     expected = step_collectives(job, candidate)
     counted = {kind: Fraction(sent) for kind, sent in meter.sent_bytes().items()}
@@ -274,6 +275,12 @@ def test_bytes_and_calls_of_a_step_equal_the_planners():
     cases = pairwise(LAYOUTS, DECODERS, (False, True), STEPS, (1, 3), legal=overflow_is_known)
     cases.append((LAYOUTS[0], DECODERS[3], False, STEPS[1], 1))  # where a recomputation ends with a shared expert
     run_ranks(4, steps_against_formulas, cases)
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_a_shared_experts_result_is_summed_again_only_where_it_is_kept(gate):
+    config = DecoderConfig(98, D, 1, 8, 4, 24, 64, E, K, F, 1, shared_expert_hidden_dim=12, shared_expert_gate=gate)
+    run_ranks(2, step_against_formulas, (2, 1, 2, True), config, False, 1, 1, "full", 1)
 
 
 @pytest.mark.full
