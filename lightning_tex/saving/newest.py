@@ -199,4 +199,4 @@ def find(path: Path) -> Path:
     link = f": it is a link to {os.readlink(path)}, where there is nothing" if path.is_symlink() else ""
     other = latest(path.parent)
     hint = f"; the newest complete whole state there is {other}" if other else ""
-    raise UserFileError(f"there is no checkpoint {path}{link}{hint}")
+    raise UserFileError(f"Checkpoint file not found: there is no checkpoint {path}{link}{hint}")

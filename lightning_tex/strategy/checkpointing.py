@@ -246,7 +246,7 @@ class CheckpointingStrategy(MeshStrategy):
     def link_last_checkpoints(self, trainer: Trainer) -> None:
         """Let ``ModelCheckpoint(save_last="link")`` swap its link by one rename, once what it leads to is complete."""
         for callback in model_checkpoints(trainer):
-            if type(callback)._link_checkpoint is _LIGHTNINGS_LINK:
+            if getattr(type(callback), "_link_checkpoint", None) is _LIGHTNINGS_LINK:
                 callback._link_checkpoint = _LinkWhenComplete(self.link_checkpoint)  # type: ignore[method-assign]
 
     def link_checkpoint(self, filepath: str, linkpath: str) -> None:

@@ -78,12 +78,11 @@ class StepStrategy(CheckpointingStrategy):
         """Seed workers by data rank, and leave signals to ranks."""
         begins: Any = getattr(dataloader, "worker_init_fn", False)
         if begins is not False and not isinstance(begins, SparedWorker):
-            assert self._stopping is not None
-            seed = partial(_seed_worker, rank=self.distributed_sampler_kwargs["rank"])
+            begins = begins or partial(_seed_worker, rank=self.distributed_sampler_kwargs["rank"])
+            if self._stopping is not None:  # else asked for outside a run
+                begins = SparedWorker(self._stopping.signals, begins)
             with suppress(ValueError, AttributeError):
-                dataloader.worker_init_fn = SparedWorker(  # type: ignore[attr-defined]
-                    self._stopping.signals, begins or seed
-                )
+                dataloader.worker_init_fn = begins  # type: ignore[attr-defined]
         return dataloader
 
     def on_train_start(self) -> None:

@@ -218,7 +218,7 @@ def test_hooks_see_the_whole_checkpoint_without_a_trainer(folder: Path, ranks: o
         ("remote", "s3://bucket/a.ckpt is not on a mounted file system"),
         ("shapes", "missing from the checkpoint: more; of another shape: scale (saved [], model [3])"),
         ("no checkpoint", "manifest.json: expected the manifest of a complete checkpoint, found none"),
-        ("nothing there", "UserFileError: there is no checkpoint"),
+        ("nothing there", "UserFileError: Checkpoint file not found: there is no checkpoint"),
         ("somebody's", "is a directory, and not a checkpoint that could be replaced"),
         ("cannot write", "NotADirectoryError"),
     ],
