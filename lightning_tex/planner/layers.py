@@ -98,7 +98,8 @@ class Mlp:
 class Moe:
     """A :class:`MoE` layer; ``routing_losses``: whether it has any, ``z_loss``: whether one of them is of logits.
 
-    ``shared``: the expert that every token uses. ``plain``: what it keeps has a formula.
+    ``shared``: the expert that every token uses, ``shared_gate``: whether it scales its output. ``plain``: what the
+    layer keeps has a formula.
     """
 
     dim: int
@@ -112,6 +113,7 @@ class Moe:
     z_loss: bool
     round_factor: float | None
     shared: Mlp | None
+    shared_gate: bool
     plain: bool
 
 
@@ -195,7 +197,8 @@ def known_layer(module: nn.Module) -> Layer | None:
             return Moe(
                 module.router.dim, module.hidden_dim, module.experts.gate is not None, module.num_experts,
                 module.top_k, module.capacity_factor, module.router.norm_topk_prob, losses,
-                bool(module.z_loss_coefficient), module.round_factor, shared, plain,
+                bool(module.z_loss_coefficient), module.round_factor, shared,
+                module.shared is not None and module.shared.output_gate is not None, plain,
             )  # fmt: skip
         case VocabParallelHead():
             return Head(module.dim, module.size, module.gather_output, module.softcap is None and module.bias is None)

@@ -128,9 +128,9 @@ class MicroStepTraffic:
             case RowLinear():
                 yield from self._leave(layer.out_features, last)
             case Moe():
-                if layer.shared is not None:  # which comes first
+                if layer.shared is not None:  # which is computed last, beside rows on their way
                     yield from self._enter(layer.dim, forward, backward)
-                    yield from self._leave(layer.dim, forward)
+                    yield from self._leave(layer.dim, forward if layer.shared_gate else last)
                 yield from self._moe(layer, forward, last)
             case Head():
                 yield from self._enter(layer.dim, forward, backward)
