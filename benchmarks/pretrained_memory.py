@@ -21,7 +21,7 @@ from lightning import Callback
 from torch.utils.data import DataLoader
 
 from lightning_tex import LanguageModel, TexMoEStrategy
-from lightning_tex.models import DecoderConfig
+from lightning_tex.models import Decoder, DecoderConfig
 from lightning_tex.recipe import BARE_TRAINER
 from lightning_tex.testing import run_ranks
 
@@ -60,7 +60,11 @@ class Measured(Callback):
 def publish(folder: Path) -> int:
     """Write the model; bytes of its files."""
     model = LanguageModel(DecoderConfig(**SIZES))
-    model.configure_model()
+    with torch.device("meta"):
+        model.decoder = Decoder(model.config)
+    model.decoder.to_empty(device="cpu")
+    for parameter in model.decoder.parameters():
+        torch.nn.init.normal_(parameter, 0.0, 0.02)
     model.save_pretrained(folder, dtype="bfloat16", max_shard_size="300MB")
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 

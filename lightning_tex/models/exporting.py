@@ -86,11 +86,12 @@ class Exported:
         facts = {"parameters": f"{parameters:,}", "positions": f"{c.max_sequence_length:,}"}
         if c.num_experts > 1:
             facts["experts"] = f"{c.num_experts}, of which a token uses {c.top_k}"
-        began = None if self.origin is None else self.origin.name
+        origin = self.origin
+        began, repository = (None, False) if origin is None else (origin.name, origin.is_repository)
         return {
             CONFIG: as_json(config),
             GENERATION_CONFIG: self._generation_config(config),
-            "README.md": model_card(title, self.family.architecture, began, facts),
+            "README.md": model_card(title, self.family.architecture, began, repository, facts),
             **tokenizer,
         }
 

@@ -49,6 +49,11 @@ class Origin:
     config: dict[str, Any]
 
     @property
+    def is_repository(self) -> bool:
+        """Whether its name is one of the hub, and not of a folder."""
+        return not self.name.startswith("~") and Path(self.folder).parts[-2:] != Path(self.name).parts[-2:]
+
+    @property
     def family(self) -> Family:
         """Which rules its names follow."""
         return FAMILIES[self.config["model_type"]]

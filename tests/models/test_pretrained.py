@@ -217,7 +217,8 @@ def test_a_repository_is_taken_from_the_hubs_cache_by_its_revision(folder, tmp_p
     (place / "refs" / "main").write_text(commit)
     for revision in (None, "main", commit):
         model = LanguageModel.from_pretrained("owner/tiny", revision=revision)
-        assert model.config.num_experts == 4 and model.origin.name == "owner/tiny"
+        assert model.config.num_experts == 4 and model.origin.name == "owner/tiny" and model.origin.is_repository
+    assert not LanguageModel.from_pretrained(folder).origin.is_repository
     with pytest.raises(UserError, match="gives nothing of that name and revision v2"):
         LanguageModel.from_pretrained("owner/tiny", revision="v2")
 

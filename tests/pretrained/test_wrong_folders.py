@@ -156,7 +156,7 @@ WRONG = {
     twice: r"model.norm.weight is in model-\S+ and in model-\S+",
     other_shape: r"model.norm.weight has shape \[47\], by mixtral/config.json and the options it is \[48\]",
     other_family: r"model.layers.0.mlp.gate_proj.weight is missing; .* and \d+ more",
-    unknown_family: r"config.json is of model_type='bert'; known families: mixtral, .*llama",
+    unknown_family: r"config.json is of model_type='bert'; known families: llama, .*mixtral",
     other_sizes: r"model.embed_tokens.weight has shape \[101, 48\], .* it is \[101, 64\]",
     other_experts: r"model.layers.0.block_sparse_moe.experts.3.w1.weight of shape \[36, 48\] is no part of the model",
     window: r"mixtral with hidden_act='gelu' is not expressed here; legal: 'silu'",

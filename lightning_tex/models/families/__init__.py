@@ -24,8 +24,8 @@ from lightning_tex.parallel.errors import UserValueError
 
 # In the order in which they are tried for a decoder that began from none.
 _ALL = (
-    Mixtral(), Qwen2MoE(), Qwen3MoE(), OLMoE(), DeepSeekV2(), DeepSeekV3(), GLM4MoE(), GptOss(), GraniteMoE(), PhiMoE(),
     Llama(), Mistral(), Qwen3(),
+    Mixtral(), Qwen2MoE(), Qwen3MoE(), OLMoE(), DeepSeekV2(), DeepSeekV3(), GLM4MoE(), GptOss(), GraniteMoE(), PhiMoE(),
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 

@@ -77,6 +77,7 @@ class Family(ABC):
             :meth:`write`.
         rope_theta: base of the rotary embedding of a file that says none.
         ignored: endings of names in files that are no weights.
+        always_routed: there are experts in every block.
         with_experts: of a dense family, the one that has the same decoder with experts in the place of MLPs.
     """
 
@@ -85,6 +86,7 @@ class Family(ABC):
     fields: ClassVar[tuple[Field | Fixed, ...]] = SIZES
     rope_theta: ClassVar[float] = 10000.0
     ignored: ClassVar[tuple[str, ...]] = ("rotary_emb.inv_freq",)
+    always_routed: ClassVar[bool] = False
     with_experts: ClassVar[str | None] = None
 
     def left_out(self, names: Iterable[str], config: DecoderConfig) -> list[str]:
@@ -142,7 +144,10 @@ class Family(ABC):
         known = DecoderConfig.__dataclass_fields__
         if unknown := [name for name in overrides if name not in known]:
             raise UserValueError(f"overrides of {', '.join(unknown)}; legal: {', '.join(known)}")
-        return DecoderConfig(**{**self.read(theirs), **overrides})
+        config = DecoderConfig(**{**self.read(theirs), **overrides})
+        if self.always_routed and config.num_experts < 2:
+            raise UserValueError(f"{self.model_type} has no decoder without experts; legal: 2 and more")
+        return config
 
     def described(self, config: DecoderConfig) -> dict[str, Any]:
         """Their configuration: what :meth:`write` gives, if it is read as the same decoder again.

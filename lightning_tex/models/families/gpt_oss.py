@@ -16,6 +16,7 @@ class GptOss(Family):
 
     model_type = "gpt_oss"
     architecture = "GptOssForCausalLM"
+    always_routed = True
     rope_theta = 150000.0
     fields: ClassVar[tuple[Field | Fixed, ...]] = (
         *SIZES,

@@ -16,6 +16,7 @@ class GraniteMoE(Family):
 
     model_type = "granitemoe"
     architecture = "GraniteMoeForCausalLM"
+    always_routed = True
     fields: ClassVar[tuple[Field | Fixed, ...]] = (
         *SIZES,
         Field("num_local_experts", "num_experts"),

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 from lightning_tex.models.config import DecoderConfig
 from lightning_tex.models.families.family import SIZES, Family, Field, Fixed
 from lightning_tex.models.families.names import attention, embedding_and_head, fused_experts, norms
-from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.pretrained.rules import Either, Rule
 
 # w1 is the gate, w3 the way up, w2 the way down.
@@ -20,6 +19,7 @@ class Mixtral(Family):
 
     model_type = "mixtral"
     architecture = "MixtralForCausalLM"
+    always_routed = True
     rope_theta = 1e6
     fields: ClassVar[tuple[Field | Fixed, ...]] = (
         *SIZES,
@@ -31,8 +31,6 @@ class Mixtral(Family):
     )
 
     def read(self, theirs: Mapping[str, Any]) -> dict[str, Any]:
-        if self.value(theirs, "num_local_experts") < 2:
-            raise UserValueError("mixtral with num_local_experts=1 is not expressed here; legal: 2 and more")
         return {**super().read(theirs), "moe_every": 1, "norm_topk_prob": True}
 
     def rules(self, config: DecoderConfig) -> Iterator[Rule | Either]:

@@ -16,6 +16,7 @@ class OLMoE(Family):
 
     model_type = "olmoe"
     architecture = "OlmoeForCausalLM"
+    always_routed = True
     fields: ClassVar[tuple[Field | Fixed, ...]] = (
         *SIZES,
         Field("rms_norm_eps", "norm_eps", 1e-5),
