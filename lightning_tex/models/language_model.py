@@ -20,7 +20,7 @@ from lightning_tex.models.config import DecoderConfig
 from lightning_tex.models.decoder import Decoder
 from lightning_tex.models.exporting import SHARD_SIZE, Exported, save_module
 from lightning_tex.models.pretrained_model import ORIGIN, Origin, PretrainedModel, fill_whole, require_own_tokens
-from lightning_tex.moe import auxiliary_loss
+from lightning_tex.moe import auxiliary_loss, step_is_over
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.pretrained.reading import PretrainedWeights
 
@@ -196,6 +196,11 @@ class LanguageModel(LightningModule):
         others = [p for p in self.parameters() if p.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95))
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self._device_mesh is None:  # tex_moe does it
+            step_is_over(self)
 
     def configure_callbacks(self) -> list[Callback]:
         own = [Throughput(), ExpertMonitor(), LateProgress(["train_loss"])]

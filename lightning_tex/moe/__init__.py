@@ -4,7 +4,7 @@ from lightning_tex.moe.dispatch import Arrived, Dispatcher, DispatchMetadata
 from lightning_tex.moe.layer import MoE
 from lightning_tex.moe.losses import auxiliary_loss
 from lightning_tex.moe.router import Route, Router
-from lightning_tex.moe.routers import SigmoidRouter, SoftmaxRouter
+from lightning_tex.moe.routers import SigmoidRouter, SoftmaxRouter, step_is_over
 from lightning_tex.moe.shared import SharedExpert
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "SigmoidRouter",
     "SoftmaxRouter",
     "auxiliary_loss",
+    "step_is_over",
 ]

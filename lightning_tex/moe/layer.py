@@ -194,6 +194,7 @@ class MoE(TexModule):
         counts = count_choices(route.indices, self.num_experts) if metadata.counts is None else metadata.counts
         self.load.add(counts, metadata.overflowed)
         self.load.look(route.scores, mask)
+        self.router.chose(counts)
         if torch.is_grad_enabled() and (self.load_balance_coefficient or self.z_loss_coefficient):
             with first_forward_only():  # a recomputation does not come here and must not miss what is saved here
                 loss = routing_loss(

@@ -142,6 +142,19 @@ class Router(TexModule):
             balanced = self.balance(scores)
         return Route(indices, weights, balanced, logits)
 
+    def chose(self, counts: Tensor) -> None:
+        """See what a training forward has chosen, once: not in recomputations, nor in evaluation.
+
+        Args:
+            counts: choices of this rank's tokens that fell on each expert. [E]
+        """
+
+    def step_is_over(self, taken: bool) -> None:
+        """Act on what was chosen for an optimizer step, or forget it where the step was left out.
+
+        Collective over the data axis.
+        """
+
     def prefer(self, scores: Tensor) -> Tensor:  # [T, E] -> [T, E]
         """What experts are chosen by: the scores, unless a subclass says otherwise. No gradient."""
         return scores

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tex.moe.router import Router
+from lightning_tex.parallel.collectives import all_reduce
 from lightning_tex.parallel.errors import UserTypeError, UserValueError
 from lightning_tex.parallel.initialization import by_index, has_values
 
@@ -34,17 +35,27 @@ class SigmoidRouter(Router):
     """A sigmoid of each expert; the k largest of it and a bias (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
 
     The bias, ``correction_bias`` [E], decides which experts are chosen and enters no weight. It is no parameter but a
-    saved buffer in fp32; nothing here changes it.
+    saved buffer in fp32. With a rate, each optimizer step raises it for experts that were chosen less often than the
+    mean and lowers it for others: balance without an auxiliary loss (set ``load_balance_coefficient=0``).
 
     Args:
         args, kwargs: as of :class:`Router`; groups are chosen by their best two experts.
+        bias_update_rate: by how much; DeepSeek-V3 takes 0.001. 0: the bias stays.
+
+    Raises:
+        ValueError: a negative rate.
     """
 
+    axes = ("tensor", "data")
     group_score = "top2_sum"
     correction_bias: Tensor
 
-    def __init__(self, dim: int, num_experts: int, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, dim: int, num_experts: int, *args: Any, bias_update_rate: float = 0.0, **kwargs: Any) -> None:
         super().__init__(dim, num_experts, *args, **kwargs)
+        if bias_update_rate < 0:
+            raise UserValueError(f"bias_update_rate={bias_update_rate}; legal: 0, or above")
+        self.bias_update_rate = bias_update_rate
+        self._chosen: Tensor | None = None
         self.register_buffer("correction_bias", torch.zeros(num_experts, dtype=torch.float32))
 
     @by_index
@@ -63,6 +74,18 @@ class SigmoidRouter(Router):
 
     def score(self, logits: Tensor) -> Tensor:
         return logits.sigmoid()
+
+    def chose(self, counts: Tensor) -> None:
+        if self.bias_update_rate:
+            self._chosen = counts if self._chosen is None else self._chosen + counts
+
+    @torch.no_grad()
+    def step_is_over(self, taken: bool) -> None:
+        chosen, self._chosen = self._chosen, None
+        if chosen is not None and taken:
+            total = all_reduce(self.activation_layout.total(chosen), self.data)
+            # In whole numbers: every layout decides alike.
+            self.correction_bias += self.bias_update_rate * (total.sum() - total * len(total)).sign()
 
     def prefer(self, scores: Tensor) -> Tensor:
         return scores + self.correction_bias
@@ -107,6 +130,20 @@ class ForcedBalanceRouter(SoftmaxRouter):
     def choose(self, scores: Tensor) -> Tensor:
         tokens, experts = scores.shape
         return torch.arange(tokens * self.top_k, device=scores.device).view(tokens, self.top_k) % experts
+
+
+def step_is_over(module: nn.Module, taken: bool = True) -> None:
+    """Let the routers of a module act after an optimizer step; collective over the data axis.
+
+    Under ``strategy="tex_moe"`` and for :class:`lightning_tex.LanguageModel` that happens by itself.
+
+    Args:
+        module: holds the routers.
+        taken: whether the step was taken. One that a GPU left out by itself, for numbers that are not finite, counts.
+    """
+    for each in module.modules():
+        if isinstance(each, Router):
+            each.step_is_over(taken)
 
 
 ROUTERS: dict[str, type[Router]] = {

@@ -12,8 +12,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_tex.moe.losses import auxiliary_loss
+from lightning_tex.moe import auxiliary_loss, step_is_over
 from lightning_tex.optim import OptimizerStateConfig, TiledOptimizer
+from lightning_tex.optim.overlap import optimizer_pass
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.flight_record import TRAINING
 
@@ -69,12 +70,15 @@ class TrainStep(Precision):
         with self._last_backward_of_a_step(model):
             result = closure()
         if _strategy(model).spikes.leaves_out(optimizer):
+            step_is_over(model, taken=False)
             return result
         TRAINING.layer = "the optimizer's step"
         optimizer.reduce_gradients(whole=self._looked_at(model))
         self._unscale(optimizer)
         self._after_closure(model, optimizer)
         self._step(optimizer, **kwargs)
+        with optimizer_pass(optimizer.world):
+            step_is_over(model)
         TRAINING.layer = ""
         return result
 
