@@ -65,8 +65,6 @@ class TextDataModule(LightningDataModule):
         vocab_size: tokens of the BPE (default 4096), or a size to which that of ``tokenizer`` is padded. Given for a
             tokenizer of the hub, that is downloaded only when the data is prepared.
         end_of_document: the token that ends a document. None: the first the tokenizer has of the usual ones.
-        document_mask: documents of one block do not see each other. A text that spells the end-of-document token out
-            ends a document there.
         sequence_length: tokens a sample predicts.
         global_batch_size: sequences of one micro-step over the whole data axis.
         seed: of the sample order.
@@ -74,6 +72,8 @@ class TextDataModule(LightningDataModule):
         max_bytes: size of the standard library's selection, bytes.
         cache_dir: of prepared data. None: ``$LIGHTNING_TEX_CACHE``, else ``lightning_tex`` in ``$XDG_CACHE_HOME`` or
             ``~/.cache``. Downloads go where ``datasets`` keeps them unless this is set.
+        document_mask: documents of one block do not see each other. A text that spells the end-of-document token out
+            ends a document there.
 
     Raises:
         ValueError: options that contradict each other or the data, naming what is legal.

@@ -69,10 +69,10 @@ class DocumentContext(Context):
         place = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
         positions = place - (place * begins).cummax(-1).values
         begins[:, 0] = True
-        starts = begins.flatten().nonzero().flatten()
+        starts = begins.cpu().flatten().nonzero().flatten()
         ends = F.pad(starts, (0, 1), value=segments.numel())
         lengths = tuple(end - start for start, end in pairwise(ends.tolist()))
-        return cls(padding, positions, ends.to(torch.int32), lengths)
+        return cls(padding, positions, ends.to(segments.device, torch.int32, non_blocking=True), lengths)
 
     @property
     def token_mask(self) -> Tensor | None:  # type: ignore[override]
