@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.host_reads import host_reads
 from torch import Tensor
 
 from lightning_tex.layers import DocumentContext, ParallelAttention, ParallelLatentAttention, document_context
@@ -61,6 +62,18 @@ def test_the_kernel_for_any_length_is_given_what_single_calls_are(kind: str, mon
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     gradients = torch.autograd.grad(found, list(layer.parameters()), upstream)
     torch.testing.assert_close(gradients, expected_gradients, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_host_reads_where_documents_begin_and_nothing_else(padded: bool) -> None:
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1], [1] * 6]) if padded else None
+    with host_reads() as reads:
+        context = DocumentContext.of(SEGMENTS, mask)
+    assert [read.what for read in reads] == ["cpu", "aten.nonzero", "tolist"]  # the others are of the copy
+    layer, x = ParallelAttention(32, 4, 2), torch.randn(3, 6, 32)
+    with host_reads() as reads:
+        layer(x, context=context).sum().backward()
+    assert reads == []
 
 
 def test_no_mask_of_pairs_and_a_call_for_each_document(monkeypatch: pytest.MonkeyPatch) -> None:
