@@ -251,4 +251,5 @@ def _job(wanted: JobOptions, given: dict[str, Any], more: list[str]) -> tuple[Jo
     length = wanted.sequence_length or defaults["sequence_length"]
     precision = wanted.precision or defaults["precision"]
     optimizer, activations = defaults.get("optimizer", LANGUAGE_MODELS_OWN), defaults.get("activations")
-    return Job(model, gpus, length, batch, precision, wanted.imbalance, optimizer, activations), own
+    documents = defaults.get("document_mask", False)
+    return Job(model, gpus, length, batch, precision, wanted.imbalance, optimizer, activations, documents), own

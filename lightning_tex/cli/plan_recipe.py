@@ -86,6 +86,7 @@ def read_recipe(path: str, more: Sequence[str] = (), sizes: Mapping[str, Any] | 
         "sequence_length": data.get("sequence_length") or length,
         "precision": str(trainer.get("precision") or "32-true"),
         "optimizer": _optimizer(module, config.get("optimizer")),
+        "document_mask": bool(data.get("document_mask")),
         "activations": None if model.declared else _traced(module or language_model_on_meta(model), recipe),
     }
     if data.get("global_batch_size"):  # of a micro-step over all ranks

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch.utils.data import DataLoader
 from lightning_tex.data.corpus import Source
 from lightning_tex.data.loader import ResumableLoader, loader_cursor
 from lightning_tex.data.order import FixedBatchSampler, GlobalBatchSampler, Share
-from lightning_tex.data.packing import Blocks, StreamedBlocks, unigram_loss
+from lightning_tex.data.packing import Batch, Blocks, StreamedBlocks, by_document, unigram_loss
 from lightning_tex.data.prepared import Preparation, Prepared, default_cache_dir
 from lightning_tex.data.resume import Cursor, check_same, check_tokenizer, trainer_cursor
 from lightning_tex.data.tokenizer import SMALLEST_VOCABULARY, TextTokenizer, is_hub_name
@@ -34,6 +36,11 @@ class TextDataModule(LightningDataModule):
     data only, not on the layout or the workers. Training leaves out the last incomplete global batch of an epoch;
     validation and test read every block, and are filled up with rows of padding so that all ranks have equally many
     batches (a rank's last batch may be all padding).
+
+    With ``document_mask=True`` a batch has ``segments [b, S]`` besides, the number of a token's document in its block,
+    by which :class:`~lightning_tex.LanguageModel` lets documents not see each other, and the first token of a document
+    is not predicted: its label, at the end-of-document token before, is -100. Of a document that a block's border cuts
+    in two each part is one. Blocks and their order remain the same.
 
     A checkpoint holds the position of the next sample: a run resumed anywhere in an epoch, also on a data axis of
     another size, reads exactly what it would have read. With ``streaming=True`` that needs the data itself to be
@@ -65,6 +72,8 @@ class TextDataModule(LightningDataModule):
         max_bytes: size of the standard library's selection, bytes.
         cache_dir: of prepared data. None: ``$LIGHTNING_TEX_CACHE``, else ``lightning_tex`` in ``$XDG_CACHE_HOME`` or
             ``~/.cache``. Downloads go where ``datasets`` keeps them unless this is set.
+        document_mask: documents of one block do not see each other. A text that spells the end-of-document token out
+            ends a document there.
 
     Raises:
         ValueError: options that contradict each other or the data, naming what is legal.
@@ -92,6 +101,7 @@ class TextDataModule(LightningDataModule):
         num_workers: int = 0,
         max_bytes: int = 3_000_000,
         cache_dir: str | None = None,
+        document_mask: bool = False,
     ) -> None:
         super().__init__()
         if sequence_length < 1:
@@ -114,6 +124,7 @@ class TextDataModule(LightningDataModule):
         self.shuffle_buffer = shuffle_buffer
         self.seed = seed
         self.num_workers = num_workers
+        self.document_mask = document_mask
         self._cache_dir = cache_dir
         self._prepared: Prepared | None = None
         self._loaded: dict[str, Any] | None = None  # a checkpoint's state that no loader has taken over yet
@@ -156,7 +167,7 @@ class TextDataModule(LightningDataModule):
         data = self.prepared
         if data.train is None or data.validation is None:
             return None
-        return unigram_loss(data.train, data.validation, self.vocab_size)
+        return unigram_loss(data.train, data.validation, self.vocab_size, self._collate)
 
     def prepare_data(self) -> None:
         """Fills the cache; Lightning calls it in one process per node. Several runs may do so at the same time."""
@@ -179,12 +190,13 @@ class TextDataModule(LightningDataModule):
         if self._loaded is not None:
             check_same(self._loaded, self._identity())
         if self.streaming:
-            loader = ResumableLoader(self._stream("train", share), None, min(1, self.num_workers), _pin_memory())
+            stream, workers = self._stream("train", share), min(1, self.num_workers)
+            loader = ResumableLoader(stream, None, workers, _pin_memory(), collate_fn=self._collate)
         else:
             train = self._enough(self.prepared.train)
             kind = FixedBatchSampler if getattr(self.trainer, "overfit_batches", 0) else GlobalBatchSampler
             sampler = kind(train, share, self.seed, self.prepared.fingerprint)
-            loader = ResumableLoader(train, sampler, self.num_workers, _pin_memory())
+            loader = ResumableLoader(train, sampler, self.num_workers, _pin_memory(), collate_fn=self._collate)
         loader.cursor = self._cursor = self._cursor_of(loader)
         return loader
 
@@ -226,6 +238,7 @@ class TextDataModule(LightningDataModule):
             "vocab_size": self.vocab_size,
             "shuffle_buffer": self.shuffle_buffer,
             "streaming": self.streaming,
+            "document_mask": self.document_mask,
         }
 
     def _identity(self) -> dict[str, Any]:
@@ -247,14 +260,22 @@ class TextDataModule(LightningDataModule):
         epoch, batch = (state["epoch"], state["samples"] // self.global_batch_size) if state else (0, 0)
         return trainer_cursor(trainer, epoch, batch) if trainer is not None else loader_cursor(loader, epoch, batch)
 
+    @property
+    def _collate(self) -> Callable[[Any], Batch]:
+        """What a loader makes of a data set's batch."""
+        if not self.document_mask:
+            return _as_it_is
+        return partial(by_document, end_of_document_id=self.end_of_document_id)
+
     def _evaluation_loader(self, part: str) -> DataLoader:
-        share = self._share()
+        share, collate = self._share(), self._collate
         if self.streaming:
-            return DataLoader(self._stream(part, share), batch_size=None, num_workers=min(1, self.num_workers))
+            stream, workers = self._stream(part, share), min(1, self.num_workers)
+            return DataLoader(stream, batch_size=None, num_workers=workers, collate_fn=collate)
         blocks = getattr(self.prepared, part)
         sampler = FixedBatchSampler(blocks, share, shuffle=False, pad=True)
-        workers = self.num_workers
-        return DataLoader(blocks, sampler=sampler, batch_size=None, num_workers=workers, pin_memory=_pin_memory())
+        options: dict[str, Any] = {"num_workers": self.num_workers, "pin_memory": _pin_memory(), "collate_fn": collate}
+        return DataLoader(blocks, sampler=sampler, batch_size=None, **options)
 
     def _stream(self, part: str, share: Share) -> StreamedBlocks:
         cache_dir, hub_cache_dir = self._cache_dirs()
@@ -302,6 +323,10 @@ def _vocab_size(tokenizer: str | None, wanted: int | None, end_of_document: str 
     if size < smallest:
         raise UserValueError(f"vocab_size={size} is too small; legal are {smallest} and more")
     return size
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
 
 
 def _pin_memory() -> bool:

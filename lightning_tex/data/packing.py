@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 Batch = dict[str, Tensor]
 
+_READ_AT_ONCE = 4096  # blocks
+
 
 class Packer:
     """Cuts a stream of tokens, given piece by piece, into blocks.
@@ -102,6 +104,20 @@ def write_blocks(
     return packer.fingerprint()
 
 
+def by_document(batch: Batch, end_of_document_id: int) -> Batch:
+    """The batch with its documents apart: ``segments`` [b, S], and no label from another document.
+
+    A document ends with its end-of-document token, of which the next one's first token would be the label; that is
+    ``IGNORE_INDEX``. Padding, where nothing is left to predict, is one document of its own.
+    """
+    inputs, labels = batch["input_ids"], batch["labels"]
+    # What follows the last token of a stream is padding, and holds the end's id.
+    is_token = torch.cat([labels[:, :1] != IGNORE_INDEX, labels[:, :-1] != IGNORE_INDEX], 1)
+    ends = (inputs == end_of_document_id) & is_token
+    segments = torch.cat([torch.zeros_like(inputs[:, :1]), ends[:, :-1].cumsum(1)], 1)
+    return {**batch, "labels": labels.masked_fill(ends, IGNORE_INDEX), "segments": segments}
+
+
 def as_batch(blocks: np.ndarray, samples: list[int], end_of_document_id: int) -> Batch:
     """Blocks ``[b, S + 1]`` and their indices to int64 input_ids ``[b, S]``, labels ``[b, S]`` and sample ``[b]``."""
     tokens = torch.from_numpy(blocks.astype(np.int64))
@@ -159,7 +175,7 @@ class Blocks(Dataset):
         blocks[[i != PADDING for i in samples]] = self._read(present, width)
         return as_batch(blocks, samples, self.end_of_document_id)
 
-    def tokens(self, batch_size: int = 4096) -> Iterator[np.ndarray]:
+    def tokens(self, batch_size: int = _READ_AT_ONCE) -> Iterator[np.ndarray]:
         """All blocks in order, as int32 arrays ``[up to batch_size, S + 1]``."""
         width = self.rows.features["tokens"].length
         for start in range(0, len(self), batch_size):
@@ -253,10 +269,16 @@ class StreamedBlocks(IterableDataset):
         return as_batch(np.stack(rows[mine]), samples[mine], self.tokenizer.end_of_document_id)
 
 
-def unigram_loss(train: Blocks, held_out: Blocks, vocab_size: int) -> float:
+def unigram_loss(train: Blocks, held_out: Blocks, vocab_size: int, collate: Callable[[Batch], Batch]) -> float:
     """Loss of the model that knows only how frequent each token is.
 
     Add-one smoothed counts over the training tokens, on the labels of the held-out blocks (padding left out).
+
+    Args:
+        train: blocks whose tokens are counted.
+        held_out: blocks whose labels are predicted.
+        vocab_size: of the counts.
+        collate: makes batches of the held-out ones, as a loader's ``collate_fn``.
 
     Returns:
         nats per token.
@@ -266,7 +288,8 @@ def unigram_loss(train: Blocks, held_out: Blocks, vocab_size: int) -> float:
         counts += np.bincount(blocks[:, :-1].ravel(), minlength=vocab_size)
     nats = np.log(counts.sum()) - np.log(counts)
     total, tokens = 0.0, 0
-    for blocks in held_out.tokens():
-        labels = blocks[:, 1:][blocks[:, 1:] != IGNORE_INDEX]
+    for first in range(0, len(held_out), _READ_AT_ONCE):
+        batch = collate(held_out[list(range(first, min(first + _READ_AT_ONCE, len(held_out))))])
+        labels = batch["labels"][batch["labels"] != IGNORE_INDEX].numpy()
         total, tokens = total + nats[labels].sum(), tokens + labels.size
     return float(total / tokens)

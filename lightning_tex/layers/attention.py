@@ -13,7 +13,7 @@ from lightning_tex.layers.attention_scores import AttentionScores, AttentionSink
 from lightning_tex.layers.linear import ColumnParallelLinear, RowParallelLinear, require_divisible
 from lightning_tex.layers.qk_norm import QKNorm, make_qk_norm
 from lightning_tex.layers.rotary import Rotary, RotaryTables
-from lightning_tex.layers.token_context import TokenContext, visible_keys
+from lightning_tex.layers.token_context import Context, visible_keys
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.hashing import stable_hash
 from lightning_tex.parallel.sharding import TexModule
@@ -53,7 +53,7 @@ class Attention(TexModule):
         self,
         x: Tensor,
         attention_mask: Tensor | None = None,
-        context: TokenContext | None = None,
+        context: Context | None = None,
         rotary: RotaryTables | None = None,
     ) -> Tensor:
         """Attend.
@@ -64,7 +64,8 @@ class Attention(TexModule):
                 to [B, H, S, S] with a head dim of 1. S is the whole sequence's, always.
             context: in place of a mask, what all layers of a model have in common: it alone decides what is seen, and
                 where tokens stand. The result at padding is nobody's.
-            rotary: ``self.rotary.tables(S, x)``, made once for all layers that turn alike; ``None``: made here.
+            rotary: ``self.rotary.tables(S, x)``, placed by the context if there is one, made once for all layers that
+                turn alike; ``None``: made here.
 
         Returns:
             [B, S, D]
@@ -76,9 +77,10 @@ class Attention(TexModule):
             raise UserValueError("attention_mask and context both say what is seen; legal: one of them")
         x = self.activation_layout.enter(self.entering(x))
         x = x if context is None else context.pack(x)
-        rotary = self.rotary.tables(x.shape[-2], x) if rotary is None else rotary
-        query, key, value = self.turned_heads(x, rotary)
-        y = self._attend(query, key, value, self._mask(attention_mask), self.causal or context is not None).flatten(-2)
+        if rotary is None:
+            rotary = self.rotary.tables(x.shape[-2], x)
+            rotary = rotary if context is None else context.place(rotary)
+        y = self._attend(*self.turned_heads(x, rotary), self._mask(attention_mask), context).flatten(-2)
         return self.out(y if context is None else context.unpack(y))
 
     def entering(self, x: Tensor) -> Tensor:  # [B, s, D] -> [B, s, ..]
@@ -89,13 +91,18 @@ class Attention(TexModule):
     def turned_heads(self, x: Tensor, rotary: RotaryTables) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of this rank's heads, of what has entered: [B, S, ..] -> [B, S, h, d] each."""
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, causal: bool) -> Tensor:
-        """[B, S, h, d] each -> [B, S, h, d]. ``visible``: what may be seen, whatever ``causal`` says."""
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, context: Context | None
+    ) -> Tensor:
+        """[B, S, h, d] each -> [B, S, h, d]. ``visible``: what may be seen, where no context says it."""
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         dropout = self.dropout if self.training else 0.0
         sinks = None if self.sinks is None else self.sinks.weight
         with rank_random_state(self.tensor, enabled=dropout > 0):
-            y = self.scores.attend(query, key, value, visible, causal, dropout, sinks)
+            if context is not None:
+                y = context.attend(self.scores, query, key, value, dropout, sinks)
+            else:
+                y = self.scores.attend(query, key, value, visible, self.causal, dropout, sinks)
         return y.transpose(1, 2)
 
     def _mask(self, mask: Tensor | None) -> Tensor | None:

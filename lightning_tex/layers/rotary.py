@@ -21,8 +21,8 @@ class RotaryTables:
     """Cosines and sines of the angles by which positions turn.
 
     Args:
-        cos: [1, S, 1, d], in the dtype of queries and keys.
-        sin: [1, S, 1, d / 2], likewise.
+        cos: [1, S, 1, d], in the dtype of queries and keys; [B, S, 1, d] where sequences have positions of their own.
+        sin: [1, S, 1, d / 2] or [B, S, 1, d / 2], likewise.
         interleaved: pairs lie side by side in queries and keys, (2i, 2i + 1), and not in halves.
     """
 
@@ -43,6 +43,10 @@ class RotaryTables:
             return turned
         query, key = (torch.cat(parts, -1) for parts in zip(turned, rest, strict=True))
         return query, key
+
+    def at(self, positions: Tensor) -> RotaryTables:
+        """Those of other positions, [B, S] integers below the present ones' number."""
+        return RotaryTables(self.cos[0, positions], self.sin[0, positions], self.interleaved)
 
     def _in_halves(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if self.interleaved else x

@@ -1,7 +1,8 @@
-"""What a batch with padding says of its tokens, made once for all layers of a model."""
+"""What a batch says of its tokens, made once for all layers of a model: what a token sees, and where it stands."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +10,59 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# B sequences, S positions
+from lightning_tex.layers.attention_scores import AttentionScores
+from lightning_tex.layers.rotary import RotaryTables
+
+# B sequences, S positions, h query heads and g key/value heads, d and c their widths
+
+
+class Context(ABC):
+    """Which tokens are real, where they stand, and what each of them sees; over whole sequences on every rank.
+
+    Attributes:
+        token_mask: [B, S] boolean, False for padding; ``None``: there is none.
+    """
+
+    token_mask: Tensor | None
+
+    @abstractmethod
+    def pack(self, x: Tensor) -> Tensor:  # [B, S, D] -> [B, S, D]
+        """Each sequence's tokens in their order, then its padding: as attention has them."""
+
+    @abstractmethod
+    def unpack(self, x: Tensor) -> Tensor:  # [B, S, D] -> [B, S, D]
+        """What :meth:`pack` has put together, back where it stood."""
+
+    @abstractmethod
+    def place(self, tables: RotaryTables) -> RotaryTables:
+        """Of tables of positions 0 to S - 1 those of packed tokens."""
+
+    @abstractmethod
+    def attend(
+        self,
+        scores: AttentionScores,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        dropout: float = 0.0,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Mix values of packed tokens that are seen; arguments as of :meth:`AttentionScores.attend`.
+
+        Args:
+            scores: what becomes of the products.
+            query, key, value: [B, h, S, d], [B, g, S, d], [B, g, S, c].
+            dropout: of the weights.
+            sinks: [h].
+
+        Returns:
+            [B, h, S, c]
+        """
 
 
 @dataclass(frozen=True)
-class TokenContext:
-    """Which tokens are real, where they stand, and what each of them sees; over whole sequences on every rank.
+class TokenContext(Context):
+    """Every token sees the real ones of its sequence up to itself.
 
     Where tokens come first and padding last (:meth:`pack`), a token's place is its position, and causal attention needs
     no mask: no token sees what comes later. What attention gives at padding is nobody's.
@@ -59,6 +107,20 @@ class TokenContext:
         """What :meth:`pack` has put together, back where it stood."""
         unpacked: Tensor = _Reordered.apply(x, self.places, self.order)
         return unpacked
+
+    def place(self, tables: RotaryTables) -> RotaryTables:
+        return tables
+
+    def attend(
+        self,
+        scores: AttentionScores,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        dropout: float = 0.0,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        return scores.attend(query, key, value, None, True, dropout, sinks)
 
 
 class _Reordered(torch.autograd.Function):

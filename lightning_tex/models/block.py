@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lightning_tex.layers import (
+    Context,
     LayerNorm,
     ParallelAttention,
     ParallelLatentAttention,
     ParallelMLP,
     RMSNorm,
     RotaryTables,
-    TokenContext,
 )
 from lightning_tex.models.config import DecoderConfig
 from lightning_tex.moe import MoE
@@ -39,7 +39,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.multiplier = config.residual_multiplier
 
-    def forward(self, x: Tensor, context: TokenContext | None = None, rotary: RotaryTables | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None = None, rotary: RotaryTables | None = None) -> Tensor:
         attended = self.attention(self.attention_norm(x), context=context, rotary=rotary)
         x = x + self._branch(self.attention_output_norm(attended))
         return x + self._branch(self.mlp_output_norm(self._feed_forward(self.mlp_norm(x), context)))
@@ -48,7 +48,7 @@ class Block(nn.Module):
         x = self.dropout(x)
         return x if self.multiplier == 1 else x * self.multiplier
 
-    def _feed_forward(self, x: Tensor, context: TokenContext | None) -> Tensor:
+    def _feed_forward(self, x: Tensor, context: Context | None) -> Tensor:
         if context is not None and isinstance(self.mlp, MoE):
             return self.mlp(x, context.token_mask)
         return self.mlp(x)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from lightning_tex.layers import TokenContext, VocabParallelEmbedding, VocabParallelHead
+from lightning_tex.layers import Context, DocumentContext, TokenContext, VocabParallelEmbedding, VocabParallelHead
 from lightning_tex.models.block import Block, make_norm
 from lightning_tex.models.config import DecoderConfig
 from lightning_tex.moe import MoE
@@ -37,31 +37,34 @@ class Decoder(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
 
-    def forward(self, ids: Tensor, *, token_mask: Tensor | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, segments: Tensor | None = None, token_mask: Tensor | None = None) -> Tensor:
         """Score next tokens; arguments and errors as of :meth:`hidden`."""
-        return self.head(self.hidden(ids, token_mask=token_mask))
+        return self.head(self.hidden(input_ids, segments, token_mask))
 
-    def hidden(self, ids: Tensor, *, token_mask: Tensor | None = None) -> Tensor:
+    def hidden(self, input_ids: Tensor, segments: Tensor | None = None, token_mask: Tensor | None = None) -> Tensor:
         """What the head scores next tokens by: [B, S] -> [B, S, D], or a rank's part of it under sequence parallelism.
 
         Args:
-            ids: [B, S] integer, S at most ``max_sequence_length``.
+            input_ids: [B, S] integer, S at most ``max_sequence_length``.
+            segments: [B, S] integers, a token's document in its sequence: neighbours of one number are of one document,
+                which sees no other and whose positions begin at 0. ``None``: a sequence is one document.
             token_mask: [B, S], True or 1 for a token, False or 0 for padding, which no token sees, no expert serves
                 and no routing loss or position counts. ``None``: there is no padding.
 
         Raises:
-            ValueError: a longer sequence, or a mask that is not one of tokens.
+            ValueError: a longer sequence, a mask that is not one of tokens, or segments that are not.
         """
-        if ids.shape[-1] > self.config.max_sequence_length:
+        if input_ids.shape[-1] > self.config.max_sequence_length:
             raise UserValueError(
-                f"sequence of {ids.shape[-1]} tokens is longer than "
+                f"sequence of {input_ids.shape[-1]} tokens is longer than "
                 f"max_sequence_length={self.config.max_sequence_length}"
             )
-        context = None if token_mask is None else TokenContext.causal(require_token_mask(token_mask, ids))
-        x = self.embedding(ids)
+        context = token_context(input_ids, segments, token_mask)
+        x = self.embedding(input_ids)
         if self.config.embedding_multiplier != 1:
             x = x * self.config.embedding_multiplier
-        rotary = self.rotary.tables(ids.shape[-1], x)
+        rotary = self.rotary.tables(input_ids.shape[-1], x)
+        rotary = rotary if context is None else context.place(rotary)
         for block in self.blocks:
             x = block(x, context, rotary)
         x = self.norm(x)
@@ -75,10 +78,28 @@ class Decoder(nn.Module):
                 yield layer, block.mlp
 
     @torch.no_grad()
-    def logits(self, ids: Tensor, *, token_mask: Tensor | None = None) -> Tensor:
+    def logits(self, input_ids: Tensor, segments: Tensor | None = None, token_mask: Tensor | None = None) -> Tensor:
         """Whole logits on every rank of the tensor axis: [B, S] -> [B, S, V]. For generation; costs a gather."""
-        logits = self(ids, token_mask=token_mask)
+        logits = self(input_ids, segments, token_mask)
         return all_gather(logits, -1, self.head.tensor)[..., : self.config.vocab_size]
+
+
+def token_context(ids: Tensor, segments: Tensor | None, token_mask: Tensor | None) -> Context | None:
+    """What a batch says of its tokens; ``None``: that each sequence is one document, without padding.
+
+    Raises:
+        ValueError: a mask or segments that are not of tokens.
+    """
+    if token_mask is not None:
+        token_mask = require_token_mask(token_mask, ids)
+    if segments is None:
+        return None if token_mask is None else TokenContext.causal(token_mask)
+    if segments.shape != ids.shape:
+        raise UserValueError(
+            f"segments are of shape {list(segments.shape)} for input_ids of shape {list(ids.shape)}; legal: their "
+            "shape, a number for each token"
+        )
+    return DocumentContext.of(segments, token_mask)
 
 
 def require_token_mask(mask: Tensor, ids: Tensor) -> Tensor:

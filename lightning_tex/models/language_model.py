@@ -33,7 +33,9 @@ class LanguageModel(LightningModule):
     Batches are mappings with ``input_ids`` and ``labels``, both [B, S] integers; labels are the next tokens, -100
     where nothing is to be predicted. With padding they have ``attention_mask`` too, [B, S], 1 for a token, 0 for
     padding on either side: that is seen by no token, counts in no position, uses no expert and enters no loss, nor does
-    a label that repeats the padding which follows.
+    a label that repeats the padding which follows. With ``segments``, [B, S], a token's document in its block (as of
+    ``TextDataModule(document_mask=True)``), documents do not see each other, and positions begin anew in each; what is
+    predicted at their borders the labels say.
 
     Logs ``train_loss``, ``val_loss``, ``val_perplexity`` (nats per token and its exponential, over the tokens of all
     ranks), and through its callbacks ``tokens_per_second``, ``tflops_per_device``, ``mfu``, ``expert_load/{layer}`` and
@@ -153,9 +155,11 @@ class LanguageModel(LightningModule):
         if ORIGIN in checkpoint:
             self.origin = Origin(**checkpoint[ORIGIN])
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:  # [B, S] -> [B, S, V/tensor]
+    def forward(  # [B, S] -> [B, S, V/tensor]
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, segments: Tensor | None = None
+    ) -> Tensor:
         assert self.decoder is not None, "configure_model() has not been called"
-        return self.decoder(input_ids, token_mask=attention_mask)
+        return self.decoder(input_ids, segments, attention_mask)
 
     def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
         """Refuses ids and labels beyond the vocabulary by name, while to look at them costs no wait for a GPU."""
@@ -188,7 +192,8 @@ class LanguageModel(LightningModule):
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """The most likely next token at every position: [B, S]."""
         assert self.decoder is not None
-        return self.decoder.logits(batch["input_ids"], token_mask=batch.get("attention_mask")).argmax(-1)
+        logits = self.decoder.logits(batch["input_ids"], batch.get("segments"), batch.get("attention_mask"))
+        return logits.argmax(-1)
 
     def configure_optimizers(self) -> Any:
         """AdamW with a weight decay of 0.1 on matrices. The command line's ``--optimizer`` takes precedence."""
@@ -209,7 +214,9 @@ class LanguageModel(LightningModule):
         return [callback for callback in own if type(callback) not in given]
 
     @torch.no_grad()
-    def generate(self, ids: Tensor, new_tokens: int, temperature: float = 1.0, seed: int = 0) -> Tensor:
+    def generate(
+        self, ids: Tensor, new_tokens: int, temperature: float = 1.0, seed: int = 0, segments: Tensor | None = None
+    ) -> Tensor:
         """Continue a prompt by sampling. Every rank calls it with the same arguments and gets the same result.
 
         Args:
@@ -217,6 +224,7 @@ class LanguageModel(LightningModule):
             new_tokens: tokens to add.
             temperature: 0 takes the most likely token.
             seed: of the sampling.
+            segments: [B, S], documents of the prompt, of which the last is continued.
 
         Returns:
             [B, S + new_tokens]
@@ -231,12 +239,14 @@ class LanguageModel(LightningModule):
         for _ in range(new_tokens):
             seen = ids[:, -longest:]
             filled = F.pad(seen, (0, -seen.shape[1] % parts))
-            logits = self.decoder.logits(filled)[:, seen.shape[1] - 1].float().cpu()
+            documents = None if segments is None else F.pad(segments[:, -longest:], (0, -seen.shape[1] % parts))
+            logits = self.decoder.logits(filled, documents)[:, seen.shape[1] - 1].float().cpu()
             if temperature > 0:
                 chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
             else:
                 chosen = logits.argmax(-1, keepdim=True)
             ids = torch.cat([ids, self._from_first_rank(chosen.to(ids.device))], dim=1)
+            segments = None if segments is None else torch.cat([segments, segments[:, -1:]], dim=1)
         self.train(training)
         return ids
 
@@ -249,7 +259,7 @@ class LanguageModel(LightningModule):
         """Summed cross-entropy over this rank's valid tokens, and their number."""
         assert self.decoder is not None, "configure_model() has not been called"
         ids, labels, mask = batch["input_ids"], batch["labels"], batch.get("attention_mask")
-        hidden = self.decoder.hidden(ids, token_mask=mask)
+        hidden = self.decoder.hidden(ids, batch.get("segments"), mask)
         if mask is not None:
             labels = labels.masked_fill(predicts_nothing(ids, labels, mask.bool()), self.cross_entropy.ignore_index)
         loss = self.cross_entropy(hidden, self.decoder.head, labels)

@@ -72,8 +72,9 @@ class Activations:
         return self.stream(layer.dim) + self.step.held * self.step.score_bytes
 
     def rotary(self, layer: Attention) -> int:
-        """Cosines and sines that all layers have in common."""
-        return self.step.job.sequence_length * 3 * layer.head_dim // 2 * self.step.element_bytes
+        """Cosines and sines that all layers have in common; of each sequence where its documents have positions."""
+        tables = self.step.tokens if self.step.job.document_mask else self.step.job.sequence_length
+        return tables * 3 * layer.head_dim // 2 * self.step.element_bytes
 
     def _attention(self, layer: Attention) -> int:
         """The input of the projections; what the attention kernel saves, its result included."""

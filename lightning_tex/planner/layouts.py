@@ -31,6 +31,7 @@ class Job:
         imbalance: rows at the fullest expert rank over their mean, in dropless routing; 1: balanced.
         optimizer: its groups, and what it keeps.
         activations: where activations are known from; ``None``: from formulas, where the model's layers declare them.
+        document_mask: sequences hold documents that do not see each other.
 
     Raises:
         ValueError: naming the option and what is legal.
@@ -44,6 +45,7 @@ class Job:
     imbalance: float = 1.0
     optimizer: OptimizerDescription = LANGUAGE_MODELS_OWN
     activations: ActivationSource | None = None
+    document_mask: bool = False
 
     def __post_init__(self) -> None:
         for name in ("world", "sequence_length", "global_batch_size"):

@@ -135,6 +135,7 @@ def _job(module: LightningModule, layout: Layout, precision: str, policy: set[ty
     told = False
     if isinstance(length, int) and isinstance(batch, int) and batch % layout.data == 0:
         told, job = True, replace(job, sequence_length=length, global_batch_size=batch)
+        job = replace(job, document_mask=getattr(data, "document_mask", False) is True)
         if model.declared:
             return job
     try:

@@ -61,6 +61,11 @@ def test_a_recipe_on_a_cluster(capsys) -> None:
     assert report["precision"] == "32-true"
     own = report["recipe"]
     assert (own["tensor_parallel_size"], own["expert_parallel_size"], own["zero_stage"]) == (2, 2, 1)
+    mask = "--data.init_args.document_mask", "true"
+    main(["plan", "--config", str(RECIPES / "quickstart.yaml"), "--cluster", "h100", "--json", *mask])
+    masked = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["recipe"]
+    tables = 128 * (48 + 24) * 4  # cosines and sines of one sequence, of its micro-batch's eight
+    assert masked["memory_bytes"]["activations"] - own["memory_bytes"]["activations"] == 7 * tables
 
 
 OWN = """

@@ -13,13 +13,14 @@ from helpers.on_a_gpu import DEVICE, IS_GPU, close, no_waiting
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_tex.layers import ParallelAttention, RMSNorm, Rotary, TokenContext
+from lightning_tex.layers import DocumentContext, ParallelAttention, RMSNorm, Rotary, TokenContext
 from lightning_tex.models import Decoder, DecoderConfig
 from lightning_tex.parallel.compiled import compile_leaves
 
 B, S = 3, 48
 MASK = torch.ones(B, S, dtype=torch.bool)
 MASK[0, :9] = MASK[1, 30:] = MASK[2, 5:30:3] = False
+SEGMENTS = torch.stack([torch.arange(S) // length for length in (S, 7, 1)])
 
 
 @contextmanager
@@ -55,6 +56,30 @@ def test_attention_is_that_of_the_cpu_by_fast_kernels(kv_heads: int | None, padd
     expected = outcome(copy.deepcopy(layer).double(), x.double(), upstream.double(), mask)
     with fast_kernels():
         found = outcome(layer.to(DEVICE), x.to(DEVICE), upstream.to(DEVICE), None if mask is None else mask.to(DEVICE))
+    for what, value in expected.items():
+        close(found[what], value, 2e-2, what)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("options", [{}, {"window": 5}, {"sinks": True}, {"softcap": 2.0}], ids=str)
+def test_documents_are_those_of_the_cpu(options: dict[str, Any], padded: bool) -> None:
+    torch.manual_seed(1)
+    layer = ParallelAttention(256, 4, 2, **options).bfloat16()
+    x, upstream = torch.randn(2, B, S, 256).bfloat16().unbind()
+    real = MASK if padded else torch.ones_like(MASK)
+
+    def run(layer: ParallelAttention, x: Tensor, upstream: Tensor) -> dict[str, Tensor]:
+        x = x.clone().requires_grad_()
+        segments, mask = SEGMENTS.to(x.device), real.to(x.device)
+        context = DocumentContext.of(segments, mask if padded else None)
+        y = layer(x, context=context) * mask[..., None]
+        (y.float() * upstream.float()).sum().backward()
+        assert x.grad is not None
+        gradients = {f"gradient of {name}": p.grad for name, p in layer.named_parameters() if p.grad is not None}
+        return {"output": y, "gradient of the input": x.grad, **gradients}
+
+    expected = run(copy.deepcopy(layer).double(), x.double(), upstream.double())
+    found = run(layer.to(DEVICE), x.to(DEVICE), upstream.to(DEVICE))
     for what, value in expected.items():
         close(found[what], value, 2e-2, what)
 

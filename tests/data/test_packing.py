@@ -62,8 +62,9 @@ def test_training_blocks_are_the_training_stream(make):
     assert len(blocks) == (len(stream) - 1) // 32
 
 
-def test_unigram_loss_against_a_plain_loop(make):
-    data = make()
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_unigram_loss_against_a_plain_loop(make, document_mask):
+    data = make(document_mask=document_mask)
     train = np.concatenate(list(data.prepared.train.tokens()))[:, :-1].ravel().tolist()
     labels = [t for batch in data.val_dataloader() for t in batch["labels"].flatten().tolist() if t != IGNORE_INDEX]
     nats = [-np.log((train.count(t) + 1) / (len(train) + data.vocab_size)) for t in labels]
@@ -105,3 +106,52 @@ def test_tokenizer_refusals(make, documents, tmp_path):
     train_bpe(documents, 350).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match=r"no end-of-document token <stop>; .* special tokens: <\|endoftext\|>"):
         make(tokenizer=str(tmp_path), end_of_document="<stop>", vocab_size=None)
+
+
+def by_hand(stream, end, block):
+    """Segments and labels of a block of 32 inputs of a stream, by a loop."""
+    segments, labels, document = [], [], 0
+    for position in range(block * 32, block * 32 + 32):
+        segments.append(document)
+        token = stream[position] if position < len(stream) else None
+        following = stream[position + 1] if position + 1 < len(stream) else IGNORE_INDEX
+        labels.append(IGNORE_INDEX if token == end else following)
+        document += token == end
+    return segments, labels
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_documents_are_numbered_and_predict_nothing_of_each_other(make, streaming):
+    data = make(document_mask=True, streaming=streaming)
+    data.setup()
+    end = data.end_of_document_id
+    documents = data._preparation.source.load(data._cache_dirs()[0] / "sources").validation
+    texts = [row["text"] for row in documents]
+    stream = [t for text in texts for t in [*data.encode(text), end]]
+    rows = [row for batch in data.val_dataloader() for row in zip(*(batch[n] for n in batch), strict=True)]
+    names = ["input_ids", "labels", "sample", "segments"]
+    whole = [dict(zip(names, row, strict=True)) for row in rows if row[2] >= 0]
+    assert len(whole) == -(-(len(stream) - 1) // 32) and len(texts) > 1
+    for block, row in enumerate(whole):
+        segments, labels = by_hand(stream, end, block)
+        assert row["segments"].tolist() == segments
+        assert row["labels"].tolist() == labels
+    empty = [row for row in rows if row[2] < 0]  # rows of padding
+    assert all(int(row[3].max()) == 0 and int(row[1].max()) == IGNORE_INDEX for row in empty)
+
+
+def test_document_masks_change_no_block_and_no_order(make):
+    plain, masked = make(), make(document_mask=True)
+    for loader in ("train_dataloader", "val_dataloader"):
+        for one, other in zip(getattr(plain, loader)(), getattr(masked, loader)(), strict=True):
+            assert list(one) == ["input_ids", "labels", "sample"]
+            assert all(torch.equal(one[name], other[name]) for name in ("input_ids", "sample"))
+            left_out = one["labels"] != other["labels"]
+            assert torch.equal(left_out, (one["input_ids"] == masked.end_of_document_id) & (one["labels"] >= 0))
+    assert masked.state_dict() == plain.state_dict()
+    assert masked.alike_on_all_ranks() == {**plain.alike_on_all_ranks(), "document_mask": True}
+
+
+def test_segments_with_workers(make):
+    alone, worked = (list(make(document_mask=True, num_workers=n).train_dataloader()) for n in (0, 2))
+    assert all(torch.equal(a["segments"], b["segments"]) for a, b in zip(alone, worked, strict=True))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_tex.layers import ParallelAttention, RMSNorm, Rotary, TokenContext
+from lightning_tex.layers import Context, DocumentContext, ParallelAttention, RMSNorm, Rotary, TokenContext
 from lightning_tex.models import Decoder, DecoderConfig
 from lightning_tex.parallel.activation_checkpointing import recompute_blocks
 
@@ -161,28 +161,48 @@ def test_grouped_heads_under_a_mask_are_repeated(monkeypatch: pytest.MonkeyPatch
 PADDING = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [0, 1, 0, 1, 1, 0], [1] * 6, [0] * 6]).bool()
 
 
+SEGMENTS = torch.tensor([[9, 9, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1], [0, 5, 0, 5, 6, 5], [0, 1, 2, 2, 0, 0], [3] * 6])
+ALL = torch.ones_like(PADDING)
+CONTEXTS: dict[str, tuple[Context, Tensor]] = {
+    "padding": (TokenContext.causal(PADDING), PADDING),
+    "documents": (DocumentContext.of(SEGMENTS), ALL),
+    "documents and padding": (DocumentContext.of(SEGMENTS, PADDING), PADDING),
+    "whole documents and padding": (DocumentContext.of(torch.zeros_like(SEGMENTS), PADDING), PADDING),
+}
+
+
+def test_positions_and_lengths_of_documents() -> None:
+    context = CONTEXTS["documents and padding"][0]
+    assert isinstance(context, DocumentContext)
+    # In the third row two tokens of one document stand around padding that has another number.
+    assert context.lengths == (6, 2, 4, 2, 4, 1, 1, 2, 2, 6)
+    assert context.ends.tolist() == [0, 6, 8, 12, 14, 18, 19, 20, 22, 24, 30]
+    assert context.position_ids[PADDING].tolist() == [0, 1, 2, 3, 0, 1, 0, 0, 1, 0, 0, 0, 0, 1, 0, 1]
+
+
 @pytest.mark.parametrize("kv_heads", [None, 2])
-def test_a_context_is_what_its_mask_and_positions_say(kv_heads: int | None) -> None:
+@pytest.mark.parametrize("kind", CONTEXTS)
+def test_a_context_is_what_its_mask_and_positions_say(kind: str, kv_heads: int | None) -> None:
     """At real tokens, in value and gradients; what padding holds, NaN or not, is nobody's."""
     torch.manual_seed(0)
-    layer, context = ParallelAttention(32, 4, kv_heads).double(), TokenContext.causal(PADDING)
+    layer, (context, real) = ParallelAttention(32, 4, kv_heads).double(), CONTEXTS[kind]
     x = torch.randn(5, 6, 32).double().requires_grad_()
-    upstream = torch.randn(5, 6, 32).double() * PADDING[..., None]
+    upstream = torch.randn(5, 6, 32).double() * real[..., None]
     query, key, value = layer.heads(x)
     tables = layer.rotary.tables(6, x)
     # Tables of each sequence, by the positions of its tokens.
     cos, sin = (table[0, :, 0][context.position_ids][:, :, None] for table in (tables.cos, tables.sin))
     query, key = type(tables)(cos, sin).turn(query, key)
-    expected = layer.out(layer._attend(query, key, value, context.visible, False).flatten(-2))
+    expected = layer.out(layer._attend(query, key, value, context.visible, None).flatten(-2))
     leaves = [x, *layer.parameters()]
     mine = layer(x, context=context)
-    torch.testing.assert_close(mine[PADDING], expected[PADDING], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(mine[real], expected[real], rtol=1e-12, atol=1e-12)
     for found, reference in zip(
         torch.autograd.grad(mine, leaves, upstream), torch.autograd.grad(expected, leaves, upstream), strict=True
     ):
         torch.testing.assert_close(found, reference, rtol=1e-12, atol=1e-12)
-    changed = torch.where(PADDING[..., None], x, 1e6)
-    assert torch.equal(layer(changed, context=context)[PADDING], mine[PADDING])
+    changed = torch.where(real[..., None], x, 1e6)
+    assert torch.equal(layer(changed, context=context)[real], mine[real])
 
 
 def test_what_is_packed_comes_back() -> None:

@@ -10,6 +10,7 @@ import torch
 from helpers.topologies import join
 from torch import nn
 
+from lightning_tex.layers import DocumentContext
 from lightning_tex.models import DecoderConfig
 from lightning_tex.models.decoder import Block
 from lightning_tex.moe import auxiliary_loss
@@ -23,7 +24,7 @@ from lightning_tex.parallel.sharding import shard_module
 from lightning_tex.parallel.topology import Axis, Layout
 from lightning_tex.planner.activations import Activations
 from lightning_tex.planner.describe import describe_decoder
-from lightning_tex.planner.layers import Layer, Moe
+from lightning_tex.planner.layers import Attention, Layer, Moe
 from lightning_tex.planner.layouts import Candidate, Job
 from lightning_tex.planner.micro_step import MicroStep
 from lightning_tex.strategy.precision import TexMixedPrecision
@@ -46,9 +47,10 @@ def layers_of(config: DecoderConfig, experts: bool) -> tuple[Layer, ...]:
     return next(kind for kind in describe_decoder(config).blocks.kinds if isinstance(kind[-1], Moe) == experts)
 
 
-def saved_bytes(block: Block, x: torch.Tensor, precision: str) -> int:
+def saved_bytes(block: Block, x: torch.Tensor, precision: str, context: DocumentContext | None = None) -> int:
     """Bytes of the distinct storages that autograd saves, without parameters and what all blocks have in common."""
     rotary = block.attention.rotary.tables(S, x)
+    rotary = rotary if context is None else context.place(rotary)
     common = {t.untyped_storage().data_ptr() for t in (*block.parameters(), rotary.cos, rotary.sin)}
     saved: dict[int, torch.Tensor] = {}
 
@@ -60,7 +62,7 @@ def saved_bytes(block: Block, x: torch.Tensor, precision: str) -> int:
 
     autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16-mixed" else nullcontext()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
-        y = block(x, None, rotary)
+        y = block(x, context, rotary)
         return sum(t.untyped_storage().nbytes() for t in saved.values()) if y.requires_grad else 0
 
 
@@ -95,6 +97,19 @@ def compare(layouts: tuple[tuple[int, int, int, bool], ...], chunks: int = 1) ->
 
 
 PRECISIONS = ("32-true", "bf16-mixed")
+
+
+def test_documents_keep_tables_of_each_sequence_and_without_a_kernel_one_more_result() -> None:
+    config, layers = CONFIGS[1], layers_of(CONFIGS[1], False)
+    job = Job(describe_decoder(config), 1, S, B, "32-true", document_mask=True)
+    planned = Activations(MicroStep(job, Candidate(Layout.resolve(1), B)))
+    block, x = Block(config, 0), torch.randn(B, S, config.dim).requires_grad_()
+    context = DocumentContext.of(torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2], [0] * 8, [0, 1, 1, 1, 1, 1, 1, 2]]))
+    tables = context.place(block.attention.rotary.tables(S, x))
+    attention = next(layer for layer in layers if isinstance(layer, Attention))
+    assert planned.rotary(attention) == tables.cos.nbytes + tables.sin.nbytes
+    result = x.nbytes  # what single documents gave, put together
+    assert saved_bytes(block, x, "32-true", context) == planned.block(layers) + result
 
 
 @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[1]], ids=["balance", "balance and z"])
