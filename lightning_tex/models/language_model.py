@@ -21,6 +21,7 @@ from lightning_tex.models.adapter_checkpoints import LORA, lora_entry, require_s
 from lightning_tex.models.config import DecoderConfig
 from lightning_tex.models.decoder import Decoder
 from lightning_tex.models.exporting import SHARD_SIZE, Exported, save_module
+from lightning_tex.models.peft_form import save_adapters
 from lightning_tex.models.pretrained_model import ORIGIN, Origin, PretrainedModel, fill_whole, require_own_tokens
 from lightning_tex.moe import auxiliary_loss
 from lightning_tex.parallel.errors import UserValueError
@@ -148,6 +149,20 @@ class LanguageModel(LightningModule):
         """
         data = None if self._trainer is None else self._trainer.datamodule  # type: ignore[attr-defined]
         save_module(self, folder, Exported(self.config, self.origin, dtype, max_shard_size, tokenizer, data))
+
+    def save_adapters(self, folder: str | os.PathLike[str]) -> None:
+        """Write the adapters alone as PEFT does, for ``peft.PeftModel.from_pretrained(model, folder)``; collective.
+
+        Args:
+            folder: is made.
+
+        Raises:
+            ValueError: there are none, or of matrices that are no linear layers in transformers, such as experts'.
+            RuntimeError: a rank cannot write.
+        """
+        if self.lora is None:
+            raise UserValueError("the model has no adapters; legal: LanguageModel(lora=..), or save_pretrained")
+        save_adapters(self, folder, self.lora, self.config, self.origin)
 
     def initial_weights(self) -> PretrainedWeights | None:
         """What a strategy fills parameters from that it would otherwise draw."""

@@ -29,6 +29,8 @@ from lightning_tex.saving.model_state import load_model
 
 # What a checkpoint calls the entry below.
 ORIGIN = "pretrained"
+# Of a decoder's names in a LanguageModel.
+PREFIX = "decoder."
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,14 @@ class PretrainedModel:
         Raises:
             ValueError: the files are damaged, or do not fit the configuration: all that is wrong, by name.
         """
-        bindings, shapes = bind(self.family, self.config, self.folder)
-        ignored = [name for name in self.folder.tensors if name.endswith(self.family.ignored)]
-        return PretrainedWeights(self.folder, bindings, shapes, "decoder.", ignored)
+        return family_weights(self.family, self.config, self.folder)
+
+
+def family_weights(family: Family, config: DecoderConfig, folder: PretrainedFolder) -> PretrainedWeights:
+    """What fills a :class:`LanguageModel` of this configuration; errors as of :attr:`PretrainedModel.weights`."""
+    bindings, shapes = bind(family, config, folder)
+    ignored = [name for name in folder.tensors if name.endswith(family.ignored)]
+    return PretrainedWeights(folder, bindings, shapes, PREFIX, ignored)
 
 
 def read_config(name: str, revision: str | None = None, overrides: Mapping[str, Any] | None = None) -> DecoderConfig:

@@ -22,7 +22,7 @@ from lightning_tex.saving.plain_form import torch_form
 
 @torch.no_grad()
 def whole_model_state(module: nn.Module, topology: Topology, optimizer: TiledOptimizer | None) -> dict[str, Tensor]:
-    """What checkpoints hold of ``state_dict``, whole, in host memory on rank 0, empty elsewhere; collective, one by one.
+    """What checkpoints hold of a model, whole, in host memory on rank 0, empty elsewhere; gathered one by one.
 
     16-bit parameters come as their fp32 masters where there is an optimizer, so that nothing is lost.
     """

@@ -1,4 +1,4 @@
-"""Adapters train on every layout as in one process: losses, gradients, gradient norm and parameters; nothing else does."""
+"""Adapters train on every layout as in one process: losses, gradients, their norm and parameters."""
 
 from __future__ import annotations
 
