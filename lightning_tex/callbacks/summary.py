@@ -44,7 +44,7 @@ class RunSummary(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Sampling needs all ranks and the model on its devices; printing waits until the progress bar is gone.
         self._rows = [
-            ("model", f"{type(pl_module).__name__}, {_global_parameters(trainer, pl_module):,} parameters"),
+            ("model", f"{type(pl_module).__name__}, {_parameters(trainer, pl_module)}"),
             ("layout", _layout(trainer)),
             ("trained", f"{trainer.global_step} optimizer steps in {time.perf_counter() - self._started:.0f} s"),
         ]
@@ -78,11 +78,15 @@ class RunSummary(Callback):
             return data.decode(module.generate(ids, self.sample_tokens, self.temperature)[0].tolist())  # type: ignore[operator]
 
 
-def _global_parameters(trainer: Trainer, module: LightningModule) -> int:
+def _parameters(trainer: Trainer, module: LightningModule) -> str:
+    """How many there are, whole, and of how many some are trained."""
     topology = getattr(trainer.strategy, "topology", None)
-    if topology is None:
-        return sum(p.numel() for p in module.parameters())
-    return sum(prod(sharding.box.full) for sharding in parameter_shardings(module, topology).values())
+    parameters = dict(module.named_parameters())
+    sizes = {name: parameter.numel() for name, parameter in parameters.items()}
+    if topology is not None:
+        sizes = {name: prod(one.box.full) for name, one in parameter_shardings(module, topology).items()}
+    total, trained = sum(sizes.values()), sum(n for name, n in sizes.items() if parameters[name].requires_grad)
+    return f"{total:,} parameters" + ("" if trained == total else f", of which {trained:,} are trained")
 
 
 def _layout(trainer: Trainer) -> str:

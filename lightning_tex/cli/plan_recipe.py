@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, instantiate_class
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_tex.data import TextDataModule
+from lightning_tex.lora import LoRAConfig, apply_lora
 from lightning_tex.models import Decoder, DecoderConfig, LanguageModel
 from lightning_tex.models.pretrained_model import read_config
 from lightning_tex.parallel.errors import UserValueError
@@ -73,8 +74,14 @@ def read_recipe(path: str, more: Sequence[str] = (), sizes: Mapping[str, Any] | 
     accumulation = int(trainer.get("accumulate_grad_batches") or 1)
     module = None if _is_language_model(recipe) else _built_on_meta(path, config.model)
     if module is None:
-        decoder = _decoder(config.get("model.init_args") or Namespace(), sizes or {})
-        model, length = describe_decoder(decoder), decoder.max_sequence_length
+        arguments = config.get("model.init_args") or Namespace()
+        decoder, lora = _decoder(arguments, sizes or {}), arguments.get("lora")
+        length = decoder.max_sequence_length
+        if lora is None:
+            model = describe_decoder(decoder)
+        else:
+            module = _on_meta(decoder, LoRAConfig(**lora.as_dict()))
+            model = describe(module, _policy(recipe))
     elif sizes:
         raise UserValueError(
             f"recipe {path}: its model is no lightning_tex.LanguageModel, whose sizes could be set by "
@@ -109,9 +116,15 @@ def _decoder(options: Namespace, sizes: Mapping[str, Any]) -> DecoderConfig:
 def language_model_on_meta(model: ModelDescription) -> LanguageModel:
     """The module whose training step shows what a decoder keeps, where no formula does."""
     assert model.config is not None
-    module = LanguageModel(model.config)
+    return _on_meta(model.config)
+
+
+def _on_meta(config: DecoderConfig, lora: LoRAConfig | None = None) -> LanguageModel:
+    module = LanguageModel(config, lora=lora)
     with torch.device("meta"):
-        module.decoder = Decoder(model.config)
+        module.decoder = Decoder(config)
+        if lora is not None:
+            apply_lora(module.decoder, lora)
     return module
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
 from lightning_tex.layers.attention_scores import AttentionScores, AttentionSinks
@@ -15,9 +12,9 @@ from lightning_tex.layers.qk_norm import QKNorm, make_qk_norm
 from lightning_tex.layers.rotary import Rotary, RotaryTables
 from lightning_tex.layers.token_context import Context, visible_keys
 from lightning_tex.parallel.errors import UserValueError
-from lightning_tex.parallel.hashing import stable_hash
+from lightning_tex.parallel.rank_random_state import rank_random_state
 from lightning_tex.parallel.sharding import TexModule
-from lightning_tex.parallel.topology import Axis, Layout
+from lightning_tex.parallel.topology import Layout
 
 # B sequences, S positions, D model width, H heads, K key/value heads, d head width (per rank: H/tensor, K/tensor)
 
@@ -204,16 +201,3 @@ def head_width(dim: int, num_heads: int) -> int:
     if dim % num_heads or dim // num_heads % 2:
         raise UserValueError(f"dim={dim} must be an even multiple of num_heads={num_heads} (rotary embedding pairs)")
     return dim // num_heads
-
-
-@contextmanager
-def rank_random_state(axis: Axis, enabled: bool = True) -> Iterator[None]:
-    """Random numbers that differ over an axis, inside a region sharded over it; outside, the state moves on alike."""
-    if not enabled or axis.size == 1:
-        yield
-        return
-    seed = stable_hash(int(torch.randint(2**62, ())), axis.rank)
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_tex.layers.adapters import Adapter, ColumnAdapter, RowAdapter
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.initialization import by_index, init_uniform_
 from lightning_tex.parallel.sharding import TexModule
@@ -25,8 +27,10 @@ def require_divisible(name: str, option: str, value: int, layout: Layout) -> Non
 
 
 class _Linear(TexModule):
-    """What both linear layers share: shapes and torch.nn.Linear's initialisation."""
+    """What both linear layers share: shapes, torch.nn.Linear's initialisation, and an adapter if they are given one."""
 
+    adapter_type: ClassVar[type[Adapter]]
+    adapter: Adapter | None
     bias: nn.Parameter | None
 
     def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
@@ -34,6 +38,7 @@ class _Linear(TexModule):
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.adapter = None
         self.reset_parameters()
 
     @by_index
@@ -61,6 +66,7 @@ class ColumnParallelLinear(_Linear):
         gather_output: all-gather the output over tensor: [.., in] -> [.., out]; it then lies as the input did.
     """
 
+    adapter_type = ColumnAdapter
     shard_dims = {"weight": {"tensor": 0}, "bias": {"tensor": 0}}
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, gather_output: bool = False) -> None:
@@ -76,7 +82,8 @@ class ColumnParallelLinear(_Linear):
 
     def columns(self, x: Tensor) -> Tensor:  # [.., in] -> [.., out/tensor]
         """The product alone, for an ``x`` that entered the tensor axis already and feeds several such layers."""
-        return F.linear(x, self.weight, self.bias)
+        y = F.linear(x, self.weight, self.bias)
+        return y if self.adapter is None else y + self.adapter(x)
 
 
 class RowParallelLinear(_Linear):
@@ -92,6 +99,7 @@ class RowParallelLinear(_Linear):
         bias: add a bias.
     """
 
+    adapter_type = RowAdapter
     shard_dims = {"weight": {"tensor": 1}}
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
@@ -101,5 +109,8 @@ class RowParallelLinear(_Linear):
         require_divisible(name, "in_features", self.in_features, layout)
 
     def forward(self, x: Tensor) -> Tensor:  # [.., in/tensor] -> [.., out]
-        y = self.activation_layout.leave_product(x, self.weight)
+        products = [(x, self.weight)]
+        if self.adapter is not None:
+            products.append((self.adapter.inner(x), self.adapter.b))
+        y = self.activation_layout.leave_products(products)
         return y if self.bias is None else y + self.bias

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -16,10 +16,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_tex.data import TextDataModule
+from lightning_tex.lora.merging import merged_state
+from lightning_tex.models.adapter_checkpoints import LORA, merged_weights
 from lightning_tex.models.config import DecoderConfig
 from lightning_tex.models.families import family_that_expresses
 from lightning_tex.models.families.family import Family
-from lightning_tex.models.pretrained_model import ORIGIN, Origin, bind, folder_of
+from lightning_tex.models.pretrained_model import ORIGIN, PREFIX, Origin, bind, folder_of
 from lightning_tex.optim.formats import MASTER
 from lightning_tex.parallel.errors import UserTypeError, UserValueError
 from lightning_tex.parallel.extent import Extent
@@ -30,7 +32,7 @@ from lightning_tex.pretrained.tensor_file import slabs
 from lightning_tex.pretrained.writing import Weights, as_json, write_folder
 from lightning_tex.saving import find
 from lightning_tex.saving.global_tensor import GlobalTensor, Part
-from lightning_tex.saving.model_state import MODEL, OPTIMIZER, Source, TensorPath, model_state
+from lightning_tex.saving.model_state import MODEL, OPTIMIZER, Source, TensorPath
 from lightning_tex.saving.plain_form import version_of
 from lightning_tex.saving.reading import Directory
 from lightning_tex.saving.trainer_state import restricted_load
@@ -38,8 +40,8 @@ from lightning_tex.saving.whole_tensors import WholeTensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD_SIZE = "5GB"
+Save = Callable[[Path, Topology, Any], None]
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-_PREFIX = "decoder."
 _QUANTISED = "quantization_config"
 
 
@@ -141,28 +143,33 @@ _TOKENIZER_CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 
 def save_module(module: LightningModule, folder: str | os.PathLike[str], exported: Exported) -> None:
-    """Write a module's decoder; collective over the ranks that hold it.
+    """Write a module's decoder, adapters merged into it; collective over the ranks that hold it.
 
     Raises:
         ValueError: no family has such a decoder, or an option is not legal.
         RuntimeError: a rank cannot write.
     """
+    on_its_ranks(module, folder, lambda *where: _save(module, exported, *where))
+
+
+def on_its_ranks(module: LightningModule, folder: str | os.PathLike[str], save: Save) -> None:
+    """Call ``save`` with rank 0's folder, the topology and what broadcasts, on the ranks that hold a module."""
     strategy: Any = None if module._trainer is None else module.trainer.strategy
     topology: Topology | None = getattr(strategy, "topology", None)
     if topology is None:  # one process, or a strategy whose ranks all hold everything
         if strategy is None or strategy.is_global_zero:
-            _save(module, Path(folder), exported, Topology.single(), lambda obj: obj)
+            save(Path(folder), Topology.single(), lambda obj: obj)
         if strategy is not None:
             strategy.barrier()
         return
-    _save(module, Path(strategy.broadcast(os.fspath(folder))), exported, topology, strategy.broadcast)
+    save(Path(strategy.broadcast(os.fspath(folder))), topology, strategy.broadcast)
 
 
-def _save(module: LightningModule, folder: Path, exported: Exported, topology: Topology, broadcast: Any) -> None:
+def _save(module: LightningModule, exported: Exported, folder: Path, topology: Topology, broadcast: Any) -> None:
     tensors = {
-        name.removeprefix(_PREFIX): tensor
-        for name, tensor in model_state(module, topology).items()
-        if name.startswith(_PREFIX)
+        name.removeprefix(PREFIX): tensor
+        for name, tensor in merged_state(module, topology).items()
+        if name.startswith(PREFIX)
     }
     bindings, _ = bind(exported.family, exported.config)
     held = tensors[next(iter(bindings.pieces))].dtype
@@ -185,8 +192,8 @@ def export(
 ) -> dict[str, Any]:
     """Write the model of a checkpoint, of either form and any layout, as a folder that transformers loads.
 
-    One process does it, in the memory of a slab of a tensor. Where the asked dtype has more digits than the weights
-    and there are fp32 masters, these are written.
+    One process does it, in the memory of a slab of a tensor. Adapters are merged into their matrices. Where the asked
+    dtype has more digits than the weights and there are fp32 masters, these are written.
 
     Args:
         checkpoint: of a :class:`LanguageModel`.
@@ -201,7 +208,8 @@ def export(
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: it is damaged, or of no LanguageModel, or no family has such a decoder.
+        ValueError: it is damaged, or of no LanguageModel, or no family has such a decoder; or it has adapters alone
+            and the folder of the published model is gone or has changed.
     """
     source, top = _opened(find(Path(checkpoint)))
     config = top.get("hyper_parameters", {}).get("config")
@@ -210,11 +218,13 @@ def export(
     origin = Origin(**top[ORIGIN]) if ORIGIN in top else None
     exported = Exported(DecoderConfig(**config), origin, dtype, max_shard_size, tokenizer)
     bindings, shapes = bind(exported.family, exported.config)
-    if missing := [name for name in shapes if (MODEL, _PREFIX + name) not in source.saved]:
+    if LORA in top:
+        source = merged_weights(source, top[LORA], exported.config, exported.family)
+    if missing := [name for name in shapes if (MODEL, PREFIX + name) not in source.saved]:
         raise UserValueError(
             f"{checkpoint} lacks {', '.join(missing[:8])}: it holds only a part of the model's weights"
         )
-    held = source.saved[MODEL, _PREFIX + next(iter(bindings.pieces))].dtype
+    held = source.saved[MODEL, PREFIX + next(iter(bindings.pieces))].dtype
     written = exported.torch_dtype(held)
     tensors = {name: _lazily(source, name, shape, written) for name, shape in shapes.items()}
     weights = Weights(bindings, tensors, written, shard_bytes(max_shard_size))
@@ -244,8 +254,8 @@ def _opened(path: Path) -> tuple[Source, Mapping[str, Any]]:
 
 def _lazily(source: Source, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> GlobalTensor:
     """A parameter whose parts are read when they are asked for, slab after slab."""
-    path: TensorPath = (MODEL, _PREFIX + name)
-    master: TensorPath = (OPTIMIZER, "state", _PREFIX + name, MASTER)
+    path: TensorPath = (MODEL, PREFIX + name)
+    master: TensorPath = (OPTIMIZER, "state", PREFIX + name, MASTER)
     if master in source.saved and dtype.itemsize > source.saved[path].dtype.itemsize:
         path = master
 

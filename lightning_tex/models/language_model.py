@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from typing import Any, Self
 
@@ -16,13 +16,17 @@ from torchmetrics import MeanMetric
 from lightning_tex.callbacks import ExpertMonitor, LateProgress, Throughput
 from lightning_tex.data import require_token_ids
 from lightning_tex.layers import VocabParallelLinearCrossEntropy
+from lightning_tex.lora import LoRAConfig, adapter_names, apply_lora
+from lightning_tex.models.adapter_checkpoints import LORA, lora_entry, require_same_lora
 from lightning_tex.models.config import DecoderConfig
 from lightning_tex.models.decoder import Decoder
 from lightning_tex.models.exporting import SHARD_SIZE, Exported, save_module
+from lightning_tex.models.peft_form import save_adapters
 from lightning_tex.models.pretrained_model import ORIGIN, Origin, PretrainedModel, fill_whole, require_own_tokens
 from lightning_tex.moe import auxiliary_loss, step_is_over
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.pretrained.reading import PretrainedWeights
+from lightning_tex.saving.model_state import checkpointed
 
 # B sequences, S positions
 
@@ -52,9 +56,12 @@ class LanguageModel(LightningModule):
         revision: of a repository: a branch, tag or commit.
         overrides: arguments of :class:`DecoderConfig` that take precedence over those of the published model, such as
             ``{"capacity_factor": 1.25}``.
+        lora: train low-rank adapters of some matrices, and nothing else. Checkpoints of a published model then hold the
+            adapters alone, and go on with the same folder.
 
     Raises:
-        ValueError: neither a configuration nor a published model, or both; files that are damaged or do not fit.
+        ValueError: neither a configuration nor a published model, or both; files that are damaged or do not fit; a
+            target of ``lora`` that is no matrix.
         FileNotFoundError: there is no such folder or repository.
     """
 
@@ -64,6 +71,7 @@ class LanguageModel(LightningModule):
         pretrained: str | None = None,
         revision: str | None = None,
         overrides: dict[str, Any] | None = None,
+        lora: LoRAConfig | None = None,
     ) -> None:
         super().__init__()
         if (config is None) == (pretrained is None):
@@ -79,8 +87,11 @@ class LanguageModel(LightningModule):
         elif isinstance(config, Mapping):  # from a checkpoint's hyper-parameters
             config = DecoderConfig(**config)
         assert config is not None
-        self.save_hyperparameters({"config": asdict(config)})
-        self.config = config
+        lora = LoRAConfig(**lora) if isinstance(lora, Mapping) else lora  # from a checkpoint's hyper-parameters
+        self.save_hyperparameters({"config": asdict(config), **({} if lora is None else {"lora": asdict(lora)})})
+        self.config, self.lora = config, lora
+        if self.saves_adapters_alone:
+            self.strict_loading = False
         self.decoder: Decoder | None = None
         self.cross_entropy = VocabParallelLinearCrossEntropy(reduction="sum")
         self.mean_val_loss, self.mean_test_loss = MeanMetric(), MeanMetric()
@@ -108,6 +119,8 @@ class LanguageModel(LightningModule):
             require_own_tokens(self)
             with torch.device("meta"):
                 self.decoder = Decoder(self.config)
+                if self.lora is not None:
+                    apply_lora(self.decoder, self.lora)
             if self._device_mesh is None:  # no strategy that draws meta parameters
                 fill_whole(self)
 
@@ -139,6 +152,20 @@ class LanguageModel(LightningModule):
         data = None if self._trainer is None else self._trainer.datamodule  # type: ignore[attr-defined]
         save_module(self, folder, Exported(self.config, self.origin, dtype, max_shard_size, tokenizer, data))
 
+    def save_adapters(self, folder: str | os.PathLike[str]) -> None:
+        """Write the adapters alone as PEFT does, for ``peft.PeftModel.from_pretrained(model, folder)``; collective.
+
+        Args:
+            folder: is made.
+
+        Raises:
+            ValueError: there are none, or of matrices that are no linear layers in transformers, such as experts'.
+            RuntimeError: a rank cannot write.
+        """
+        if self.lora is None:
+            raise UserValueError("the model has no adapters; legal: LanguageModel(lora=..), or save_pretrained")
+        save_adapters(self, folder, self.lora, self.config, self.origin)
+
     def initial_weights(self) -> PretrainedWeights | None:
         """What a strategy fills parameters from that it would otherwise draw."""
         return self.pretrained
@@ -147,11 +174,24 @@ class LanguageModel(LightningModule):
         """What all ranks must have alike besides options."""
         return {} if self.pretrained is None else {"the pretrained weights": self.pretrained.folder.fingerprint}
 
+    @property
+    def saves_adapters_alone(self) -> bool:
+        """Whether checkpoints hold adapters alone: all else is in the folder of a published model."""
+        return self.lora is not None and self.pretrained is not None
+
+    def checkpointed_names(self) -> Collection[str] | None:
+        """What of the state checkpoints hold; ``None``: all."""
+        return adapter_names(self) if self.saves_adapters_alone else None
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.origin is not None:
             checkpoint[ORIGIN] = asdict(self.origin)
+        if self.lora is not None:
+            checkpoint["state_dict"] = checkpointed(self, checkpoint["state_dict"])
+            checkpoint[LORA] = lora_entry(self.lora, self.pretrained)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        require_same_lora(checkpoint.get(LORA), self.lora, self.pretrained)
         if ORIGIN in checkpoint:
             self.origin = Origin(**checkpoint[ORIGIN])
 
@@ -197,8 +237,9 @@ class LanguageModel(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with a weight decay of 0.1 on matrices. The command line's ``--optimizer`` takes precedence."""
-        matrices = [p for p in self.parameters() if p.dim() > 1]
-        others = [p for p in self.parameters() if p.dim() <= 1]
+        trained = [p for p in self.parameters() if p.requires_grad]
+        matrices = [p for p in trained if p.dim() > 1]
+        others = [p for p in trained if p.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95))
 

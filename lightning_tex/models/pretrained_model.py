@@ -30,6 +30,8 @@ from lightning_tex.saving.model_state import load_model
 
 # What a checkpoint calls the entry below.
 ORIGIN = "pretrained"
+# Of a decoder's names in a LanguageModel.
+PREFIX = "decoder."
 
 
 @dataclass(frozen=True)
@@ -85,13 +87,17 @@ class PretrainedModel:
         Raises:
             ValueError: the files are damaged, or do not fit the configuration: all that is wrong, by name.
         """
-        bindings, shapes = bind(self.family, self.config, self.folder)
-        names = self.folder.tensors
-        left_out = self.family.left_out(names, self.config)
-        if left_out:
-            rank_zero_warn(f"{len(left_out)} tensors of {self.folder.path} are left out, such as {left_out[0]}")
-        ignored = {*left_out, *(name for name in names if name.endswith(self.family.ignored))}
-        return PretrainedWeights(self.folder, bindings, shapes, "decoder.", ignored)
+        return family_weights(self.family, self.config, self.folder)
+
+
+def family_weights(family: Family, config: DecoderConfig, folder: PretrainedFolder) -> PretrainedWeights:
+    """What fills a :class:`LanguageModel` of this configuration; errors as of :attr:`PretrainedModel.weights`."""
+    bindings, shapes = bind(family, config, folder)
+    left_out = family.left_out(folder.tensors, config)
+    if left_out:
+        rank_zero_warn(f"{len(left_out)} tensors of {folder.path} are left out, such as {left_out[0]}")
+    ignored = {*left_out, *(name for name in folder.tensors if name.endswith(family.ignored))}
+    return PretrainedWeights(folder, bindings, shapes, PREFIX, ignored)
 
 
 def read_config(name: str, revision: str | None = None, overrides: Mapping[str, Any] | None = None) -> DecoderConfig:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from lightning_tex.layers.mlp import GATED, Activation, require_activation
 from lightning_tex.moe.activation import hidden
+from lightning_tex.moe.adapters import ExpertAdapter, ExpertDownAdapter, ExpertUpAdapter
 from lightning_tex.moe.chunks import BlockInChunks
 from lightning_tex.moe.dispatch import Arrived
 from lightning_tex.moe.exchange import ChunkedExchange
@@ -56,6 +57,12 @@ class Experts(TexModule):
     gate: nn.Parameter | None
     up_bias: nn.Parameter | None
     gate_bias: nn.Parameter | None
+    adapter_types: ClassVar[Mapping[str, type[ExpertAdapter]]] = {
+        "gate": ExpertUpAdapter,
+        "up": ExpertUpAdapter,
+        "down": ExpertDownAdapter,
+    }
+    adapters: nn.ModuleDict | None
 
     def __init__(
         self, dim: int, hidden_dim: int, num_experts: int, activation: Activation = "gelu", bias: bool = False
@@ -69,12 +76,16 @@ class Experts(TexModule):
         self.gate = nn.Parameter(torch.empty(shape)) if gated else None
         self.up = nn.Parameter(torch.empty(shape))
         self.down = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
+        self.adapters = None
         self.reset_parameters()
 
     @property
     def matrices(self) -> Matrices:
-        """Those held here."""
-        return Matrices(self.up, self.gate, self.down, self.up_bias, self.gate_bias)
+        """Those held here, adapted where they have adapters (by name, in ``adapters``)."""
+        named = {"up": self.up, "gate": self.gate, "down": self.down}
+        for name, adapter in ({} if self.adapters is None else self.adapters).items():
+            named[name] = adapter(named[name])
+        return Matrices(**named, up_bias=self.up_bias, gate_bias=self.gate_bias)  # type: ignore[arg-type]
 
     @by_index
     def reset_parameters(self) -> None:

@@ -6,6 +6,7 @@ Layers enter and leave their tensor-parallel regions through an activation layou
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,11 +61,16 @@ class ActivationLayout(ABC):
     def leave(self, partial: Tensor) -> Tensor:
         """Out of such a region: the sum of what its ranks computed, as between layers. [.., S, D] -> [.., s, D]"""
 
-    def leave_product(self, x: Tensor, weight: Tensor) -> Tensor:
-        """:meth:`leave` of ``x @ weight.mT``, the last product of such a region: [.., S, in], [D, in] -> [.., s, D]."""
+    def leave_products(self, products: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """:meth:`leave` of the sum of ``x @ weight.mT``, the last of such a region.
+
+        Args:
+            products: pairs of x [.., S, in] and weight [D, in].
+        """
         if self.tensor.size == 1:
-            return F.linear(x, weight)
-        return products_then([(x, weight)], self.leave_own)
+            first, *others = (F.linear(x, weight) for x, weight in products)
+            return sum(others, first)
+        return products_then(products, self.leave_own)
 
     def leave_own(self, partial: Tensor) -> Tensor:
         """:meth:`leave` of what nobody else has, and what may be overwritten."""

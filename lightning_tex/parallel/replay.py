@@ -149,7 +149,7 @@ class _Product(torch.autograd.Function):
 def products_then(
     products: Iterable[tuple[Tensor, Tensor]], communicate: Callable[[Tensor], Tensor]
 ) -> Tensor:  # [.., n, in], [.., out, in] -> what communicate makes of [.., n, out]
-    """``communicate`` of ``x @ weight.mT``, for several (x, weight) of their products, row by row.
+    """``communicate`` of ``x @ weight.mT``, summed over several (x, weight).
 
     One operation, because what lies between is nobody's: partial sums, which a recomputation that replays the result of
     ``communicate`` does not compute.
@@ -158,8 +158,8 @@ def products_then(
         products: pairs of x and weight, taken one by one.
         communicate: passes its argument to :func:`replayable` and looks at nothing of it but shape and dtype.
     """
-    results = [_Product.apply(x, weight, not replaying()) for x, weight in products]
-    return communicate(results[0] if len(results) == 1 else torch.cat(results))
+    first, *others = (_Product.apply(x, weight, not replaying()) for x, weight in products)
+    return communicate(sum(others, first))
 
 
 def recomputing() -> bool:

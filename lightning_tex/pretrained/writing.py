@@ -38,12 +38,14 @@ class Weights:
         tensors: the parameters, of which this rank holds parts; by name.
         dtype: of the tensors in files for which no rule says one.
         shard_bytes: a file has at most so many bytes of elements, unless it has one tensor alone.
+        one_file: its name where there is just one.
     """
 
     bindings: Bindings
     tensors: Mapping[str, GlobalTensor]
     dtype: torch.dtype
     shard_bytes: int
+    one_file: str = ONE_FILE
 
     def kinds(self) -> Kinds:
         """Dtype and shape of every tensor in files, in the order of the rules."""
@@ -74,7 +76,8 @@ def write_folder(
         RuntimeError: on all ranks, naming every one that cannot write; nothing is left.
     """
     partial = Path(broadcast(str(paths.partial_name(folder))))
-    shards = {partial / name: kinds for name, kinds in sharded(weights.kinds(), weights.shard_bytes).items()}
+    groups = sharded(weights.kinds(), weights.shard_bytes, weights.one_file)
+    shards = {partial / name: kinds for name, kinds in groups.items()}
     wanted = sum(_bytes(kinds) for kinds in shards.values())
 
     def prepare() -> int:
@@ -106,7 +109,7 @@ def write_folder(
             paths.remove(partial)
 
 
-def sharded(kinds: Kinds, shard_bytes: int) -> dict[str, Kinds]:
+def sharded(kinds: Kinds, shard_bytes: int, one_file: str = ONE_FILE) -> dict[str, Kinds]:
     """Which file holds which tensors: in their order, a new file where one is full."""
     groups: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
     for name, kind in kinds.items():
@@ -116,7 +119,7 @@ def sharded(kinds: Kinds, shard_bytes: int) -> dict[str, Kinds]:
     # Wide elements first: readers take each tensor's first byte for a multiple of its elements' size.
     groups = [dict(sorted(group.items(), key=lambda item: -item[1][0].itemsize)) for group in groups]
     if len(groups) == 1:
-        return {ONE_FILE: groups[0]}
+        return {one_file: groups[0]}
     return {f"model-{number:05}-of-{len(groups):05}{SUFFIX}": group for number, group in enumerate(groups, 1)}
 
 

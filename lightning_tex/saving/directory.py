@@ -45,7 +45,7 @@ class DirectoryCheckpoint(CheckpointFormat):
 
     def model_state(self, run: ShardedRun) -> dict[str, Any]:
         """Tensors described globally, by name."""
-        return dict(model_state.model_state(run.module, run.topology))
+        return model_state.checkpointed(run.module, model_state.model_state(run.module, run.topology))
 
     def optimizer_state(self, run: ShardedRun) -> dict[str, Any]:
         """Tensors described globally, by parameter and key."""
@@ -79,7 +79,7 @@ class DirectoryCheckpoint(CheckpointFormat):
         about = own.get("optimizer")  # a save of the weights alone has none
         if run.optimizer is not None and about is not None:
             require_same_groups(about["param_groups"], run.optimizer)
-        model_state.load_model(run.module, run.topology, source, strict)
+        model_state.load_checkpointed(run.module, run.topology, source, strict)
         put_back(run, trainer_state, source, own)
         if run.optimizer is None:
             return Loaded(trainer_state)
@@ -99,7 +99,7 @@ class DirectoryCheckpoint(CheckpointFormat):
 
     def load_weights(self, run: ShardedRun, filepath: str, strict: bool) -> None:
         source = Directory.verified(Path(filepath), run.topology.world)
-        model_state.load_model(run.module, run.topology, source, strict)
+        model_state.load_checkpointed(run.module, run.topology, source, strict)
         if run.optimizer is not None:
             load_masters(run.optimizer, source)
 

@@ -15,14 +15,14 @@ from lightning_tex.parallel import collectives
 from lightning_tex.parallel.flight_record import TRAINING
 from lightning_tex.parallel.sharding import ParameterSharding
 from lightning_tex.parallel.topology import Topology
-from lightning_tex.saving.model_state import shardings_by_identity, state_dict_tensors
+from lightning_tex.saving.model_state import checkpointed, shardings_by_identity, state_dict_tensors
 from lightning_tex.saving.optimizer_state import group_options, holds_first_element, window_states
 from lightning_tex.saving.plain_form import torch_form
 
 
 @torch.no_grad()
 def whole_model_state(module: nn.Module, topology: Topology, optimizer: Stepped | None) -> dict[str, Tensor]:
-    """``state_dict`` of whole tensors in host memory on rank 0, empty elsewhere; gathered one by one, collective.
+    """What checkpoints hold of a model, whole, in host memory on rank 0, empty elsewhere; gathered one by one.
 
     16-bit parameters come as their fp32 masters where there is an optimizer, so that nothing is lost.
     """
@@ -31,7 +31,7 @@ def whole_model_state(module: nn.Module, topology: Topology, optimizer: Stepped 
     first = topology.world.rank == 0
     gathered: dict[int, Tensor] = {}  # ties stay ties
     whole: dict[str, Tensor] = {}
-    for name, value in state_dict_tensors(module).items():
+    for name, value in checkpointed(module, state_dict_tensors(module)).items():
         if id(value) not in gathered:
             tensor, sharding = value.detach(), known.get(id(value))
             if sharding is not None and sharding.name in mastered:

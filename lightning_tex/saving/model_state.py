@@ -5,8 +5,8 @@ Saved tensors are named by paths: ``("model", name)`` and ``("optimizer_0", "sta
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Collection, Mapping
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from lightning_tex.parallel.topology import Topology
 from lightning_tex.saving.global_tensor import GlobalTensor, stored_part
 
 TensorPath = tuple[str, ...]
+_Entry = TypeVar("_Entry")
 
 MODEL = "model"
 OPTIMIZER = "optimizer_0"
@@ -86,10 +87,21 @@ def state_dict_tensors(module: nn.Module) -> dict[str, Tensor]:
     return state
 
 
+def checkpointed(module: nn.Module, state: Mapping[str, _Entry]) -> dict[str, _Entry]:
+    """Of a state the entries that checkpoints hold: all, or those that the module's ``checkpointed_names()`` tells.
+
+    A module that leaves weights out gives them again by ``initial_weights()``, and has ``strict_loading=False``.
+    """
+    tell = getattr(module, "checkpointed_names", None)
+    names: Collection[str] | None = None if tell is None else tell()
+    return {name: value for name, value in state.items() if names is None or name in names}
+
+
 def ties(module: nn.Module) -> dict[str, str]:
     """Further names of tied parameters, each with the name its optimizer states are saved under."""
     first = {id(parameter): name for name, parameter in module.named_parameters()}
-    names = {name: first.get(id(value), name) for name, value in state_dict_tensors(module).items()}
+    saved = checkpointed(module, state_dict_tensors(module))
+    names = {name: first.get(id(value), name) for name, value in saved.items()}
     return {name: parameter for name, parameter in names.items() if name != parameter}
 
 
@@ -110,7 +122,22 @@ def load_model(module: nn.Module, topology: Topology, source: Source, strict: bo
     Raises:
         ValueError: names (if strict) or shapes that differ, listing them.
     """
+    _fill(module, model_state(module, topology), source, strict)
+
+
+@torch.no_grad()
+def load_checkpointed(module: nn.Module, topology: Topology, source: Source, strict: bool = True) -> None:
+    """Read what checkpoints of a module hold: :meth:`load_model` where that is all.
+
+    Where it is not, names are always compared: other weights than those are given by ``initial_weights()`` and not
+    saved, so that a checkpoint's would be lost at the next.
+    """
     wanted = model_state(module, topology)
+    kept = checkpointed(module, wanted)
+    _fill(module, kept, source, strict or len(kept) < len(wanted))
+
+
+def _fill(module: nn.Module, wanted: dict[str, GlobalTensor], source: Source, strict: bool) -> None:
     saved = {path[1]: entry for path, entry in source.saved.items() if path[0] == MODEL}
     require_fitting({name: tuple(t.shape) for name, t in wanted.items()}, saved, strict)
     tensors = state_dict_tensors(module)

@@ -14,7 +14,7 @@ from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.saving import gathering, paths, plain_form
 from lightning_tex.saving.archive import with_room
 from lightning_tex.saving.checkpoint_format import CheckpointFormat, Loaded, ShardedRun
-from lightning_tex.saving.model_state import load_model
+from lightning_tex.saving.model_state import load_checkpointed
 from lightning_tex.saving.optimizer_loading import load_masters, load_optimizer
 from lightning_tex.saving.trainer_state import plain_data, restricted_load
 from lightning_tex.saving.whole_tensors import WholeTensors, tensor_bytes
@@ -55,7 +55,7 @@ class PlainCheckpoint(CheckpointFormat):
     def load_model(self, run: ShardedRun, checkpoint: Mapping[str, Any], strict: bool) -> None:
         """Shard the whole weights."""
         weights = WholeTensors.of_model(checkpoint["state_dict"])
-        load_model(run.module, run.topology, weights, strict)
+        load_checkpointed(run.module, run.topology, weights, strict)
         if run.optimizer is not None:
             load_masters(run.optimizer, weights)
 

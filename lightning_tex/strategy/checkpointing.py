@@ -293,14 +293,18 @@ class CheckpointingStrategy(MeshStrategy):
         assert self.lightning_module is not None
         self._background.wait()
         run = self._run()
-        if not self.lightning_module.strict_loading:  # a checkpoint that may lack weights, such as of adapters alone
-            self.initial_weights.take(run)
-        self.initial_weights.forget()
+        self._begin_to_load(run)
         path = located(self.broadcast(str(checkpoint_path)), run.checkpoint_io)
         self._reading_format = reading_format(path)
         loaded = self._reading_format.load(run, path, weights_only, self.lightning_module.strict_loading)
         self._random_at_first_step = loaded.random_streams
         return loaded.trainer_state
+
+    def _begin_to_load(self, run: ShardedRun) -> None:
+        assert self.lightning_module is not None
+        if not self.lightning_module.strict_loading:  # a checkpoint that may lack weights, such as of adapters alone
+            self.initial_weights.take(run)
+        self.initial_weights.forget()
 
     def finish_saves(self) -> None:
         """Wait for the saves that are under way.
@@ -341,8 +345,8 @@ class CheckpointingStrategy(MeshStrategy):
             self.initial_weights.take(self._run())
             return
         assert self.lightning_module is not None
-        self.initial_weights.forget()
         run = self._run()
+        self._begin_to_load(run)
         path = located(self.broadcast(str(self._init_from)), run.checkpoint_io)
         reading_format(path).load_weights(run, path, self.lightning_module.strict_loading)
         rank_zero_info(f"A new run begins with the weights of {path}")

@@ -20,8 +20,8 @@ from lightning_tex.layers import (
     VocabParallelLinearCrossEntropy,
 )
 from lightning_tex.layers import linear_cross_entropy as chunks
-from lightning_tex.layers.attention import rank_random_state
 from lightning_tex.parallel.activation_layout import Replicated
+from lightning_tex.parallel.rank_random_state import rank_random_state
 from lightning_tex.parallel.sharding import check_shardable, parameter_shardings, shard_module
 from lightning_tex.parallel.topology import Axis
 from lightning_tex.testing.ranks import run_ranks

@@ -19,6 +19,7 @@ from lightning_tex.recipe import TexCLI
 from lightning_tex.testing.ranks import run_ranks
 
 RECIPES = Path(__file__).parents[2] / "recipes"
+PUBLISHED = ("finetune.yaml", "finetune_lora.yaml")
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
@@ -26,7 +27,7 @@ def test_recipe_builds_trainer_model_and_data(recipe, tmp_path):
     devices, vocabularies = run_ranks(1, _built, recipe, tmp_path)[0]
     assert devices > 1
     # A published model has its own, in which the tokenizer's fits.
-    assert vocabularies[0] == vocabularies[1] or (recipe.name == "finetune.yaml" and vocabularies[0] > vocabularies[1])
+    assert vocabularies[0] == vocabularies[1] or (recipe.name in PUBLISHED and vocabularies[0] > vocabularies[1])
 
 
 def test_own_text_takes_a_folder_from_the_command_line(tmp_path):
@@ -41,7 +42,8 @@ def test_own_module_trains_the_same_in_one_process_and_on_four(tmp_path):
     assert parallel == pytest.approx(alone, rel=1e-5)
 
 
-def test_a_published_model_is_fine_tuned_and_exported_to_a_folder_that_transformers_loads(tmp_path):
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_model_is_fine_tuned_and_exported_to_a_folder_that_transformers_loads(name, tmp_path):
     transformers = pytest.importorskip("transformers")
     place, text = published_at(tmp_path), tmp_path / "text"
     text.mkdir()
@@ -49,8 +51,8 @@ def test_a_published_model_is_fine_tuned_and_exported_to_a_folder_that_transform
         (text / f"{number}.txt").write_text(f"document {number} of some words and some others, " * 40)
     short = ["--data.path", str(text), "--data.sequence_length", "16", "--data.global_batch_size", "4"]
     short += ["--trainer.limit_train_batches", "3", "--trainer.limit_val_batches", "1", "--trainer.logger", "false"]
-    run_ranks(4, tiny_recipe.fit, tmp_path, RECIPES / "finetune.yaml", *short)
-    cli.main(["export", str(tmp_path / "runs/finetune/checkpoints/last.ckpt"), str(tmp_path / "out")])
+    run_ranks(4, tiny_recipe.fit, tmp_path, RECIPES / name, *short)
+    cli.main(["export", str(tmp_path / "runs" / Path(name).stem / "checkpoints/last.ckpt"), str(tmp_path / "out")])
     before, after = tensors(place), tensors(tmp_path / "out")
     assert before.keys() == after.keys() and all(before[name].dtype == after[name].dtype for name in before)
     assert any(not torch.equal(before[name], after[name]) for name in before)
@@ -71,7 +73,7 @@ def published_at(folder: Path) -> Path:
 def _built(recipe: Path, folder: Path, *options: str) -> tuple[int, tuple[int, int]]:
     """Instantiate everything a recipe names, without running it."""
     os.chdir(folder)
-    if recipe.name == "finetune.yaml":
+    if recipe.name in PUBLISHED:
         published_at(folder)
     seen: list[TexCLI] = []
     TexCLI._run_subcommand = lambda self, subcommand: seen.append(self)
