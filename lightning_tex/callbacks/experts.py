@@ -57,7 +57,7 @@ class ExpertMonitor(Callback):
             a tenth of their even share; ``None``: never.
     """
 
-    def __init__(self, folder: str | Path | None = None, warn_after: int | None = 5) -> None:
+    def __init__(self, folder: str | Path | None = None, warn_after: int | None = 10) -> None:
         self.folder, self.warn_after = folder, warn_after
         self.history = ExpertHistory()
         self._under_way: deque[tuple[int, dict[str, int], HostCopy]] = deque()

@@ -191,13 +191,13 @@ def _built_on_meta(path: str, config: Namespace) -> LightningModule:
     return module
 
 
-def own_candidate(job: Job, own: dict[str, Any], ranks_per_node: int) -> Candidate | None:
+def own_candidate(job: Job, own: dict[str, Any], ranks_per_node: int | None = None) -> Candidate | None:
     """What a recipe itself says; ``None`` where it would not run so on these ranks, or there is none.
 
     Args:
         job: the recipe's.
         own: the strategy's arguments, and ``accumulate_grad_batches``.
-        ranks_per_node: of the cluster.
+        ranks_per_node: of the cluster; ``None``: all are on one.
     """
     accumulation = own.get("accumulate_grad_batches")
     if accumulation is None:
@@ -211,7 +211,7 @@ def own_candidate(job: Job, own: dict[str, Any], ranks_per_node: int) -> Candida
     micro_batch = job.global_batch_size // (accumulation * layout.data)
     if micro_batch * accumulation * layout.data != job.global_batch_size:
         return None
-    chunks = chunks_on(layout, own.get("expert_chunks", "auto"), ranks_per_node)
+    chunks = chunks_on(layout, own.get("expert_chunks", "auto"), ranks_per_node or job.world)
     communication = Communication(**_given(own, "duplicate_token_dropping", "sequence_parallel"), expert_chunks=chunks)
     options = _given(own, "zero_stage", "activation_checkpointing", "optimizer_state_format")
     return Candidate(layout, micro_batch, accumulation, communication=communication, **options)

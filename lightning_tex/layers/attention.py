@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_tex.layers.attention_scores import AttentionScores, AttentionSinks
 from lightning_tex.layers.linear import ColumnParallelLinear, RowParallelLinear, require_divisible
-from lightning_tex.layers.qk_norm import QKNorm, make_qk_norm
+from lightning_tex.layers.qk_norm import QKNorm, make_qk_norms
 from lightning_tex.layers.rotary import Rotary, RotaryTables
 from lightning_tex.layers.token_context import Context, visible_keys
 from lightning_tex.parallel.errors import UserValueError
@@ -174,8 +174,7 @@ class ParallelAttention(Attention):
         self.key = ColumnParallelLinear(dim, num_kv_heads * head_dim, bias)
         self.value = ColumnParallelLinear(dim, num_kv_heads * head_dim, bias)
         self.out = RowParallelLinear(num_heads * head_dim, dim, bias if out_bias is None else out_bias)
-        self.query_norm = make_qk_norm(qk_norm, num_heads, head_dim, norm_eps)
-        self.key_norm = make_qk_norm(qk_norm, num_kv_heads, head_dim, norm_eps)
+        self.qk_norms = make_qk_norms(qk_norm, num_heads, num_kv_heads, head_dim, norm_eps)
 
     def check(self, name: str, layout: Layout) -> None:
         super().check(name, layout)
@@ -188,8 +187,8 @@ class ParallelAttention(Attention):
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of this rank's heads, before they turn: [B, S, D] -> [B, S, h, d] each."""
         columns = [project.columns(x) for project in (self.query, self.key, self.value)]
-        if self.query_norm is not None and self.key_norm is not None:
-            columns[:2] = self.query_norm(columns[0]), self.key_norm(columns[1])
+        if self.qk_norms is not None:
+            columns[:2] = self.qk_norms["query"](columns[0]), self.qk_norms["key"](columns[1])
         if self.clip_qkv is not None:
             columns = [column.clamp(-self.clip_qkv, self.clip_qkv) for column in columns]
         query, key, value = (column.unflatten(-1, (-1, self.head_dim)) for column in columns)

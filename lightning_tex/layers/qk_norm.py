@@ -71,8 +71,13 @@ class ShardedRMSNorm(TexModule):
         return f"{self.dim}, eps={self.eps}"
 
 
-def make_qk_norm(kind: QKNorm | None, num_heads: int, head_dim: int, eps: float) -> nn.Module | None:
-    """The norm of queries or of keys: [.., w] -> [.., w]."""
+def make_qk_norms(
+    kind: QKNorm | None, num_heads: int, num_kv_heads: int, head_dim: int, eps: float
+) -> nn.ModuleDict | None:
+    """The norms of ``query`` and ``key``: [.., w] -> [.., w] each."""
     if kind is None:
         return None
-    return HeadNorm(head_dim, eps) if kind == "head" else ShardedRMSNorm(num_heads * head_dim, eps)
+    heads = {"query": num_heads, "key": num_kv_heads}
+    if kind == "head":
+        return nn.ModuleDict({name: HeadNorm(head_dim, eps) for name in heads})
+    return nn.ModuleDict({name: ShardedRMSNorm(count * head_dim, eps) for name, count in heads.items()})

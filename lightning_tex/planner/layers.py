@@ -216,12 +216,13 @@ def known_layer(module: nn.Module) -> Layer | None:
 
 
 def _attention(module: ParallelAttention) -> Attention:
-    full_norms, scores, rotary = isinstance(module.query_norm, ShardedRMSNorm), module.scores, module.rotary
+    norm = None if module.qk_norms is None else module.qk_norms["query"]
+    full_norms, scores, rotary = isinstance(norm, ShardedRMSNorm), module.scores, module.rotary
     whole = rotary.width == module.head_dim and not rotary.interleaved
     unusual = full_norms or module.clip_qkv or module.sinks is not None or scores.window or scores.softcap
     return Attention(
         module.query.in_features, module.num_heads, module.num_kv_heads, module.head_dim,
-        isinstance(module.query_norm, HeadNorm), full_norms, scores.window, whole and not unusual,
+        isinstance(norm, HeadNorm), full_norms, scores.window, whole and not unusual,
     )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ def attention(theirs: str, ours: str, config: DecoderConfig) -> Iterator[Rule]:
         for kind in ("weight", "bias") if biased else ("weight",):
             yield Rule(f"{theirs}.self_attn.{their_name}.{kind}", (f"{ours}.attention.{our_name}.{kind}",))
     if config.qk_norm:
-        for their_name, our_name in (("q_norm", "query_norm"), ("k_norm", "key_norm")):
+        for their_name, our_name in (("q_norm", "qk_norms.query"), ("k_norm", "qk_norms.key")):
             yield Rule(f"{theirs}.self_attn.{their_name}.weight", (f"{ours}.attention.{our_name}.weight",))
 
 
