@@ -52,9 +52,13 @@ class TogetherSource(_DataLoaderSource):
         self._together: _Together = agreed_loader if training else evaluation_loader
         self._mode: Literal["max_size_cycle", "sequential"] = "max_size_cycle" if training else "sequential"
 
+    def users_own(self) -> Any:
+        """The user's loaders as they are."""
+        return super().dataloader()
+
     def dataloader(self) -> Any:
         """The user's loaders, combined as Lightning would."""
-        loaders = super().dataloader()
+        loaders = self.users_own()
         combined = copy.copy(loaders) if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, self._mode)
         kind = type(combined)
         agreeing: Any = combined  # of a class that may be the user's

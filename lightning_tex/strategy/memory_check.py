@@ -23,6 +23,7 @@ from lightning_tex.planner.optimizer_trial import read_optimizer
 from lightning_tex.planner.search import Planned, plan_all
 from lightning_tex.planner.states_only import StatesOnly
 from lightning_tex.planner.traced import TracedActivations, UntraceableError
+from lightning_tex.strategy.data_sources import TogetherSource
 
 # Plans and steps agree within this share (docs/planner.md): less than that over the memory may fit.
 MARGIN = 0.05
@@ -155,7 +156,8 @@ def _train_loader(module: LightningModule) -> Any:
     """The loader of the fit that begins."""
     trainer: Any = module.trainer
     with isolate_rng():
-        return trainer.fit_loop._data_source.dataloader()
+        source = trainer.fit_loop._data_source
+        return source.users_own() if isinstance(source, TogetherSource) else source.dataloader()
 
 
 def _samples(loader: Any, batches: GrownBatch) -> int:
