@@ -1,5 +1,6 @@
 """The engine drives the user's own optimizer, and leaves it as it was."""
 
+import pytest
 import torch
 from helpers.optimizer_alone import SignDescent, backward, equal, pair
 from torch import nn
@@ -69,6 +70,22 @@ def test_states_that_only_a_constructor_makes_are_made_for_windows():
             backward(model, step)
             each.step()
         equal(ours, theirs)
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sgd_steps_all_16_bit_numbers(options, dtype):
+    # torch's fused kernel of CPUs steps those alone that its vectors leave over.
+    ours, optimizer, theirs, plain = pair(lambda p: torch.optim.SGD(p, lr=0.05, **options), tile_size=1000, dtype=dtype)
+    plain.param_groups[0]["fused"] = False
+    before = [p.clone() for p in ours.parameters()]
+    for step in range(2):
+        for model, each in ((ours, optimizer), (theirs, plain)):
+            each.zero_grad()
+            backward(model, step)
+            each.step()
+    equal(ours, theirs, tolerance=0.02)
+    assert all(bool((p != q).float().mean() > 0.5) for p, q in zip(ours.parameters(), before, strict=True))
 
 
 def test_fused_is_chosen_where_the_user_left_it_open():
