@@ -2,12 +2,16 @@
 
 import gc
 import os
+import signal
 from functools import cache
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from lightning.fabric.utilities import registry
+
+# A run under nohup ignores hang-ups, and so would processes that tests hang up on.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Tests fork ranks, which must not inherit a started thread pool.
 torch.set_num_threads(1)
