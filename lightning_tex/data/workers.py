@@ -19,8 +19,20 @@ from lightning_tex.parallel.errors import UserError, UserRuntimeError
 
 _GRACE = 0.5  # s, from a read that has failed until the system tells of the death of the process at its other end
 
-# One byte that a process shares with those forked from it: whether it ends.
-_ending = mmap.mmap(-1, 1)
+
+class _Ending:
+    """A byte that a process shares with workers forked from it: whether it ends. Each process has its own."""
+
+    def __init__(self) -> None:
+        self._owner, self._byte = 0, mmap.mmap(-1, 1)
+
+    def of_this_process(self) -> mmap.mmap:
+        if self._owner != os.getpid():  # or it would be that of the process this one was forked from
+            self._owner, self._byte = os.getpid(), mmap.mmap(-1, 1)
+        return self._byte
+
+
+_ending = _Ending()
 
 
 class SparedWorker:
@@ -36,12 +48,17 @@ class SparedWorker:
 
     def __init__(self, signals: Sequence[signal.Signals], then: Callable[[int], None]) -> None:
         self._signals, self._then = signals, then
+        self._rank_ends = _ending.of_this_process()
 
     def __call__(self, worker_id: int) -> None:
         for number in self._signals:
-            signal.signal(number, _left_to_the_rank)
+            signal.signal(number, self._left_to_the_rank)
             signal.siginterrupt(number, False)
         self._then(worker_id)
+
+    def _left_to_the_rank(self, number: int, _: FrameType | None) -> None:
+        if number == signal.SIGTERM and self._rank_ends[0]:
+            os._exit(0)
 
     def __reduce__(self) -> Any:
         return _as_it_is, (self._then,)
@@ -51,14 +68,9 @@ def _as_it_is(value: Any) -> Any:
     return value
 
 
-def _left_to_the_rank(number: int, _: FrameType | None) -> None:
-    if number == signal.SIGTERM and _ending[0]:
-        os._exit(0)
-
-
 @atexit.register  # before multiprocessing ends its processes, and waits for them
 def _end_workers() -> None:
-    _ending[0] = 1
+    _ending.of_this_process()[0] = 1
 
 
 @contextmanager

@@ -46,6 +46,16 @@ def test_a_worker_outlives_what_asks_the_run_to_stop() -> None:
     assert list(read(Signalled())) == [[index, 0] for index in range(len(SIGNALS))]
 
 
+def test_another_process_that_ends_is_not_the_rank() -> None:
+    reader = read(Signalled())
+    other = os.fork()
+    if other == 0:
+        atexit._run_exitfuncs()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) == 0
+    assert [index for index, _ in reader] == list(range(len(SIGNALS)))
+
+
 def test_a_rank_that_ends_does_not_wait_for_what_its_worker_reads() -> None:
     rank = os.fork()
     if rank == 0:
