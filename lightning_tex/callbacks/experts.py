@@ -182,10 +182,16 @@ class ExpertMonitor(Callback):
         self._drawn = time.monotonic()
         if self._folder is None or not self.history.steps or not trainer.is_global_zero:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self.history.write(self._folder / "expert_load.csv")
+        try:
+            self._write_files(trainer, self._folder)
+        except OSError as error:  # no reason to lose what the run still has to save
+            rank_zero_warn(f"ExpertMonitor could not write to {self._folder}: {error}")
+
+    def _write_files(self, trainer: Trainer, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.history.write(folder / "expert_load.csv")
         if can_draw():
-            figure, picture = load_figure(self.history), self._folder / "expert_load.png"
+            figure, picture = load_figure(self.history), folder / "expert_load.png"
             save(figure, picture)
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):

@@ -149,6 +149,12 @@ def test_files_hold_every_choice(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_run_does_not_end_for_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.warns(UserWarning, match="ExpertMonitor could not write to .*file"):
+        fit(Chosen(evenly), ExpertMonitor(tmp_path / "file"))
+
+
 def test_a_layer_that_collapses_is_warned_of_once() -> None:
     with pytest.warns(UserWarning, match="MoE layer 1 collapses: 2 of its 4 experts") as found:
         fit(Chosen(lambda tokens, _: two_of_them(tokens, 0)), ExpertMonitor(warn_after=3))
