@@ -39,18 +39,24 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.multiplier = config.residual_multiplier
 
-    def forward(self, x: Tensor, context: Context | None = None, rotary: RotaryTables | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        context: Context | None = None,
+        rotary: RotaryTables | None = None,
+        token_ids: Tensor | None = None,
+    ) -> Tensor:
         attended = self.attention(self.attention_norm(x), context=context, rotary=rotary)
         x = x + self._branch(self.attention_output_norm(attended))
-        return x + self._branch(self.mlp_output_norm(self._feed_forward(self.mlp_norm(x), context)))
+        return x + self._branch(self.mlp_output_norm(self._feed_forward(self.mlp_norm(x), context, token_ids)))
 
     def _branch(self, x: Tensor) -> Tensor:
         x = self.dropout(x)
         return x if self.multiplier == 1 else x * self.multiplier
 
-    def _feed_forward(self, x: Tensor, context: Context | None) -> Tensor:
-        if context is not None and isinstance(self.mlp, MoE):
-            return self.mlp(x, context.token_mask)
+    def _feed_forward(self, x: Tensor, context: Context | None, token_ids: Tensor | None) -> Tensor:
+        if isinstance(self.mlp, MoE):
+            return self.mlp(x, None if context is None else context.token_mask, token_ids=token_ids)
         return self.mlp(x)
 
 

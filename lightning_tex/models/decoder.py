@@ -66,7 +66,7 @@ class Decoder(nn.Module):
         rotary = self.rotary.tables(input_ids.shape[-1], x)
         rotary = rotary if context is None else context.place(rotary)
         for block in self.blocks:
-            x = block(x, context, rotary)
+            x = block(x, context, rotary, input_ids)
         x = self.norm(x)
         return x if self.config.logits_scaling == 1 else x / self.config.logits_scaling
 

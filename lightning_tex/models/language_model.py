@@ -23,7 +23,7 @@ from lightning_tex.models.decoder import Decoder
 from lightning_tex.models.exporting import SHARD_SIZE, Exported, save_module
 from lightning_tex.models.peft_form import save_adapters
 from lightning_tex.models.pretrained_model import ORIGIN, Origin, PretrainedModel, fill_whole, require_own_tokens
-from lightning_tex.moe import auxiliary_loss, step_is_over
+from lightning_tex.moe import auxiliary_loss, require_causal, step_is_over
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.pretrained.reading import PretrainedWeights
 from lightning_tex.saving.model_state import checkpointed
@@ -271,6 +271,7 @@ class LanguageModel(LightningModule):
             [B, S + new_tokens]
         """
         assert self.decoder is not None
+        require_causal(self)
         training = self.training
         self.eval()
         generator = torch.Generator().manual_seed(seed)

@@ -12,6 +12,7 @@ from lightning_tex.moe.capacity import CapacityDispatcher
 from lightning_tex.moe.dispatch import Dispatcher, DispatchMetadata
 from lightning_tex.moe.dropless import DroplessDispatcher
 from lightning_tex.moe.expert_axes import ExpertAxes
+from lightning_tex.moe.expert_choice import ExpertChoiceRouter
 from lightning_tex.moe.experts import Experts
 from lightning_tex.moe.losses import LossLedger, count_choices, routing_loss
 from lightning_tex.moe.output_biases import OutputBiases
@@ -20,6 +21,7 @@ from lightning_tex.moe.router import Route
 from lightning_tex.moe.routers import RouterChoice, make_router
 from lightning_tex.moe.sequence_parallel import SequenceShardedCapacityDispatcher
 from lightning_tex.moe.shared import SharedExpert
+from lightning_tex.moe.tokens import Tokens
 from lightning_tex.parallel.activation_checkpointing import first_forward_only
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.expert_load import ExpertLoad
@@ -45,9 +47,10 @@ class MoE(TexModule):
         capacity_factor: an expert takes ceil(factor * k * T / E) choices of a data rank's T tokens in a micro-step,
             first choices first, earlier tokens first; further ones overflow. ``None``: dropless, all are served.
         activation: see :class:`lightning_tex.layers.ParallelMLP`.
-        router: ``"softmax"``; ``"sigmoid"``, ``"sparsemixer"``; ``"forced_balance"``, which chooses by the
-            token's place, for benches; one of these with arguments of its own, ``{"name": .., "init_args": {..}}``; a
-            :class:`Router` subclass, or its import path, or an instance.
+        router: ``"softmax"``, ``"sigmoid"``, ``"switch"``, ``"gshard"``, ``"sparsemixer"``, ``"sinkhorn"``, ``"hash"``,
+            ``"expert_choice"``; ``"forced_balance"``, which chooses by the token's place, for benches; one of these
+            with arguments of its own, ``{"name": .., "init_args": {..}}``; a :class:`Router` subclass, or its import
+            path, or an instance.
         norm_topk_prob: rescale a token's k weights to sum to 1.
         load_balance_coefficient: weight of E * sum_e f_e P_e.
         z_loss_coefficient: weight of the mean of logsumexp(logits)^2.
@@ -100,6 +103,11 @@ class MoE(TexModule):
         self.capacity_factor, self.round_factor = capacity_factor, round_factor
         self.load_balance_coefficient, self.z_loss_coefficient = load_balance_coefficient, z_loss_coefficient
         self.router = make_router(router, dim, num_experts, top_k, norm_topk_prob)
+        if capacity_factor is not None and isinstance(self.router, ExpertChoiceRouter):
+            raise UserValueError(
+                f"capacity_factor={capacity_factor} with the router 'expert_choice', whose experts take "
+                f"top_k={top_k} x tokens / experts each; legal: capacity_factor=None"
+            )
         self.shared = None
         if shared_hidden_dim is not None:
             self.shared = SharedExpert(dim, shared_hidden_dim, activation, shared_gate)
@@ -136,11 +144,11 @@ class MoE(TexModule):
         Args:
             topology: all axes of the run; ``ExpertAxes.of(topology)`` are those that tokens pass.
         """
-        axes = ExpertAxes.of(topology)
+        axes, sparse = ExpertAxes.of(topology), isinstance(self.router, ExpertChoiceRouter)
         if self.round_factor is not None:
-            return BoundedDroplessDispatcher(self.num_experts, axes, self.round_factor)
+            return BoundedDroplessDispatcher(self.num_experts, axes, self.round_factor, sparse=sparse)
         if self.capacity_factor is None:
-            return DroplessDispatcher(self.num_experts, axes)
+            return DroplessDispatcher(self.num_experts, axes, sparse=sparse)
         if topology.communication.sequence_parallel:
             return SequenceShardedCapacityDispatcher(self.num_experts, axes, self.capacity_factor, topology.tensor)
         return CapacityDispatcher(self.num_experts, axes, self.capacity_factor)
@@ -150,6 +158,7 @@ class MoE(TexModule):
         x: Tensor,
         token_mask: Tensor | None = None,
         beside: Callable[[Tensor], Tensor] | None = None,
+        token_ids: Tensor | None = None,
     ) -> Tensor:
         """Mix experts.
 
@@ -160,18 +169,29 @@ class MoE(TexModule):
                 gives 0, but for the shared expert.
             beside: a branch of the same tokens, such as a dense or shared expert, whose outcome for x is added. It is
                 computed while rows are on their way between ranks, forward and backward.
+            token_ids: of the vocabulary, shaped as ``token_mask``, for routers that choose by them.
         """
-        mask = None if token_mask is None else self.activation_layout.shard_mask(token_mask, x).reshape(-1).bool()
-        route = self.router(x.reshape(-1, x.shape[-1]), mask)
+        tokens = self._tokens(x, token_mask, token_ids)
+        mask = tokens.mask
+        route = self.router(x.reshape(-1, x.shape[-1]), tokens)
         # What is added to the experts' output comes before their last product, where a recomputation may end.
         added = [] if self.output_biases is None else [self.output_biases(route, x.dtype).view_as(x)]
         branches = [branch for branch in (self.shared, beside) if branch is not None]
         arrived, metadata = self.dispatcher.dispatch(x, route)
-        self._arrived_rows, self._routed_choices = arrived.here, route.indices.numel()
+        self._arrived_rows, self._routed_choices = arrived.here, len(route.indices) * self.top_k
         between = (lambda: added.extend(branch(x) for branch in branches)) if branches else None
         y = self.dispatcher.combine(self.experts(arrived, between), metadata).view_as(x)
         self._record(route, mask, metadata, y)
         return sum(added, y)
+
+    def _tokens(self, x: Tensor, mask: Tensor | None, ids: Tensor | None) -> Tokens:
+        def own(of_tokens: Tensor | None) -> Tensor | None:
+            return None if of_tokens is None else self.activation_layout.shard_mask(of_tokens, x).reshape(-1)
+
+        mask = own(mask)
+        return Tokens(
+            None if mask is None else mask.bool(), own(ids) if self.router.needs_ids else None, x.shape[:-2].numel()
+        )
 
     @property
     def last_arrived_rows(self) -> int:

@@ -190,8 +190,7 @@ class MicroStepTraffic:
         """Router, dispatch, combine and routing losses."""
         step = self.step
         sequence = step.communication.sequence_parallel
-        if not sequence:  # what is decided is not decided again
-            yield from self._over("tensor", "broadcast", _INT64 * step.tokens * layer.top_k, [FORWARD])
+        yield from self._decision(layer)
         if step.static(layer):
             yield from self._capacity(layer, forward, last)
         else:
@@ -200,6 +199,26 @@ class MicroStepTraffic:
             totals = step.score_bytes * (2 * layer.num_experts + 2)
             for axis in ("tensor", "data") if sequence else ("data",):
                 yield from self._over(axis, "all_reduce", totals, [FORWARD])
+
+    def _decision(self, layer: Moe) -> Iterator[Collective]:
+        """Of the router; what is decided is not decided again."""
+        step, deciding, experts = self.step, layer.deciding, layer.num_experts
+        sequence = step.communication.sequence_parallel
+        if not sequence:
+            agreed = ((deciding.agreed_choices, _INT64), (deciding.agreed_scores, step.score_bytes))
+            for numbers, size in (*agreed, (deciding.agreed_flags, 1)):
+                if numbers:
+                    yield from self._over("tensor", "broadcast", size * step.tokens * numbers, [FORWARD])
+        for _ in range(deciding.column_sums):  # in fp64
+            for axis in ("tensor", "data") if sequence else ("data",):
+                yield from self._over(axis, "all_reduce", 8 * experts, [FORWARD])
+        scores = step.score_bytes * step.tokens * (experts + 1)  # and which tokens are none
+        if deciding.gathered_scores and sequence:
+            yield from self._over("tensor", "all_gather", scores, [FORWARD])
+        if deciding.gathered_scores == "batch":
+            ranks = step.layout.axis_size("data")
+            yield from self._over("data", "all_gather", _INT64 * ranks, [FORWARD], "exchange_counts")
+            yield from self._over("data", "all_gather", scores * ranks, [FORWARD])
 
     def _capacity(self, layer: Moe, forward: tuple[str, ...], last: tuple[str, ...]) -> Iterator[Collective]:
         yield from self._over("expert", "all_reduce", _INT64, [FORWARD], "exchange_counts")
@@ -222,7 +241,7 @@ class MicroStepTraffic:
         if step.split > 1:  # gathers are padded to the longest part
             longest = step.split * -(-step.tokens // step.split)
             yield from self._over("tensor", "all_gather", size * longest * layer.dim, [BACKWARD])
-            yield from self._over("tensor", "all_gather", step.score_bytes * longest * layer.top_k, [BACKWARD])
+            yield from self._over("tensor", "all_gather", step.score_bytes * longest * layer.deciding.slots, [BACKWARD])
             yield from self._over("tensor", "all_gather", size * longest * layer.dim, last)
         yield from self._exchange(layer, forward, last, home=False)
 
@@ -275,9 +294,21 @@ def optimizer_step(job: Job, candidate: Candidate) -> list[Collective]:
         found += reduction(buffer, candidate)
         found += combination(buffer, candidate)
         found += collection(buffer)
+    found += counted_choices(job, candidate)
     if job.world > 1:
         found.append(Collective("all_reduce", "world", job.world, OPTIMIZER, 2 * 8))  # norm, and whether all is finite
     return found
+
+
+def counted_choices(job: Job, candidate: Candidate) -> list[Collective]:
+    """What biases of experts move by: whole numbers of all ranks' tokens."""
+    return [
+        Collective("all_reduce", axis, candidate.layout.axis_size(axis), OPTIMIZER, _INT64 * layer.num_experts, times)
+        for layer, times in ((placed.layer, times) for placed, times in job.model.layer_counts.items())
+        if isinstance(layer, Moe) and layer.deciding.counts_steps
+        for axis in (("tensor", "data") if candidate.sequence_parallel else ("data",))
+        if candidate.layout.axis_size(axis) > 1
+    ]
 
 
 def reduction(buffer: Buffer, candidate: Candidate) -> list[Collective]:
