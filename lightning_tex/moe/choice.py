@@ -9,8 +9,6 @@ from lightning_tex.parallel.compiled import leaf
 
 # T rows, E columns to choose from, k choices
 
-_INDEX_BITS = 31
-
 
 def largest(preferences: Tensor, k: int) -> Tensor:  # [T, E] -> [T, k] int64
     """Columns of each row's k largest values, the largest first; of equal ones the lowest column first.
@@ -27,7 +25,8 @@ def largest(preferences: Tensor, k: int) -> Tensor:  # [T, E] -> [T, k] int64
 @leaf
 def _distinct(preferences: Tensor) -> Tensor:
     """Integers in the same order, of which those of equal values fall with the column."""
-    # As integers, bits of positive floats are in their order, those of negative ones in the reverse. -0 becomes 0.
-    bits = (preferences.to(torch.float32) + 0.0).view(torch.int32).to(torch.int64)
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return (ordered << _INDEX_BITS) - torch.arange(preferences.shape[1], device=preferences.device)
+    # As integers, bits of positive floats are in their order, those of negative ones in the reverse, from -0 on.
+    bits = preferences.to(torch.float32).view(torch.int32)
+    ordered = torch.where(bits < 0, torch.iinfo(torch.int32).min - bits, bits)
+    below = torch.arange(0, -preferences.shape[1], -1, device=preferences.device)
+    return torch.add(below, ordered, alpha=1 << 31)

@@ -66,9 +66,9 @@ class ExpertChoiceRouter(SoftmaxRouter):
         # A column more says which tokens are real.
         known = torch.cat([scores, real[:, None].to(scores.dtype)], 1)
         shard, length = self.activation_layout.shard_axis, len(scores) // max(tokens.sequences, 1)
-        sequences = all_gather(known.view(tokens.sequences, length, -1), 1, shard)  # [B, S, E + 1]
+        sequences = all_gather(known.view(tokens.sequences, length, self.num_experts + 1), 1, shard)  # [B, S, E + 1]
         if self.within == "batch":
-            taken = self._taken_of_batch(sequences.flatten(0, 1)).view(*sequences.shape[:2], -1)
+            taken = self._taken_of_batch(sequences.flatten(0, 1)).view(*sequences.shape[:2], self.num_experts)
         else:
             taken = _taken(sequences, self.top_k)
         own = taken[:, shard.rank * length : (shard.rank + 1) * length].flatten(0, 1)

@@ -53,7 +53,8 @@ class SwitchRouter(SoftmaxRouter):
     def logits(self, x: Tensor, tokens: Tokens) -> Tensor:
         if self.training and self.noise is not None:
             numbers = token_uniform(self.noise.of_forward(), self.places(len(x), tokens, x.device), x.shape[-1])
-            x = x * numbers.mul_(2 * self.jitter_eps).add_(1 - self.jitter_eps)
+            wide = numbers.to(torch.promote_types(x.dtype, numbers.dtype))
+            x = x * wide.mul_(2 * self.jitter_eps).add_(1 - self.jitter_eps)
         return super().logits(x, tokens)
 
 

@@ -114,6 +114,7 @@ class Deciding:
         gathered_scores: over what scores of all experts are gathered, ``"sequence"`` or ``"batch"``; ``None``: nothing.
         counts_steps: choices of each expert are summed after every optimizer step.
         slots: choices that a token may have.
+        learned: whether weights of choices have gradients.
     """
 
     slots: int
@@ -123,13 +124,16 @@ class Deciding:
     column_sums: int = 0
     gathered_scores: str | None = None
     counts_steps: bool = False
+    learned: bool = True
 
     @classmethod
     def of(cls, router: Router) -> Deciding:
         """That of a router; one of the user's own is taken to choose by its scores."""
         k, experts = router.top_k, router.num_experts
         match router:
-            case HashRouter() | ForcedBalanceRouter():
+            case HashRouter():
+                return cls(k, learned=False)
+            case ForcedBalanceRouter():
                 return cls(k)
             case ExpertChoiceRouter():
                 return cls(experts, agreed_scores=experts, gathered_scores=router.within)

@@ -241,7 +241,9 @@ class MicroStepTraffic:
         if step.split > 1:  # gathers are padded to the longest part
             longest = step.split * -(-step.tokens // step.split)
             yield from self._over("tensor", "all_gather", size * longest * layer.dim, [BACKWARD])
-            yield from self._over("tensor", "all_gather", step.score_bytes * longest * layer.deciding.slots, [BACKWARD])
+            of_weights = [BACKWARD] if layer.deciding.learned else []
+            weights = step.score_bytes * longest * layer.deciding.slots
+            yield from self._over("tensor", "all_gather", weights, of_weights)
             yield from self._over("tensor", "all_gather", size * longest * layer.dim, last)
         yield from self._exchange(layer, forward, last, home=False)
 
@@ -255,9 +257,10 @@ class MicroStepTraffic:
             home: what comes back is gathered over the split axis.
         """
         row, weight = self.step.element_bytes * layer.dim, self.step.score_bytes
+        of_weights = (BACKWARD,) if layer.deciding.learned else ()
         for sent in self.step.sent_rows(layer):
             rows = sent * self.step.split
-            for of_row, there, back in ((row, (*forward, BACKWARD), (*last, BACKWARD)), (weight, forward, (BACKWARD,))):
+            for of_row, there, back in ((row, (*forward, BACKWARD), (*last, BACKWARD)), (weight, forward, of_weights)):
                 yield from self._to_experts(rows * of_row, there)
                 yield from self._from_experts(rows * of_row, back, home)
 
