@@ -128,4 +128,7 @@ def make_feed_forward(config: DecoderConfig, layer: int) -> nn.Module:
         shared_hidden_dim=c.shared_expert_hidden_dim,
         shared_gate=c.shared_expert_gate,
         bias=c.expert_bias,
+        sequence_balance_coefficient=c.sequence_balance_coefficient,
+        step_balance_coefficient=c.step_balance_coefficient,
+        entropy_coefficient=c.entropy_coefficient,
     )

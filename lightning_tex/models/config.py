@@ -95,6 +95,8 @@ class DecoderConfig:
         expert_bias: biases in experts; dropless only.
         mlp_bias: biases in MLPs.
         first_dense_layers: so many blocks from the first have no experts.
+        sequence_balance_coefficient, step_balance_coefficient, entropy_coefficient: weights of further losses of the
+            routers, see :class:`lightning_tex.moe.MoE`.
         moe_layers: the blocks that have experts, from 0, in place of ``moe_every`` and ``first_dense_layers``.
 
     Raises:
@@ -154,6 +156,9 @@ class DecoderConfig:
     first_dense_layers: int = 0
     moe_layers: list[int] | None = None
     round_factor: float | None = None
+    sequence_balance_coefficient: float = 0.0
+    step_balance_coefficient: float = 0.0
+    entropy_coefficient: float = 0.0
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "dim", "num_layers", "num_heads", "max_sequence_length", "num_experts", "moe_every")

@@ -6,11 +6,12 @@ from lightning_tex.moe.hash_router import HashRouter
 from lightning_tex.moe.layer import MoE
 from lightning_tex.moe.losses import auxiliary_loss
 from lightning_tex.moe.router import Route, Router
-from lightning_tex.moe.routers import require_causal, step_is_over
+from lightning_tex.moe.routers import require_causal
 from lightning_tex.moe.shared import SharedExpert
 from lightning_tex.moe.sigmoid_router import SigmoidRouter
 from lightning_tex.moe.sinkhorn import SinkhornRouter
 from lightning_tex.moe.softmax_routers import GShardRouter, SoftmaxRouter, SwitchRouter
+from lightning_tex.moe.steps import step_is_over
 from lightning_tex.moe.tokens import Tokens
 
 __all__ = [

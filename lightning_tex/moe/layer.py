@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -14,13 +14,15 @@ from lightning_tex.moe.dropless import DroplessDispatcher
 from lightning_tex.moe.expert_axes import ExpertAxes
 from lightning_tex.moe.expert_choice import ExpertChoiceRouter
 from lightning_tex.moe.experts import Experts
-from lightning_tex.moe.losses import LossLedger, count_choices, routing_loss
+from lightning_tex.moe.losses import Coefficients, LossLedger, count_choices, routing_loss
 from lightning_tex.moe.output_biases import OutputBiases
 from lightning_tex.moe.rounds import BoundedDroplessDispatcher
 from lightning_tex.moe.router import Route
 from lightning_tex.moe.routers import RouterChoice, make_router
+from lightning_tex.moe.sequence_balance import sequence_balance_loss
 from lightning_tex.moe.sequence_parallel import SequenceShardedCapacityDispatcher
 from lightning_tex.moe.shared import SharedExpert
+from lightning_tex.moe.steps import ActsAfterStep
 from lightning_tex.moe.tokens import Tokens
 from lightning_tex.parallel.activation_checkpointing import first_forward_only
 from lightning_tex.parallel.errors import UserValueError
@@ -32,7 +34,7 @@ from lightning_tex.parallel.topology import Layout, Topology
 # T tokens, D model width, E experts, k choices per token
 
 
-class MoE(TexModule):
+class MoE(TexModule, ActsAfterStep):
     """A feed-forward layer of E experts of which each token uses k: [.., dim] -> [.., dim].
 
     Alone in one process it is the plain layer; the strategy spreads its experts over the expert axis and shards them
@@ -61,6 +63,10 @@ class MoE(TexModule):
             ``None``: there is none.
         bias: biases of all matrices of the experts; dropless only, as each choice has to be served.
         shared_gate: the shared expert's output is multiplied by a sigmoid gate of its own.
+        sequence_balance_coefficient: weight of load balance of each sequence by itself (:mod:`.sequence_balance`).
+        step_balance_coefficient: weight of load balance by the choices of an optimizer step, not of a micro-step
+            (:class:`.losses.Coefficients`).
+        entropy_coefficient: weight of the mean entropy of a token's scores; a negative one keeps routers undecided.
 
     Raises:
         ValueError: sizes or names that are not legal.
@@ -85,6 +91,9 @@ class MoE(TexModule):
         shared_hidden_dim: int | None = None,
         shared_gate: bool = False,
         bias: bool = False,
+        sequence_balance_coefficient: float = 0.0,
+        step_balance_coefficient: float = 0.0,
+        entropy_coefficient: float = 0.0,
     ) -> None:
         super().__init__()
         if round_factor is not None and (round_factor < 1 or capacity_factor is not None):
@@ -102,6 +111,9 @@ class MoE(TexModule):
         self.hidden_dim, self.num_experts, self.top_k = hidden_dim, num_experts, top_k
         self.capacity_factor, self.round_factor = capacity_factor, round_factor
         self.load_balance_coefficient, self.z_loss_coefficient = load_balance_coefficient, z_loss_coefficient
+        self.entropy_coefficient, self.step_balance_coefficient = entropy_coefficient, step_balance_coefficient
+        self.sequence_balance_coefficient = sequence_balance_coefficient
+        self._step_counts: Tensor | None = None
         self.router = make_router(router, dim, num_experts, top_k, norm_topk_prob)
         if capacity_factor is not None and isinstance(self.router, ExpertChoiceRouter):
             raise UserValueError(
@@ -172,7 +184,6 @@ class MoE(TexModule):
             token_ids: of the vocabulary, shaped as ``token_mask``, for routers that choose by them.
         """
         tokens = self._tokens(x, token_mask, token_ids)
-        mask = tokens.mask
         route = self.router(x.reshape(-1, x.shape[-1]), tokens)
         # What is added to the experts' output comes before their last product, where a recomputation may end.
         added = [] if self.output_biases is None else [self.output_biases(route, x.dtype).view_as(x)]
@@ -181,7 +192,7 @@ class MoE(TexModule):
         self._arrived_rows, self._routed_choices = arrived.here, len(route.indices) * self.top_k
         between = (lambda: added.extend(branch(x) for branch in branches)) if branches else None
         y = self.dispatcher.combine(self.experts(arrived, between), metadata).view_as(x)
-        self._record(route, mask, metadata, y)
+        self._record(route, tokens, metadata, y)
         return sum(added, y)
 
     def _tokens(self, x: Tensor, mask: Tensor | None, ids: Tensor | None) -> Tokens:
@@ -191,6 +202,16 @@ class MoE(TexModule):
         mask = own(mask)
         return Tokens(
             None if mask is None else mask.bool(), own(ids) if self.router.needs_ids else None, x.shape[:-2].numel()
+        )
+
+    @property
+    def loss_coefficients(self) -> Coefficients:
+        """Weights of the losses over a micro-step."""
+        return Coefficients(
+            self.load_balance_coefficient,
+            self.z_loss_coefficient,
+            self.entropy_coefficient,
+            self.step_balance_coefficient,
         )
 
     @property
@@ -208,17 +229,29 @@ class MoE(TexModule):
         copies = self.expert_tensor.size * self.activation_layout.shard_axis.size / self.tensor.size
         return self._arrived_rows / (self._routed_choices * copies)
 
-    def _record(self, route: Route, mask: Tensor | None, metadata: DispatchMetadata, y: Tensor) -> None:
+    def step_is_over(self, taken: bool) -> None:
+        self._step_counts = None
+
+    def _record(self, route: Route, tokens: Tokens, metadata: DispatchMetadata, y: Tensor) -> None:
         if not self.training or recomputing():
             return
         counts = count_choices(route.indices, self.num_experts) if metadata.counts is None else metadata.counts
         self.load.add(counts, metadata.overflowed)
-        self.load.look(route.scores, mask)
+        self.load.look(route.scores, tokens.mask)
         self.router.chose(counts)
-        if torch.is_grad_enabled() and (self.load_balance_coefficient or self.z_loss_coefficient):
+        if torch.is_grad_enabled():
             with first_forward_only():  # a recomputation does not come here and must not miss what is saved here
-                loss = routing_loss(
-                    route, counts, mask, self.data, self.activation_layout,
-                    self.load_balance_coefficient, self.z_loss_coefficient,
-                )  # fmt: skip
-            self.ledger.record(loss, y)
+                for loss in self._losses(route, tokens, counts):
+                    self.ledger.record(loss, y)
+
+    def _losses(self, route: Route, tokens: Tokens, counts: Tensor) -> Iterator[Tensor]:
+        """Of the routing, weighted."""
+        if coefficients := self.loss_coefficients:
+            loss, counts_so_far = routing_loss(
+                route, counts, tokens.mask, self.data, self.activation_layout, coefficients, self._step_counts
+            )
+            self._step_counts = counts_so_far if coefficients.step_balance else None
+            yield loss
+        if self.sequence_balance_coefficient:
+            loss = sequence_balance_loss(route, tokens, self.data, self.activation_layout)
+            yield self.sequence_balance_coefficient * loss

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from lightning_tex.moe.choice import largest
 from lightning_tex.moe.group_limit import GroupLimit, GroupScore
+from lightning_tex.moe.steps import ActsAfterStep
 from lightning_tex.moe.tokens import Tokens
 from lightning_tex.parallel.autocast import autocast_off
 from lightning_tex.parallel.errors import UserValueError
@@ -67,7 +68,7 @@ def full_precision_linear(x: Tensor, weight: Tensor) -> Tensor:
     return product
 
 
-class Router(TexModule):
+class Router(TexModule, ActsAfterStep):
     """Base of all routers: linear logits in fp32, scores, top-k, weights.
 
     A subclass defines :meth:`score`, and may define :meth:`logits`, :meth:`prefer`, :meth:`choose`, :meth:`weigh` and
@@ -175,12 +176,6 @@ class Router(TexModule):
 
         Args:
             counts: choices of this rank's tokens that fell on each expert. [E]
-        """
-
-    def step_is_over(self, taken: bool) -> None:
-        """Act on what was chosen for an optimizer step, or forget it where the step was left out.
-
-        Collective over the data axis.
         """
 
     def logits(self, x: Tensor, tokens: Tokens) -> Tensor:  # [T, D] -> [T, E]

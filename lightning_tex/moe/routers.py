@@ -29,20 +29,6 @@ RouterChoice = str | Mapping[str, Any] | Router | type[Router]
 _NAMED_BY = ("name", "class_path")
 
 
-def step_is_over(module: nn.Module, taken: bool = True) -> None:
-    """Let the routers of a module act after an optimizer step; collective over the data axis.
-
-    Under ``strategy="tex_moe"`` and for :class:`lightning_tex.LanguageModel` that happens by itself.
-
-    Args:
-        module: holds the routers.
-        taken: whether the step was taken. One that a GPU left out by itself, for numbers that are not finite, counts.
-    """
-    for each in module.modules():
-        if isinstance(each, Router):
-            each.step_is_over(taken)
-
-
 ROUTERS: dict[str, type[Router]] = {
     "softmax": SoftmaxRouter,
     "sigmoid": SigmoidRouter,

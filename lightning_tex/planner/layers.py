@@ -151,7 +151,8 @@ class Moe:
     """A :class:`MoE` layer; ``routing_losses``: whether it has any, ``z_loss``: whether one of them is of logits.
 
     ``shared``: the expert that every token uses; ``shared_gate``: whether it scales its result, which is kept for that.
-    ``plain``: what it keeps has a formula.
+    ``plain``: what it keeps has a formula. ``sequence_balance``: whether there is a loss of each sequence by itself;
+    ``entropy_loss``: whether there is one of entropies.
     """
 
     dim: int
@@ -168,6 +169,8 @@ class Moe:
     shared_gate: bool
     plain: bool
     deciding: Deciding
+    sequence_balance: bool
+    entropy_loss: bool
 
 
 @dataclass(frozen=True)
@@ -245,14 +248,15 @@ def known_layer(module: nn.Module) -> Layer | None:
             return _mlp(module)
         case MoE():
             shared = None if module.shared is None else _mlp(module.shared)
+            losses, by_sequence = bool(module.loss_coefficients), bool(module.sequence_balance_coefficient)
             plain = shared is None and module.output_biases is None and _is_plain(module.router)
-            losses = bool(module.load_balance_coefficient or module.z_loss_coefficient)
+            plain = plain and not module.entropy_coefficient and not by_sequence
             return Moe(
                 module.router.dim, module.hidden_dim, module.experts.gate is not None, module.num_experts,
                 module.top_k, module.capacity_factor, module.router.norm_topk_prob, losses,
                 bool(module.z_loss_coefficient), module.round_factor, shared,
                 module.shared is not None and module.shared.output_gate is not None, plain,
-                Deciding.of(module.router),
+                Deciding.of(module.router), by_sequence, bool(module.entropy_coefficient),
             )  # fmt: skip
         case VocabParallelHead():
             return Head(module.dim, module.size, module.gather_output, module.softcap is None and module.bias is None)

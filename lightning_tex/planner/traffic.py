@@ -196,9 +196,14 @@ class MicroStepTraffic:
         else:
             yield from self._dropless(layer, forward, last)
         if layer.routing_losses:
-            totals = step.score_bytes * (2 * layer.num_experts + 2)
+            totals = step.score_bytes * (2 * layer.num_experts + 2 + layer.entropy_loss)
             for axis in ("tensor", "data") if sequence else ("data",):
                 yield from self._over(axis, "all_reduce", totals, [FORWARD])
+        if layer.sequence_balance:
+            if sequence:
+                of_sequences = step.score_bytes * step.sequences * (2 * layer.num_experts + 1)
+                yield from self._over("tensor", "all_reduce", of_sequences, [FORWARD])
+            yield from self._over("data", "all_reduce", 2 * step.score_bytes, [FORWARD])
 
     def _decision(self, layer: Moe) -> Iterator[Collective]:
         """Of the router; what is decided is not decided again."""

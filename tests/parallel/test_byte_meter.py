@@ -297,6 +297,7 @@ def test_bytes_and_calls_of_every_step_equal_the_planners():
 # Every token to every expert, but for GShard's two, of which a capacity makes buffers of known sizes.
 ROUTED = {
     "bias": {"router": {"name": "sigmoid", "init_args": {"bias_update_rate": 0.1}}},
+    "losses": {"sequence_balance_coefficient": 0.1, "entropy_coefficient": 0.1, "step_balance_coefficient": 0.1},
     "sinkhorn": {"router": {"name": "sinkhorn", "init_args": {"iterations": 3}}},
     "hash": {"router": "hash"},
     "forced balance": {"router": "forced_balance"},
