@@ -131,4 +131,7 @@ def make_feed_forward(config: DecoderConfig, layer: int) -> nn.Module:
         sequence_balance_coefficient=c.sequence_balance_coefficient,
         step_balance_coefficient=c.step_balance_coefficient,
         entropy_coefficient=c.entropy_coefficient,
+        eval_capacity_factor=c.eval_capacity_factor,
+        min_capacity=c.min_capacity,
+        overflow_by=c.overflow_by,
     )

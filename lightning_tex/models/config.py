@@ -11,6 +11,7 @@ from lightning_tex.layers.mlp import Activation
 from lightning_tex.layers.qk_norm import QKNorm
 from lightning_tex.layers.rotary import Rotary
 from lightning_tex.layers.rotary_scaling import make_scaling
+from lightning_tex.moe.capacity import Precedence
 from lightning_tex.moe.routers import plain_choice
 from lightning_tex.parallel.errors import UserValueError
 
@@ -30,6 +31,7 @@ _WORDS = {
     "norm_placement": get_args(NormPlacement),
     "qk_norm": (*get_args(QKNorm), None),
     "layer_types": (*get_args(AttentionType), None),
+    "overflow_by": get_args(Precedence),
 }
 
 
@@ -97,6 +99,7 @@ class DecoderConfig:
         first_dense_layers: so many blocks from the first have no experts.
         sequence_balance_coefficient, step_balance_coefficient, entropy_coefficient: weights of further losses of the
             routers, see :class:`lightning_tex.moe.MoE`.
+        eval_capacity_factor, min_capacity, overflow_by: with ``capacity_factor``, see :class:`lightning_tex.moe.MoE`.
         moe_layers: the blocks that have experts, from 0, in place of ``moe_every`` and ``first_dense_layers``.
 
     Raises:
@@ -159,6 +162,9 @@ class DecoderConfig:
     sequence_balance_coefficient: float = 0.0
     step_balance_coefficient: float = 0.0
     entropy_coefficient: float = 0.0
+    eval_capacity_factor: float | None = None
+    min_capacity: int = 0
+    overflow_by: Precedence = "position"
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "dim", "num_layers", "num_heads", "max_sequence_length", "num_experts", "moe_every")

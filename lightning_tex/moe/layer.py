@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_tex.layers.mlp import Activation
-from lightning_tex.moe.capacity import CapacityDispatcher
+from lightning_tex.moe.capacity import Capacity, CapacityDispatcher, Precedence
 from lightning_tex.moe.dispatch import Dispatcher, DispatchMetadata
 from lightning_tex.moe.dropless import DroplessDispatcher
 from lightning_tex.moe.expert_axes import ExpertAxes
@@ -27,7 +27,7 @@ from lightning_tex.moe.tokens import Tokens
 from lightning_tex.parallel.activation_checkpointing import first_forward_only
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.expert_load import ExpertLoad
-from lightning_tex.parallel.replay import recomputing
+from lightning_tex.parallel.replay import decided, recomputing
 from lightning_tex.parallel.sharding import TexModule
 from lightning_tex.parallel.topology import Layout, Topology
 
@@ -67,6 +67,9 @@ class MoE(TexModule, ActsAfterStep):
         step_balance_coefficient: weight of load balance by the choices of an optimizer step, not of a micro-step
             (:class:`.losses.Coefficients`).
         entropy_coefficient: weight of the mean entropy of a token's scores; a negative one keeps routers undecided.
+        eval_capacity_factor: of evaluation; ``None``: the same.
+        min_capacity: an expert takes as many choices at least, where there are as many tokens.
+        overflow_by: which tokens overflow, ``"position"``: later ones; ``"score"``: those with a smaller largest score.
 
     Raises:
         ValueError: sizes or names that are not legal.
@@ -94,6 +97,9 @@ class MoE(TexModule, ActsAfterStep):
         sequence_balance_coefficient: float = 0.0,
         step_balance_coefficient: float = 0.0,
         entropy_coefficient: float = 0.0,
+        eval_capacity_factor: float | None = None,
+        min_capacity: int = 0,
+        overflow_by: Precedence = "position",
     ) -> None:
         super().__init__()
         if round_factor is not None and (round_factor < 1 or capacity_factor is not None):
@@ -101,15 +107,22 @@ class MoE(TexModule, ActsAfterStep):
                 f"round_factor={round_factor} with capacity_factor={capacity_factor}; legal: at least 1, with "
                 "capacity_factor=None, or round_factor=None"
             )
-        if capacity_factor is not None and capacity_factor <= 0:
-            raise UserValueError(f"capacity_factor={capacity_factor} must be positive, or None for dropless routing")
         if bias and capacity_factor is not None:
             raise UserValueError(
                 f"bias=True with capacity_factor={capacity_factor}: biases are added whichever choices overflow; "
                 "legal: capacity_factor=None (dropless)"
             )
         self.hidden_dim, self.num_experts, self.top_k = hidden_dim, num_experts, top_k
-        self.capacity_factor, self.round_factor = capacity_factor, round_factor
+        self.round_factor = round_factor
+        self.capacity = None
+        if capacity_factor is not None:
+            self.capacity = Capacity(capacity_factor, eval_capacity_factor, min_capacity, overflow_by)
+        elif eval_capacity_factor is not None or min_capacity or overflow_by != "position":
+            raise UserValueError(
+                f"eval_capacity_factor={eval_capacity_factor}, min_capacity={min_capacity}, "
+                f"overflow_by={overflow_by!r} with capacity_factor=None, where nothing overflows; legal: None, 0 and "
+                "'position', or a capacity_factor"
+            )
         self.load_balance_coefficient, self.z_loss_coefficient = load_balance_coefficient, z_loss_coefficient
         self.entropy_coefficient, self.step_balance_coefficient = entropy_coefficient, step_balance_coefficient
         self.sequence_balance_coefficient = sequence_balance_coefficient
@@ -159,11 +172,11 @@ class MoE(TexModule, ActsAfterStep):
         axes, sparse = ExpertAxes.of(topology), isinstance(self.router, ExpertChoiceRouter)
         if self.round_factor is not None:
             return BoundedDroplessDispatcher(self.num_experts, axes, self.round_factor, sparse=sparse)
-        if self.capacity_factor is None:
+        if self.capacity is None:
             return DroplessDispatcher(self.num_experts, axes, sparse=sparse)
         if topology.communication.sequence_parallel:
-            return SequenceShardedCapacityDispatcher(self.num_experts, axes, self.capacity_factor, topology.tensor)
-        return CapacityDispatcher(self.num_experts, axes, self.capacity_factor)
+            return SequenceShardedCapacityDispatcher(self.num_experts, axes, self.capacity, topology.tensor)
+        return CapacityDispatcher(self.num_experts, axes, self.capacity)
 
     def forward(
         self,
@@ -185,6 +198,9 @@ class MoE(TexModule, ActsAfterStep):
         """
         tokens = self._tokens(x, token_mask, token_ids)
         route = self.router(x.reshape(-1, x.shape[-1]), tokens)
+        if self.capacity is not None:
+            self.capacity.training = self.training
+            route = self._with_priority(route, self.capacity)
         # What is added to the experts' output comes before their last product, where a recomputation may end.
         added = [] if self.output_biases is None else [self.output_biases(route, x.dtype).view_as(x)]
         branches = [branch for branch in (self.shared, beside) if branch is not None]
@@ -203,6 +219,20 @@ class MoE(TexModule, ActsAfterStep):
         return Tokens(
             None if mask is None else mask.bool(), own(ids) if self.router.needs_ids else None, x.shape[:-2].numel()
         )
+
+    @property
+    def capacity_factor(self) -> float | None:
+        """Of training; may be set to another one where there is one."""
+        return None if self.capacity is None else self.capacity.factor
+
+    @capacity_factor.setter
+    def capacity_factor(self, factor: float) -> None:
+        if self.capacity is None or factor <= 0:
+            raise UserValueError(
+                f"capacity_factor={factor} for a layer with capacity_factor={self.capacity_factor}; legal: above 0, "
+                "where the layer was made with one"
+            )
+        self.capacity.factor = factor
 
     @property
     def loss_coefficients(self) -> Coefficients:
@@ -228,6 +258,14 @@ class MoE(TexModule, ActsAfterStep):
             return None
         copies = self.expert_tensor.size * self.activation_layout.shard_axis.size / self.tensor.size
         return self._arrived_rows / (self._routed_choices * copies)
+
+    def _with_priority(self, route: Route, capacity: Capacity) -> Route:
+        if capacity.precedence == "position":
+            return route
+        largest = route.scores.detach().amax
+        return route._replace(
+            priority=decided("which tokens come first", lambda: self.activation_layout.agree(largest(-1)))
+        )
 
     def step_is_over(self, taken: bool) -> None:
         self._step_counts = None

@@ -35,12 +35,14 @@ class Route(NamedTuple):
     weights: [T, k], what the chosen experts' outputs are multiplied with; 0 where masked.
     scores:  [T, E], non-negative, rows sum to 1: what the load-balance loss pushes on.
     logits:  [T, E], what the z-loss pushes on.
+    priority: [T], of tokens that compete for an expert's capacity those with more come first; ``None``: in their order.
     """
 
     indices: Tensor
     weights: Tensor
     scores: Tensor
     logits: Tensor
+    priority: Tensor | None = None
 
 
 class _FullPrecisionLinear(torch.autograd.Function):

@@ -171,6 +171,8 @@ class Moe:
     deciding: Deciding
     sequence_balance: bool
     entropy_loss: bool
+    min_capacity: int
+    overflow_by_score: bool
 
 
 @dataclass(frozen=True)
@@ -250,13 +252,15 @@ def known_layer(module: nn.Module) -> Layer | None:
             shared = None if module.shared is None else _mlp(module.shared)
             losses, by_sequence = bool(module.loss_coefficients), bool(module.sequence_balance_coefficient)
             plain = shared is None and module.output_biases is None and _is_plain(module.router)
-            plain = plain and not module.entropy_coefficient and not by_sequence
+            by_score = module.capacity is not None and module.capacity.precedence == "score"
+            plain = plain and not module.entropy_coefficient and not by_sequence and not by_score
             return Moe(
                 module.router.dim, module.hidden_dim, module.experts.gate is not None, module.num_experts,
                 module.top_k, module.capacity_factor, module.router.norm_topk_prob, losses,
                 bool(module.z_loss_coefficient), module.round_factor, shared,
                 module.shared is not None and module.shared.output_gate is not None, plain,
                 Deciding.of(module.router), by_sequence, bool(module.entropy_coefficient),
+                0 if module.capacity is None else module.capacity.least, by_score,
             )  # fmt: skip
         case VocabParallelHead():
             return Head(module.dim, module.size, module.gather_output, module.softcap is None and module.bias is None)

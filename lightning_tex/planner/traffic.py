@@ -191,6 +191,8 @@ class MicroStepTraffic:
         step = self.step
         sequence = step.communication.sequence_parallel
         yield from self._decision(layer)
+        if layer.overflow_by_score and not sequence:
+            yield from self._over("tensor", "broadcast", step.score_bytes * step.tokens, [FORWARD])
         if step.static(layer):
             yield from self._capacity(layer, forward, last)
         else:
@@ -233,8 +235,13 @@ class MicroStepTraffic:
         step, sequence = self.step, self.step.communication.sequence_parallel
         counts, size = _INT64 * layer.num_experts, step.element_bytes
         if sequence and layer.capacity_factor is not None:
-            queues = step.layout.tensor * layer.top_k * step.sequences * (layer.num_experts + 1)
-            yield from self._over("tensor", "all_gather", _INT64 * queues, [FORWARD], "exchange_counts")
+            if layer.overflow_by_score:  # choices, and scores that go before others
+                exchanged = [_INT64 * step.tokens * layer.top_k, step.score_bytes * step.tokens]
+            else:
+                queues = step.layout.tensor * layer.top_k * step.sequences * (layer.num_experts + 1)
+                exchanged = [_INT64 * queues]
+            for whole in exchanged:
+                yield from self._over("tensor", "all_gather", whole, [FORWARD], "exchange_counts")
         bounded = layer.round_factor is not None and step.layout.expert > 1
         # Everybody's, as all must agree on the rounds; or of each chunk.
         counts *= step.layout.expert if bounded else step.chunks

@@ -299,6 +299,7 @@ ROUTED = {
     "bias": {"router": {"name": "sigmoid", "init_args": {"bias_update_rate": 0.1}}},
     "losses": {"sequence_balance_coefficient": 0.1, "entropy_coefficient": 0.1, "step_balance_coefficient": 0.1},
     "sinkhorn": {"router": {"name": "sinkhorn", "init_args": {"iterations": 3}}},
+    "overflow by score": {"capacity_factor": 1.0, "overflow_by": "score", "min_capacity": 2},
     "hash": {"router": "hash"},
     "forced balance": {"router": "forced_balance"},
     "expert choice": {"router": "expert_choice"},

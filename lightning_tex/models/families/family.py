@@ -18,6 +18,7 @@ _REQUIRED: Final = object()
 TRAINING = (
     "capacity_factor", "round_factor", "dropout", "load_balance_coefficient", "z_loss_coefficient",
     "sequence_balance_coefficient", "step_balance_coefficient", "entropy_coefficient",
+    "eval_capacity_factor", "min_capacity", "overflow_by",
 )  # fmt: skip
 
 
