@@ -6,6 +6,7 @@ from lightning_tex.moe.hash_router import HashRouter
 from lightning_tex.moe.layer import MoE
 from lightning_tex.moe.losses import auxiliary_loss
 from lightning_tex.moe.router import Route, Router
+from lightning_tex.moe.router_replay import RouterDecisions, RouterReplay
 from lightning_tex.moe.routers import require_causal
 from lightning_tex.moe.shared import SharedExpert
 from lightning_tex.moe.sigmoid_router import SigmoidRouter
@@ -24,6 +25,8 @@ __all__ = [
     "MoE",
     "Route",
     "Router",
+    "RouterDecisions",
+    "RouterReplay",
     "SharedExpert",
     "SigmoidRouter",
     "SinkhornRouter",

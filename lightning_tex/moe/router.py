@@ -125,6 +125,7 @@ class Router(TexModule, ActsAfterStep):
             raise UserValueError(f"top_k={top_k} must be between 1 and num_experts={num_experts}")
         self.dim, self.num_experts, self.top_k, self.norm_topk_prob = dim, num_experts, top_k, norm_topk_prob
         self.routed_scaling_factor = routed_scaling_factor
+        self.source: Callable[[str, Callable[[], Tensor]], Tensor] | None = None  # of decisions, in place of choosing
         self.groups = None
         if n_group is not None and n_group > 1:
             self.groups = GroupLimit(n_group, topk_group or n_group, group_score or self.group_score)
@@ -165,13 +166,14 @@ class Router(TexModule, ActsAfterStep):
         return Route(indices, weights, balanced, logits)
 
     def decide(self, name: str, choose: Callable[[], Tensor]) -> Tensor:
-        """``choose()``, once: in a recomputation what it gave before.
+        """``choose()``, once: in a recomputation what it gave before, or what a :class:`RouterReplay` says.
 
         Args:
             name: of the decision.
             choose: gives whole numbers or booleans of each token. [T, ..]
         """
-        return decided(name, choose)
+        source = self.source
+        return decided(name, choose if source is None else lambda: source(name, choose))
 
     def chose(self, counts: Tensor) -> None:
         """See what a training forward has chosen, once: not in recomputations, nor in evaluation.

@@ -26,7 +26,7 @@ from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.sharding import parameter_shardings, shard_module
 from lightning_tex.testing.ranks import run_ranks
 
-DIM, EXPERTS, SEQUENCES, LENGTH = 6, 4, 4, 6  # of a micro-step over all data ranks
+DIM, EXPERTS, SEQUENCES, LENGTH = 6, 4, 4, 8  # of a micro-step over all data ranks
 
 ROUTERS: dict[str, tuple[Any, int]] = {
     "softmax": ("softmax", 2),
