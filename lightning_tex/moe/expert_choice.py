@@ -39,6 +39,7 @@ class ExpertChoiceRouter(SoftmaxRouter):
     """
 
     causal = False
+    experts_choose = True
 
     def __init__(
         self,

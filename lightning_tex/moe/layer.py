@@ -12,7 +12,6 @@ from lightning_tex.moe.capacity import Capacity, CapacityDispatcher, Precedence
 from lightning_tex.moe.dispatch import Dispatcher, DispatchMetadata
 from lightning_tex.moe.dropless import DroplessDispatcher
 from lightning_tex.moe.expert_axes import ExpertAxes
-from lightning_tex.moe.expert_choice import ExpertChoiceRouter
 from lightning_tex.moe.experts import Experts
 from lightning_tex.moe.losses import Coefficients, LossLedger, count_choices, routing_loss
 from lightning_tex.moe.output_biases import OutputBiases
@@ -128,9 +127,9 @@ class MoE(TexModule, ActsAfterStep):
         self.sequence_balance_coefficient = sequence_balance_coefficient
         self._step_counts: Tensor | None = None
         self.router = make_router(router, dim, num_experts, top_k, norm_topk_prob)
-        if capacity_factor is not None and isinstance(self.router, ExpertChoiceRouter):
+        if capacity_factor is not None and self.router.experts_choose:
             raise UserValueError(
-                f"capacity_factor={capacity_factor} with the router 'expert_choice', whose experts take "
+                f"capacity_factor={capacity_factor} with {type(self.router).__name__}, whose experts take "
                 f"top_k={top_k} x tokens / experts each; legal: capacity_factor=None"
             )
         self.shared = None
@@ -169,7 +168,7 @@ class MoE(TexModule, ActsAfterStep):
         Args:
             topology: all axes of the run; ``ExpertAxes.of(topology)`` are those that tokens pass.
         """
-        axes, sparse = ExpertAxes.of(topology), isinstance(self.router, ExpertChoiceRouter)
+        axes, sparse = ExpertAxes.of(topology), self.router.experts_choose
         if self.round_factor is not None:
             return BoundedDroplessDispatcher(self.num_experts, axes, self.round_factor, sparse=sparse)
         if self.capacity is None:

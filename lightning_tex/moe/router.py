@@ -80,6 +80,8 @@ class Router(TexModule, ActsAfterStep):
 
     Class attributes that a subclass declares:
         causal: whether a token's experts depend on nothing that comes after it; where they do, nothing is generated.
+        experts_choose: whether experts take tokens, so that a token may have all of them and has ``top_k`` on average,
+            a column of ``indices`` for each expert; nothing overflows then.
         needs_ids: whether :class:`Tokens` must have ``ids``.
         learned: whether there are logits of learned weights; without, a subclass defines all of :meth:`forward`.
 
@@ -103,6 +105,7 @@ class Router(TexModule, ActsAfterStep):
 
     group_score: ClassVar[GroupScore] = "max"
     causal: ClassVar[bool] = True
+    experts_choose: ClassVar[bool] = False
     needs_ids: ClassVar[bool] = False
     learned: ClassVar[bool] = True
     weight: Tensor

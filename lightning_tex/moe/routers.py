@@ -22,11 +22,8 @@ from lightning_tex.moe.softmax_routers import (
 )
 from lightning_tex.parallel.errors import UserTypeError, UserValueError
 
-# A name; a name (or "class_path") with arguments, {"name": .., "init_args": {..}}; a class; or an instance.
+# A name; a name with arguments, {"name": .., "init_args": {..}}; a class; or an instance.
 RouterChoice = str | Mapping[str, Any] | Router | type[Router]
-
-
-_NAMED_BY = ("name", "class_path")
 
 
 ROUTERS: dict[str, type[Router]] = {
@@ -72,7 +69,7 @@ def plain_choice(router: RouterChoice) -> str | dict[str, Any]:
     if isinstance(router, str):
         return router
     if isinstance(router, Mapping):
-        return {key: plain_choice(value) if key in _NAMED_BY else value for key, value in router.items()}
+        return {key: plain_choice(value) if key == "name" else value for key, value in router.items()}
     path = f"{router.__module__}.{router.__qualname__}" if isinstance(router, type) else ""
     if not path or "<locals>" in path:
         raise UserValueError(
@@ -86,14 +83,12 @@ def _taken_apart(router: str | Mapping[str, Any] | type[Router]) -> tuple[str | 
     """A name or class, and its further arguments."""
     if not isinstance(router, Mapping):
         return router, {}
-    unknown = ", ".join(map(repr, sorted(set(router) - {*_NAMED_BY, "init_args"})))
-    names = [router[key] for key in _NAMED_BY if key in router]
-    if unknown or len(names) != 1:
+    unknown = ", ".join(map(repr, sorted(set(router) - {"name", "init_args"})))
+    if unknown or "name" not in router:
         raise UserValueError(
-            f"router has {unknown or ('no name' if not names else 'two names')}; legal: name (or class_path), and "
-            "init_args, the arguments of what it names"
+            f"router has {unknown or 'no name'}; legal: name, and init_args, the arguments of what it names"
         )
-    return names[0], router.get("init_args") or {}
+    return router["name"], router.get("init_args") or {}
 
 
 def _named(name: str) -> type[Router]:

@@ -198,7 +198,7 @@ def test_a_router_may_be_a_name_with_arguments_or_an_import_path():
 @pytest.mark.parametrize(
     ("router", "message"),
     [
-        ({"name": "sigmoid", "arguments": {}}, r"router has 'arguments'; legal: name \(or class_path\), and init_args"),
+        ({"name": "sigmoid", "arguments": {}}, r"router has 'arguments'; legal: name, and init_args"),
         ({"init_args": {}}, "router has no name; legal"),
         ({"name": "sigmoid", "init_args": {"groups": 2}}, "router SigmoidRouter: .*'groups'"),
         ("no.such.Router", "router='no.such.Router'; legal: 'softmax', 'sigmoid'"),
