@@ -12,6 +12,7 @@ import argparse
 import statistics
 import time
 import warnings
+from itertools import pairwise
 from typing import Any
 
 import lightning as L
@@ -62,7 +63,7 @@ def step_times(config: str, strategy: str, steps: int, threads: int) -> tuple[fl
 
 def _median_step(times: list[float]) -> float:
     late = times[WARM_UP - 1 :]
-    return statistics.median(after - before for before, after in zip(late, late[1:], strict=False)) * 1e3
+    return statistics.median(after - before for before, after in pairwise(late)) * 1e3
 
 
 def main() -> None:
