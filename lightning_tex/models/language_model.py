@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any, Self
 
@@ -21,8 +22,10 @@ from lightning_tex.models.adapter_checkpoints import LORA, lora_entry, require_s
 from lightning_tex.models.config import DecoderConfig
 from lightning_tex.models.decoder import Decoder
 from lightning_tex.models.exporting import SHARD_SIZE, Exported, save_module
+from lightning_tex.models.generation import GeneratingRanks, continued, evaluating, prompts_of, require_room
 from lightning_tex.models.peft_form import save_adapters
 from lightning_tex.models.pretrained_model import ORIGIN, Origin, PretrainedModel, fill_whole, require_own_tokens
+from lightning_tex.models.sampling import Sampling
 from lightning_tex.moe import auxiliary_loss, step_is_over
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.pretrained.reading import PretrainedWeights
@@ -94,6 +97,7 @@ class LanguageModel(LightningModule):
             self.strict_loading = False
         self.decoder: Decoder | None = None
         self.cross_entropy = VocabParallelLinearCrossEntropy(reduction="sum")
+        self.generating = GeneratingRanks()
         self.mean_val_loss, self.mean_test_loss = MeanMetric(), MeanMetric()
 
     @classmethod
@@ -256,40 +260,58 @@ class LanguageModel(LightningModule):
 
     @torch.no_grad()
     def generate(
-        self, ids: Tensor, new_tokens: int, temperature: float = 1.0, seed: int = 0, segments: Tensor | None = None
+        self,
+        ids: Tensor,
+        new_tokens: int,
+        temperature: float = 1.0,
+        seed: int = 0,
+        segments: Tensor | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop_tokens: int | Sequence[int] = (),
+        pad_token: int | None = None,
     ) -> Tensor:
-        """Continue a prompt by sampling. Every rank calls it with the same arguments and gets the same result.
+        """Continue prompts, each token computed alone by a cache of keys and values. Collective over all ranks.
+
+        Ranks of the data axis may have different prompts, or none (``ids`` of shape [0, S]), and different numbers of
+        new tokens; each gets its own result. Where all are asked for the same, all get the same. What comes of a prompt
+        does not depend on those beside it: layers with a capacity serve all choices here. The cache, with its memory,
+        is :class:`lightning_tex.layers.KVCache`; it is gone at the end.
 
         Args:
-            ids: [B, S] prompt.
-            new_tokens: tokens to add.
-            temperature: 0 takes the most likely token.
-            seed: of the sampling.
-            segments: [B, S], documents of the prompt, of which the last is continued.
+            ids: [B, S] prompts.
+            new_tokens: tokens to add at most.
+            temperature: logits are divided by it; 0 takes the most likely token.
+            seed: of the sampling; for one seed tokens are the same on every layout.
+            segments: [B, S], documents of the prompts, of which the last is continued.
+            attention_mask: [B, S], 1 for a token, 0 for padding on either side, for prompts of different lengths.
+            top_k: only so many of the most likely tokens.
+            top_p: only as many of the most likely tokens as have this probability together.
+            stop_tokens: after one of them a sequence is over.
+            pad_token: what stands after it; ``None``: the first of ``stop_tokens``.
 
         Returns:
-            [B, S + new_tokens]
+            [B, S + N], new tokens behind all prompts; N is ``new_tokens``, or where the last sequence is over.
+
+        Raises:
+            ValueError: more positions than ``max_sequence_length``, options or a mask that are not legal, a router that
+                does not choose token by token, or different prompts within a tensor group.
+            IndexError: a token that is not in the vocabulary.
         """
-        assert self.decoder is not None
-        training = self.training
-        self.eval()
-        generator = torch.Generator().manual_seed(seed)
-        # Sequence parallelism splits sequences evenly: positions after the last token fill up, and nobody sees them.
-        parts = self.decoder.embedding.activation_layout.shard_axis.size
-        longest = self.config.max_sequence_length // parts * parts
-        for _ in range(new_tokens):
-            seen = ids[:, -longest:]
-            filled = F.pad(seen, (0, -seen.shape[1] % parts))
-            documents = None if segments is None else F.pad(segments[:, -longest:], (0, -seen.shape[1] % parts))
-            logits = self.decoder.logits(filled, documents)[:, seen.shape[1] - 1].float().cpu()
-            if temperature > 0:
-                chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-            else:
-                chosen = logits.argmax(-1, keepdim=True)
-            ids = torch.cat([ids, self._from_first_rank(chosen.to(ids.device))], dim=1)
-            segments = None if segments is None else torch.cat([segments, segments[:, -1:]], dim=1)
-        self.train(training)
-        return ids
+        assert self.decoder is not None, "configure_model() has not been called"
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        stops = [stop_tokens] if isinstance(stop_tokens, int) else list(stop_tokens)
+        pad_token = next(iter(stops), 0) if pad_token is None else pad_token
+        prompts = prompts_of(ids, attention_mask, segments)
+        for row, prompt in enumerate(prompts):
+            require_token_ids({"input_ids": prompt}, self.config.vocab_size, where=f"prompt {row}")
+        require_room(max(map(len, prompts), default=0), new_tokens, self.config)
+        precision = nullcontext() if self._trainer is None else self._trainer.precision_plugin.forward_context()
+        with evaluating(self), precision:
+            new = continued(self.decoder, self.generating, prompts, new_tokens, sampling, stops, pad_token)
+        return torch.cat([ids, new.to(ids)], dim=1)
 
     def _evaluate(self, batch: Mapping[str, Tensor], metric: MeanMetric, stage: str) -> None:
         total, count = self._loss_sum(batch)
@@ -321,9 +343,6 @@ class LanguageModel(LightningModule):
 
     def _mean_over_ranks(self, x: Tensor) -> Tensor:
         return self.trainer.strategy.reduce(x, reduce_op="mean")
-
-    def _from_first_rank(self, x: Tensor) -> Tensor:
-        return self.trainer.strategy.broadcast(x) if self._trainer is not None else x
 
 
 def predicts_nothing(ids: Tensor, labels: Tensor, token_mask: Tensor) -> Tensor:
