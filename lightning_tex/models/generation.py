@@ -142,17 +142,19 @@ def continued(
     stops = torch.tensor(stop_tokens, dtype=torch.int64, device=device)
     going = torch.ones(len(writing.sequences), dtype=torch.bool, device=device)
     chosen: list[Tensor] = []
+    shown: list[Tensor] = []
     goes_on, ours_goes_on = steps > 0, bool(prompts)
     while goes_on:
         tokens = ranks.decided(sampling.choose(writing.logits(chosen, going if stop_tokens else None), len(chosen)))
-        chosen.append(tokens.masked_fill(~going, pad_token) if stop_tokens else tokens)
+        chosen.append(tokens)
+        shown.append(tokens.masked_fill(~going, pad_token) if stop_tokens else tokens)
         own_steps += ours_goes_on and own_steps < new_tokens
         goes_on = len(chosen) < steps
         if goes_on and stop_tokens:
             going &= ~torch.isin(tokens, stops)
             ours_goes_on = ours_goes_on and bool(going.any())
             goes_on = ranks.most(int(ours_goes_on)) > 0
-    new = torch.stack(chosen, 1) if chosen else torch.zeros(len(prompts), 0, dtype=torch.int64, device=device)
+    new = torch.stack(shown, 1) if shown else torch.zeros(len(prompts), 0, dtype=torch.int64, device=device)
     return new[: len(prompts), :own_steps]
 
 

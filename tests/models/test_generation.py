@@ -329,7 +329,7 @@ def test_different_prompts_within_a_tensor_group_are_refused_on_all_its_ranks() 
 
 def test_tokens_are_not_looked_at_where_nothing_stops_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU a look would wait for it."""
-    decoder = small(num_experts=4).decoder
+    decoder = small().decoder
     looks: list[Any] = []
     for name in ("__bool__", "item", "tolist", "cpu"):
         look = getattr(Tensor, name)
