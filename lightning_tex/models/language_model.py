@@ -27,6 +27,7 @@ from lightning_tex.models.peft_form import save_adapters
 from lightning_tex.models.pretrained_model import ORIGIN, Origin, PretrainedModel, fill_whole, require_own_tokens
 from lightning_tex.models.sampling import Sampling
 from lightning_tex.moe import auxiliary_loss, step_is_over
+from lightning_tex.optim import scaled_groups, train_only
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.pretrained.reading import PretrainedWeights
 from lightning_tex.saving.model_state import checkpointed
@@ -61,10 +62,16 @@ class LanguageModel(LightningModule):
             ``{"capacity_factor": 1.25}``.
         lora: train low-rank adapters of some matrices, and nothing else. Checkpoints of a published model then hold the
             adapters alone, and go on with the same folder.
+        trainable: patterns of names of the parameters that are trained, such as ``blocks.3`` or ``attention.*``, as of
+            :func:`lightning_tex.optim.train_only`; all others are frozen. With ``lora`` they are trained beside the
+            adapters, and checkpoints hold them, too. ``None``: all are trained, with ``lora`` the adapters.
+        frozen: patterns of those that are not trained, of what is.
+        lr_scale: by pattern, what the learning rate of parameters is multiplied with, whichever optimizer there is; of
+            several patterns that are a parameter's the first counts.
 
     Raises:
         ValueError: neither a configuration nor a published model, or both; files that are damaged or do not fit; a
-            target of ``lora`` that is no matrix.
+            target of ``lora`` that is no matrix; a pattern that is of no parameter, with the nearest names.
         FileNotFoundError: there is no such folder or repository.
     """
 
@@ -75,6 +82,9 @@ class LanguageModel(LightningModule):
         revision: str | None = None,
         overrides: dict[str, Any] | None = None,
         lora: LoRAConfig | None = None,
+        trainable: list[str] | None = None,
+        frozen: list[str] | None = None,
+        lr_scale: dict[str, float] | None = None,
     ) -> None:
         super().__init__()
         if (config is None) == (pretrained is None):
@@ -91,8 +101,12 @@ class LanguageModel(LightningModule):
             config = DecoderConfig(**config)
         assert config is not None
         lora = LoRAConfig(**lora) if isinstance(lora, Mapping) else lora  # from a checkpoint's hyper-parameters
-        self.save_hyperparameters({"config": asdict(config), **({} if lora is None else {"lora": asdict(lora)})})
+        given = {"trainable": trainable, "frozen": frozen, "lr_scale": lr_scale}
+        given["lora"] = None if lora is None else asdict(lora)
+        given = {name: value for name, value in given.items() if value is not None}
+        self.save_hyperparameters({"config": asdict(config), **given})
         self.config, self.lora = config, lora
+        self.trainable, self.frozen, self.lr_scale = trainable, frozen, lr_scale
         if self.saves_adapters_alone:
             self.strict_loading = False
         self.decoder: Decoder | None = None
@@ -121,12 +135,19 @@ class LanguageModel(LightningModule):
     def configure_model(self) -> None:
         if self.decoder is None:
             require_own_tokens(self)
-            with torch.device("meta"):
-                self.decoder = Decoder(self.config)
-                if self.lora is not None:
-                    apply_lora(self.decoder, self.lora)
+            self.build_on_meta()
             if self._device_mesh is None:  # no strategy that draws meta parameters
                 fill_whole(self)
+
+    def build_on_meta(self) -> None:
+        """Make the decoder without values, with its adapters, and with what is frozen."""
+        with torch.device("meta"):
+            self.decoder = Decoder(self.config)
+            if self.lora is not None:
+                apply_lora(self.decoder, self.lora)
+        if self.trainable is not None or self.frozen:
+            trainable = list(self.trainable or ()) if self.lora is not None else self.trainable
+            train_only(self, trainable, self.frozen or (), beside=adapter_names(self))
 
     def save_pretrained(
         self,
@@ -168,6 +189,12 @@ class LanguageModel(LightningModule):
         """
         if self.lora is None:
             raise UserValueError("the model has no adapters; legal: LanguageModel(lora=..), or save_pretrained")
+        adapters = adapter_names(self)
+        if more := [name for name, p in self.named_parameters() if p.requires_grad and name not in adapters]:
+            raise UserValueError(
+                f"besides its adapters the model trains {', '.join(more[:4])}, which PEFT's form does not have; legal: "
+                "save_pretrained, which merges adapters"
+            )
         save_adapters(self, folder, self.lora, self.config, self.origin)
 
     def initial_weights(self) -> PretrainedWeights | None:
@@ -180,12 +207,15 @@ class LanguageModel(LightningModule):
 
     @property
     def saves_adapters_alone(self) -> bool:
-        """Whether checkpoints hold adapters alone: all else is in the folder of a published model."""
+        """Whether checkpoints hold adapters and what is trained: all else is in the folder of a published model."""
         return self.lora is not None and self.pretrained is not None
 
     def checkpointed_names(self) -> Collection[str] | None:
         """What of the state checkpoints hold; ``None``: all."""
-        return adapter_names(self) if self.saves_adapters_alone else None
+        if not self.saves_adapters_alone:
+            return None
+        trained = {name for name, p in self.named_parameters(remove_duplicate=False) if p.requires_grad}
+        return adapter_names(self) | trained
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.origin is not None:
@@ -240,11 +270,13 @@ class LanguageModel(LightningModule):
         return logits.argmax(-1)
 
     def configure_optimizers(self) -> Any:
-        """AdamW with a weight decay of 0.1 on matrices. The command line's ``--optimizer`` takes precedence."""
+        """AdamW with a weight decay of 0.1 on matrices, and rates by ``lr_scale``; ``--optimizer`` takes precedence."""
         trained = [p for p in self.parameters() if p.requires_grad]
         matrices = [p for p in trained if p.dim() > 1]
         others = [p for p in trained if p.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+        if self.lr_scale:
+            groups = scaled_groups(self, groups, 3e-4, self.lr_scale)
         return torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
