@@ -8,8 +8,8 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
-from lightning_tex.moe import MoE
 from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.parallel.sharding import tex_modules
 
 # Optimizer steps and what holds from there on, between two of them a straight line.
 Points = Sequence[Sequence[float]]
@@ -86,13 +86,10 @@ def value_at(points: Points, step: int) -> float:
 
 
 def _owners(module: LightningModule, name: str) -> list[Any]:
-    """What has the attribute that is changed."""
-    layers = [layer for layer in module.modules() if isinstance(layer, MoE)]
-    if name == "capacity_factor":
-        return [layer for layer in layers if layer.capacity is not None]
-    if name == "bias_update_rate":
-        return [layer.router for layer in layers if hasattr(layer.router, name)]
-    return layers
+    """What has the attribute that is changed: layers with a router, or their routers."""
+    layers: list[Any] = [layer for _, layer in tex_modules(module) if hasattr(layer, "router")]
+    found = layers if name != "bias_update_rate" else [layer.router for layer in layers]
+    return [each for each in found if getattr(each, name, None) is not None]
 
 
 def _checked(name: str, points: Points) -> Points:

@@ -7,7 +7,6 @@ from lightning_tex.moe.layer import MoE
 from lightning_tex.moe.losses import auxiliary_loss
 from lightning_tex.moe.router import Route, Router
 from lightning_tex.moe.router_replay import RouterDecisions, RouterReplay
-from lightning_tex.moe.routers import require_causal
 from lightning_tex.moe.shared import SharedExpert
 from lightning_tex.moe.sigmoid_router import SigmoidRouter
 from lightning_tex.moe.sinkhorn import SinkhornRouter
@@ -34,6 +33,5 @@ __all__ = [
     "SwitchRouter",
     "Tokens",
     "auxiliary_loss",
-    "require_causal",
     "step_is_over",
 ]

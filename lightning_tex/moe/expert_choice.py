@@ -38,7 +38,7 @@ class ExpertChoiceRouter(SoftmaxRouter):
         ValueError: another word, or groups of experts.
     """
 
-    causal = False
+    tokenwise = False
     experts_choose = True
 
     def __init__(

@@ -78,8 +78,9 @@ class Router(TexModule, ActsAfterStep):
     the decision of tensor rank 0 is theirs. Indices come from detached scores, and in a recomputation from its tape:
     what is chosen is chosen once (:meth:`decide`). Of equal scores the lowest expert's comes first.
 
-    Class attributes that a subclass declares:
-        causal: whether a token's experts depend on nothing that comes after it; where they do, nothing is generated.
+    Class attributes that a subclass may declare:
+        tokenwise: in evaluation a token's choices are of that token alone, whatever other tokens there are; where they
+            are not, nothing is generated.
         experts_choose: whether experts take tokens, so that a token may have all of them and has ``top_k`` on average,
             a column of ``indices`` for each expert; nothing overflows then.
         needs_ids: whether :class:`Tokens` must have ``ids``.
@@ -104,7 +105,7 @@ class Router(TexModule, ActsAfterStep):
     full_precision = True
 
     group_score: ClassVar[GroupScore] = "max"
-    causal: ClassVar[bool] = True
+    tokenwise: ClassVar[bool] = True
     experts_choose: ClassVar[bool] = False
     needs_ids: ClassVar[bool] = False
     learned: ClassVar[bool] = True

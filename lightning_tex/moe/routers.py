@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
-from torch import nn
-
 from lightning_tex.moe.expert_choice import ExpertChoiceRouter
 from lightning_tex.moe.hash_router import HashRouter
 from lightning_tex.moe.router import Router
@@ -104,14 +102,3 @@ def _named(name: str) -> type[Router]:
         return kind
     known = ", ".join(map(repr, ROUTERS))
     raise UserValueError(f"router={name!r}; legal: {known}, or a Router class, its import path, or an instance")
-
-
-def require_causal(module: nn.Module) -> None:
-    """Raise ``ValueError`` where a token's experts depend on those that come after it: then nothing is generated."""
-    for name, each in module.named_modules():
-        if isinstance(each, Router) and not each.causal:
-            raise UserValueError(
-                f"{name} is an {type(each).__name__}, which is not causal: which experts a token uses depends on the "
-                "tokens that follow it, and those are not generated yet; legal for generation: another router, such as "
-                "'softmax' or 'sigmoid'"
-            )

@@ -123,6 +123,8 @@ class ForcedBalanceRouter(SoftmaxRouter):
     Learns nothing worth having: it makes benches of one routing out of any weights and tokens.
     """
 
+    tokenwise = False
+
     def choose(self, scores: Tensor, tokens: Tokens) -> Tensor:
         count, experts = scores.shape
         return torch.arange(count * self.top_k, device=scores.device).view(count, self.top_k) % experts

@@ -348,5 +348,7 @@ def test_a_training_is_the_same_on_every_layout(names: tuple[str, ...]) -> None:
 def test_nothing_is_generated_by_a_model_whose_experts_choose() -> None:
     model = LanguageModel(DecoderConfig(**SIZES, router="expert_choice"))
     model.configure_model()
-    with pytest.raises(UserValueError, match=r"blocks\.1\.mlp\.router is an ExpertChoiceRouter, which is not causal"):
+    with pytest.raises(
+        UserValueError, match=r"blocks\.1\.mlp\.router is a ExpertChoiceRouter, which chooses experts by all tokens"
+    ):
         model.generate(torch.zeros(1, 2, dtype=torch.long), 1)
