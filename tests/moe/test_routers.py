@@ -352,3 +352,15 @@ def test_nothing_is_generated_by_a_model_whose_experts_choose() -> None:
         UserValueError, match=r"blocks\.1\.mlp\.router is a ExpertChoiceRouter, which chooses experts by all tokens"
     ):
         model.generate(torch.zeros(1, 2, dtype=torch.long), 1)
+
+
+@pytest.mark.parametrize("router", ["hash", "sinkhorn", "gshard"])
+def test_generated_tokens_are_those_of_whole_forwards(router: str) -> None:
+    torch.manual_seed(0)
+    model = LanguageModel(DecoderConfig(**SIZES, router=router))
+    model.configure_model()
+    prompt = torch.arange(10).view(2, 5)
+    found = model.generate(prompt, 4, temperature=0)
+    model.eval()
+    for length in range(5, 9):
+        assert torch.equal(model(found[:, :length]).argmax(-1)[:, -1], found[:, length])
