@@ -44,6 +44,8 @@ def test_normalised_weights_sum_to_one_and_masked_ones_are_zero():
     mask = torch.tensor([True, False, True])
     route = router(torch.randn(3, 4), Tokens(mask))
     torch.testing.assert_close(route.weights.sum(-1), mask.float())
+    after_the_choice = route.logits.gather(-1, route.indices.clamp(max=4)).softmax(-1)
+    torch.testing.assert_close(route.weights[mask], after_the_choice[mask])
     assert route.indices[1].tolist() == [5, 5]
     assert (route.indices[mask] < 5).all()
 
