@@ -57,6 +57,13 @@ class TexCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for name, default in (("model", LanguageModel), ("data", TextDataModule)):
             parser.set_defaults({name: {"class_path": public_path(default)}})
+        parser.add_argument(
+            "--cluster",
+            type=str | None,
+            default=None,
+            help="the GPUs that the recipe is made for, as `lightning-tex plan --cluster` has them, which plans for these"
+            " where no others are asked for; training does not depend on it",
+        )
 
     def instantiate_classes(self) -> None:
         """Data first: the model's vocabulary, where it has one in its ``config``, is the data's."""
