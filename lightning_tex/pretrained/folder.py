@@ -66,8 +66,8 @@ class PretrainedFolder:
             first = quantised[0]
             problems.append(
                 f"{len(quantised)} tensors are quantised, such as {first.name} ({str(first.dtype)[6:]}), in a way "
-                "that config.json does not tell; legal: weights in float32, float16 or bfloat16, or a quantization_config "
-                "of fp8 in blocks or mxfp4"
+                "that config.json does not tell; legal: weights in float32, float16 or bfloat16, or a "
+                "quantization_config of fp8 in blocks or mxfp4"
             )
         self._refuse(problems)
         return tensors

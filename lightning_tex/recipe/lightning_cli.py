@@ -61,8 +61,8 @@ class TexCLI(LightningCLI):
             "--cluster",
             type=str | None,
             default=None,
-            help="GPUs that the recipe is made for, as `lightning-tex plan --cluster` has them: those of a plan which is "
-            "given no others; training does not depend on it",
+            help="GPUs that the recipe is made for, as `lightning-tex plan --cluster` has them: those of a plan where "
+            "no others are given; training does not depend on it",
         )
 
     def instantiate_classes(self) -> None:
