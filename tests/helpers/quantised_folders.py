@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +23,10 @@ FORMATS = {
 BLOCK = (16, 24)
 
 
-def quantised(kind: str, folder: Path) -> Path:
+def quantised(kind: str, folder: Path, **options: Any) -> Path:
     """A folder whose ``projections`` are quantised, beside ``folder, plain``: what they are, in fp32, by definition."""
     case, sizes = FORMATS[kind]
-    publish(case, folder, torch.bfloat16, shard="1GB", **sizes)
+    publish(case, folder, torch.bfloat16, shard="1GB", **sizes, **options)
     content = tensors(folder)
     plain, packed = _FORMS[kind](content)
     for place, weights in ((folder, packed), (folder.with_name(f"{folder.name}, plain"), plain)):
