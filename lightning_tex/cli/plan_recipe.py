@@ -158,12 +158,12 @@ def _batches(module: LightningModule, config: Namespace) -> Batches:
         module.trainer = trainer
         return batches_of(module.train_dataloader(), may_iterate=True)
     if isinstance(module, LanguageModel) and _imported(config.data.class_path) is TextDataModule:
-        return TokenBlocks(module.config.vocab_size)
+        return TokenBlocks(module.config.vocab_size, bool(config.data.get("init_args.document_mask")))
     parser = LightningArgumentParser()
     parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
     data = parser.instantiate_classes(Namespace(data=config.data)).data
     if isinstance(data, TextDataModule):
-        return TokenBlocks(data.vocab_size)
+        return TokenBlocks(data.vocab_size, data.document_mask)
     data.trainer = trainer
     data.prepare_data()
     data.setup("fit")

@@ -15,6 +15,7 @@ from torch.nn.attention.varlen import varlen_attn
 from lightning_tex.layers.attention_scores import AttentionScores
 from lightning_tex.layers.rotary import RotaryTables
 from lightning_tex.layers.token_context import Context, TokenContext, visible_keys
+from lightning_tex.parallel.device import device_type
 from lightning_tex.parallel.errors import UserValueError
 
 # Versions of torch differ in what it takes.
@@ -156,8 +157,8 @@ def _has_kernel(scores: AttentionScores, query: Tensor, value: Tensor) -> bool:
     width = query.shape[-1]
     return (
         {"scale", "window_size"} <= _VARLEN_OPTIONS
-        and query.is_cuda
-        and torch.cuda.get_device_capability(query.device) >= _AMPERE
+        and device_type(query) == "cuda"
+        and (not query.is_cuda or torch.cuda.get_device_capability(query.device) >= _AMPERE)
         and query.dtype in (torch.float16, torch.bfloat16)
         and value.dtype == query.dtype
         and scores.softcap is None
