@@ -162,6 +162,11 @@ def _has_kernel(scores: AttentionScores, query: Tensor, value: Tensor) -> bool:
         and query.dtype in (torch.float16, torch.bfloat16)
         and value.dtype == query.dtype
         and scores.softcap is None
-        and width % 8 == 0
-        and value.shape[-1] <= width <= _WIDEST_FLASH_HEAD
+        and value.shape[-1] <= width
+        and takes_documents(width)
     )
+
+
+def takes_documents(width: int) -> bool:
+    """Whether heads of this width are among those that torch's kernel takes."""
+    return width % 8 == 0 and width <= _WIDEST_FLASH_HEAD
