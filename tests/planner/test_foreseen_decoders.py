@@ -19,8 +19,9 @@ from lightning_tex.moe import Router
 from lightning_tex.optim import OptimizerStateConfig, TiledOptimizer
 from lightning_tex.parallel.activation_checkpointing import recompute_blocks
 from lightning_tex.parallel.sharding import parameter_shardings, shard_module
-from lightning_tex.parallel.topology import Axis
+from lightning_tex.parallel.topology import Axis, Layout
 from lightning_tex.planner.batches import TokenBlocks
+from lightning_tex.planner.cluster import CLUSTERS
 from lightning_tex.planner.describe import describe
 from lightning_tex.planner.fake_values import Routing
 from lightning_tex.planner.layouts import Candidate, Job
@@ -28,6 +29,7 @@ from lightning_tex.planner.memory import memory
 from lightning_tex.planner.optimizer_trial import read_optimizer
 from lightning_tex.planner.pretended_trainer import PretendedTrainer
 from lightning_tex.planner.traced import TracedActivations
+from lightning_tex.planner.work import computation
 from lightning_tex.strategy.precision import TexMixedPrecision
 from lightning_tex.testing.ranks import run_ranks
 
@@ -117,3 +119,22 @@ def _built(config: dict[str, Any], lora: LoRAConfig | None) -> LanguageModel:
 
 def _even(router: Router, _: Any, route: Any) -> Any:
     return route._replace(indices=Routing().choose(*route.indices.shape, route.scores.shape[-1]))
+
+
+def test_matrices_beside_adapters_have_no_gradients_but_those_of_experts() -> None:
+    whole, adapted, attention = (
+        Job(describe(_built({}, lora)), 1, S, B) for lora in (None, ALL, LoRAConfig(rank=8, targets=("attention.*",)))
+    )
+
+    def frozen(job: Job) -> set[str]:
+        return {type(placed.layer).__name__ for placed in job.model.layers if placed.frozen}
+
+    assert frozen(whole) <= {"LinearCrossEntropy"}
+    assert {"Attention", "Head"} <= frozen(adapted) and "Moe" not in frozen(adapted) and "Moe" in frozen(attention)
+    candidate, cluster = Candidate(Layout(1), B), CLUSTERS["h100"]
+    counted = [computation(job, candidate, cluster).flops for job in (whole, adapted, attention)]
+    projections = 2 * B * S * SIZES["dim"] * (2 * SIZES["dim"] + 2 * SIZES["dim"] // 2)
+    head = 2 * B * S * SIZES["dim"] * SIZES["vocab_size"]
+    assert counted[0] - counted[1] == SIZES["num_layers"] * projections + head
+    routed = 2 * B * S * SIZES["dim"] * (3 * SIZES["hidden_dim"] * SIZES["top_k"] + SIZES["num_experts"])
+    assert counted[1] - counted[2] == SIZES["num_layers"] * routed
