@@ -184,10 +184,9 @@ def _paper(shown: ShowOptions) -> dict[str, Any]:
 def _plan(
     wanted: JobOptions, given: dict[str, Any], choose: ChoiceOptions, shown: ShowOptions, more: list[str]
 ) -> dict[str, Any]:
+    cluster = None if wanted.cluster is None and wanted.config is not None else _cluster(wanted.cluster)
     job, own, named = _job(wanted, given, more)
-    if (name := wanted.cluster or named) is None:
-        raise UserValueError(f"--cluster is needed; legal: {', '.join(CLUSTERS)}, or a .yaml file")
-    cluster = Cluster.named(name)
+    cluster = cluster or _cluster(named)
     if wanted.gpus_per_node is not None:
         cluster = cluster.with_gpus_per_node(wanted.gpus_per_node)
     choices = replace(choose.choices(), ranks_per_node=cluster.gpus_per_node)
@@ -209,6 +208,12 @@ def _plan(
     if shown.plot:
         plan_tables.draw(report, shown.plot, shown.rows)
     return report
+
+
+def _cluster(name: str | None) -> Cluster:
+    if name is None:
+        raise UserValueError(f"--cluster is needed; legal: {', '.join(CLUSTERS)}, or a .yaml file")
+    return Cluster.named(name)
 
 
 def _report(job: Job, cluster: Cluster, choices: Choices, own: dict[str, Any], rows: int) -> dict[str, Any]:
