@@ -17,7 +17,7 @@ from lightning_utilities import module_available
 
 from lightning_tex.data import TextDataModule
 from lightning_tex.models import LanguageModel
-from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.parallel.errors import UserError, UserValueError
 from lightning_tex.recipe.option_parser import OptionParser
 from lightning_tex.strategy import TexMoEStrategy
 from lightning_tex.strategy.ckpt_path import AUTO
@@ -76,7 +76,12 @@ class TexCLI(LightningCLI):
             data = parser.instantiate_classes(Namespace(data=config.data)).data
             sizes.vocab_size = getattr(data, "vocab_size", sizes.vocab_size)
             self.parser.add_instantiator(lambda *_, **__: data, LightningDataModule, prepend=True)
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if (own := _raised_by_a_class(error)) is None:
+                raise
+            raise own from None
 
     def before_fit(self) -> None:
         """Refuse what only our strategy knows."""
@@ -101,6 +106,13 @@ class TexCLI(LightningCLI):
         configure = partial(_configure_optimizers, optimizer=optimizer, scheduler=scheduler)
         update_wrapper(configure, _configure_optimizers)  # Lightning tells by the name whether a hook is overridden
         self.model.configure_optimizers = MethodType(configure, self.model)
+
+
+def _raised_by_a_class(error: BaseException | None) -> UserError | None:
+    """What the user can put right, out of jsonargparse's list of all that a value is not."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _name_publicly(config: Namespace) -> None:
