@@ -18,7 +18,7 @@ from lightning_utilities import module_available
 from lightning_tex.data import TextDataModule
 from lightning_tex.models import LanguageModel
 from lightning_tex.optim import optimized_parameters
-from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.parallel.errors import UserError, UserValueError
 from lightning_tex.recipe.option_parser import OptionParser
 from lightning_tex.strategy import TexMoEStrategy
 from lightning_tex.strategy.ckpt_path import AUTO
@@ -58,6 +58,13 @@ class TexCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for name, default in (("model", LanguageModel), ("data", TextDataModule)):
             parser.set_defaults({name: {"class_path": public_path(default)}})
+        parser.add_argument(
+            "--cluster",
+            type=str | None,
+            default=None,
+            help="GPUs that the recipe is made for, as `lightning-tex plan --cluster` has them: those of a plan where "
+            "no others are given; training does not depend on it",
+        )
 
     def instantiate_classes(self) -> None:
         """Data first: the model's vocabulary, where it has one in its ``config``, is the data's."""
@@ -70,7 +77,12 @@ class TexCLI(LightningCLI):
             data = parser.instantiate_classes(Namespace(data=config.data)).data
             sizes.vocab_size = getattr(data, "vocab_size", sizes.vocab_size)
             self.parser.add_instantiator(lambda *_, **__: data, LightningDataModule, prepend=True)
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if (own := _raised_by_a_class(error)) is None:
+                raise
+            raise own from None
 
     def before_fit(self) -> None:
         """Refuse what only our strategy knows."""
@@ -95,6 +107,13 @@ class TexCLI(LightningCLI):
         configure = partial(_configure_optimizers, optimizer=optimizer, scheduler=scheduler)
         update_wrapper(configure, _configure_optimizers)  # Lightning tells by the name whether a hook is overridden
         self.model.configure_optimizers = MethodType(configure, self.model)
+
+
+def _raised_by_a_class(error: BaseException | None) -> UserError | None:
+    """What the user can put right, out of jsonargparse's list of all that a value is not."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _name_publicly(config: Namespace) -> None:

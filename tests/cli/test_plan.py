@@ -69,7 +69,20 @@ def test_a_recipe_on_a_cluster(capsys) -> None:
     main(["plan", "--config", str(RECIPES / "quickstart.yaml"), "--cluster", "h100", "--json", *mask])
     masked = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["recipe"]
     tables = 128 * (48 + 24) * 4  # cosines and sines of one sequence, of its micro-batch's eight
-    assert masked["memory_bytes"]["activations"] - own["memory_bytes"]["activations"] == 7 * tables
+    apart = 2 * 8 * 128 * 192 // 2 * 4  # of both layers: in fp32 documents are mixed one by one, and then put together
+    assert masked["memory_bytes"]["activations"] - own["memory_bytes"]["activations"] == 7 * tables + apart
+
+
+def test_a_recipe_of_a_published_model_on_the_cluster_that_it_names(capsys) -> None:
+    way = (
+        "--tensor_parallel_size 2 --expert_parallel_size 8 --zero_stage 1 --sequence_parallel true --micro_batch 1 "
+        "--activation_checkpointing none --optimizer_state_format split"
+    )
+    main(["plan", "--config", str(RECIPES / "mixtral-8x7b-16xh100.yaml"), *way.split(), "--json"])
+    report = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert (report["cluster"]["name"], report["gpus"]) == ("h100", 16)
+    assert sum(report["parameters"].values()) == 46_702_792_704
+    assert report["recipe"]["fits"] and report["recommended"]["step_seconds"] == report["recipe"]["step_seconds"]
 
 
 OWN = """
