@@ -73,6 +73,7 @@ def main(args: ArgsType = None) -> None:
 
 def _run(args: ArgsType) -> None:
     words = sys.argv[1:] if args is None else args
+    _find_modules_beside(words if isinstance(words, list) else [])
     if not isinstance(words, list):  # a configuration for LightningCLI
         TexCLI(**DEFAULTS, args=args)
         return
@@ -89,6 +90,16 @@ def _run(args: ArgsType) -> None:
         raise UserValueError(_unknown(words))
     else:
         TexCLI(**DEFAULTS, args=args)
+
+
+def _find_modules_beside(words: list[str]) -> None:
+    """Let modules be imported from the working folder, as ``python -m`` does, and from the folders of recipes."""
+    pairs = zip(words, [*words[1:], ""], strict=True)
+    recipes = [following if word == "--config" else word.removeprefix("--config=") for word, following in pairs
+               if word.startswith("--config")]  # fmt: skip
+    for folder in dict.fromkeys(str(Path(place).resolve()) for place in [".", *(Path(r).parent for r in recipes)]):
+        if folder not in sys.path:
+            sys.path.append(folder)
 
 
 def _overview() -> str:

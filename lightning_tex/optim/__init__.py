@@ -4,7 +4,8 @@ Public: the optimizer, which is also the one door to the gradients of a step, an
 """
 
 from lightning_tex.optim.gradient_reducer import ReductionStage
-from lightning_tex.optim.several import Stepped, as_one, one_by_one, require_own_parameters
+from lightning_tex.optim.run_buffers import RunBuffers, require_sharable
+from lightning_tex.optim.several import Stepped, as_one, one_by_one
 from lightning_tex.optim.stand_in import users_own
 from lightning_tex.optim.state_config import (
     OPTIMIZER_STATE_FORMATS,
@@ -19,11 +20,12 @@ __all__ = [
     "OptimizerStateConfig",
     "OptimizerStateFormat",
     "ReductionStage",
+    "RunBuffers",
     "Stepped",
     "TiledOptimizer",
     "ZeroStage",
     "as_one",
     "one_by_one",
-    "require_own_parameters",
+    "require_sharable",
     "users_own",
 ]

@@ -64,8 +64,8 @@ class Gradients(ABC):
         return self._reduction is not None
 
     @abstractmethod
-    def zero(self) -> None:
-        """Begin a step."""
+    def zero(self, set_to_none: bool = True) -> None:
+        """Begin a step, with every ``.grad`` being ``None``, or zero where that is possible."""
 
     def arrived(self, entry: Entry) -> None:  # noqa: B027
         """A backward has put a parameter's gradient into its ``.grad``."""
@@ -107,6 +107,11 @@ class Gradients(ABC):
             self.divisor = 1.0
             self.expose()
 
+    def settle(self) -> None:
+        """Divide the combined own part, which is left to the step else."""
+        self.own.div_(self.divisor)
+        self.divisor = 1.0
+
     @property
     def _divided_before(self) -> int:
         """By what gradients are divided before they are summed."""
@@ -136,9 +141,9 @@ class Gradients(ABC):
 
 
 class FullGradients(Gradients):
-    """Gradients of all parameters in one flat tensor, ``.grad`` being views of it (ZeRO 0 and 1).
+    """Gradients of all parameters in one flat tensor (ZeRO 0 and 1).
 
-    ZeRO 1 reduce-scatters it in place into the own part, and leaves the other parts undefined. Under ZeRO 0 everything
+    A ``.grad`` is ``None`` until a backward gives one, which is copied there and from then on a view of it. ZeRO 1 reduce-scatters it in place into the own part, and leaves the other parts undefined. Under ZeRO 0 everything
     is owned, and it is all-reduced.
     """
 
@@ -147,8 +152,8 @@ class FullGradients(Gradients):
         self.flat = torch.zeros_like(buffer.parameters)
         self._own = own_part(self.flat, buffer.owners)
         self.views = {entry: buffer.view(self.flat, entry) for entry in buffer.entries}
-        for entry, view in self.views.items():
-            entry.parameter.grad = view
+        for entry in self.views:
+            entry.parameter.grad = None
 
     @property
     def own(self) -> Tensor:
@@ -158,16 +163,23 @@ class FullGradients(Gradients):
     def memory(self) -> Tensor:
         return self.flat
 
-    def zero(self) -> None:
-        """Set all gradients to zero and make every ``.grad`` a view again."""
+    def zero(self, set_to_none: bool = True) -> None:
+        """Set all gradients to zero."""
         self.finish()  # what was sent in a step that was given up
         self.started, self.divisor = False, 1.0
         self.flat.zero_()
         for entry, view in self.views.items():
+            entry.parameter.grad = None if set_to_none else view
+
+    def arrived(self, entry: Entry) -> None:
+        """Take up a gradient that is not in its place."""
+        grad, view = entry.parameter.grad, self.views[entry]
+        if grad is not None and grad is not view and not grad.requires_grad:
+            view.copy_(grad)
             entry.parameter.grad = view
 
     def collect(self) -> None:
-        """Bring back the gradients that somebody's ``zero_grad`` let autograd put elsewhere."""
+        """Take up the gradients that are not in their place, set by somebody or having a graph; zero where none is."""
         for entry, view in self.views.items():
             grad = entry.parameter.grad
             if grad is view:
@@ -232,7 +244,7 @@ class ShardedGradients(Gradients):
     def memory(self) -> Tensor:
         return self.sum
 
-    def zero(self) -> None:
+    def zero(self, set_to_none: bool = True) -> None:
         """Forget the sum, and every ``.grad``."""
         if self._reduction is not None:  # sent in a step that was given up
             self._reduction.wait()

@@ -28,10 +28,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_tex.optim.engine import Engine, fastest
-from lightning_tex.optim.flat import FlatBuffer, Member, buckets, kind
-from lightning_tex.optim.gradient_reducer import GradientReducer, ReductionStage
+from lightning_tex.optim.flat import Member
+from lightning_tex.optim.gradient_reducer import ReductionStage
 from lightning_tex.optim.overlap import optimizer_pass
 from lightning_tex.optim.rounding import RoundingSeed
+from lightning_tex.optim.run_buffers import RunBuffers
 from lightning_tex.optim.shard import Piece, Shard, batches
 from lightning_tex.optim.skipping import Skipped, StepGuard
 from lightning_tex.optim.stand_in import StandIn
@@ -69,6 +70,7 @@ class TiledOptimizer(StandIn):
         state_config: what is kept, in which form and where; ``None``: the defaults.
         communication: what is done to communicate less; ``None``: the defaults.
         rounding_seed: one that other optimizers of the run share; ``None``: its own, of the configuration's seed.
+        buffers: of a run that has other optimizers, too, in place of ``shardings``, ``world``, ..; ``None``: its own.
 
     Attributes:
         guard: counts steps that are not taken, and tells its watcher.
@@ -85,17 +87,17 @@ class TiledOptimizer(StandIn):
         state_config: OptimizerStateConfig | None = None,
         communication: Communication | None = None,
         rounding_seed: RoundingSeed | None = None,
+        buffers: RunBuffers | None = None,
     ) -> None:
         self.world, self.shardings = world, shardings
-        self.state_config = state_config or OptimizerStateConfig()
+        self.buffers = buffers or RunBuffers([optimizer], shardings, world, state_config, communication)
+        self.state_config = self.buffers.state_config
         self.rounding_seed = rounding_seed or RoundingSeed(self.state_config.seed)
         self.engine = Engine(optimizer)
         self.shards: list[Shard] = []
         self.frozen: list[nn.Parameter] = []
         self.guard = StepGuard(self.state_config.max_skipped_steps, self.culprit)
-        self._reducer = GradientReducer(
-            shardings, world, communication or Communication(), at_once=self.state_config.zero_stage == 2
-        )
+        self._reducer = self.buffers.reducer(optimizer)
         super().__init__(optimizer)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -106,7 +108,7 @@ class TiledOptimizer(StandIn):
             param_group = self.inner.param_groups[-1]
         else:
             self.param_groups.append(param_group)
-        kinds: dict[tuple[object, ...], list[Member]] = {}
+        members: list[Member] = []
         for parameter in param_group["params"]:
             sharding = self.shardings.get(parameter)
             if sharding is None:
@@ -117,15 +119,10 @@ class TiledOptimizer(StandIn):
             if not parameter.requires_grad:
                 self.frozen.append(parameter)
             else:
-                kinds.setdefault(kind(parameter, sharding), []).append((parameter, sharding))
+                members.append((parameter, sharding))
         states = self.state_config.for_group(self.inner, param_group, self.rounding_seed)
-        new = []
-        for members in kinds.values():
-            for bucket in buckets(members):
-                buffer = FlatBuffer(bucket, sharded=self.state_config.zero_stage > 0)
-                new.append(Shard(buffer, self.state_config.gradients(buffer), states(buffer), param_group))
-        self.shards += new
-        self._reducer.add([shard.gradients for shard in new])
+        for buffer, gradients in self.buffers.lay_out(self.inner, members):
+            self.shards.append(Shard(buffer, gradients, states(buffer), param_group))
 
     # --- the gradients of a step
 
@@ -137,11 +134,11 @@ class TiledOptimizer(StandIn):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Begin a step, or give one up: zero the gradients.
 
-        ``.grad`` stays a view of flat buffers (or ``None``, ZeRO 2), whatever is asked for.
+        ``.grad`` is ``None`` until the next backward, or zero without ``set_to_none`` (not under ZeRO 2).
         """
         if type(self.inner).zero_grad is not Optimizer.zero_grad:  # what the user's class does besides
             self.inner.zero_grad()
-        self._reducer.zero()
+        self._reducer.zero(set_to_none)
 
     def backward_begins(self, loss: Tensor, last: bool = False, undisturbed: bool = False) -> None:
         """See a loss before its backward.

@@ -24,7 +24,13 @@ from lightning_tex.saving.checkpoint_format import OWN_ENTRY, CheckpointFormat, 
 from lightning_tex.saving.consolidate import consolidated
 from lightning_tex.saving.further_weights import FURTHER, put_back, taken_out
 from lightning_tex.saving.global_tensor import GlobalTensor
-from lightning_tex.saving.optimizer_loading import OptimizerStates, load_masters, load_optimizer, require_same_groups
+from lightning_tex.saving.optimizer_loading import (
+    OptimizerStates,
+    UnderRoot,
+    load_masters,
+    load_optimizer,
+    require_same_groups,
+)
 from lightning_tex.saving.random_streams import RANDOM, random_rows, random_streams, restore_random_streams
 from lightning_tex.saving.reading import Directory
 from lightning_tex.saving.writing import Save, begin
@@ -64,7 +70,8 @@ class DirectoryCheckpoint(CheckpointFormat):
         own: dict[str, Any] = {"layout": asdict(run.topology.layout), model_state.TIES: model_state.ties(run.module)}
         states = trainer_state.pop("optimizer_states", None)
         if states and run.optimizer is not None:
-            tensors[model_state.OPTIMIZER] = {"state": {n: s for one in states for n, s in one["state"].items()}}
+            for root, one in zip(optimizer_state.roots(run.optimizer), states, strict=True):
+                tensors.setdefault(root, {"state": {}})["state"].update(one["state"])
             own["optimizer"] = optimizer_state.optimizer_entry(run.optimizer)
             tensors[RANDOM] = random_rows(random_streams(), run.topology.world)
         tensors[FURTHER], places = taken_out(trainer_state)
@@ -84,7 +91,8 @@ class DirectoryCheckpoint(CheckpointFormat):
         if run.optimizer is None:
             return Loaded(trainer_state)
         if about is not None:
-            load_optimizer(run.optimizer, OptimizerStates.by_name(about, source))
+            for optimizer, states in OptimizerStates.of_each(about, run.optimizer, lambda root: UnderRoot(source, root)):
+                load_optimizer(optimizer, states)
         load_masters(run.optimizer, source)
         if own["layout"] != asdict(run.topology.layout):
             return Loaded(trainer_state)

@@ -21,6 +21,7 @@ from lightning_tex.optim import Stepped, TiledOptimizer, one_by_one
 from lightning_tex.optim.tiled import parameter_names
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.saving.checkpoint_format import OWN_ENTRY
+from lightning_tex.saving.model_state import OPTIMIZERS
 from lightning_tex.saving.optimizer_loading import OptimizerStates
 from lightning_tex.saving.optimizer_state import ROUNDING_SEED
 from lightning_tex.saving.whole_tensors import WholeTensors
@@ -87,7 +88,8 @@ def optimizer_states(checkpoint: Mapping[str, Any], stepped: Stepped) -> Iterato
     version = version_of(checkpoint)
     if version == CONSOLIDATED:
         about = checkpoint[OWN_ENTRY]["optimizer"]
-        yield stepped, OptimizerStates.by_name(about, WholeTensors.of_optimizer(every[0]["state"]))
+        under = {OPTIMIZERS.format(n): WholeTensors.of_optimizer(one["state"]) for n, one in enumerate(every)}
+        yield from OptimizerStates.of_each(about, stepped, under.__getitem__)
         return
     optimizers = one_by_one(stepped)
     if len(every) != len(optimizers):

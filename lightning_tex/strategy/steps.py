@@ -27,6 +27,7 @@ from lightning_tex.strategy.replica_checks import ReplicaChecks
 from lightning_tex.strategy.room_check import RoomCheck
 from lightning_tex.strategy.stopping import AgreedSignals, Stopping
 from lightning_tex.strategy.uneven_evaluation import run_until_all_are_done
+from lightning_tex.strategy.whole_summary import whole_summaries
 
 # Steps whose batches are compared over the tensor axis, and logged names over data, from the start of every stage.
 _COMPARED_STEPS = 3
@@ -65,6 +66,7 @@ class StepStrategy(CheckpointingStrategy):
             super().run_frame(trainer),
             named_worker_errors(self.global_rank),
             named_out_of_memory(self, trainer),
+            whole_summaries(trainer, lambda: self.topology),
         ):
             yield
 

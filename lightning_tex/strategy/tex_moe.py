@@ -27,9 +27,10 @@ from lightning_tex.moe import MoE
 from lightning_tex.optim import (
     OptimizerStateConfig,
     OptimizerStateFormat,
+    RunBuffers,
     TiledOptimizer,
     ZeroStage,
-    require_own_parameters,
+    require_sharable,
     users_own,
 )
 from lightning_tex.optim.rounding import RoundingSeed
@@ -349,18 +350,14 @@ class TexMoEStrategy(StepStrategy):
         assert self.model is not None
         parameters = dict(self.model.named_parameters())
         self._require_agreement(agreement.optimization(self.optimizers, self.lr_scheduler_configs, parameters, trainer))
-        require_own_parameters(self.optimizers, {parameter: name for name, parameter in parameters.items()})
         by_name = parameter_shardings(self.model, self.topology)
         shardings = {parameters[name]: sharding for name, sharding in by_name.items()}
         if not isinstance(self.optimizers[0], _MockOptimizer):  # configure_optimizers returned None
             state_config = self.precision_plugin.state_config(replace(self._state_config, seed=self._seed))
-            rounding_seed = RoundingSeed(self._seed)
-            tiled = {
-                optimizer: TiledOptimizer(
-                    optimizer, shardings, self.topology.world, state_config, self.communication, rounding_seed
-                )
-                for optimizer in self.optimizers
-            }
+            require_sharable(self.optimizers, {one: name for name, one in parameters.items()}, state_config)
+            world, seed = self.topology.world, RoundingSeed(self._seed)
+            buffers = RunBuffers(self.optimizers, shardings, world, state_config, self.communication)
+            tiled = {one: TiledOptimizer(one, shardings, world, None, None, seed, buffers) for one in self.optimizers}
             self.optimizers = list(tiled.values())
             for config in self.lr_scheduler_configs:  # or a learning-rate monitor would find two optimizers
                 config.scheduler.optimizer = tiled[users_own(config.scheduler.optimizer)]
