@@ -74,9 +74,7 @@ def _files(root: Path, chosen: list[str]) -> Iterator[str]:
         yield from (str(file.relative_to(root)) for file in found)
 
 
-def _of_strategies(
-    tests: Path, strategies: list[str], file: str, *, limit: float, select: str
-) -> dict[str, Outcomes]:
+def _of_strategies(tests: Path, strategies: list[str], file: str, *, limit: float, select: str) -> dict[str, Outcomes]:
     """Outcomes of one file; the reference's are of what has failed under the others, if there are others."""
     ours = [strategy for strategy in strategies if strategy != REFERENCE]
     held = {strategy: _outcomes(tests, strategy, [file], limit, select) for strategy in ours}

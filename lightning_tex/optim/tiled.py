@@ -20,7 +20,7 @@ ZeRO keeps of them) and ``overlap.py`` (when they leave).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_tex.optim.engine import Engine, fastest
-from lightning_tex.optim.flat import Member
+from lightning_tex.optim.flat import FlatBuffer
+from lightning_tex.optim.formats import StateFormat
 from lightning_tex.optim.gradient_reducer import ReductionStage
 from lightning_tex.optim.overlap import optimizer_pass
 from lightning_tex.optim.rounding import RoundingSeed
@@ -38,7 +39,7 @@ from lightning_tex.optim.skipping import Skipped, StepGuard
 from lightning_tex.optim.stand_in import StandIn
 from lightning_tex.optim.state_config import OptimizerStateConfig
 from lightning_tex.optim.walk import Walk
-from lightning_tex.parallel.errors import UserRuntimeError, UserValueError
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.sharding import ParameterSharding
 from lightning_tex.parallel.topology import Axis, Communication
 
@@ -96,6 +97,7 @@ class TiledOptimizer(StandIn):
         self.engine = Engine(optimizer)
         self.shards: list[Shard] = []
         self.frozen: list[nn.Parameter] = []
+        self._states: dict[int, Callable[[FlatBuffer], StateFormat]] = {}
         self.guard = StepGuard(self.state_config.max_skipped_steps, self.culprit)
         self._reducer = self.buffers.reducer(optimizer)
         super().__init__(optimizer)
@@ -108,21 +110,31 @@ class TiledOptimizer(StandIn):
             param_group = self.inner.param_groups[-1]
         else:
             self.param_groups.append(param_group)
-        members: list[Member] = []
         for parameter in param_group["params"]:
-            sharding = self.shardings.get(parameter)
-            if sharding is None:
+            if parameter not in self.shardings:
                 raise UserValueError(
                     f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not a parameter of the "
                     "LightningModule; register it there, so that it is sharded and saved"
                 )
-            if not parameter.requires_grad:
-                self.frozen.append(parameter)
-            else:
-                members.append((parameter, sharding))
-        states = self.state_config.for_group(self.inner, param_group, self.rounding_seed)
+        self._states[id(param_group)] = self.state_config.for_group(self.inner, param_group, self.rounding_seed)
+        self.frozen += [parameter for parameter in param_group["params"] if not parameter.requires_grad]
+        self._lay_out(param_group, [parameter for parameter in param_group["params"] if parameter.requires_grad])
+
+    def _lay_out(self, group: dict[str, Any], parameters: Sequence[nn.Parameter]) -> None:
+        members = [(parameter, self.shardings[parameter]) for parameter in parameters]
         for buffer, gradients in self.buffers.lay_out(self.inner, members):
-            self.shards.append(Shard(buffer, gradients, states(buffer), param_group))
+            self.shards.append(Shard(buffer, gradients, self._states[id(group)](buffer), group))
+
+    def _lay_out_thawed(self) -> None:
+        """Take up parameters that were frozen when they were given to the optimizer and are not any more."""
+        if not any(parameter.requires_grad for parameter in self.frozen):
+            return
+        thawed = {parameter: parameter.grad for parameter in self.frozen if parameter.requires_grad}
+        self.frozen = [parameter for parameter in self.frozen if not parameter.requires_grad]
+        for group in self.param_groups:
+            self._lay_out(group, [parameter for parameter in group["params"] if parameter in thawed])
+        for parameter, gradient in thawed.items():
+            parameter.grad = gradient
 
     # --- the gradients of a step
 
@@ -138,6 +150,8 @@ class TiledOptimizer(StandIn):
         """
         if type(self.inner).zero_grad is not Optimizer.zero_grad:  # what the user's class does besides
             self.inner.zero_grad()
+        for parameter in self.frozen:
+            parameter.grad = None
         self._reducer.zero(set_to_none)
 
     def backward_begins(self, loss: Tensor, last: bool = False, undisturbed: bool = False) -> None:
@@ -153,6 +167,7 @@ class TiledOptimizer(StandIn):
             RuntimeError: another backward has not ended, or those of this step are over; a parameter that the loss
                 reaches both through a sequence-parallel region and past it.
         """
+        self._lay_out_thawed()
         self._reducer.backward_begins(loss, last, undisturbed)
 
     def backward_ended(self) -> None:
@@ -170,9 +185,9 @@ class TiledOptimizer(StandIn):
             whole: make every ``.grad`` the combined gradient, not only this rank's shard of it.
 
         Raises:
-            RuntimeError: a backward has not ended; gradients that would be lost; a parameter frozen no longer.
+            RuntimeError: a backward has not ended; gradients that would be lost.
         """
-        self._require_frozen()
+        self._lay_out_thawed()
         self._reducer.combine(whole)
 
     def unscale(self, factor: float | Tensor) -> None:
@@ -219,15 +234,6 @@ class TiledOptimizer(StandIn):
     def release(self) -> None:
         """Let go of the parameters: nothing of this optimizer acts on them any more."""
         self._reducer.release()
-
-    def _require_frozen(self) -> None:
-        for parameter in self.frozen:
-            if parameter.requires_grad:
-                raise UserRuntimeError(
-                    f"{self.shardings[parameter].name} was frozen when training was set up and is not any more, but "
-                    "the optimizer has no state for it; leave it out of the optimizer while it is frozen and add it "
-                    "with optimizer.add_param_group (as Lightning's BaseFinetuning does)"
-                )
 
     # --- the step
 

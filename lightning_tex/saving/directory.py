@@ -91,7 +91,9 @@ class DirectoryCheckpoint(CheckpointFormat):
         if run.optimizer is None:
             return Loaded(trainer_state)
         if about is not None:
-            for optimizer, states in OptimizerStates.of_each(about, run.optimizer, lambda root: UnderRoot(source, root)):
+            for optimizer, states in OptimizerStates.of_each(
+                about, run.optimizer, lambda root: UnderRoot(source, root)
+            ):
                 load_optimizer(optimizer, states)
         load_masters(run.optimizer, source)
         if own["layout"] != asdict(run.topology.layout):

@@ -9,8 +9,12 @@ from typing import IO, Any
 
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+from torch import nn
 
+from lightning_tex.optim import TiledOptimizer
+from lightning_tex.optim.stand_in import WholeStates
 from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.parallel.topology import Topology
 from lightning_tex.saving import gathering, paths, plain_form
 from lightning_tex.saving.archive import with_room
 from lightning_tex.saving.checkpoint_format import CheckpointFormat, Loaded, ShardedRun
@@ -53,9 +57,12 @@ class PlainCheckpoint(CheckpointFormat):
         return Loaded(checkpoint)
 
     def load_model(self, run: ShardedRun, checkpoint: Mapping[str, Any], strict: bool) -> None:
-        """Shard the whole weights."""
+        """Shard the whole weights. A ``load_state_dict`` of the module's own is called where it holds whole ones."""
         weights = WholeTensors.of_model(checkpoint["state_dict"])
-        load_checkpointed(run.module, run.topology, weights, strict)
+        if run.topology.world.size == 1 and _loads_itself(run.module):
+            run.module.load_state_dict(checkpoint["state_dict"], strict=strict)
+        else:
+            load_checkpointed(run.module, run.topology, weights, strict)
         if run.optimizer is not None:
             load_masters(run.optimizer, weights)
 
@@ -70,6 +77,19 @@ class PlainCheckpoint(CheckpointFormat):
 
     def for_one_process(self, path: Path) -> Path | IO[bytes]:
         return path
+
+
+def states_in_torch_form(optimizer: TiledOptimizer, topology: Topology) -> WholeStates:
+    """What ``optimizer.state_dict`` and ``load_state_dict`` do in a run of one process."""
+
+    def put(states: dict[str, Any]) -> None:
+        load_optimizer(optimizer, plain_form.by_number(states, None, optimizer))
+
+    return WholeStates(lambda: gathering.whole_optimizer_state(optimizer, topology), put)
+
+
+def _loads_itself(module: nn.Module) -> bool:
+    return getattr(module.load_state_dict, "__func__", None) is not nn.Module.load_state_dict
 
 
 def _read(checkpoint_io: CheckpointIO, filepath: str, weights_only: bool | None) -> dict[str, Any]:

@@ -99,12 +99,17 @@ def optimizer_states(checkpoint: Mapping[str, Any], stepped: Stepped) -> Iterato
         )
     for saved, optimizer in zip(every, optimizers, strict=True):
         seed = saved.get(ROUNDING_SEED) if version == TORCH_FORM else checkpoint[OWN_ENTRY].get("rounding_seed")
-        yield optimizer, _by_number(saved, seed, optimizer)
+        yield optimizer, by_number(saved, seed, optimizer)
 
 
-def _by_number(
+def by_number(
     saved: Mapping[str, Any], rounding_seed: Mapping[str, int] | None, optimizer: TiledOptimizer
 ) -> OptimizerStates:
+    """States in torch's own form, for an optimizer of as many groups of as many parameters.
+
+    Raises:
+        ValueError: they are of other ones.
+    """
     names = parameter_names(optimizer.param_groups, optimizer.shardings)
     sizes = [len(group["params"]) for group in saved["param_groups"]]
     if sizes != [len(members) for members in names]:

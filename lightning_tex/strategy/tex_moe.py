@@ -44,6 +44,7 @@ from lightning_tex.parallel.sharding import TexModule, check_shardable, paramete
 from lightning_tex.parallel.topology import Communication, Layout, Topology
 from lightning_tex.resilience.spikes import SpikeRule
 from lightning_tex.saving import ShardedRun
+from lightning_tex.saving.plain import states_in_torch_form
 from lightning_tex.strategy import agreement
 from lightning_tex.strategy.averaging import AveragedWeights
 from lightning_tex.strategy.loss_spikes import OnSpike
@@ -185,6 +186,7 @@ class TexMoEStrategy(StepStrategy):
         self.activation_checkpointing = activation_checkpointing
         self._check_memory = check_memory
         self._averages = AveragedWeights(self.described_weights)
+        self._synced_metrics: list[Metric] = []
         self._topology: Topology | None = None
         self._seed = 0
 
@@ -287,9 +289,7 @@ class TexMoEStrategy(StepStrategy):
         given = self.initial_weights.expect(self.lightning_module)
         initialization.materialise(self.model, self.root_device, seed, given)
         self._averages.attend(trainer, self.model, self.topology, self.root_device, seed)
-        for metric in self.model.modules():
-            if isinstance(metric, Metric) and metric.process_group is None:
-                metric.process_group = self.topology.data.group
+        self._sync_metrics_over_data()
         data_rank_random_state(seed, self.topology.data)
         self.barrier()
         self.compare_steps_again()
@@ -310,7 +310,20 @@ class TexMoEStrategy(StepStrategy):
         for config in self.lr_scheduler_configs:  # which may be of the user's making, and serve another fit
             config.scheduler.optimizer = users_own(config.scheduler.optimizer)
         self._averages.leave()
+        while self._synced_metrics:
+            self._synced_metrics.pop().process_group = None
         super().teardown()
+
+    def _sync_metrics_over_data(self) -> None:
+        """Let metrics be synchronised over data, where that is not what they do: over all ranks."""
+        assert self.model is not None
+        data = self.topology.data
+        if data.size < self.topology.world.size:
+            metrics = (module for module in self.model.modules() if isinstance(module, Metric))
+            for metric in metrics:
+                if metric.process_group is None:
+                    metric.process_group = data.group
+                    self._synced_metrics.append(metric)
 
     def _require_memory(self, layout: Layout) -> None:
         device_bytes = self._device_bytes()
@@ -358,6 +371,9 @@ class TexMoEStrategy(StepStrategy):
             world, seed = self.topology.world, RoundingSeed(self._seed)
             buffers = RunBuffers(self.optimizers, shardings, world, state_config, self.communication)
             tiled = {one: TiledOptimizer(one, shardings, world, None, None, seed, buffers) for one in self.optimizers}
+            if world.size == 1:
+                for one in tiled.values():
+                    one.whole_states = states_in_torch_form(one, self.topology)
             self.optimizers = list(tiled.values())
             for config in self.lr_scheduler_configs:  # or a learning-rate monitor would find two optimizers
                 config.scheduler.optimizer = tiled[users_own(config.scheduler.optimizer)]
