@@ -9,6 +9,7 @@ import warnings
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 from lightning import Trainer
@@ -94,12 +95,11 @@ def _run(args: ArgsType) -> None:
 
 def _find_modules_beside(words: list[str]) -> None:
     """Let modules be imported from the working folder, as ``python -m`` does, and from the folders of recipes."""
-    pairs = zip(words, [*words[1:], ""], strict=True)
-    recipes = [following if word == "--config" else word.removeprefix("--config=") for word, following in pairs
-               if word.startswith("--config")]  # fmt: skip
-    for folder in dict.fromkeys(str(Path(place).resolve()) for place in [".", *(Path(r).parent for r in recipes)]):
-        if folder not in sys.path:
-            sys.path.append(folder)
+    joined = [word.partition("=")[2] for word in words if word.startswith("--config=")]
+    recipes = [path for word, path in pairwise(words) if word == "--config"]
+    for folder in [Path.cwd(), *(Path(path).resolve().parent for path in [*recipes, *joined])]:
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
 
 
 def _overview() -> str:

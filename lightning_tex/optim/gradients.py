@@ -143,8 +143,9 @@ class Gradients(ABC):
 class FullGradients(Gradients):
     """Gradients of all parameters in one flat tensor (ZeRO 0 and 1).
 
-    A ``.grad`` is ``None`` until a backward gives one, which is copied there and from then on a view of it. ZeRO 1 reduce-scatters it in place into the own part, and leaves the other parts undefined. Under ZeRO 0 everything
-    is owned, and it is all-reduced.
+    A ``.grad`` is ``None`` until a backward gives one, which is copied there and from then on a view of it. ZeRO 1
+    reduce-scatters it in place into the own part, and leaves the other parts undefined. Under ZeRO 0 everything is
+    owned, and it is all-reduced.
     """
 
     def __init__(self, buffer: FlatBuffer) -> None:

@@ -125,8 +125,8 @@ def require_sharable(
             if other != number and parameter.dtype in LOW_PRECISION and not plain:
                 raise UserValueError(
                     f"{names.get(parameter, 'a parameter')} is in optimizer {other} "
-                    f"({type(optimizers[other]).__name__}) and in optimizer {number} ({type(optimizer).__name__}): each "
-                    "would step values of its own behind the 16 bits; legal: each parameter in one optimizer, or "
+                    f"({type(optimizers[other]).__name__}) and in optimizer {number} ({type(optimizer).__name__}): "
+                    "each would step values of its own behind the 16 bits; legal: each parameter in one optimizer, or "
                     "precision='32-true', '64-true', or 'bf16-true' with optimizer_state_format='fp32'"
                 )
 

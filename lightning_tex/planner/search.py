@@ -105,9 +105,7 @@ class Plans:
         if roomy := [each for each in fitting if each.roomy]:
             fitting = roomy
         else:
-            reason = (
-                f"the fastest; none that fits has {PEAK_ERROR:.0%} of its peak to spare, by which peaks may be wrong"
-            )
+            reason = f"the fastest; none has {PEAK_ERROR:.0%} of its peak to spare, by which peaks may be wrong"
         if exact := [each for each in fitting if each.candidate.optimizer_state_format in EXACT]:
             if len(exact) < len(fitting):
                 reason += f", and whose states are exact ({', '.join(EXACT)})"

@@ -149,12 +149,11 @@ def _configure_optimizers(module: LightningModule, optimizer: Any, scheduler: An
 
 def _save_below(run_dir: str, callbacks: Any) -> None:
     """Give callbacks that save checkpoints, and were told no folder, the run's."""
+    if _is_local_file_protocol(run_dir):
+        run_dir = os.path.realpath(os.path.expanduser(run_dir))
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
-            local = _is_local_file_protocol(run_dir)
-            callback.dirpath = os.path.join(
-                os.path.realpath(os.path.expanduser(run_dir)) if local else run_dir, "checkpoints"
-            )
+            callback.dirpath = os.path.join(run_dir, "checkpoints")
 
 
 def _default_loggers(root: str) -> list[Any]:

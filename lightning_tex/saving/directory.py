@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -91,9 +92,8 @@ class DirectoryCheckpoint(CheckpointFormat):
         if run.optimizer is None:
             return Loaded(trainer_state)
         if about is not None:
-            for optimizer, states in OptimizerStates.of_each(
-                about, run.optimizer, lambda root: UnderRoot(source, root)
-            ):
+            under = partial(UnderRoot, source)
+            for optimizer, states in OptimizerStates.of_each(about, run.optimizer, under):
                 load_optimizer(optimizer, states)
         load_masters(run.optimizer, source)
         if own["layout"] != asdict(run.topology.layout):

@@ -88,7 +88,7 @@ def group_options(optimizer: Stepped) -> list[dict[str, Any]]:
 
 
 def roots(optimizer: Stepped) -> list[str]:
-    """What each optimizer's states lie under: its own place only where a parameter's name does not tell whose they are."""
+    """What each optimizer's states lie under: one place, unless a parameter has states of several."""
     each = one_by_one(optimizer)
     apart = len(each) > 1 and each[0].buffers.are_shared
     return [OPTIMIZERS.format(number if apart else 0) for number in range(len(each))]

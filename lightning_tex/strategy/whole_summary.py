@@ -61,9 +61,7 @@ def whole_summaries(trainer: Trainer, topology: Callable[[], Topology]) -> Itera
         topology: gives the layout, once there is one.
     """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    summaries = [
-        c for c in callbacks if isinstance(c, SummaryCallback) and type(c)._summary is SummaryCallback._summary
-    ]
+    summaries = [callback for callback in callbacks if isinstance(callback, SummaryCallback)]
     for callback in summaries:
         depth = callback._max_depth
         callback._summary = lambda _, model, depth=depth: WholeModelSummary(model, depth, topology())  # type: ignore
