@@ -3,7 +3,8 @@
 Every plain checkpoint is written by :func:`versioned` and told apart by :func:`version_of`, here and nowhere else:
 
     checkpoint["lightning_tex"]     version         written by
-    none                            0               Lightning's other strategies; lightning_tex 0.1, which kept its
+    none                            0               Lightning's other strategies; checkpoints of weights alone, of
+                                                    which all versions are alike; lightning_tex 0.1, which kept its
                                                     rounding seed in optimizer_states[0] as "dice"
     {"version": 1, ..}              1               lightning_tex: optimizer_states in torch's own form to the letter,
                                                     the rounding seed in this entry
@@ -32,16 +33,15 @@ CONSOLIDATED: Final = "directory"
 
 
 def versioned(checkpoint: Mapping[str, Any], rounding_seed: Mapping[str, int] | None) -> dict[str, Any]:
-    """A plain checkpoint with our entry.
+    """A plain checkpoint, with our entry where it has optimizer states, which alone depend on the version.
 
     Args:
         checkpoint: Lightning's, with whole tensors.
         rounding_seed: of its optimizer; ``None`` without optimizer states.
     """
-    entry: dict[str, Any] = {"version": VERSION}
-    if rounding_seed is not None:
-        entry["rounding_seed"] = dict(rounding_seed)
-    return {**checkpoint, OWN_ENTRY: entry}
+    if rounding_seed is None:
+        return dict(checkpoint)
+    return {**checkpoint, OWN_ENTRY: {"version": VERSION, "rounding_seed": dict(rounding_seed)}}
 
 
 def torch_form(states: Mapping[str, Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -99,7 +99,8 @@ class CheckpointingStrategy(MeshStrategy):
         self._saved_here: set[Path] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_side_group": None}
+        optimizers = {"_optimizers": [], "_lightning_optimizers": [], "lr_scheduler_configs": []}
+        return {**super().__getstate__(), **optimizers, "_side_group": None}
 
     @contextmanager
     def run_frame(self, trainer: Trainer) -> Iterator[None]:

@@ -54,6 +54,9 @@ class StepStrategy(CheckpointingStrategy):
         self._logged_names: LoggedNames | None = None
         self._stopping: Stopping | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_logged_names": None, "_stopping": None}
+
     @contextmanager
     def run_frame(self, trainer: Trainer) -> Iterator[None]:
         """The context of a whole run: signals stop all ranks together."""
@@ -116,7 +119,8 @@ class StepStrategy(CheckpointingStrategy):
         super().on_train_end()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        self._replicas.before_save()
+        if self._trainer is not None:  # else asked for outside a run
+            self._replicas.before_save()
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
