@@ -109,6 +109,7 @@ class GradientReducer:
         self.shardings, self.world, self.communication, self.at_once = shardings, world, communication, at_once
         self._shared = shared
         self._announced_by_others = 0
+        self._shown = False
         self.buffers: list[Gradients] = []
         self.state = ReductionState()
         self._losses: list[Tensor] = []
@@ -238,6 +239,7 @@ class GradientReducer:
                 )
             for gradients in self.buffers:
                 gradients.combine(whole, self._reached_directly)
+                self._shown = whole
                 if self._shared:
                     gradients.settle()
         self._move_to(ReductionStage.COMBINED)
@@ -304,19 +306,25 @@ class GradientReducer:
         return norm
 
     def scale_to(self, norm: Tensor, max_norm: float) -> None:
-        """Scale all gradients by what brings a norm down to ``max_norm``, if it is larger."""
+        """Scale all gradients by what brings a norm down to ``max_norm``, if it is larger.
+
+        Where somebody looks at them this is done at once, unless a loss scale without which fp16 would lose them is
+        still in them.
+        """
         if self.host_waits:
             self._scale((max_norm / (norm + 1e-6)).clamp(max=1.0))
-            return
-        factor = max_norm / (float(norm) + 1e-6)
-        if not factor >= 1:  # NaN as well, which torch spreads, too
-            self._scale(factor)
+        else:
+            factor = max_norm / (float(norm) + 1e-6)
+            if not factor >= 1:  # NaN as well, which torch spreads, too
+                self._scale(factor)
+        if self._shown and self.state.stage is not ReductionStage.UNSCALED:
+            self.scale_in_place()
 
     def scale_in_place(self) -> None:
         """Multiply the combined gradients by what they are still to be multiplied by."""
         norm = None if self.state.norm is None else self.state.norm * self.state.scale
         for gradients in self.buffers:
-            gradients.own.mul_(self.state.scale)
+            gradients.multiply(self.state.scale)
         self.state = replace(self.state, scale=1.0, norm=norm)
 
     def clip_by_value(self, max_value: float) -> None:

@@ -8,7 +8,7 @@ of two, which rounds nothing. What is left of the division is in fp32, on the wa
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Set
+from collections.abc import Callable, Set
 from typing import Any
 
 import torch
@@ -127,9 +127,18 @@ class Gradients(ABC):
         return slice(*(min(max(at - start, 0), length) for at in (entry.start, entry.stop)))
 
     def clamp(self, limit: float | Tensor) -> None:
-        """Clamp every element of the combined own part to [-limit, limit]."""
+        """Clamp every element of the combined gradient, as far as it is here, to [-limit, limit]."""
         bound: Any = limit * self.divisor
-        self.own.clamp_(-bound, bound)
+        self.combined.clamp_(-bound, bound)
+
+    def multiply(self, factor: float | Tensor) -> None:
+        """Multiply the combined gradient, as far as it is here."""
+        self.combined.mul_(factor)
+
+    @property
+    def combined(self) -> Tensor:
+        """The own part or, where that is shown, all of the combined gradient. [n]"""
+        return self.own
 
     def bad_entry(self) -> Entry | None:
         """The first parameter that has an infinity or NaN in the own part."""
@@ -152,6 +161,7 @@ class FullGradients(Gradients):
         super().__init__(buffer)
         self.flat = torch.zeros_like(buffer.parameters)
         self._own = own_part(self.flat, buffer.owners)
+        self._shown = False
         self.views = {entry: buffer.view(self.flat, entry) for entry in buffer.entries}
         for entry in self.views:
             entry.parameter.grad = None
@@ -167,7 +177,7 @@ class FullGradients(Gradients):
     def zero(self, set_to_none: bool = True) -> None:
         """Set all gradients to zero."""
         self.finish()  # what was sent in a step that was given up
-        self.started, self.divisor = False, 1.0
+        self.started, self.divisor, self._shown = False, 1.0, False
         self.flat.zero_()
         for entry, view in self.views.items():
             entry.parameter.grad = None if set_to_none else view
@@ -191,7 +201,12 @@ class FullGradients(Gradients):
                 view.copy_(grad)
             entry.parameter.grad = view
 
+    @property
+    def combined(self) -> Tensor:
+        return self.flat if self._shown else self._own
+
     def start(self) -> None:
+        self._shown = False
         self.collect()
         self._divide(self.flat)
         buffer = self.buffer
@@ -207,6 +222,7 @@ class FullGradients(Gradients):
 
     def expose(self) -> None:
         gather_in_place(self.flat, self.buffer.owners).wait()
+        self._shown = True
 
 
 class ShardedGradients(Gradients):
@@ -238,8 +254,16 @@ class ShardedGradients(Gradients):
 
     def clamp(self, limit: float | Tensor) -> None:
         super().clamp(limit)
-        if self._exposed is not None:  # shown, what is kept must not look changed
-            own_part(self._exposed, self.buffer.owners).copy_(self.sum)
+        self._show(lambda shown: shown.clamp_(-limit, limit))  # type: ignore[arg-type]
+
+    def multiply(self, factor: float | Tensor) -> None:
+        super().multiply(factor)
+        self._show(lambda shown: shown.mul_(factor))
+
+    def _show(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self._exposed is not None:
+            change(self._exposed)
+            own_part(self._exposed, self.buffer.owners).copy_(self.sum)  # or what is kept would look changed
 
     @property
     def memory(self) -> Tensor:
