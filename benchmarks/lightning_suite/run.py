@@ -6,7 +6,8 @@
 Folders and files are of ``tests_pytorch``. Each file runs in a process of its own, in a copy of the tests, under every
 strategy, at most ``--limit`` seconds at a time: the test that ran when it ended has failed, and the others go on. Under
 DDP run those tests alone that have failed before.
-``--compare before.json`` says what has changed since. The tests need some packages of their own
+``--compare before.json`` says what has changed since, ``--table table.md`` writes what fails with the reasons of
+``reasons.py``; ``docs/lightning.md`` has such a table. The tests need some packages of their own
 (``requirements/pytorch/test.txt`` there); a test that misses one fails under every strategy and is not counted.
 """
 
@@ -25,6 +26,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+
+from reasons import WANTS_A_FILE, reason
 
 HERE = Path(__file__).resolve().parent
 REFERENCE = "ddp"
@@ -45,6 +48,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=300, help="seconds of one process")
     parser.add_argument("--select", default="", help="only tests that this matches, as pytest's -k")
     parser.add_argument("--json", type=Path, help="write all outcomes here; what it holds of other files is kept")
+    parser.add_argument("--table", type=Path, help="write what fails, and why, as a table of Markdown")
     parser.add_argument("--compare", type=Path, help="a file written so: list what has changed since")
     options = parser.parse_args()
     held: dict[str, Outcomes] = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
@@ -62,6 +66,8 @@ def main() -> None:
     for strategy in options.strategies:
         if strategy != REFERENCE and REFERENCE in held:
             _report(strategy, held, before)
+    if options.table:
+        options.table.write_text("".join(_table(held)))
 
 
 def _files(root: Path, chosen: list[str]) -> Iterator[str]:
@@ -175,6 +181,25 @@ def _failures(strategy: str, held: Mapping[str, Outcomes]) -> dict[str, str]:
         test: line for test, (outcome, line) in outcomes.items()
         if outcome == "failed" and reference.get(test, ("passed", ""))[0] != "failed"
     }  # fmt: skip
+
+
+def _table(held: Mapping[str, Outcomes]) -> Iterator[str]:
+    """What fails under our strategies and not under the reference, by reason."""
+    names = {test: "" for strategy in OURS for test in _failures(strategy, held)}
+    yield f"| of Lightning's tests | {' | '.join(OURS)} | why |\n|---|{'---|' * len(OURS)}---|\n"
+    rows: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0] * len(OURS))
+    for test in sorted(names):
+        for column, strategy in enumerate(OURS):
+            error = _failures(strategy, held).get(test)
+            if error is not None:
+                short = test.removeprefix("tests/tests_pytorch/")
+                why = reason(short, error)
+                rows[short.split("[")[0] if why != WANTS_A_FILE else "several", why or error][column] += 1
+    for (test, why), counts in rows.items():
+        yield f"| `{test}` | {' | '.join(str(count or '') for count in counts)} | {why} |\n"
+    sums = [len(_failures(strategy, held)) for strategy in OURS]
+    tried = [len(held.get(strategy, {})) for strategy in OURS]
+    yield f"| all of {' and '.join(map(str, tried))} | {' | '.join(map(str, sums))} | |\n"
 
 
 def _folder(test: str) -> str:
