@@ -39,7 +39,7 @@ from lightning_tex.optim.skipping import Skipped, StepGuard
 from lightning_tex.optim.stand_in import StandIn
 from lightning_tex.optim.state_config import OptimizerStateConfig
 from lightning_tex.optim.walk import Walk
-from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.parallel.errors import UserRuntimeError, UserValueError
 from lightning_tex.parallel.sharding import ParameterSharding
 from lightning_tex.parallel.topology import Axis, Communication
 
@@ -116,17 +116,29 @@ class TiledOptimizer(StandIn):
                     f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not a parameter of the "
                     "LightningModule; register it there, so that it is sharded and saved"
                 )
-        self._states[id(param_group)] = self.state_config.for_group(self.inner, param_group, self.rounding_seed)
+        self._states_of(param_group)
         self.frozen += [parameter for parameter in param_group["params"] if not parameter.requires_grad]
         self._lay_out(param_group, [parameter for parameter in param_group["params"] if parameter.requires_grad])
+
+    def _states_of(self, group: dict[str, Any]) -> Callable[[FlatBuffer], StateFormat]:
+        if id(group) not in self._states:
+            self._states[id(group)] = self.state_config.for_group(self.inner, group, self.rounding_seed)
+        return self._states[id(group)]
 
     def _lay_out(self, group: dict[str, Any], parameters: Sequence[nn.Parameter]) -> None:
         members = [(parameter, self.shardings[parameter]) for parameter in parameters]
         for buffer, gradients in self.buffers.lay_out(self.inner, members):
-            self.shards.append(Shard(buffer, gradients, self._states[id(group)](buffer), group))
+            self.shards.append(Shard(buffer, gradients, self._states_of(group)(buffer), group))
 
-    def _lay_out_thawed(self) -> None:
-        """Take up parameters that were frozen when they were given to the optimizer and are not any more."""
+    def take_up_groups(self) -> None:
+        """Take up groups that somebody has put in the place of the optimizer's, as ``BaseFinetuning`` does, and
+        parameters that were frozen when they were given to it and are not any more.
+
+        Raises:
+            RuntimeError: groups that tear apart what lies in one buffer, or leave some of it out.
+        """
+        if self.param_groups is not self.inner.param_groups:
+            self._take_up_other_groups()
         if not any(parameter.requires_grad for parameter in self.frozen):
             return
         thawed = {parameter: parameter.grad for parameter in self.frozen if parameter.requires_grad}
@@ -167,7 +179,7 @@ class TiledOptimizer(StandIn):
             RuntimeError: another backward has not ended, or those of this step are over; a parameter that the loss
                 reaches both through a sequence-parallel region and past it.
         """
-        self._lay_out_thawed()
+        self.take_up_groups()
         self._reducer.backward_begins(loss, last, undisturbed)
 
     def backward_ended(self) -> None:
@@ -187,7 +199,7 @@ class TiledOptimizer(StandIn):
         Raises:
             RuntimeError: a backward has not ended; gradients that would be lost.
         """
-        self._lay_out_thawed()
+        self.take_up_groups()
         self._reducer.combine(whole)
 
     def unscale(self, factor: float | Tensor) -> None:
@@ -234,6 +246,23 @@ class TiledOptimizer(StandIn):
     def release(self) -> None:
         """Let go of the parameters: nothing of this optimizer acts on them any more."""
         self._reducer.release()
+
+    def _take_up_other_groups(self) -> None:
+        self.inner.param_groups = self.param_groups
+        group_of = {parameter: group for group in self.param_groups for parameter in group["params"]}
+        for shard in self.shards:
+            parameters = [entry.parameter for entry in shard.buffer.entries]
+            groups = {id(group_of.get(parameter)): group_of.get(parameter) for parameter in parameters}
+            (group, *others) = groups.values()
+            if group is None or others:
+                names = ", ".join(self.shardings[parameter].name for parameter in parameters[:4])
+                raise UserRuntimeError(
+                    f"param_groups of the optimizer were replaced by groups that part {names}, .., which lie together; "
+                    "legal: groups that keep those of before together, and others beside them"
+                )
+            shard.group = group
+        laid_out = {entry.parameter for shard in self.shards for entry in shard.buffer.entries}
+        self.frozen = [parameter for parameter in group_of if parameter not in laid_out]
 
     # --- the step
 

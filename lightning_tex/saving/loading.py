@@ -52,7 +52,7 @@ def let_lightning_read_directories() -> None:
             path_or_url = DirectoryCheckpoint().for_one_process(find(Path(path_or_url)))
         return _LIGHTNINGS_LOAD(path_or_url, *arguments, **options)
 
-    lightning_saving.pl_load = load  # type: ignore[attr-defined]
+    lightning_saving.pl_load = load
 
 
 def load_from_checkpoint(module: type[_Module], path: str | os.PathLike[str], **arguments: Any) -> _Module:

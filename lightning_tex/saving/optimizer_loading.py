@@ -15,6 +15,7 @@ from lightning_tex.optim import Stepped, one_by_one
 from lightning_tex.optim.formats import LOW_PRECISION, MASTER
 from lightning_tex.optim.shard import Piece, Shard
 from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.saving.checkpoint_format import Finish, ShardedRun
 from lightning_tex.saving.global_tensor import GlobalTensor
 from lightning_tex.saving.model_state import MODEL, OPTIMIZER, Described, Source, TensorPath
 from lightning_tex.saving.optimizer_state import GROUPS_OF_EACH, ROOTS, ROUNDING_SEED, group_options, held_parts
@@ -110,6 +111,8 @@ def load_optimizer(optimizer: Stepped, states: OptimizerStates) -> None:
     Raises:
         ValueError: the groups hold other parameters.
     """
+    for one in one_by_one(optimizer):
+        one.take_up_groups()
     require_same_groups(states.groups, optimizer)
     for group, options in zip(optimizer.param_groups, states.groups, strict=True):
         # In place, because schedulers hold the group itself.
@@ -238,6 +241,17 @@ def _scalar_device(optimizer: Stepped, shard: Shard) -> torch.device:
 
 
 # --- masters
+
+
+def masters_from(source: Source) -> Finish:
+    """What :func:`load_masters` does, once there are optimizers."""
+
+    def finish(run: ShardedRun) -> Mapping[str, Tensor]:
+        if run.optimizer is not None:
+            load_masters(run.optimizer, source)
+        return {}
+
+    return finish
 
 
 @torch.no_grad()

@@ -295,6 +295,9 @@ class TexMoEStrategy(StepStrategy):
         self.compare_steps_again()
         if trainer.state.fn == TrainerFn.FITTING:
             self.try_folders(trainer)
+            self._forget_optimizers()
+        self.restore(trainer)
+        if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
 
@@ -356,9 +359,7 @@ class TexMoEStrategy(StepStrategy):
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Build the user's optimizer over the sharded model and put the sharded, tiled one in its place."""
-        for optimizer in self.tiled_optimizers:
-            optimizer.release()
-        self._reset_optimizers_and_schedulers()
+        self._forget_optimizers()
         super().setup_optimizers(trainer)
         assert self.model is not None
         parameters = dict(self.model.named_parameters())
@@ -377,6 +378,11 @@ class TexMoEStrategy(StepStrategy):
             self.optimizers = list(tiled.values())
             for config in self.lr_scheduler_configs:  # or a learning-rate monitor would find two optimizers
                 config.scheduler.optimizer = tiled[users_own(config.scheduler.optimizer)]
+
+    def _forget_optimizers(self) -> None:
+        for optimizer in self.tiled_optimizers:
+            optimizer.release()
+        self._reset_optimizers_and_schedulers()
 
     def model_to_device(self) -> None:
         """Nothing: ``setup`` moves what exists and draws the rest where it belongs."""
