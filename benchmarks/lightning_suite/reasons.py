@@ -19,15 +19,8 @@ REASONS = {
     "trainer/test_trainer.py::test_train_loop_system": (
         "the class's own `step` is called for every tile, after the closure, not once around it"
     ),
-    "models/test_hooks.py::test_trainer_model_hook_system_fit_no_val_and_resume": (
-        "weights are read into the parts that `setup` makes: `on_load_checkpoint` is called after "
-        "`configure_optimizers` and `on_fit_start`, as Lightning does for FSDP and DeepSpeed"
-    ),
-    "models/test_restore.py::test_callbacks_state_fit_ckpt_path": (
-        "`on_fit_start` of callbacks comes before their state is restored, as above"
-    ),
-    "callbacks/test_finetuning_callback.py::test_callbacks_restore": (
-        "the groups that `BaseFinetuning` added are restored in `on_fit_start`, as above; refused by name"
+    "callbacks/test_lr_monitor.py::test_multiple_optimizers_basefinetuning": (
+        "asks for `isinstance(optimizer, SGD)`: the Trainer's optimizers stand in for the user's and go by their names"
     ),
     "trainer/connectors/test_checkpoint_connector.py::test_preloaded_checkpoint_lifecycle": (
         "loads before there is a model"

@@ -102,7 +102,7 @@ class CheckpointingStrategy(MeshStrategy):
 
     def __getstate__(self) -> dict[str, Any]:
         optimizers: dict[str, Any] = {"_optimizers": [], "_lightning_optimizers": [], "lr_scheduler_configs": []}
-        return {**super().__getstate__(), **optimizers, "_side_group": None}
+        return {**super().__getstate__(), **optimizers, "_background": Background(), "_side_group": None}
 
     @contextmanager
     def run_frame(self, trainer: Trainer) -> Iterator[None]:
