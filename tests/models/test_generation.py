@@ -166,7 +166,7 @@ def test_logits_by_the_cache_are_those_of_the_whole_sequence(kind: str) -> None:
     if kind == "capacity":
         ids = torch.stack([prompt[:4] for prompt in prompts])
         assert torch.equal(module.generate(ids, 6, 0.0), whole.generate(ids, 6, 0.0))
-        assert module.decoder.blocks[0].mlp.dispatcher.factor == 0.5
+        assert module.decoder.blocks[0].mlp.dispatcher.capacity.factor == 0.5
     writing, chosen = Writing(decoder, prompts, 8), []
     for step in range(8):
         logits = writing.logits(chosen, None)
