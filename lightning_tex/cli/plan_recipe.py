@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from lightning_tex.recipe import Recipe
 
 
+# A folder beside a recipe with configurations of published models, which are not here yet when a plan is made.
+PUBLISHED = "published"
+
+
 @dataclass(frozen=True)
 class PlannedRecipe:
     """What a recipe says.
@@ -44,11 +48,13 @@ class PlannedRecipe:
         model: its model.
         numbers: the job's, as far as they are known, by the name of Job's arguments, and ``gpus``.
         strategy: the strategy's arguments, and ``accumulate_grad_batches``.
+        cluster: the GPUs that it is made for; ``None``: it names none.
     """
 
     model: ModelDescription
     numbers: dict[str, Any]
     strategy: dict[str, Any]
+    cluster: str | None
 
 
 def read_recipe(path: str, more: Sequence[str] = (), sizes: Mapping[str, Any] | None = None) -> PlannedRecipe:
@@ -76,7 +82,7 @@ def read_recipe(path: str, more: Sequence[str] = (), sizes: Mapping[str, Any] | 
     module = None if _is_language_model(recipe) else _built_on_meta(path, config.model)
     if module is None:
         arguments = config.get("model.init_args") or Namespace()
-        decoder, trained = _decoder(arguments, sizes or {}), _trained(arguments)
+        decoder, trained = _decoder(arguments, sizes or {}, Path(path).parent / PUBLISHED), _trained(arguments)
         length = decoder.max_sequence_length
         if trained:
             module = _on_meta(decoder, **trained)
@@ -102,16 +108,17 @@ def read_recipe(path: str, more: Sequence[str] = (), sizes: Mapping[str, Any] | 
     devices = str(trainer.get("devices"))
     if devices.isdigit():
         numbers["gpus"] = int(devices) * int(trainer.get("num_nodes") or 1)
-    return PlannedRecipe(model, numbers, {**recipe.strategy_options(), "accumulate_grad_batches": accumulation})
+    own = {**recipe.strategy_options(), "accumulate_grad_batches": accumulation}
+    return PlannedRecipe(model, numbers, own, config.get("cluster"))
 
 
-def _decoder(options: Namespace, sizes: Mapping[str, Any]) -> DecoderConfig:
+def _decoder(options: Namespace, sizes: Mapping[str, Any], copies: Path) -> DecoderConfig:
     """What a LanguageModel of these options has; of a published model its configuration is read, and no weights."""
     given = options.get("config")
     if options.get("pretrained") is None:
         return DecoderConfig(**{**(given.as_dict() if given is not None else {}), **sizes})
     overrides = {**(options.get("overrides") or {}), **sizes}
-    return read_config(options.pretrained, options.get("revision"), overrides)
+    return read_config(options.pretrained, options.get("revision"), overrides, copies)
 
 
 def language_model_on_meta(model: ModelDescription) -> LanguageModel:
@@ -159,11 +166,13 @@ def _batches(module: LightningModule, config: Namespace) -> Batches:
     if not config.get("data") or is_overridden("train_dataloader", module):
         module.trainer = trainer
         return batches_of(module.train_dataloader(), may_iterate=True)
+    if isinstance(module, LanguageModel) and _imported(config.data.class_path) is TextDataModule:
+        return TokenBlocks(module.config.vocab_size, bool(config.data.get("init_args.document_mask")))
     parser = LightningArgumentParser()
     parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
     data = parser.instantiate_classes(Namespace(data=config.data)).data
     if isinstance(data, TextDataModule):
-        return TokenBlocks(data.vocab_size)
+        return TokenBlocks(data.vocab_size, data.document_mask)
     data.trainer = trainer
     data.prepare_data()
     data.setup("fit")

@@ -29,6 +29,9 @@ def test_sizes_on_a_cluster(capsys, tmp_path: Path) -> None:
     report = json.loads(last)
     best = report["recommended"]
     assert best["fits"] and f"tensor_parallel_size={best['tensor_parallel_size']}" in "".join(table)
+    assert {**report["layouts"][best["place"]], **best} == best
+    assert any(line.lstrip().startswith("* ") for line in table) and best["reason"] in " ".join(" ".join(table).split())
+    assert 1.05 * best["peak_bytes"] <= report["usable_bytes"]
     assert best["peak_bytes"] == sum(best["memory_bytes"].values())
     assert sum(best["step_seconds_by_part"].values()) == pytest.approx(best["step_seconds"])
     assert report["fitting"] == sum(row["fits"] for row in report["layouts"])
@@ -69,7 +72,20 @@ def test_a_recipe_on_a_cluster(capsys) -> None:
     main(["plan", "--config", str(RECIPES / "quickstart.yaml"), "--cluster", "h100", "--json", *mask])
     masked = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["recipe"]
     tables = 128 * (48 + 24) * 4  # cosines and sines of one sequence, of its micro-batch's eight
-    assert masked["memory_bytes"]["activations"] - own["memory_bytes"]["activations"] == 7 * tables
+    apart = 2 * 8 * 128 * 192 // 2 * 4  # of both layers: in fp32 documents are mixed one by one, and then put together
+    assert masked["memory_bytes"]["activations"] - own["memory_bytes"]["activations"] == 7 * tables + apart
+
+
+def test_a_recipe_of_a_published_model_on_the_cluster_that_it_names(capsys) -> None:
+    way = (
+        "--tensor_parallel_size 2 --expert_parallel_size 8 --zero_stage 1 --sequence_parallel true --micro_batch 1 "
+        "--activation_checkpointing none --optimizer_state_format split"
+    )
+    main(["plan", "--config", str(RECIPES / "mixtral-8x7b-16xh100.yaml"), *way.split(), "--json"])
+    report = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert (report["cluster"]["name"], report["gpus"]) == ("h100", 16)
+    assert sum(report["parameters"].values()) == 46_702_792_704
+    assert report["recipe"]["fits"] and report["recommended"]["step_seconds"] == report["recipe"]["step_seconds"]
 
 
 OWN = """

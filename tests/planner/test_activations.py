@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -108,8 +109,10 @@ def test_documents_keep_tables_of_each_sequence_and_without_a_kernel_one_more_re
     tables = context.tables(block.attention.rotary, S, x)
     attention = next(layer for layer in layers if isinstance(layer, Attention))
     assert planned.rotary(attention) == tables.cos.nbytes + tables.sin.nbytes
-    result = x.nbytes  # what single documents gave, put together
-    assert saved_bytes(block, x, "32-true", context) == planned.block(layers) + result
+    assert saved_bytes(block, x, "32-true", context) == planned.block(layers)
+    by_one_kernel = Activations(MicroStep(replace(job, precision="bf16-mixed"), Candidate(Layout.resolve(1), B)))
+    whole = Activations(MicroStep(replace(by_one_kernel.step.job, document_mask=False), by_one_kernel.step.candidate))
+    assert by_one_kernel.saved(attention) == whole.saved(attention)
 
 
 @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[1]], ids=["balance", "balance and z"])
