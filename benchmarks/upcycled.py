@@ -2,7 +2,7 @@
 
     python benchmarks/upcycled.py --parent_steps 200 --steps 100
 
-A dense Llama of about the quickstart recipe's width is trained on the quickstart's corpus and upcycled to a Mixtral of 4
+A dense Llama of about the quickstart's width is trained on the quickstart's corpus and upcycled to a Mixtral of 4
 experts, 2 a token. That and one of random weights then take the same steps on the same samples, in one process. Printed
 are losses on held-out blocks, in nats per token, with the parent's beside them.
 """
