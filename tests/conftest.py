@@ -7,6 +7,7 @@ from functools import cache
 
 import pytest
 import torch
+from helpers.first_fit import fit_once
 from hypothesis import HealthCheck, settings
 from lightning.fabric.utilities import registry
 
@@ -42,5 +43,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """What is imported stays: no collection of garbage needs to walk it again."""
+    if session.items and not session.config.option.collectonly:
+        fit_once()
     gc.collect()
     gc.freeze()

@@ -15,9 +15,10 @@ from lightning.pytorch.cli import LightningArgumentParser, instantiate_class
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_tex.data import TextDataModule
-from lightning_tex.lora import LoRAConfig, apply_lora
-from lightning_tex.models import Decoder, DecoderConfig, LanguageModel
+from lightning_tex.lora import LoRAConfig
+from lightning_tex.models import DecoderConfig, LanguageModel
 from lightning_tex.models.pretrained_model import read_config
+from lightning_tex.optim import optimized_parameters
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.expert_chunks import chunks_on
 from lightning_tex.parallel.topology import Axis, Communication, Layout
@@ -81,13 +82,14 @@ def read_recipe(path: str, more: Sequence[str] = (), sizes: Mapping[str, Any] | 
     module = None if _is_language_model(recipe) else _built_on_meta(path, config.model)
     if module is None:
         arguments = config.get("model.init_args") or Namespace()
-        decoder, lora = _decoder(arguments, sizes or {}, Path(path).parent / PUBLISHED), arguments.get("lora")
+        decoder = _decoder(arguments, sizes or {}, Path(path).parent / PUBLISHED)
+        trained = _trained(arguments)
         length = decoder.max_sequence_length
-        if lora is None:
-            model = describe_decoder(decoder)
-        else:
-            module = _on_meta(decoder, LoRAConfig(**lora.as_dict()))
+        if trained:
+            module = _on_meta(decoder, **trained)
             model = describe(module, _policy(recipe))
+        else:
+            model = describe_decoder(decoder)
     elif sizes:
         raise UserValueError(
             f"recipe {path}: its model is no lightning_tex.LanguageModel, whose sizes could be set by "
@@ -126,19 +128,27 @@ def language_model_on_meta(model: ModelDescription) -> LanguageModel:
     return _on_meta(model.config)
 
 
-def _on_meta(config: DecoderConfig, lora: LoRAConfig | None = None) -> LanguageModel:
-    module = LanguageModel(config, lora=lora)
-    with torch.device("meta"):
-        module.decoder = Decoder(config)
-        if lora is not None:
-            apply_lora(module.decoder, lora)
+def _trained(options: Namespace) -> dict[str, Any]:
+    """What a LanguageModel of these options trains otherwise than all parameters at one rate."""
+    given = {name: options.get(name) for name in ("lora", "trainable", "frozen", "lr_scale")}
+    given = {name: value.as_dict() if isinstance(value, Namespace) else value for name, value in given.items()}
+    if given["lora"] is not None:
+        given["lora"] = LoRAConfig(**given["lora"])
+    return {name: value for name, value in given.items() if value}
+
+
+def _on_meta(config: DecoderConfig, **trained: Any) -> LanguageModel:
+    module = LanguageModel(config, **trained)
+    module.build_on_meta()
     return module
 
 
 def _optimizer(module: LightningModule | None, given: Any) -> OptimizerDescription:
     """The recipe's optimizer, over all parameters, or its model's own."""
     if module is not None:
-        return read_optimizer(module, None if not given else lambda own: instantiate_class(own.parameters(), given))
+        lr = (given or {}).get("init_args", {}).get("lr")
+        recipes = lambda own: instantiate_class(optimized_parameters(own, lr), given)  # noqa: E731
+        return read_optimizer(module, recipes if given else None)
     if not given:
         return LANGUAGE_MODELS_OWN
     return describe_optimizer(instantiate_class([torch.nn.Parameter(torch.zeros(1))], given), one_group)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from lightning_tex.layers.attention_scores import AttentionScores
-from lightning_tex.layers.rotary import RotaryTables
+from lightning_tex.layers.rotary import Rotary, RotaryTables
 from lightning_tex.layers.token_context import Context, TokenContext, visible_keys
 from lightning_tex.parallel.device import device_type
 from lightning_tex.parallel.errors import UserValueError
@@ -101,8 +101,8 @@ class DocumentContext(Context):
     def unpack(self, x: Tensor) -> Tensor:
         return x if self.padding is None else self.padding.unpack(x)
 
-    def place(self, tables: RotaryTables) -> RotaryTables:
-        return tables if self._are_whole else tables.at(self.positions)
+    def tables(self, rotary: Rotary, length: int, like: Tensor) -> RotaryTables:
+        return rotary.tables(length, like, None if self._are_whole else self.positions)
 
     @property
     def _are_whole(self) -> bool:

@@ -17,6 +17,7 @@ from lightning_utilities import module_available
 
 from lightning_tex.data import TextDataModule
 from lightning_tex.models import LanguageModel
+from lightning_tex.optim import optimized_parameters
 from lightning_tex.parallel.errors import UserError, UserValueError
 from lightning_tex.recipe.option_parser import OptionParser
 from lightning_tex.strategy import TexMoEStrategy
@@ -141,7 +142,7 @@ def _check_devices(trainer: Namespace) -> None:
 
 
 def _configure_optimizers(module: LightningModule, optimizer: Any, scheduler: Any) -> Any:
-    built = instantiate_class(module.parameters(), optimizer)
+    built = instantiate_class(optimized_parameters(module, optimizer.get("init_args", {}).get("lr")), optimizer)
     if not scheduler:
         return built
     schedule = instantiate_class(built, scheduler)
