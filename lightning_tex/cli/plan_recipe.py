@@ -82,8 +82,7 @@ def read_recipe(path: str, more: Sequence[str] = (), sizes: Mapping[str, Any] | 
     module = None if _is_language_model(recipe) else _built_on_meta(path, config.model)
     if module is None:
         arguments = config.get("model.init_args") or Namespace()
-        decoder = _decoder(arguments, sizes or {}, Path(path).parent / PUBLISHED)
-        trained = _trained(arguments)
+        decoder, trained = _decoder(arguments, sizes or {}, Path(path).parent / PUBLISHED), _trained(arguments)
         length = decoder.max_sequence_length
         if trained:
             module = _on_meta(decoder, **trained)

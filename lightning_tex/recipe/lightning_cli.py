@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from functools import partial, update_wrapper
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 from lightning import LightningDataModule, LightningModule
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, ReduceLROnPlateau, instantiate_class
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning_utilities import module_available
@@ -65,6 +68,13 @@ class TexCLI(LightningCLI):
             help="GPUs that the recipe is made for, as `lightning-tex plan --cluster` has them: those of a plan where "
             "no others are given; training does not depend on it",
         )
+        parser.add_argument(
+            "--run_dir",
+            type=str | None,
+            default=None,
+            help="the run's folder: its logs, and checkpoints/ of every ModelCheckpoint without a dirpath. "
+            "trainer.default_root_dir, where it is given, is the logs' instead",
+        )
 
     def instantiate_classes(self) -> None:
         """Data first: the model's vocabulary, where it has one in its ``config``, is the data's."""
@@ -95,8 +105,14 @@ class TexCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         given = self._get(self.config_init, "trainer")
+        run_dir = self._get(self.config_init, "run_dir")
+        root = given.get("default_root_dir") or run_dir
+        if root:
+            kwargs.setdefault("default_root_dir", root)
+        if run_dir:
+            _save_below(run_dir, given.get("callbacks"))
         if given.get("logger") in (None, True):
-            kwargs["logger"] = _default_loggers(given.get("default_root_dir") or ".")
+            kwargs["logger"] = _default_loggers(root or ".")
         return super().instantiate_trainer(**kwargs)
 
     def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:
@@ -149,6 +165,15 @@ def _configure_optimizers(module: LightningModule, optimizer: Any, scheduler: An
     if isinstance(schedule, ReduceLROnPlateau):
         return LightningCLI.configure_optimizers(module, built, schedule)
     return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _save_below(run_dir: str, callbacks: Any) -> None:
+    """Give callbacks that save checkpoints, and were told no folder, the run's."""
+    if _is_local_file_protocol(run_dir):
+        run_dir = os.path.realpath(os.path.expanduser(run_dir))
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+            callback.dirpath = os.path.join(run_dir, "checkpoints")
 
 
 def _default_loggers(root: str) -> list[Any]:

@@ -29,6 +29,9 @@ def test_sizes_on_a_cluster(capsys, tmp_path: Path) -> None:
     report = json.loads(last)
     best = report["recommended"]
     assert best["fits"] and f"tensor_parallel_size={best['tensor_parallel_size']}" in "".join(table)
+    assert {**report["layouts"][best["place"]], **best} == best
+    assert any(line.lstrip().startswith("* ") for line in table) and best["reason"] in " ".join(" ".join(table).split())
+    assert 1.05 * best["peak_bytes"] <= report["usable_bytes"]
     assert best["peak_bytes"] == sum(best["memory_bytes"].values())
     assert sum(best["step_seconds_by_part"].values()) == pytest.approx(best["step_seconds"])
     assert report["fitting"] == sum(row["fits"] for row in report["layouts"])
