@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import sys
@@ -16,6 +17,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
 
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.sharding import parameter_shardings
 
 
@@ -26,7 +28,7 @@ class RunSummary(Callback):
     same held-out tokens and prints a short generated sample.
 
     Args:
-        sample_tokens: tokens to generate; 0: no sample.
+        sample_tokens: tokens to generate, as far as the model has positions for them; 0: no sample.
         prompt: text the sample continues.
         temperature: of the sampling.
     """
@@ -66,8 +68,13 @@ class RunSummary(Callback):
         if self.sample_tokens == 0 or not hasattr(module, "generate") or not hasattr(data, "decode"):
             return ""
         ids = torch.tensor([data.encode(self.prompt)], device=module.device)
-        with trainer.precision_plugin.forward_context():
-            return data.decode(module.generate(ids, self.sample_tokens, self.temperature)[0].tolist())  # type: ignore[operator]
+        positions = getattr(getattr(module, "config", None), "max_sequence_length", math.inf)
+        tokens = max(0, min(self.sample_tokens, positions - ids.shape[1]))
+        try:
+            with trainer.precision_plugin.forward_context():
+                return data.decode(module.generate(ids, tokens, self.temperature)[0].tolist())  # type: ignore[operator]
+        except UserValueError as error:  # a router that needs a batch
+            return f"none: {error}"
 
 
 def _print(rows: Sequence[tuple[str, str]]) -> None:

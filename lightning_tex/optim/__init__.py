@@ -3,6 +3,7 @@
 Public: the optimizer, which is also the one door to the gradients of a step, and what it is configured by.
 """
 
+from lightning_tex.optim.by_pattern import optimized_parameters, scaled_groups, train_only
 from lightning_tex.optim.gradient_reducer import ReductionStage
 from lightning_tex.optim.run_buffers import RunBuffers, require_sharable
 from lightning_tex.optim.several import Stepped, as_one, one_by_one
@@ -26,6 +27,9 @@ __all__ = [
     "ZeroStage",
     "as_one",
     "one_by_one",
+    "optimized_parameters",
     "require_sharable",
+    "scaled_groups",
+    "train_only",
     "users_own",
 ]

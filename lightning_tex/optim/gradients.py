@@ -23,7 +23,7 @@ from lightning_tex.parallel.in_place_collectives import (
     sum_in_place,
 )
 
-_AT_ONCE = 1 << 18  # elements that are compared at once, in temporary memory
+_AT_ONCE = 1 << 18  # elements that are compared or converted at once, in temporary memory
 
 
 class Gradients(ABC):
@@ -304,8 +304,14 @@ class ShardedGradients(Gradients):
         if self._reduction is not None:
             assert self._flat is not None
             self._reduction.wait()
-            self.sum.add_(own_part(self._flat, self.buffer.owners))
+            self._add(own_part(self._flat, self.buffer.owners))
             self._reduction = self._flat = None
+
+    def _add(self, part: Tensor) -> None:
+        """A CPU piece by piece: of what it adds it makes a copy in the dtype of the sum."""
+        at_once = len(part) if part.is_cuda else _AT_ONCE
+        for kept, added in zip(self.sum.split(at_once), part.split(at_once), strict=True):
+            kept.add_(added)
 
     def expose(self) -> None:
         whole = torch.zeros_like(self.buffer.parameters)

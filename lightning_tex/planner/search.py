@@ -132,7 +132,8 @@ def plan_all(
     """Foresee all candidates of a job.
 
     Time is worked out for candidates that fit, and for one of each other group. Where activations are costly to know
-    (traced), candidates are looked at one after another, the fastest first, until so many groups fit.
+    (traced), candidates are looked at one after another until so many groups fit: those with exact states first, and of
+    these the fastest.
 
     Args:
         job, cluster, choices: what is planned.
@@ -155,7 +156,8 @@ def _best_first(
     job: Job, cluster: Cluster, choices: Choices | None, wanted: int, first: Callable[[Candidate], Any]
 ) -> Plans:
     timed = [(step_time(job, candidate, cluster), candidate) for candidate in candidates(job, choices)]
-    timed.sort(key=lambda pair: (first(pair[1]), pair[0].total))
+    # What is recommended only if nothing else fits is looked at when the rest has been.
+    timed.sort(key=lambda pair: (first(pair[1]), pair[1].optimizer_state_format not in EXACT, pair[0].total))
     search, looked_at = _Search(job, cluster), 0
     for _, candidate in timed:
         if len(search.best) >= wanted:

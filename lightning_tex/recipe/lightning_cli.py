@@ -20,7 +20,8 @@ from lightning_utilities import module_available
 
 from lightning_tex.data import TextDataModule
 from lightning_tex.models import LanguageModel
-from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.optim import optimized_parameters
+from lightning_tex.parallel.errors import UserError, UserValueError
 from lightning_tex.recipe.option_parser import OptionParser
 from lightning_tex.strategy import TexMoEStrategy
 from lightning_tex.strategy.ckpt_path import AUTO
@@ -61,6 +62,13 @@ class TexCLI(LightningCLI):
         for name, default in (("model", LanguageModel), ("data", TextDataModule)):
             parser.set_defaults({name: {"class_path": public_path(default)}})
         parser.add_argument(
+            "--cluster",
+            type=str | None,
+            default=None,
+            help="GPUs that the recipe is made for, as `lightning-tex plan --cluster` has them: those of a plan where "
+            "no others are given; training does not depend on it",
+        )
+        parser.add_argument(
             "--run_dir",
             type=str | None,
             default=None,
@@ -79,7 +87,12 @@ class TexCLI(LightningCLI):
             data = parser.instantiate_classes(Namespace(data=config.data)).data
             sizes.vocab_size = getattr(data, "vocab_size", sizes.vocab_size)
             self.parser.add_instantiator(lambda *_, **__: data, LightningDataModule, prepend=True)
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if (own := _raised_by_a_class(error)) is None:
+                raise
+            raise own from None
 
     def before_fit(self) -> None:
         """Refuse what only our strategy knows."""
@@ -112,6 +125,13 @@ class TexCLI(LightningCLI):
         self.model.configure_optimizers = MethodType(configure, self.model)
 
 
+def _raised_by_a_class(error: BaseException | None) -> UserError | None:
+    """What the user can put right, out of jsonargparse's list of all that a value is not."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def _name_publicly(config: Namespace) -> None:
     """Let the configuration, which is saved, name our model and data by their public paths, however they were given."""
     for part in ("model", "data"):
@@ -138,7 +158,7 @@ def _check_devices(trainer: Namespace) -> None:
 
 
 def _configure_optimizers(module: LightningModule, optimizer: Any, scheduler: Any) -> Any:
-    built = instantiate_class(module.parameters(), optimizer)
+    built = instantiate_class(optimized_parameters(module, optimizer.get("init_args", {}).get("lr")), optimizer)
     if not scheduler:
         return built
     schedule = instantiate_class(built, scheduler)

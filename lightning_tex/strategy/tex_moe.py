@@ -88,7 +88,7 @@ class TexMoEStrategy(StepStrategy):
             file that ``strategy="auto"`` and ``torch.load`` read.
         process_group_backend: ``None``: nccl on GPUs, gloo on CPUs.
         timeout: after which a collective that has not returned is a stall: the run ends, and the ranks that the others
-            wait for are named. ``None``: 30 minutes.
+            wait for are named. A timedelta or seconds; ``None``: 30 minutes.
         max_skipped_steps: a step with an infinite or NaN gradient on any rank is skipped on all; this many in a row end
             the training with an error that names a parameter. ``None``: such steps are taken. With a loss scale
             (16-mixed) that decides instead.
@@ -132,7 +132,7 @@ class TexMoEStrategy(StepStrategy):
         activation_checkpointing_policy: set[type[nn.Module]] | None = None,
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
-        timeout: timedelta | None = default_pg_timeout,
+        timeout: timedelta | float | None = default_pg_timeout,
         max_skipped_steps: int | None = 10,
         background_saving: bool = True,
         compile: Compile = "auto",
