@@ -4,6 +4,7 @@ from lightning_tex.callbacks.communication import CommunicationMonitor
 from lightning_tex.callbacks.experts import ExpertMonitor
 from lightning_tex.callbacks.late_progress import LateProgress
 from lightning_tex.callbacks.predictions import PredictionWriter, read_predictions
+from lightning_tex.callbacks.routing_schedule import RoutingSchedule
 from lightning_tex.callbacks.summary import RunSummary
 from lightning_tex.callbacks.throughput import Throughput
 
@@ -12,6 +13,7 @@ __all__ = [
     "ExpertMonitor",
     "LateProgress",
     "PredictionWriter",
+    "RoutingSchedule",
     "RunSummary",
     "Throughput",
     "read_predictions",
