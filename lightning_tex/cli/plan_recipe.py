@@ -14,7 +14,7 @@ from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, instantiate_class
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_tex.data import TextDataModule
+from lightning_tex.data import TokenDataModule
 from lightning_tex.lora import LoRAConfig, apply_lora
 from lightning_tex.models import Decoder, DecoderConfig, LanguageModel
 from lightning_tex.models.pretrained_model import read_config
@@ -153,7 +153,7 @@ def _batches(module: LightningModule, config: Namespace) -> Batches:
     parser = LightningArgumentParser()
     parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
     data = parser.instantiate_classes(Namespace(data=config.data)).data
-    if isinstance(data, TextDataModule):
+    if isinstance(data, TokenDataModule):
         return TokenBlocks(data.vocab_size)
     data.trainer = trainer
     data.prepare_data()

@@ -58,7 +58,7 @@ class TextTokenizer:
     def encode_documents(self, texts: list[str]) -> list[list[int]]:
         """The tokens of each text, followed by the end of document; uses all cores."""
         with self._encoding():
-            encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+            encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [[*encoding.ids, self.end_of_document_id] for encoding in encodings]
 
     @contextmanager

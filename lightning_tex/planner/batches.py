@@ -31,7 +31,7 @@ class Batches(ABC):
 
 
 def token_blocks(vocab_size: int, samples: int, length: int) -> dict[str, Tensor]:
-    """Blocks of made-up tokens, as a :class:`TextDataModule` gives them."""
+    """Blocks of made-up tokens, as a :class:`TokenDataModule` gives them."""
     tokens = torch.arange(samples * (length + 1)).view(samples, -1) % vocab_size
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     return {"input_ids": inputs, "labels": labels, "sample": torch.arange(samples)}
