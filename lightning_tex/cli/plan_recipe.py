@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jsonargparse import Namespace
-from lightning import LightningDataModule, LightningModule
+from lightning import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, instantiate_class
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -140,19 +140,17 @@ def _optimizer(module: LightningModule | None, given: Any) -> OptimizerDescripti
 def _traced(module: LightningModule, recipe: Recipe) -> ActivationSource:
     """The module's own training step on batches of the recipe's data."""
     try:
-        return TracedActivations(module, _policy(recipe), _batches(module, recipe.config))
+        return TracedActivations(module, _policy(recipe), _batches(module, recipe))
     except Exception as error:
         return StatesOnly(f"no batch of its data: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
 
 
-def _batches(module: LightningModule, config: Namespace) -> Batches:
+def _batches(module: LightningModule, recipe: Recipe) -> Batches:
     trainer: Any = PretendedTrainer(Axis("data"), 1)
-    if not config.get("data") or is_overridden("train_dataloader", module):
+    data = None if is_overridden("train_dataloader", module) else recipe.datamodule()
+    if data is None:
         module.trainer = trainer
         return batches_of(module.train_dataloader(), may_iterate=True)
-    parser = LightningArgumentParser()
-    parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
-    data = parser.instantiate_classes(Namespace(data=config.data)).data
     if isinstance(data, TokenDataModule):
         return TokenBlocks(data.vocab_size)
     data.trainer = trainer

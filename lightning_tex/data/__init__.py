@@ -3,8 +3,9 @@
 Importing this needs neither ``datasets`` nor ``tokenizers``.
 """
 
+from lightning_tex.data.finetuning import FineTuningDataModule
 from lightning_tex.data.module import TokenDataModule
 from lightning_tex.data.text import TextDataModule
 from lightning_tex.data.token_ids import require_token_ids
 
-__all__ = ["TextDataModule", "TokenDataModule", "require_token_ids"]
+__all__ = ["FineTuningDataModule", "TextDataModule", "TokenDataModule", "require_token_ids"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -172,9 +171,9 @@ class TokenDataModule(LightningDataModule):
         }
 
     @property
-    @abstractmethod
     def _collate(self) -> Callable[[Any], Batch]:
         """What a loader makes of a batch of samples."""
+        return _as_it_is
 
     def _train_loader(self, share: Share) -> ResumableLoader:
         train = self._enough(self.prepared.train)
@@ -224,6 +223,10 @@ class TokenDataModule(LightningDataModule):
             return default_cache_dir(), None
         folder = Path(self._cache_dir).expanduser()
         return folder, folder / "downloads"
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
 
 
 def _pin_memory() -> bool:

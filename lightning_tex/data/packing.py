@@ -128,6 +128,10 @@ class Blocks(Samples):
     def __len__(self) -> int:
         return self._len
 
+    def __str__(self) -> str:
+        documents = f"{self.stream.documents:,} documents, {len(self.stream):,} tokens"
+        return f"{documents}, {len(self):,} blocks of {self.sequence_length:,}"
+
     def __getitem__(self, samples: list[int]) -> Batch:
         return as_batch(self._read(samples), samples, self.end_of_document_id)
 

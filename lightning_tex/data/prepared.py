@@ -77,6 +77,11 @@ class Prepared(ABC):
     validation: Samples | None = None
     test: Samples | None = None
 
+    def describe(self) -> list[str]:
+        """What there is of each part, in words."""
+        parts = {"train": self.train, "validation": self.validation, "test": self.test}
+        return [f"{name}: {samples}" for name, samples in parts.items() if samples is not None]
+
 
 class Preparing(ABC):
     """How data is prepared: the seam between a data module and where its samples come from."""

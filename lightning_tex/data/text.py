@@ -146,7 +146,7 @@ class TextDataModule(TokenDataModule):
     def _collate(self) -> Callable[[Any], Batch]:
         """What a loader makes of a data set's batch."""
         if not self.document_mask:
-            return _as_it_is
+            return super()._collate
         return partial(by_document, end_of_document_id=self.end_of_document_id)
 
     def test_dataloader(self) -> DataLoader:
@@ -205,7 +205,3 @@ def known_vocab_size(tokenizer: str | None, wanted: int | None, end_of_document:
     if size < smallest:
         raise UserValueError(f"vocab_size={size} is too small; legal are {smallest} and more")
     return size
-
-
-def _as_it_is(batch: Batch) -> Batch:
-    return batch

@@ -64,11 +64,7 @@ class AnswerFinder:
         if self.template.marks_answers:
             return Rendered(text, self._marked_by_template(text, messages, variables))
         ends = self._marked(text, messages, answers, _marked_at_end, variables)
-        spans = []
-        for index in answers:
-            start = self._start(text, messages, index, variables)
-            spans.append((start, self._end(text, messages, index, start, ends.get(index), variables)))
-        return Rendered(text, spans)
+        return Rendered(text, [self._span(text, messages, index, ends.get(index), variables) for index in answers])
 
     def _marked_by_template(self, text: str, messages: Sequence[Message], variables: Mapping[str, Any]) -> list[Span]:
         start, end = _unused(text, 2)
@@ -87,6 +83,8 @@ class AnswerFinder:
         variables: Mapping[str, Any],
     ) -> dict[int, int]:
         """By message, where a mark in its content stands in the text; of those that stand there once, if any."""
+        if not answers:
+            return {}
         marks = dict(zip(answers, _unused(text, len(answers)), strict=True))
         changed = list(messages)
         for index, mark in marks.items():
@@ -101,33 +99,25 @@ class AnswerFinder:
         found = dict(zip(pieces[1::2], accumulate(map(len, pieces[::2])), strict=False))
         return {index: found[mark] for index, mark in marks.items() if marked.count(mark) == 1}
 
-    def _start(self, text: str, messages: Sequence[Message], index: int, variables: Mapping[str, Any]) -> int:
-        before = self._beginning(text, messages[:index], True, variables)
-        if before is None:
-            before = self._marked(text, messages, [index], _marked_at_start, variables).get(index)
-        if before is None:
+    def _span(
+        self, text: str, messages: Sequence[Message], index: int, content_end: int | None, variables: Mapping[str, Any]
+    ) -> Span:
+        prompt = self._beginning(text, messages[:index], True, variables)
+        start = prompt
+        if start is None:
+            start = self._marked(text, messages, [index], _marked_at_start, variables).get(index)
+        if start is None:
             raise UnknownAnswer(
                 f"message {index}: the prompt before it is no beginning of the whole conversation, and its content "
                 "does not stand there as it is"
             )
-        return before
-
-    def _end(
-        self,
-        text: str,
-        messages: Sequence[Message],
-        index: int,
-        start: int,
-        content_end: int | None,
-        variables: Mapping[str, Any],
-    ) -> int:
         if content_end is not None and content_end >= start and self._has_ends:
             token = self._end_of_turn.match(text, content_end)
             if token is not None:
-                return token.end()
-        end = self._beginning(text, messages[: index + 1], False, variables)
+                return start, token.end()
+        end = None if prompt is None else self._beginning(text, messages[: index + 1], False, variables)
         if end is not None and end > start:
-            return self._without_rest(text, start, end)
+            return start, self._without_rest(text, start, end)
         raise UnknownAnswer(
             f"message {index}: no special token of the tokenizer ends it, and the conversation up to it is no "
             "beginning of the whole"
