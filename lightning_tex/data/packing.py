@@ -133,7 +133,14 @@ class Blocks(Samples):
         return f"{documents}, {len(self):,} blocks of {self.sequence_length:,}"
 
     def __getitem__(self, samples: list[int]) -> Batch:
-        return as_batch(self._read(samples), samples, self.end_of_document_id)
+        batch = as_batch(self._read(samples), samples, self.end_of_document_id)
+        if self.stream.says_what_is_trained:
+            for row, sample in zip(batch["labels"], samples, strict=True):
+                if sample != PADDING:
+                    start = sample * self.sequence_length + 1
+                    trained = self.stream.trained(start, min(start + self.sequence_length, len(self.stream)))
+                    row[: len(trained)].masked_fill_(torch.from_numpy(trained == 0), IGNORE_INDEX)
+        return batch
 
     def tokens(self, batch_size: int = _READ_AT_ONCE) -> Iterator[np.ndarray]:
         """All blocks in order, as int32 arrays ``[up to batch_size, S + 1]``."""

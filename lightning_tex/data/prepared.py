@@ -17,6 +17,7 @@ from lightning_tex.data.documents import TextEncoder, TextRows
 from lightning_tex.data.packing import Blocks, Samples, stream_fingerprint
 from lightning_tex.data.tokenizer import TextTokenizer, quiet_forks, texts_of, tokenizer_file, train_bpe
 from lightning_tex.data.tokens import Tokens
+from lightning_tex.data.tokens.foreign import foreign_files, open_foreign, sampled_fingerprint
 from lightning_tex.data.tokens.store import open_shards
 from lightning_tex.data.tokens.writing import write_tokens
 
@@ -212,6 +213,37 @@ class PreparedText(Prepared):
             self.validation = Blocks(_opened(folder, "validation"), length, end, size, keep_tail=True)
             if (folder / "test").exists():
                 self.test = Blocks(_opened(folder, "test"), length, end, size, keep_tail=True)
+
+
+class TokenizedPreparation(Preparation):
+    """Of files whose tokens others have made, which are read as they lie: there is nothing to prepare.
+
+    Validation is on the last documents, ``validation_fraction`` of them.
+    """
+
+    def run(self, cache_dir: Path, hub_cache_dir: Path | None, processes: int | None = None) -> PreparedText:
+        prepared = self.open(cache_dir)
+        assert prepared is not None
+        return prepared
+
+    def open(self, cache_dir: Path) -> PreparedText | None:
+        assert self.tokenizer is not None
+        return PreparedTokens(self, {"tokenizer": str(tokenizer_file(self.tokenizer).resolve())})
+
+
+class PreparedTokens(PreparedText):
+    """Blocks of tokens that others have made; the fingerprint is of samples of them."""
+
+    def __init__(self, preparation: Preparation, note: dict[str, Any]) -> None:
+        super().__init__(preparation, note)
+        source, length = preparation.source, preparation.sequence_length
+        stream = open_foreign(foreign_files(Path(str(source.path)).expanduser()))
+        held_out = max(1, round(stream.documents * source.validation_fraction))
+        train, validation = stream.divided(stream.documents - held_out)
+        end, size = self.tokenizer.end_of_document_id, self.tokenizer.size
+        self.fingerprint = sampled_fingerprint(train, length)
+        self.train = Blocks(train, length, end, size)
+        self.validation = Blocks(validation, length, end, size, keep_tail=True)
 
 
 def _opened(folder: Path, part: str) -> Tokens:

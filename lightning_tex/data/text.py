@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,8 +15,9 @@ from lightning_tex.data.loader import ResumableLoader
 from lightning_tex.data.module import TokenDataModule
 from lightning_tex.data.order import Share
 from lightning_tex.data.packing import Batch, Blocks, StreamedBlocks, by_document, unigram_loss
-from lightning_tex.data.prepared import Preparation
+from lightning_tex.data.prepared import Preparation, TokenizedPreparation
 from lightning_tex.data.tokenizer import SMALLEST_VOCABULARY, TextTokenizer, is_hub_name
+from lightning_tex.data.tokens.foreign import foreign_files
 from lightning_tex.parallel.errors import UserValueError
 
 DEFAULT_VOCABULARY = 4096
@@ -46,7 +48,8 @@ class TextDataModule(TokenDataModule):
 
     Args:
         path: what to read, as in ``datasets.load_dataset``: a data set's name, a builder ("text", "json", ...) with
-            ``data_files``; or a folder or file of text (.txt, .md, .rst: a document each), .jsonl, .csv or .parquet.
+            ``data_files``; or a folder or file of text (.txt, .md, .rst: a document each), .jsonl, .csv or .parquet; or
+            tokens that others have prepared, Megatron's .bin with .idx or datatrove's .ds, which are read as they lie.
             None: the sources of the running Python's standard library, so that there is real text on every machine.
         name: configuration of the data set.
         data_files: files of a builder, also by split.
@@ -111,7 +114,8 @@ class TextDataModule(TokenDataModule):
             validation_fraction, text_column, streaming, max_bytes,
         )  # fmt: skip
         size = known_vocab_size(tokenizer, vocab_size, end_of_document)
-        preparation = Preparation(
+        kind = _kind_of(source, tokenizer)
+        preparation = kind(
             source, None if tokenizer is None else str(tokenizer), size, end_of_document, sequence_length
         )
         super().__init__(
@@ -187,6 +191,24 @@ class TextDataModule(TokenDataModule):
             f"global_batch_size={self.global_batch_size} is more than the {samples} training blocks of "
             f"sequence_length={self.sequence_length}; legal are 1 to {samples}, or more text"
         )
+
+
+def _kind_of(source: Source, tokenizer: str | None) -> type[Preparation]:
+    """How what a source names is prepared.
+
+    Raises:
+        ValueError: options that tokens of others do not have.
+    """
+    if source.path is None or source.data_files or not foreign_files(Path(source.path).expanduser()):
+        return Preparation
+    given = [name for name in ("name", "streaming", "validation_split", "test_split") if getattr(source, name)]
+    if given or tokenizer is None:
+        wrong = f"{given[0]}={getattr(source, given[0])!r}" if given else "tokenizer=None"
+        raise UserValueError(
+            f"{wrong}, and path={source.path!r} holds tokens that others have made; legal: the tokenizer that they "
+            "were made with, validation_fraction, and none of name, streaming, validation_split and test_split"
+        )
+    return TokenizedPreparation
 
 
 def known_vocab_size(tokenizer: str | None, wanted: int | None, end_of_document: str | None) -> int:

@@ -178,7 +178,7 @@ def test_processes_end_with_the_one_that_forked_them(tmp_path: Path) -> None:
 class Numbers:
     """A row n is a document of n % 5 tokens n."""
 
-    size = 8 * 30_000_000  # as if they were so many bytes, for 30 jobs
+    size = 100_000_000  # as if they were so many bytes, for 25 jobs
 
     def __len__(self) -> int:
         return 1000
@@ -199,7 +199,7 @@ def test_tokens_do_not_depend_on_who_writes_them(tmp_path: Path) -> None:
     alone = write_tokens(tmp_path / "one", {"train": Numbers()}, Repeated(), 1)
     many = write_tokens(tmp_path / "three", {"train": Numbers()}, Repeated(), 3)
     files = [{file.relative_to(folder): file.read_bytes() for file in folder.rglob("*.*")} for folder in (alone, many)]
-    assert files[0] == files[1] and len(files[0]) == 3 * 31 + 1
+    assert files[0] == files[1] and len(files[0]) == 3 * 25 + 1
     stream = open_shards(alone / "train", "")
     assert stream.read(0, len(stream)).tolist() == [n for n in range(1000) for _ in range(n % 5)]
 

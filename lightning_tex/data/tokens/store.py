@@ -49,6 +49,10 @@ class TokenFile:
         """[documents], where each ends: the tokens of the file up to there."""
         return self._mapped(self.path.with_suffix(".ends"), np.dtype("<i8"), self.documents)
 
+    def document_end(self, number: int) -> int:
+        """Where one of the documents ends."""
+        return int(self.ends[number])
+
     def __getstate__(self) -> dict[str, Any]:
         """Without what is mapped, which every process maps for itself."""
         return {name: value for name, value in vars(self).items() if name not in ("data", "trained", "ends")}
@@ -67,21 +71,40 @@ class Tokens:
 
     Args:
         files: in their order.
+        start: of the stream, counted in the files' tokens.
+        stop: its end; None: that of the last file.
     """
 
-    def __init__(self, files: Sequence[TokenFile]) -> None:
+    def __init__(self, files: Sequence[TokenFile], start: int = 0, stop: int | None = None) -> None:
         self.files = list(files)
         self._starts = [0]
         for file in self.files:
             self._starts.append(self._starts[-1] + file.tokens)
+        self._first, self._last = start, self._starts[-1] if stop is None else stop
 
     def __len__(self) -> int:
-        return self._starts[-1]
+        return self._last - self._first
 
     @property
     def documents(self) -> int:
         """Their number."""
-        return sum(file.documents for file in self.files)
+        whole = len(self) == self._starts[-1]
+        return sum(file.documents for file in self.files) if whole else len(self.ends())
+
+    @property
+    def says_what_is_trained(self) -> bool:
+        """Whether some tokens may not be to be predicted."""
+        return any(file.loss is not None for file in self.files)
+
+    def divided(self, documents: int) -> tuple[Tokens, Tokens]:
+        """Two streams, of the first documents and of all others."""
+        end, left = 0, documents
+        for file, start in zip(self.files, self._starts, strict=False):
+            end = start + (file.document_end(left - 1) if 0 < left <= file.documents else min(left, 1) * file.tokens)
+            left -= file.documents
+            if left <= 0:
+                break
+        return Tokens(self.files, 0, end), Tokens(self.files, end)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens ``[start, stop)``: a view of a mapped file, or a copy where they lie in several."""
@@ -98,7 +121,9 @@ class Tokens:
     def ends(self) -> np.ndarray:
         """[documents] int64, where each document ends in the stream."""
         parts = [file.ends + start for file, start in zip(self.files, self._starts[:-1], strict=True)]
-        return np.concatenate([np.empty(0, np.int64), *parts])
+        ends = np.concatenate([np.empty(0, np.int64), *parts])
+        first = np.searchsorted(ends, self._first, side="right") if self._first else 0
+        return ends[first : np.searchsorted(ends, self._last, side="right")] - self._first
 
     def pieces(self) -> Iterator[np.ndarray]:
         """All tokens in their order, some at a time."""
@@ -107,7 +132,7 @@ class Tokens:
 
     def file_of(self, token: int) -> Path:
         """The file that a token of the stream is in."""
-        return self.files[self._index(token)].path
+        return self.files[self._index(self._first + token)].path
 
     @property
     def _dtype(self) -> np.dtype:
@@ -117,6 +142,7 @@ class Tokens:
         return min(bisect_right(self._starts, token) - 1, len(self.files) - 1)
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[TokenFile, int, int]]:
+        start, stop = start + self._first, stop + self._first
         i = self._index(start)
         while start < stop:
             file, first, end = self.files[i], self._starts[i], self._starts[i + 1]

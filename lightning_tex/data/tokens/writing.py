@@ -16,8 +16,9 @@ from lightning_tex.data.tokens.progress import Progress
 from lightning_tex.data.tokens.store import list_shards, shard_path, write_shard
 from lightning_tex.data.tokens.together import Job, Told, build_together, draft_of
 
-_JOB_BYTES = 8_000_000
-_MOST_JOBS = 1024  # of a part: more data has larger shards, so that their list stays short
+_JOB_BYTES = 4_000_000
+_FEW_JOBS, _LARGE_JOB = 64, 32_000_000  # of a part: more data has larger jobs first, and then more of them,
+_MOST_JOBS = 1024  # at most so many, that the list of their shards stays short
 _AT_ONCE = 256  # rows
 
 
@@ -93,7 +94,7 @@ def write_tokens(
 
 
 def _jobs(part: str, rows: Rows, encoder: Encoder) -> list[Job]:
-    job_bytes = max(_JOB_BYTES, rows.size / _MOST_JOBS)
+    job_bytes = max(_JOB_BYTES, min(rows.size / _FEW_JOBS, _LARGE_JOB), rows.size / _MOST_JOBS)
     step = max(1, int(len(rows) * job_bytes / max(1, rows.size)))
     jobs = []
     for number, start in enumerate(range(0, len(rows), step)):
