@@ -3,7 +3,8 @@
 from lightning_tex.callbacks.communication import CommunicationMonitor
 from lightning_tex.callbacks.experts import ExpertMonitor
 from lightning_tex.callbacks.late_progress import LateProgress
+from lightning_tex.callbacks.source_losses import SourceLosses
 from lightning_tex.callbacks.summary import RunSummary
 from lightning_tex.callbacks.throughput import Throughput
 
-__all__ = ["CommunicationMonitor", "ExpertMonitor", "LateProgress", "RunSummary", "Throughput"]
+__all__ = ["CommunicationMonitor", "ExpertMonitor", "LateProgress", "RunSummary", "SourceLosses", "Throughput"]

@@ -4,8 +4,16 @@ Importing this needs neither ``datasets`` nor ``tokenizers``.
 """
 
 from lightning_tex.data.finetuning import FineTuningDataModule
+from lightning_tex.data.mixture import MixtureDataModule, TextSource
 from lightning_tex.data.module import TokenDataModule
 from lightning_tex.data.text import TextDataModule
 from lightning_tex.data.token_ids import require_token_ids
 
-__all__ = ["FineTuningDataModule", "TextDataModule", "TokenDataModule", "require_token_ids"]
+__all__ = [
+    "FineTuningDataModule",
+    "MixtureDataModule",
+    "TextDataModule",
+    "TextSource",
+    "TokenDataModule",
+    "require_token_ids",
+]

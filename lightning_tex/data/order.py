@@ -27,10 +27,14 @@ def sample_order(size: int, seed: int, epoch: int, fingerprint: str) -> np.ndarr
     Returns:
         int64 array ``[size]``.
     """
-    digest = hashlib.blake2b(f"{seed}/{epoch}/{fingerprint}".encode(), digest_size=8).digest()
-    key = np.uint64(int.from_bytes(digest, "little"))
-    keys = _splitmix64(_splitmix64(np.arange(size, dtype=np.uint64)) ^ key)
+    keys = hashed(np.arange(size), f"{seed}/{epoch}/{fingerprint}")
     return np.argsort(keys, kind="stable").astype(np.int64)
+
+
+def hashed(numbers: np.ndarray, key: str) -> np.ndarray:
+    """A uint64 of each number of 0 or more, as if drawn at random by the key; different ones of different numbers."""
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return _splitmix64(_splitmix64(numbers.astype(np.uint64)) ^ np.uint64(int.from_bytes(digest, "little")))
 
 
 def _splitmix64(x: np.ndarray) -> np.ndarray:

@@ -114,8 +114,7 @@ class TextDataModule(TokenDataModule):
             validation_fraction, text_column, streaming, max_bytes,
         )  # fmt: skip
         size = known_vocab_size(tokenizer, vocab_size, end_of_document)
-        kind = _kind_of(source, tokenizer)
-        preparation = kind(
+        preparation = kind_of(source, tokenizer)(
             source, None if tokenizer is None else str(tokenizer), size, end_of_document, sequence_length
         )
         super().__init__(
@@ -193,7 +192,7 @@ class TextDataModule(TokenDataModule):
         )
 
 
-def _kind_of(source: Source, tokenizer: str | None) -> type[Preparation]:
+def kind_of(source: Source, tokenizer: str | None) -> type[Preparation]:
     """How what a source names is prepared.
 
     Raises:

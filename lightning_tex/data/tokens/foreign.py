@@ -3,9 +3,9 @@
 Megatron-Core, ``core/datasets/indexed_dataset.py``: the index holds, all little-endian, 9 bytes of magic, a version
 (uint64), the code of the tokens' type (uint8), the numbers of sequences and of document indices (uint64), the lengths
 of the sequences (int32) and their offsets in bytes (int64), and the sequence at which each document begins and the last
-one ends (int64). datatrove, ``pipeline/tokens/tokenizer.py``, of whose files nanotron trains: tokens of two bytes or four;
-``.ds.index`` has where each document ends (uint64, in tokens), ``.ds.loss`` a byte a token, ``.ds.metadata`` the
-tokenizer's name, since 2024 with the bytes of a token behind ``|``.
+one ends (int64). datatrove, ``pipeline/tokens/tokenizer.py``, of whose files nanotron trains: tokens of two bytes or
+four; ``.ds.index`` has where each document ends (uint64, in tokens), ``.ds.loss`` a byte a token, ``.ds.metadata`` the
+tokenizer's name, in later versions with the bytes of a token behind ``|``.
 """
 
 from __future__ import annotations
