@@ -94,6 +94,9 @@ def measure(place: Path, megabytes: int, processes: list[int], turns: int) -> di
             folder = place / f"tokens-{turn}-{count}"
             spent = seconds(lambda: write_tokens(folder, {"train": rows}, encoder, count))  # noqa: B023
             times[str(count)].append(rows.size / 1e6 / spent)
+            print(
+                f"turn {turn}, {count} processes: {times[str(count)][-1] / times['alone'][-1] / count:.2f}", flush=True
+            )
             if (turn, count) != (turns - 1, processes[-1]):
                 shutil.rmtree(folder)
     medians = {name: statistics.median(values) for name, values in times.items()}

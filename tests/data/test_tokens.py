@@ -55,6 +55,14 @@ def test_a_part_of_one_file_is_no_copy_and_no_worker_gets_one(tmp_path: Path) ->
     assert pickle.loads(pickle.dumps(stream)).read(2, 5).tolist() == [3, 4, 5]
 
 
+def test_no_more_files_are_open_than_a_process_may_have(tmp_path: Path) -> None:
+    stream = stored(tmp_path, [[[n % 50, n % 40]] for n in range(300)])
+    before = len(os.listdir("/proc/self/fd"))
+    assert [int(stream.read(2 * n, 2 * n + 1)[0]) for n in range(300)] == [n % 50 for n in range(300)]
+    assert len(os.listdir("/proc/self/fd")) - before <= 128
+    assert stream.read(0, 600).tolist() == [t for n in range(300) for t in (n % 50, n % 40)]
+
+
 def test_vocabularies_of_more_than_two_bytes() -> None:
     assert [token_dtype(size).itemsize for size in (65_536, 65_537)] == [2, 4]
 

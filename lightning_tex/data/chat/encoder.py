@@ -18,6 +18,7 @@ from lightning_tex.data.tokens.store import token_dtype
 from lightning_tex.data.tokens.writing import Encoded
 from lightning_tex.parallel.errors import UserValueError
 
+SPELLED_OUT = "with a special token spelled out, kept"
 Loss = Literal["answers", "all"]
 TooLong = Literal["cut", "leave_out"]
 
@@ -60,8 +61,10 @@ class ConversationEncoder:
         Raises:
             ValueError: naming the row that is not what it should be.
         """
-        texts = [self._text(self.columns.read(row, place), place) for place, row in rows]
+        examples = [self.columns.read(row, place) for place, row in rows]
+        texts = [self._text(example, place) for example, (place, _) in zip(examples, rows, strict=True)]
         encoded = Encoded([], [])
+        encoded.counts[SPELLED_OUT] = sum(map(self._spells_out, examples))
         for ids, offsets, text in zip(*self._tokens(texts), texts, strict=True):
             tokens, trained = self._document(ids, offsets, text)
             self._keep(encoded, tokens, trained)
@@ -84,6 +87,11 @@ class ConversationEncoder:
         counts["conversations"] += 1
         counts["tokens"] += len(tokens)
         counts["learnt"] += int(trained[1:].sum())
+
+    def _spells_out(self, example: Example) -> bool:
+        """Whether what somebody said has a special token, which ends a turn as the template's own does."""
+        said = [str(message.get("content")) for message in example.messages or []]
+        return any(token in text for text in [*said, example.prompt, example.completion] for token in self._special)
 
     def _text(self, example: Example, place: str) -> _Text:
         if example.messages is None:
@@ -127,8 +135,12 @@ class ConversationEncoder:
     @cached_property
     def _finder(self) -> AnswerFinder:
         assert self.template is not None
+        return AnswerFinder(self.template, self._special)
+
+    @cached_property
+    def _special(self) -> list[str]:
         added = self.tokenizer.tokenizer.get_added_tokens_decoder().values()
-        return AnswerFinder(self.template, [token.content for token in added])
+        return [token.content for token in added if token.special]
 
 
 def within(offsets: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:

@@ -169,7 +169,7 @@ def said_of(facts: Mapping[str, Any]) -> str:
     """A summary in words."""
     counts = Counter(facts["counts"])
     inputs, room = counts["tokens"] - counts["conversations"], facts["rows"] * facts["width"]
-    left_out = [f"{number:,} {reason}" for reason, number in sorted(counts.items()) if ", " in reason]
+    left_out = [f"{number:,} {reason}" for reason, number in sorted(counts.items()) if ", " in reason and number]
     return (
         f"{counts['conversations']:,} of {counts['rows']:,} conversations"
         + (f" ({'; '.join(left_out)})" if left_out else "")

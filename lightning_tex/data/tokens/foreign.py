@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +106,7 @@ class _MegatronFile(TokenFile):
     def _part(self, dtype: str, count: int, offset: int) -> np.ndarray:
         return np.memmap(self.path.with_suffix(".idx"), dtype, "r", _HEADER.size + offset, (count,))
 
-    @cached_property
+    @property
     def ends(self) -> np.ndarray:
         starts = self._offsets // self.dtype.itemsize
         return np.append(starts, self.tokens)[self._firsts[1:]]
@@ -120,7 +119,7 @@ class _MegatronFile(TokenFile):
 class _DatatroveFile(TokenFile):
     """A ``.ds`` with its ``.ds.index`` beside it."""
 
-    @cached_property
+    @property
     def ends(self) -> np.ndarray:
         return self._mapped(_with(self.path, ".index"), np.dtype("<u8"), self.documents).view("<i8")
 

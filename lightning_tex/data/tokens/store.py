@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 
 from lightning_tex.parallel.errors import UserFileError, UserValueError
 
 _READ_AT_ONCE = 1 << 22  # tokens
+_MOST_OPEN = 128  # files
+DRAFT = ".draft"  # ends the name of a file that is being written
 
 
 class TokenFile:
-    """Tokens of consecutive documents in one file, mapped when they are first asked for.
+    """Tokens of consecutive documents in one file, mapped when they are asked for.
 
     Args:
         path: of the tokens, one behind the other.
@@ -33,18 +36,19 @@ class TokenFile:
     ) -> None:
         self.path, self.dtype, self.tokens, self.documents = path, dtype, tokens, documents
         self.loss, self.remedy = loss, remedy
+        self._maps: dict[Path, np.ndarray] = {}
 
-    @cached_property
+    @property
     def data(self) -> np.ndarray:
         """[tokens], mapped."""
         return self._mapped(self.path, self.dtype, self.tokens)
 
-    @cached_property
+    @property
     def trained(self) -> np.ndarray | None:
         """[tokens] bytes, mapped: 0 where a token is not to be predicted."""
         return None if self.loss is None else self._mapped(self.loss, np.dtype(np.uint8), self.tokens)
 
-    @cached_property
+    @property
     def ends(self) -> np.ndarray:
         """[documents], where each ends: the tokens of the file up to there."""
         return self._mapped(self.path.with_suffix(".ends"), np.dtype("<i8"), self.documents)
@@ -53,17 +57,23 @@ class TokenFile:
         """Where one of the documents ends."""
         return int(self.ends[number])
 
+    def close(self) -> None:
+        """Let go of what is mapped, which is mapped again when it is asked for."""
+        self._maps.clear()
+
     def __getstate__(self) -> dict[str, Any]:
         """Without what is mapped, which every process maps for itself."""
-        return {name: value for name, value in vars(self).items() if name not in ("data", "trained", "ends")}
+        return {**vars(self), "_maps": {}}
 
     def _mapped(self, path: Path, dtype: np.dtype, count: int) -> np.ndarray:
-        if not path.is_file():
-            raise UserFileError(f"{path} is gone; {self.remedy}")
-        there, expected = path.stat().st_size, count * dtype.itemsize
-        if there != expected:
-            raise UserValueError(f"{path} has {there} bytes and was written with {expected}; {self.remedy}")
-        return np.memmap(path, dtype, "r", shape=(count,)) if count else np.empty(0, dtype)
+        if path not in self._maps:
+            if not path.is_file():
+                raise UserFileError(f"{path} is gone; {self.remedy}")
+            there, expected = path.stat().st_size, count * dtype.itemsize
+            if there != expected:
+                raise UserValueError(f"{path} has {there} bytes and was written with {expected}; {self.remedy}")
+            self._maps[path] = np.memmap(path, dtype, "r", shape=(count,)) if count else np.empty(0, dtype)
+        return self._maps[path]
 
 
 class Tokens:
@@ -81,6 +91,7 @@ class Tokens:
         for file in self.files:
             self._starts.append(self._starts[-1] + file.tokens)
         self._first, self._last = start, self._starts[-1] if stop is None else stop
+        self._used: OrderedDict[int, None] = OrderedDict()  # files by number, the one used last at the end
 
     def __len__(self) -> int:
         return self._last - self._first
@@ -141,12 +152,21 @@ class Tokens:
     def _index(self, token: int) -> int:
         return min(bisect_right(self._starts, token) - 1, len(self.files) - 1)
 
+    def _use(self, number: int) -> None:
+        """Let go of the file that was used longest ago: a process may only have so many open."""
+        self._used[number] = None
+        self._used.move_to_end(number)
+        if len(self._used) > _MOST_OPEN:
+            oldest, _ = self._used.popitem(last=False)
+            self.files[oldest].close()
+
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[TokenFile, int, int]]:
         start, stop = start + self._first, stop + self._first
         i = self._index(start)
         while start < stop:
             file, first, end = self.files[i], self._starts[i], self._starts[i + 1]
             if start < end:
+                self._use(i)
                 yield file, start - first, min(stop, end) - first
             start, i = max(start, end), i + 1
 
@@ -181,11 +201,13 @@ def write_shard(path: Path, tokens: np.ndarray, lengths: np.ndarray, trained: np
     contents = {".tokens": tokens, ".ends": np.cumsum(lengths, dtype="<i8")}
     if trained is not None:
         contents[".loss"] = trained.astype(np.uint8)
+    facts = {"tokens": len(tokens), "documents": len(lengths), "dtype": tokens.dtype.str, "loss": trained is not None}
+    # Under names of its own first: where file systems have no locks, others may be writing the same.
+    draft = path.with_suffix(f".{uuid4().hex}{DRAFT}")
     for suffix, content in contents.items():
-        content.tofile(path.with_suffix(suffix))
-    facts = {"tokens": len(tokens), "documents": len(lengths), "dtype": tokens.dtype.str, **note}
-    draft = path.with_suffix(".draft")
-    draft.write_text(json.dumps({**facts, "loss": trained is not None}))
+        content.tofile(draft)
+        draft.replace(path.with_suffix(suffix))
+    draft.write_text(json.dumps({**facts, **note}))
     draft.replace(path.with_suffix(".json"))
 
 
@@ -212,7 +234,9 @@ def _shard(folder: Path, number: int, fact: dict, remedy: str) -> TokenFile:
 
 
 def list_shards(folder: Path, count: int) -> list[dict]:
-    """Write the ``shards.json`` of ``count`` whole shards, and give what it says."""
+    """Write the ``shards.json`` of ``count`` whole shards, and give what it says; what the dead began is removed."""
+    for begun in folder.glob(f"*{DRAFT}"):
+        begun.unlink()
     facts = [json.loads(shard_path(folder, number).with_suffix(".json").read_text()) for number in range(count)]
     (folder / "shards.json").write_text(json.dumps(facts))
     return facts

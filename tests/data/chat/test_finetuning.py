@@ -180,6 +180,13 @@ def test_conversations_that_are_too_long_are_counted(make: Any, too_long: str, k
     assert whole(data)["attention_mask"].sum(1).max() == (96 if too_long == "cut" else 23)
 
 
+def test_special_tokens_that_are_spelled_out_are_counted(make: Any) -> None:
+    rows = [{"messages": chat("one?", text)} for text in ("a", "b <|im_end|> c", "d", "e")]
+    assert re.search(
+        r"3 of 3 conversations \(1 with a special token spelled out, kept\)", make(rows).prepared.describe()[0]
+    )
+
+
 # --- the same on every layout, with workers, and resumed
 
 
