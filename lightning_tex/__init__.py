@@ -5,9 +5,12 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning_tex.data import FineTuningDataModule, MixtureDataModule, TextDataModule
 from lightning_tex.models import LanguageModel
 from lightning_tex.saving import load_from_checkpoint
+from lightning_tex.saving.loading import let_lightning_read_directories
 from lightning_tex.strategy import TexMoEStrategy
 
 __version__ = "0.1.0"
+
+let_lightning_read_directories()
 
 if TexMoEStrategy.strategy_name not in StrategyRegistry:
     StrategyRegistry.register(

@@ -19,7 +19,7 @@ VOCABULARY = 2048
 
 
 def main(folder: str = "runs/published", **sizes: int) -> None:
-    """Write the folder: a model of 1.7 million parameters and a byte-level BPE of this Python's own sources."""
+    """Write the folder: a model of 1.4 million parameters and a byte-level BPE of this Python's own sources."""
     documents = Source(None).load(default_cache_dir() / "sources", None).train
     bpe = train_bpe(texts_of(documents), VOCABULARY)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END_OF_DOCUMENT)

@@ -7,6 +7,7 @@ from functools import cache
 
 import pytest
 import torch
+from helpers.first_fit import fit_once
 from hypothesis import HealthCheck, settings
 from lightning.fabric.utilities import registry
 
@@ -29,7 +30,7 @@ MOST_WORKERS = 8  # each takes 5 s to begin
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Of the default suite one a processor, each with a file at a time.
+    """Of the default suite three to two processors, each with a file at a time: tests wait a seventh of their time.
 
     None for what is asked for by name, which begins at once in this process, and for grids, faults and GPUs.
     """
@@ -37,10 +38,13 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     own_choice = config.option.markexpr not in config.getini("addopts")
     if asked_for or own_choice or torch.cuda.is_available():
         return 0
-    return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+    processors = len(os.sched_getaffinity(0))
+    return min(processors + processors // 2, MOST_WORKERS)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """What is imported stays: no collection of garbage needs to walk it again."""
+    if session.items and not session.config.option.collectonly:
+        fit_once()
     gc.collect()
     gc.freeze()

@@ -4,8 +4,10 @@
     python benchmarks/lightning_suite/run.py pytorch-lightning/tests models core --json before.json
 
 Folders and files are of ``tests_pytorch``. Each file runs in a process of its own, in a copy of the tests, under every
-strategy, at most ``--limit`` seconds at a time: the test that ran when it ended has failed, and the others go on.
-``--compare before.json`` says what has changed since. The tests need some packages of their own
+strategy, at most ``--limit`` seconds at a time: the test that ran when it ended has failed, and the others go on. Under
+DDP run those tests alone that have failed before.
+``--compare before.json`` says what has changed since, ``--table table.md`` writes what fails with the reasons of
+``reasons.py``; ``docs/lightning.md`` has such a table. The tests need some packages of their own
 (``requirements/pytorch/test.txt`` there); a test that misses one fails under every strategy and is not counted.
 """
 
@@ -24,6 +26,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+
+from reasons import WANTS_A_FILE, reason
 
 HERE = Path(__file__).resolve().parent
 REFERENCE = "ddp"
@@ -44,23 +48,26 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=300, help="seconds of one process")
     parser.add_argument("--select", default="", help="only tests that this matches, as pytest's -k")
     parser.add_argument("--json", type=Path, help="write all outcomes here; what it holds of other files is kept")
+    parser.add_argument("--table", type=Path, help="write what fails, and why, as a table of Markdown")
     parser.add_argument("--compare", type=Path, help="a file written so: list what has changed since")
     options = parser.parse_args()
     held: dict[str, Outcomes] = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
     files = list(_files(options.tests / "tests_pytorch", options.chosen))
-    work = [(strategy, file) for file in files for strategy in options.strategies]
+    run = partial(_of_strategies, options.tests, options.strategies, limit=options.limit, select=options.select)
     with ThreadPoolExecutor(options.jobs) as pool:
-        run = partial(_outcomes, options.tests, limit=options.limit, select=options.select)
-        for (strategy, file), outcomes in zip(work, pool.map(lambda job: run(*job), work), strict=True):
-            counts = Counter(outcome for outcome, _ in outcomes.values())
-            print(f"{strategy:14} {file}: {', '.join(f'{n} {o}' for o, n in sorted(counts.items()))}", flush=True)
-            held.setdefault(strategy, {}).update(outcomes)
+        for file, of_strategies in zip(files, pool.map(run, files), strict=True):
+            for strategy, outcomes in of_strategies.items():
+                counts = Counter(outcome for outcome, _ in outcomes.values())
+                print(f"{strategy:14} {file}: {', '.join(f'{n} {o}' for o, n in sorted(counts.items()))}", flush=True)
+                held.setdefault(strategy, {}).update(outcomes)
             if options.json:
                 options.json.write_text(json.dumps(held, indent=1))
     before = json.loads(options.compare.read_text()) if options.compare else {}
     for strategy in options.strategies:
         if strategy != REFERENCE and REFERENCE in held:
             _report(strategy, held, before)
+    if options.table:
+        options.table.write_text("".join(_table(held)))
 
 
 def _files(root: Path, chosen: list[str]) -> Iterator[str]:
@@ -73,8 +80,19 @@ def _files(root: Path, chosen: list[str]) -> Iterator[str]:
         yield from (str(file.relative_to(root)) for file in found)
 
 
-def _outcomes(tests: Path, strategy: str, file: str, *, limit: float, select: str) -> Outcomes:
-    """Run one file until all its tests have an outcome."""
+def _of_strategies(tests: Path, strategies: list[str], file: str, *, limit: float, select: str) -> dict[str, Outcomes]:
+    """Outcomes of one file; the reference's are of what has failed under the others, if there are others."""
+    ours = [strategy for strategy in strategies if strategy != REFERENCE]
+    held = {strategy: _outcomes(tests, strategy, [file], limit, select) for strategy in ours}
+    if REFERENCE in strategies:
+        failed = sorted({test for outcomes in held.values() for test, (o, _) in outcomes.items() if o == "failed"})
+        chosen = [test.removeprefix("tests/tests_pytorch/") for test in failed] if ours else [file]
+        held[REFERENCE] = _outcomes(tests, REFERENCE, chosen, limit, select) if chosen else {}
+    return held
+
+
+def _outcomes(tests: Path, strategy: str, chosen: list[str], limit: float, select: str) -> Outcomes:
+    """Run a file, or tests of it, until all have an outcome."""
     outcomes: Outcomes = {}
     with tempfile.TemporaryDirectory(prefix="lightning_suite_") as folder:
         copy = Path(folder) / "project" / "tests"
@@ -82,27 +100,22 @@ def _outcomes(tests: Path, strategy: str, file: str, *, limit: float, select: st
         shutil.copytree(tests / "legacy", copy / "legacy") if (tests / "legacy").is_dir() else None
         shutil.copy(tests.parent / "pyproject.toml", copy.parent)
         for attempt in range(_ATTEMPTS):
-            through = _attempt(copy, strategy, file, outcomes, limit, select, Path(folder) / f"attempt{attempt}")
+            through = _attempt(copy, strategy, chosen, outcomes, limit, select, Path(folder) / f"attempt{attempt}")
             if through:
                 break
     return outcomes
 
 
 def _attempt(
-    tests: Path, strategy: str, file: str, outcomes: Outcomes, limit: float, select: str, scratch: Path
+    tests: Path, strategy: str, chosen: list[str], outcomes: Outcomes, limit: float, select: str, scratch: Path
 ) -> bool:
     """Run what has no outcome yet; whether all is through."""
     scratch.mkdir()
     results = scratch / "results"
     results.touch()
-    command = [sys.executable, "-m", "pytest", f"tests/tests_pytorch/{file}", "-q", "-p", "placed_strategy"]
-    command += [
-        "-p",
-        "no:cacheprovider",
-        "--tb=short",
-        f"--basetemp={scratch / 'pytest'}",
-        *(["-k", select] if select else []),
-    ]
+    command = [sys.executable, "-m", "pytest", *(f"tests/tests_pytorch/{test}" for test in chosen), "-q"]
+    command += ["-p", "placed_strategy", "-p", "no:cacheprovider", "--tb=short", f"--basetemp={scratch / 'pytest'}"]
+    command += ["-k", select] if select else []
     command += [word for test in outcomes for word in ("--deselect", test)]
     with (scratch / "output").open("w") as output:
         process = subprocess.Popen(
@@ -168,6 +181,25 @@ def _failures(strategy: str, held: Mapping[str, Outcomes]) -> dict[str, str]:
         test: line for test, (outcome, line) in outcomes.items()
         if outcome == "failed" and reference.get(test, ("passed", ""))[0] != "failed"
     }  # fmt: skip
+
+
+def _table(held: Mapping[str, Outcomes]) -> Iterator[str]:
+    """What fails under our strategies and not under the reference, by reason."""
+    names = {test: "" for strategy in OURS for test in _failures(strategy, held)}
+    yield f"| of Lightning's tests | {' | '.join(OURS)} | why |\n|---|{'---|' * len(OURS)}---|\n"
+    rows: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0] * len(OURS))
+    for test in sorted(names):
+        for column, strategy in enumerate(OURS):
+            error = _failures(strategy, held).get(test)
+            if error is not None:
+                short = test.removeprefix("tests/tests_pytorch/")
+                why = reason(short, error)
+                rows[short.split("[")[0] if why != WANTS_A_FILE else "several", why or error][column] += 1
+    for (test, why), counts in rows.items():
+        yield f"| `{test}` | {' | '.join(str(count or '') for count in counts)} | {why} |\n"
+    sums = [len(_failures(strategy, held)) for strategy in OURS]
+    tried = [len(held.get(strategy, {})) for strategy in OURS]
+    yield f"| all of {' and '.join(map(str, tried))} | {' | '.join(map(str, sums))} | |\n"
 
 
 def _folder(test: str) -> str:

@@ -163,6 +163,7 @@ class Tiled(Candidate):
         return max(span.stop - span.start for span in spans)
 
     def _draw(self) -> None:
+        self.optimizer.zero_grad(set_to_none=False)
         for parameter in self.parameters:
             assert parameter.grad is not None
             parameter.grad.copy_(self.workload.drawn(*parameter.shape))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import sys
@@ -15,8 +16,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
-from rich.table import Table
 
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.sharding import parameter_shardings
 
 
@@ -27,7 +28,7 @@ class RunSummary(Callback):
     same held-out tokens and prints a short generated sample.
 
     Args:
-        sample_tokens: tokens to generate; 0: no sample.
+        sample_tokens: tokens to generate, as far as the model has positions for them; 0: no sample.
         prompt: text the sample continues.
         temperature: of the sampling.
     """
@@ -60,22 +61,33 @@ class RunSummary(Callback):
             *_places(trainer),
             *_resuming(trainer),
         ]
-        table = Table(title="Training finished", show_header=False, title_justify="left", box=None, padding=(0, 2))
-        table.add_column(style="bold", no_wrap=True)
-        table.add_column(overflow="fold")
-        for name, text in [*rows, *([("sample", self._sampled)] if self._sampled else [])]:
-            table.add_row(name, text)
-        console = Console(markup=False, highlight=False)
-        console.print()
-        console.print(table)
+        _print([*rows, *([("sample", self._sampled)] if self._sampled else [])])
 
     def _sample(self, trainer: Trainer, module: LightningModule) -> str:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if self.sample_tokens == 0 or not hasattr(module, "generate") or not hasattr(data, "decode"):
             return ""
         ids = torch.tensor([data.encode(self.prompt)], device=module.device)
-        with trainer.precision_plugin.forward_context():
-            return data.decode(module.generate(ids, self.sample_tokens, self.temperature)[0].tolist())  # type: ignore[operator]
+        positions = getattr(getattr(module, "config", None), "max_sequence_length", math.inf)
+        tokens = max(0, min(self.sample_tokens, positions - ids.shape[1]))
+        try:
+            with trainer.precision_plugin.forward_context():
+                return data.decode(module.generate(ids, tokens, self.temperature)[0].tolist())  # type: ignore[operator]
+        except UserValueError as error:  # a router that needs a batch
+            return f"none: {error}"
+
+
+def _print(rows: Sequence[tuple[str, str]]) -> None:
+    """Print a heading and names beside texts. Lines stay lines, however narrow the terminal: they are copied."""
+    console = Console(markup=False, highlight=False)
+    width = max(len(name) for name, _ in rows)
+    console.print("\nTraining finished", style="italic")
+    for name, text in rows:
+        first, *others = text.splitlines()
+        console.print(f"  {name:{width}}", style="bold", end="  ")
+        console.print(first, soft_wrap=True)
+        for line in others:
+            console.print(" " * (width + 4) + line, soft_wrap=True)
 
 
 def _parameters(trainer: Trainer, module: LightningModule) -> str:
@@ -91,7 +103,10 @@ def _parameters(trainer: Trainer, module: LightningModule) -> str:
 
 def _layout(trainer: Trainer) -> str:
     topology = getattr(trainer.strategy, "topology", None)
-    return str(topology.layout) if topology else f"{trainer.world_size} rank(s), {type(trainer.strategy).__name__}"
+    if topology is None:
+        return f"{trainer.world_size} rank(s), {type(trainer.strategy).__name__}"
+    ranks, dense, experts = str(topology.layout).split(" = ")
+    return f"{ranks} = {dense}\n{' ' * len(ranks)} = {experts}"
 
 
 def _skipped(trainer: Trainer) -> list[tuple[str, str]]:
@@ -112,13 +127,8 @@ def _losses(trainer: Trainer) -> list[tuple[str, str]]:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         unigram = data.unigram_loss() if hasattr(data, "unigram_loss") else None
         if unigram is not None:
-            rows.append(
-                (
-                    "unigram loss",
-                    f"{unigram:.3f} nats per token on the same held-out tokens: the model is "
-                    f"{unigram - float(metrics['val_loss']):.2f} nats better",
-                )
-            )
+            better = unigram - float(metrics["val_loss"])
+            rows.append(("unigram loss", f"{unigram:.3f} nats per token there: the model is {better:.2f} better"))
     return rows
 
 
@@ -126,10 +136,14 @@ def _places(trainer: Trainer) -> list[tuple[str, str]]:
     rows = []
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint):
-            rows += [("best checkpoint", callback.best_model_path)] if callback.best_model_path else []
-            rows += [("last checkpoint", callback.last_model_path)] if callback.last_model_path else []
-    rows += [("logs", str(Path(logger.log_dir).resolve())) for logger in trainer.loggers[:1] if logger.log_dir]
-    return rows
+            saved = (("best checkpoint", callback.best_model_path), ("last checkpoint", callback.last_model_path))
+            rows += [(name, _shown(path)) for name, path in saved if path]
+    return rows + [("logs", _shown(logger.log_dir)) for logger in trainer.loggers[:1] if logger.log_dir]
+
+
+def _shown(path: str | Path) -> str:
+    """Relative to the working folder, where it is below that."""
+    return os.path.relpath(path) if Path(path).absolute().is_relative_to(Path.cwd()) else str(path)
 
 
 def _resuming(trainer: Trainer) -> list[tuple[str, str]]:
@@ -137,7 +151,7 @@ def _resuming(trainer: Trainer) -> list[tuple[str, str]]:
     saved = _saved_state(trainer)
     if saved is None:
         return []
-    path = os.path.relpath(saved) if saved.absolute().is_relative_to(Path.cwd()) else str(saved)
+    path = _shown(saved)
     program = Path(sys.argv[0]).name
     if program not in ("lightning-tex", "__main__.py"):
         limits = "".join(f", after Trainer({name}={limit})" for name, limit in _larger_limit(trainer))

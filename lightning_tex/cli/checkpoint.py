@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any
 
 from lightning_tex.cli.options import Command, run_one_of
 from lightning_tex.cli.tables import console, table, tell_line
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.saving import CorruptCheckpointError, paths
+from lightning_tex.saving.checkpoint_format import OWN_ENTRY
 from lightning_tex.saving.consolidate import checkpoints_in, consolidate, default_output
-from lightning_tex.saving.model_state import MODEL, OPTIMIZER
+from lightning_tex.saving.model_state import MODEL, OPTIMIZERS, TIES
 from lightning_tex.saving.newest import find, latest
 from lightning_tex.saving.reading import Directory
 
@@ -60,10 +63,11 @@ def inspect(options: InspectOptions) -> dict[str, Any]:
         return _inspect_folder(path, checkpoints)
     manifest = paths.manifest_of(path)
     directory = Directory(path, manifest)
-    kinds = {"weights": MODEL, "optimizer states": OPTIMIZER, "random states": "random"}
+    kinds = {"weights": MODEL, "optimizer states": OPTIMIZERS.format(""), "random states": "random"}
     amounts: dict[str, dict[str, int]] = {}
+    again = {(MODEL, name) for name in _further_names(directory)}
     for title, kind in kinds.items():
-        tensors = [saved for name, saved in directory.saved.items() if name[0] == kind]
+        tensors = [one for name, one in directory.saved.items() if name[0].startswith(kind) and name not in again]
         elements = [prod(saved.shape) for saved in tensors]
         size = sum(n * saved.dtype.itemsize for n, saved in zip(elements, tensors, strict=True))
         amounts[title] = {"tensors": len(tensors), "elements": sum(elements), "bytes": size}
@@ -89,6 +93,14 @@ def inspect(options: InspectOptions) -> dict[str, Any]:
             for name, saved in directory.saved.items()
         }
     return facts
+
+
+def _further_names(directory: Directory) -> Collection[str]:
+    """Of tied parameters, which are saved under every name; none where the state around tensors is not read."""
+    with suppress(UserValueError):
+        ties: Mapping[str, str] = directory.trainer_state()[OWN_ENTRY].get(TIES, {})
+        return ties.keys()
+    return ()
 
 
 def _inspect_folder(folder: Path, checkpoints: Sequence[tuple[Path, str | None]]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import warnings
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 from lightning import Trainer
@@ -75,6 +76,7 @@ def main(args: ArgsType = None) -> None:
 
 def _run(args: ArgsType) -> None:
     words = sys.argv[1:] if args is None else args
+    _find_modules_beside(words if isinstance(words, list) else [])
     if not isinstance(words, list):  # a configuration for LightningCLI
         TexCLI(**DEFAULTS, args=args)
         return
@@ -91,6 +93,15 @@ def _run(args: ArgsType) -> None:
         raise UserValueError(_unknown(words))
     else:
         TexCLI(**DEFAULTS, args=args)
+
+
+def _find_modules_beside(words: list[str]) -> None:
+    """Let modules be imported from the working folder, as ``python -m`` does, and from the folders of recipes."""
+    joined = [word.partition("=")[2] for word in words if word.startswith("--config=")]
+    recipes = [path for word, path in pairwise(words) if word == "--config"]
+    for folder in [Path.cwd(), *(Path(path).resolve().parent for path in [*recipes, *joined])]:
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
 
 
 def _overview() -> str:

@@ -40,7 +40,7 @@ class JobOptions:
 
     Args:
         config: a recipe; sizes given as options take precedence.
-        cluster: a built-in cluster, or a .yaml file of its fields.
+        cluster: a built-in cluster, or a .yaml file of its fields; left out: the recipe's.
         gpus: ranks; left out: the recipe's.
         gpus_per_node: used of each node; left out: all.
         sequence_length: tokens; left out: the recipe's, else 2048.
@@ -184,12 +184,11 @@ def _paper(shown: ShowOptions) -> dict[str, Any]:
 def _plan(
     wanted: JobOptions, given: dict[str, Any], choose: ChoiceOptions, shown: ShowOptions, more: list[str]
 ) -> dict[str, Any]:
-    if wanted.cluster is None:
-        raise UserValueError(f"--cluster is needed; legal: {', '.join(CLUSTERS)}, or a .yaml file")
-    cluster = Cluster.named(wanted.cluster)
+    cluster = None if wanted.cluster is None and wanted.config is not None else _cluster(wanted.cluster)
+    job, own, named = _job(wanted, given, more)
+    cluster = cluster or _cluster(named)
     if wanted.gpus_per_node is not None:
         cluster = cluster.with_gpus_per_node(wanted.gpus_per_node)
-    job, own = _job(wanted, given, more)
     choices = replace(choose.choices(), ranks_per_node=cluster.gpus_per_node)
     if shown.largest_base:
         # Sharding every matrix over many nodes would fit anything, at no speed to speak of.
@@ -211,6 +210,12 @@ def _plan(
     return report
 
 
+def _cluster(name: str | None) -> Cluster:
+    if name is None:
+        raise UserValueError(f"--cluster is needed; legal: {', '.join(CLUSTERS)}, or a .yaml file")
+    return Cluster.named(name)
+
+
 def _report(job: Job, cluster: Cluster, choices: Choices, own: dict[str, Any], rows: int) -> dict[str, Any]:
     candidate = own_candidate(job, own, cluster.gpus_per_node)
     try:
@@ -221,9 +226,10 @@ def _report(job: Job, cluster: Cluster, choices: Choices, own: dict[str, Any], r
     return plan_tables.report(job, cluster, plans, planned)
 
 
-def _job(wanted: JobOptions, given: dict[str, Any], more: list[str]) -> tuple[Job, dict[str, Any]]:
-    """The job of the options, over that of the recipe; and what the recipe gives the strategy."""
+def _job(wanted: JobOptions, given: dict[str, Any], more: list[str]) -> tuple[Job, dict[str, Any], str | None]:
+    """The job of the options, over that of the recipe; what the recipe gives the strategy, and the cluster it names."""
     own: dict[str, Any] = {}
+    cluster = None
     defaults: dict[str, Any] = {"sequence_length": _SEQUENCE_LENGTH, "precision": _PRECISION}
     if wanted.config is None:
         if missing := [f"--{name}" for name in ("dim", "num_layers", "num_heads", "vocab_size") if name not in given]:
@@ -235,7 +241,7 @@ def _job(wanted: JobOptions, given: dict[str, Any], more: list[str]) -> tuple[Jo
             )
     else:
         recipe = read_recipe(wanted.config, more, given)
-        model, defaults, own = recipe.model, recipe.numbers, recipe.strategy
+        model, defaults, own, cluster = recipe.model, recipe.numbers, recipe.strategy, recipe.cluster
     if (sizes := model.config) is not None and not model.experts:
         where = f"recipe {wanted.config}" if wanted.config else "the model"
         raise UserValueError(
@@ -252,4 +258,5 @@ def _job(wanted: JobOptions, given: dict[str, Any], more: list[str]) -> tuple[Jo
     precision = wanted.precision or defaults["precision"]
     optimizer, activations = defaults.get("optimizer", LANGUAGE_MODELS_OWN), defaults.get("activations")
     documents = defaults.get("document_mask", False)
-    return Job(model, gpus, length, batch, precision, wanted.imbalance, optimizer, activations, documents), own
+    job = Job(model, gpus, length, batch, precision, wanted.imbalance, optimizer, activations, documents)
+    return job, own, cluster

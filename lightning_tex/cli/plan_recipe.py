@@ -14,10 +14,11 @@ from lightning import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, instantiate_class
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_tex.data import TokenDataModule
-from lightning_tex.lora import LoRAConfig, apply_lora
-from lightning_tex.models import Decoder, DecoderConfig, LanguageModel
+from lightning_tex.data import FineTuningDataModule, MixtureDataModule, TextDataModule, TokenDataModule
+from lightning_tex.lora import LoRAConfig
+from lightning_tex.models import DecoderConfig, LanguageModel
 from lightning_tex.models.pretrained_model import read_config
+from lightning_tex.optim import optimized_parameters
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.expert_chunks import chunks_on
 from lightning_tex.parallel.topology import Axis, Communication, Layout
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
     from lightning_tex.recipe import Recipe
 
 
+# A folder beside a recipe with configurations of published models, which are not here yet when a plan is made.
+PUBLISHED = "published"
+
+
 @dataclass(frozen=True)
 class PlannedRecipe:
     """What a recipe says.
@@ -43,11 +48,13 @@ class PlannedRecipe:
         model: its model.
         numbers: the job's, as far as they are known, by the name of Job's arguments, and ``gpus``.
         strategy: the strategy's arguments, and ``accumulate_grad_batches``.
+        cluster: the GPUs that it is made for; ``None``: it names none.
     """
 
     model: ModelDescription
     numbers: dict[str, Any]
     strategy: dict[str, Any]
+    cluster: str | None
 
 
 def read_recipe(path: str, more: Sequence[str] = (), sizes: Mapping[str, Any] | None = None) -> PlannedRecipe:
@@ -75,13 +82,13 @@ def read_recipe(path: str, more: Sequence[str] = (), sizes: Mapping[str, Any] | 
     module = None if _is_language_model(recipe) else _built_on_meta(path, config.model)
     if module is None:
         arguments = config.get("model.init_args") or Namespace()
-        decoder, lora = _decoder(arguments, sizes or {}), arguments.get("lora")
+        decoder, trained = _decoder(arguments, sizes or {}, Path(path).parent / PUBLISHED), _trained(arguments)
         length = decoder.max_sequence_length
-        if lora is None:
-            model = describe_decoder(decoder)
-        else:
-            module = _on_meta(decoder, LoRAConfig(**lora.as_dict()))
+        if trained:
+            module = _on_meta(decoder, **trained)
             model = describe(module, _policy(recipe))
+        else:
+            model = describe_decoder(decoder)
     elif sizes:
         raise UserValueError(
             f"recipe {path}: its model is no lightning_tex.LanguageModel, whose sizes could be set by "
@@ -101,16 +108,17 @@ def read_recipe(path: str, more: Sequence[str] = (), sizes: Mapping[str, Any] | 
     devices = str(trainer.get("devices"))
     if devices.isdigit():
         numbers["gpus"] = int(devices) * int(trainer.get("num_nodes") or 1)
-    return PlannedRecipe(model, numbers, {**recipe.strategy_options(), "accumulate_grad_batches": accumulation})
+    own = {**recipe.strategy_options(), "accumulate_grad_batches": accumulation}
+    return PlannedRecipe(model, numbers, own, config.get("cluster"))
 
 
-def _decoder(options: Namespace, sizes: Mapping[str, Any]) -> DecoderConfig:
+def _decoder(options: Namespace, sizes: Mapping[str, Any], copies: Path) -> DecoderConfig:
     """What a LanguageModel of these options has; of a published model its configuration is read, and no weights."""
     given = options.get("config")
     if options.get("pretrained") is None:
         return DecoderConfig(**{**(given.as_dict() if given is not None else {}), **sizes})
     overrides = {**(options.get("overrides") or {}), **sizes}
-    return read_config(options.pretrained, options.get("revision"), overrides)
+    return read_config(options.pretrained, options.get("revision"), overrides, copies)
 
 
 def language_model_on_meta(model: ModelDescription) -> LanguageModel:
@@ -119,19 +127,27 @@ def language_model_on_meta(model: ModelDescription) -> LanguageModel:
     return _on_meta(model.config)
 
 
-def _on_meta(config: DecoderConfig, lora: LoRAConfig | None = None) -> LanguageModel:
-    module = LanguageModel(config, lora=lora)
-    with torch.device("meta"):
-        module.decoder = Decoder(config)
-        if lora is not None:
-            apply_lora(module.decoder, lora)
+def _trained(options: Namespace) -> dict[str, Any]:
+    """What a LanguageModel of these options trains otherwise than all parameters at one rate."""
+    given = {name: options.get(name) for name in ("lora", "trainable", "frozen", "lr_scale")}
+    given = {name: value.as_dict() if isinstance(value, Namespace) else value for name, value in given.items()}
+    if given["lora"] is not None:
+        given["lora"] = LoRAConfig(**given["lora"])
+    return {name: value for name, value in given.items() if value}
+
+
+def _on_meta(config: DecoderConfig, **trained: Any) -> LanguageModel:
+    module = LanguageModel(config, **trained)
+    module.build_on_meta()
     return module
 
 
 def _optimizer(module: LightningModule | None, given: Any) -> OptimizerDescription:
     """The recipe's optimizer, over all parameters, or its model's own."""
     if module is not None:
-        return read_optimizer(module, None if not given else lambda own: instantiate_class(own.parameters(), given))
+        lr = (given or {}).get("init_args", {}).get("lr")
+        recipes = lambda own: instantiate_class(optimized_parameters(own, lr), given)  # noqa: E731
+        return read_optimizer(module, recipes if given else None)
     if not given:
         return LANGUAGE_MODELS_OWN
     return describe_optimizer(instantiate_class([torch.nn.Parameter(torch.zeros(1))], given), one_group)
@@ -145,14 +161,21 @@ def _traced(module: LightningModule, recipe: Recipe) -> ActivationSource:
         return StatesOnly(f"no batch of its data: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
 
 
+# By which option data modules keep documents of one row apart.
+_MASKS = {TextDataModule: "document_mask", MixtureDataModule: "document_mask", FineTuningDataModule: "packing"}
+
+
 def _batches(module: LightningModule, recipe: Recipe) -> Batches:
     trainer: Any = PretendedTrainer(Axis("data"), 1)
-    data = None if is_overridden("train_dataloader", module) else recipe.datamodule()
+    of_data = None if is_overridden("train_dataloader", module) else recipe.config.get("data")
+    if of_data and isinstance(module, LanguageModel) and (mask := _MASKS.get(_imported(of_data.class_path))):
+        return TokenBlocks(module.config.vocab_size, bool(of_data.get(f"init_args.{mask}")))
+    data = recipe.datamodule() if of_data else None
     if data is None:
         module.trainer = trainer
         return batches_of(module.train_dataloader(), may_iterate=True)
     if isinstance(data, TokenDataModule):
-        return TokenBlocks(data.vocab_size)
+        return TokenBlocks(data.vocab_size, data.document_mask)
     data.trainer = trainer
     data.prepare_data()
     data.setup("fit")

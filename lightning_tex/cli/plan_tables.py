@@ -85,7 +85,7 @@ def report(job: Job, cluster: Cluster, plans: Plans, own: Planned | None) -> dic
         job, cluster, plans: the plan.
         own: what the recipe itself says.
     """
-    best = plans.recommended
+    recommended = plans.recommendation
     rows = [row(each) for each in plans.found]
     found: dict[str, Any] = {
         **_job(job, cluster),
@@ -96,14 +96,20 @@ def report(job: Job, cluster: Cluster, plans: Plans, own: Planned | None) -> dic
         "recommended": None,
         "recipe": None if own is None else row(own),
     }
-    if best is not None:
+    if recommended is not None:
+        best = recommended.planned
         sent = sent_bytes(step_collectives(job, best.candidate))
-        found["recommended"] = {**row(best), "sent_bytes": {"/".join(key): float(n) for key, n in sent.items()}}
+        found["recommended"] = {
+            **row(best),
+            "place": next(place for place, each in enumerate(plans.found) if each is best),
+            "reason": recommended.reason,
+            "sent_bytes": {"/".join(key): float(n) for key, n in sent.items()},
+        }
     return found
 
 
 def show(found: Mapping[str, Any], rows: int) -> None:
-    """Print a report: the first layouts as a table, and the recommended one broken down."""
+    """Print a report: the first layouts and the recommended one as a table, and that one broken down."""
     out = console()
     counts = found["parameters"]
     out.print(
@@ -116,8 +122,11 @@ def show(found: Mapping[str, Any], rows: int) -> None:
         "tensor", "expert", "e.tensor", "ZeRO", "seq.", "recompute", "states", "micro", "memory", "step", "waiting",
         "tokens/s", "MFU", left=["recompute", "states"],
     )  # fmt: skip
-    for each in found["layouts"][:rows]:
-        ways.add_row(*_cells(each))
+    best = found["recommended"]
+    recommended = None if best is None else best["place"]
+    for place in dict.fromkeys([*range(min(rows, len(found["layouts"]))), *([] if best is None else [recommended])]):
+        first, *others = _cells(found["layouts"][place])
+        ways.add_row(f"* {first}" if place == recommended else first, *others)
     out.print(ways)
     fitting = found["fitting"]
     out.print(f"{fitting} of {len(found['layouts'])} ways fit ({found['considered']} with their micro-batches).")
@@ -129,7 +138,6 @@ def show(found: Mapping[str, Any], rows: int) -> None:
             f"The recipe's own layout: {size(own['peak_bytes'])}, "
             f"{'fits' if own['fits'] else 'does not fit'}, {seconds(own['step_seconds'])} a step."
         )
-    best = found["recommended"]
     if best is None:
         least = min(each["peak_bytes"] for each in found["layouts"])
         out.print(f"Nothing fits: the least that any layout needs is {size(least)}.")
@@ -177,11 +185,13 @@ def _break_down(best: Mapping[str, Any]) -> None:
                "expert_tensor_parallel_size", "zero_stage", "sequence_parallel", "activation_checkpointing",
                "optimizer_state_format")}  # fmt: skip
     arguments = ", ".join(f"{key}={value!r}" for key, value in options.items())
-    out.print(f"Recommended: TexMoEStrategy({arguments}),")
+    out.print(f"Recommended: TexMoEStrategy({arguments}),", soft_wrap=True)
     out.print(
         f"micro-batches of {best['micro_batch']}, accumulate_grad_batches={best['accumulate_grad_batches']}: "
         f"{best['layout']}"
     )
+    if "reason" in best:
+        out.print(f"It is row *, of all ways that fit number {best['place'] + 1} by speed: {best['reason']}.")
     named = ("memory of a rank", "time of a step")
     parts = table(named[0], "", named[1], "", "%", left=named)
     memory = [(name, size(taken)) for name, taken in best["memory_bytes"].items() if taken]

@@ -69,6 +69,7 @@ class TokenDataModule(LightningDataModule):
         self.seed = seed
         self.num_workers = num_workers
         self.num_proc = num_proc
+        self.document_mask = False  # whether documents of one row do not see each other
         self._cache_dir = cache_dir
         self._prepared: Any = None
         self._loaded: dict[str, Any] | None = None  # a checkpoint's state that no loader has taken over yet

@@ -2,6 +2,7 @@
 
 from lightning_tex.layers.attention import ParallelAttention
 from lightning_tex.layers.document_context import DocumentContext
+from lightning_tex.layers.kv_cache import CachedContext, KVCache
 from lightning_tex.layers.latent_attention import ParallelLatentAttention
 from lightning_tex.layers.linear import ColumnParallelLinear, RowParallelLinear
 from lightning_tex.layers.linear_cross_entropy import VocabParallelLinearCrossEntropy
@@ -12,9 +13,11 @@ from lightning_tex.layers.token_context import Context, TokenContext
 from lightning_tex.layers.vocab import VocabParallelCrossEntropy, VocabParallelEmbedding, VocabParallelHead
 
 __all__ = [
+    "CachedContext",
     "ColumnParallelLinear",
     "Context",
     "DocumentContext",
+    "KVCache",
     "LayerNorm",
     "ParallelAttention",
     "ParallelLatentAttention",

@@ -61,8 +61,8 @@ class Attention(TexModule):
                 to [B, H, S, S] with a head dim of 1. S is the whole sequence's, always.
             context: in place of a mask, what all layers of a model have in common: it alone decides what is seen, and
                 where tokens stand. The result at padding is nobody's.
-            rotary: ``self.rotary.tables(S, x)``, placed by the context if there is one, made once for all layers that
-                turn alike; ``None``: made here.
+            rotary: ``self.rotary.tables(S, x)``, or ``context.tables(self.rotary, S, x)``, made once for all layers
+                that turn alike; ``None``: made here.
 
         Returns:
             [B, S, D]
@@ -75,8 +75,8 @@ class Attention(TexModule):
         x = self.activation_layout.enter(self.entering(x))
         x = x if context is None else context.pack(x)
         if rotary is None:
-            rotary = self.rotary.tables(x.shape[-2], x)
-            rotary = rotary if context is None else context.place(rotary)
+            length = x.shape[-2]
+            rotary = self.rotary.tables(length, x) if context is None else context.tables(self.rotary, length, x)
         y = self._attend(*self.turned_heads(x, rotary), self._mask(attention_mask), context).flatten(-2)
         return self.out(y if context is None else context.unpack(y))
 

@@ -81,7 +81,9 @@ class AttentionScores:
             # Flash kernels on GPUs take no mask, and the one that does takes no heads in groups.
             key, value = (x.repeat_interleave(shared, 1) for x in (key, value))
         if self.softcap is not None:
-            return self._capped(query, key, value, visible, causal, dropout, sinks)
+            if visible is None and causal:
+                visible = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+            return self._plainly(query, key, value, visible, dropout, None if sinks is None else sinks.view(-1, 1, 1))
         width = value.shape[-1]
         if sinks is not None:
             query, key, value, visible = self._with_sinks(query, key, value, visible, causal, sinks)
@@ -100,6 +102,30 @@ class AttentionScores:
         if sinks is not None and visible is None and causal:
             y = y[..., 1:, :]
         return y[..., :width]
+
+    def attend_last(
+        self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, sinks: Tensor | None = None
+    ) -> Tensor:
+        """Mix values for one position of each sequence, of keys of which none is beyond its window. No gradient.
+
+        Keys and values are read once, where they are: heads that share them are as positions to the kernel.
+
+        Args:
+            query, key, value: [B, h, 1, d], [B, g, N, d], [B, g, N, c].
+            visible: [B, N] boolean, which keys may be seen; ``None``: all.
+            sinks: [h], of :class:`AttentionSinks`.
+
+        Returns:
+            [B, h, 1, c]
+        """
+        query = query.unflatten(1, (key.shape[1], -1)).squeeze(3)  # [B, g, h / g, d]
+        visible = None if visible is None else visible[:, None, None]
+        if sinks is None and self.softcap is None and value.shape[-1] == key.shape[-1]:
+            y = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=self.scale)
+        else:
+            sinks = None if sinks is None else sinks.view(key.shape[1], -1, 1)
+            y = self._plainly(query, key, value, visible, 0.0, sinks)
+        return y.flatten(1, 2).unsqueeze(2)
 
     def _in_window(self, visible: Tensor | None, length: int, causal: bool, device: torch.device) -> Tensor | None:
         if self.window is None or self.window >= length:
@@ -128,23 +154,24 @@ class AttentionScores:
             return query, key, value, F.pad(visible, (1, 0), value=True)
         return F.pad(query, (0, 0, 1, 0)) if causal else query, key, value, None
 
-    def _capped(
+    def _plainly(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         visible: Tensor | None,
-        causal: bool,
         dropout: float,
         sinks: Tensor | None,
     ) -> Tensor:
-        assert self.softcap is not None
-        scores = self.softcap * (query @ key.mT * (self.scale / self.softcap)).tanh()
-        if visible is None and causal:
-            visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        """All scores at once; ``sinks`` broadcast to them, but for their last dim."""
+        scores = query @ key.mT
+        if self.softcap is None:
+            scores = scores * self.scale
+        else:
+            scores = self.softcap * (scores * (self.scale / self.softcap)).tanh()
         if visible is not None:
             scores = scores.masked_fill(~visible, float("-inf"))
         if sinks is not None:
-            scores = torch.cat([scores, sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)], -1)
+            scores = torch.cat([scores, sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)], -1)
         weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
         return F.dropout(weights, dropout)[..., : key.shape[-2]] @ value

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from lightning_tex.layers.attention_scores import AttentionScores
-from lightning_tex.layers.rotary import RotaryTables
+from lightning_tex.layers.rotary import Rotary, RotaryTables
 from lightning_tex.layers.token_context import Context, TokenContext, visible_keys
+from lightning_tex.parallel.device import device_type
 from lightning_tex.parallel.errors import UserValueError
 
 # Versions of torch differ in what it takes.
@@ -100,8 +101,8 @@ class DocumentContext(Context):
     def unpack(self, x: Tensor) -> Tensor:
         return x if self.padding is None else self.padding.unpack(x)
 
-    def place(self, tables: RotaryTables) -> RotaryTables:
-        return tables if self._are_whole else tables.at(self.positions)
+    def tables(self, rotary: Rotary, length: int, like: Tensor) -> RotaryTables:
+        return rotary.tables(length, like, None if self._are_whole else self.positions)
 
     @property
     def _are_whole(self) -> bool:
@@ -156,11 +157,16 @@ def _has_kernel(scores: AttentionScores, query: Tensor, value: Tensor) -> bool:
     width = query.shape[-1]
     return (
         {"scale", "window_size"} <= _VARLEN_OPTIONS
-        and query.is_cuda
-        and torch.cuda.get_device_capability(query.device) >= _AMPERE
+        and device_type(query) == "cuda"
+        and (not query.is_cuda or torch.cuda.get_device_capability(query.device) >= _AMPERE)
         and query.dtype in (torch.float16, torch.bfloat16)
         and value.dtype == query.dtype
         and scores.softcap is None
-        and width % 8 == 0
-        and value.shape[-1] <= width <= _WIDEST_FLASH_HEAD
+        and value.shape[-1] <= width
+        and takes_documents(width)
     )
+
+
+def takes_documents(width: int) -> bool:
+    """Whether heads of this width are among those that torch's kernel takes."""
+    return width % 8 == 0 and width <= _WIDEST_FLASH_HEAD

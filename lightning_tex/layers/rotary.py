@@ -44,10 +44,6 @@ class RotaryTables:
         query, key = (torch.cat(parts, -1) for parts in zip(turned, rest, strict=True))
         return query, key
 
-    def at(self, positions: Tensor) -> RotaryTables:
-        """Those of other positions, [B, S] integers below the present ones' number."""
-        return RotaryTables(self.cos[0, positions], self.sin[0, positions], self.interleaved)
-
     def _in_halves(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if self.interleaved else x
 
@@ -73,15 +69,23 @@ class Rotary:
         half = self.width // 2
         return self.base ** (-torch.arange(half, device=device, dtype=dtype) / half)
 
-    def tables(self, length: int, like: Tensor) -> RotaryTables:
-        """Those of positions 0 to length - 1, where ``like`` is and in the dtype that products with it have."""
+    def tables(self, length: int, like: Tensor, positions: Tensor | None = None) -> RotaryTables:
+        """Those of sequences of that length, where ``like`` is and in the dtype that products with it have.
+
+        Args:
+            length: of the sequences, by which a scaling may go.
+            like: what is multiplied with.
+            positions: [B, S] integers; ``None``: 0 to length - 1 in every sequence.
+        """
         dtype = product_dtype(like)
         wide = torch.promote_types(dtype, torch.float32)
         rates, factor = self.rates(like.device, wide), 1.0
         if self.scaling is not None:
             rates, factor = self.scaling.rates(rates, self.base, length), self.scaling.table_factor(length)
-        angle = torch.arange(length, device=like.device, dtype=wide)[:, None] * rates
-        cos, sin = (table[None, :, None] for table in (angle.cos(), angle.sin()))
+        if positions is None:
+            positions = torch.arange(length, device=like.device)[None]
+        angle = positions.to(wide)[..., None, None] * rates  # [B, S, 1, d / 2]
+        cos, sin = angle.cos(), angle.sin()
         if factor != 1:
             cos, sin = cos * factor, sin * factor
         return RotaryTables(cos.repeat(1, 1, 1, 2).to(dtype), sin.to(dtype), self.interleaved)

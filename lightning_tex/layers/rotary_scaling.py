@@ -38,6 +38,10 @@ class RotaryScaling(ABC):
         """What latent attention's scores are multiplied with besides."""
         return 1.0
 
+    def turns_anew(self, length: int) -> bool:
+        """Whether a sequence that grows to that length has to turn the keys of all its tokens anew."""
+        return False
+
 
 @dataclass(frozen=True)
 class LinearScaling(RotaryScaling):
@@ -157,6 +161,9 @@ class LongRopeScaling(RotaryScaling):
         if self.factor <= 1:
             return 1.0
         return math.sqrt(1 + math.log(self.factor) / math.log(self.original_max_position_embeddings))
+
+    def turns_anew(self, length: int) -> bool:
+        return length == self.original_max_position_embeddings + 1
 
     def _is_long(self, length: int) -> bool:
         return length > self.original_max_position_embeddings

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_tex.layers.attention_scores import AttentionScores
-from lightning_tex.layers.rotary import RotaryTables
+from lightning_tex.layers.rotary import Rotary, RotaryTables
 
 # B sequences, S positions, h query heads and g key/value heads, d and c their widths
 
@@ -34,8 +34,12 @@ class Context(ABC):
         """What :meth:`pack` has put together, back where it stood."""
 
     @abstractmethod
-    def place(self, tables: RotaryTables) -> RotaryTables:
-        """Of tables of positions 0 to S - 1 those of packed tokens."""
+    def tables(self, rotary: Rotary, length: int, like: Tensor) -> RotaryTables:
+        """Those by which packed tokens turn; ``length`` is S, ``like`` as of :meth:`Rotary.tables`."""
+
+    def of_layer(self, layer: int) -> Context:
+        """What the layer of that number is given, where layers differ in what they remember."""
+        return self
 
     @abstractmethod
     def attend(
@@ -108,8 +112,8 @@ class TokenContext(Context):
         unpacked: Tensor = _Reordered.apply(x, self.places, self.order)
         return unpacked
 
-    def place(self, tables: RotaryTables) -> RotaryTables:
-        return tables
+    def tables(self, rotary: Rotary, length: int, like: Tensor) -> RotaryTables:
+        return rotary.tables(length, like)
 
     def attend(
         self,

@@ -109,14 +109,19 @@ class VocabParallelHead(_Vocabulary):
         super().__init__(vocab_size, dim, dim**-0.5, bias)
 
     def forward(self, x: Tensor) -> Tensor:  # [.., D] -> [.., v]
-        logits = F.linear(self.activation_layout.enter(x), self.weight, self.bias)
+        logits = self.columns(self.activation_layout.enter(x))
+        return gather(logits, -1, self.tensor)[..., : self.size] if self.gather_output else logits
+
+    def columns(self, x: Tensor) -> Tensor:  # [.., D] -> [.., v]
+        """This rank's logits alone, of what has entered the tensor axis already."""
+        logits = F.linear(x, self.weight, self.bias)
         if self.softcap is not None:
             logits = self.softcap * (logits / self.softcap).tanh()
         rows = self.boxes()["weight"].extent.sizes[0]
         if rows < self.weight.shape[0]:
             padding = torch.arange(self.weight.shape[0], device=x.device) >= rows
             logits = logits.masked_fill(padding, float("-inf"))
-        return gather(logits, -1, self.tensor)[..., : self.size] if self.gather_output else logits
+        return logits
 
 
 class VocabParallelCrossEntropy(TexModule):

@@ -58,7 +58,8 @@ class MergedWeights:
 
     Args:
         base: has the matrices.
-        adapters: has the adapters: their masters, where there are some. They are read whole.
+        adapters: has the adapters: their masters, where there are some, which are read whole. What else it has, as it
+            was trained beside them, goes before the base's.
         model: on the meta device, with adapters; says which belong to what.
         prefix: that names in both have before the model's.
     """
@@ -70,16 +71,21 @@ class MergedWeights:
             path: _Weight(tuple(known.shape), torch.promote_types(known.dtype, torch.float32))
             if path in self._adapted
             else known
-            for path, known in base.saved.items()
+            for path, known in {**base.saved, **self._trained(base)}.items()
         }
 
     def fill(self, request: Mapping[TensorPath, GlobalTensor]) -> None:
         """Read, and add what is to be added."""
-        self._base.fill(request)
+        trained = self._trained(self._base)
+        for source, wants in ((self._base, lambda path: path not in trained), (self._adapters, trained.__contains__)):
+            source.fill({path: wanted for path, wanted in request.items() if wants(path)})
         for path, wanted in request.items():
             if path in self._adapted:
                 for part in wanted.parts:
                     self._add(self._adapted[path], part)
+
+    def _trained(self, base: Source) -> dict[TensorPath, Described]:
+        return {path: known for path, known in self._adapters.saved.items() if path in base.saved}
 
     def _add(self, one: Adapted, part: Part) -> None:
         *stacked, rows, columns = part.extent.slices

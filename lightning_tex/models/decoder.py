@@ -7,7 +7,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from lightning_tex.layers import Context, DocumentContext, TokenContext, VocabParallelEmbedding, VocabParallelHead
+from lightning_tex.layers import (
+    CachedContext,
+    Context,
+    DocumentContext,
+    TokenContext,
+    VocabParallelEmbedding,
+    VocabParallelHead,
+)
 from lightning_tex.models.block import Block, make_norm
 from lightning_tex.models.config import DecoderConfig
 from lightning_tex.moe import MoE
@@ -59,14 +66,16 @@ class Decoder(nn.Module):
                 f"sequence of {input_ids.shape[-1]} tokens is longer than "
                 f"max_sequence_length={self.config.max_sequence_length}"
             )
-        context = token_context(input_ids, segments, token_mask)
-        x = self.embedding(input_ids)
+        return self._hidden(input_ids, token_context(input_ids, segments, token_mask))
+
+    def _hidden(self, ids: Tensor, context: Context | None) -> Tensor:  # [B, S] -> [B, s, D]
+        x = self.embedding(ids)
         if self.config.embedding_multiplier != 1:
             x = x * self.config.embedding_multiplier
-        rotary = self.rotary.tables(input_ids.shape[-1], x)
-        rotary = rotary if context is None else context.place(rotary)
-        for block in self.blocks:
-            x = block(x, context, rotary)
+        length = ids.shape[-1]
+        rotary = self.rotary.tables(length, x) if context is None else context.tables(self.rotary, length, x)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, None if context is None else context.of_layer(layer), rotary)
         x = self.norm(x)
         return x if self.config.logits_scaling == 1 else x / self.config.logits_scaling
 
@@ -80,7 +89,20 @@ class Decoder(nn.Module):
     @torch.no_grad()
     def logits(self, input_ids: Tensor, segments: Tensor | None = None, token_mask: Tensor | None = None) -> Tensor:
         """Whole logits on every rank of the tensor axis: [B, S] -> [B, S, V]. For generation; costs a gather."""
-        logits = self(input_ids, segments, token_mask)
+        return self._whole(self(input_ids, segments, token_mask))
+
+    @torch.no_grad()
+    def next_logits(self, ids: Tensor, context: CachedContext) -> Tensor:
+        """Whole logits of the token after each sequence's last one, on every rank of the tensor axis: [B, V].
+
+        Args:
+            ids: [1, T], tokens of all sequences as the context has them.
+            context: what these tokens are, and the cache that remembers those before them.
+        """
+        x = self.head.activation_layout.enter(self._hidden(ids, context))
+        return self._whole(self.head.columns(context.last(x)))
+
+    def _whole(self, logits: Tensor) -> Tensor:  # [.., v] -> [.., V]
         return all_gather(logits, -1, self.head.tensor)[..., : self.config.vocab_size]
 
 

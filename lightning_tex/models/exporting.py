@@ -28,6 +28,7 @@ from lightning_tex.parallel.extent import Extent
 from lightning_tex.parallel.topology import Axis, Topology
 from lightning_tex.pretrained.card import model_card
 from lightning_tex.pretrained.folder import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES
+from lightning_tex.pretrained.quantised import CONFIG_KEY as QUANTISED
 from lightning_tex.pretrained.tensor_file import slabs
 from lightning_tex.pretrained.writing import Weights, as_json, write_folder
 from lightning_tex.saving import find
@@ -42,7 +43,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SHARD_SIZE = "5GB"
 Save = Callable[[Path, Topology, Any], None]
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-_QUANTISED = "quantization_config"
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,14 @@ class Exported:
         return family_that_expresses(self.config) if self.origin is None else self.origin.family
 
     def torch_dtype(self, held: torch.dtype) -> torch.dtype:
-        """Of the weights in files: as asked, or as the origin has it, or as the model holds them."""
+        """Of the weights in files: as asked, or as the origin has it, or as the model holds them.
+
+        What the origin has quantised is written in 16 bits.
+        """
         known = {} if self.origin is None else self.origin.config
         name = self.dtype or known.get("dtype") or known.get("torch_dtype")
+        if name is None and QUANTISED in known:
+            name = "bfloat16"
         if name is None:
             return held
         if name not in DTYPES:
@@ -102,7 +107,7 @@ class Exported:
         if self.origin is None:
             ends = {"bos_token_id": None, "eos_token_id": getattr(self.data, "end_of_document_id", None)}
             return {**ends, **self.family.described(self.config), "dtype": name}
-        known = {key: value for key, value in self.origin.config.items() if key not in ("torch_dtype", _QUANTISED)}
+        known = {key: value for key, value in self.origin.config.items() if key not in ("torch_dtype", QUANTISED)}
         if not self.family.differences(known, self.config):  # all else stays as it was published
             return {**known, "dtype": name}
         kept = {key: value for key, value in known.items() if key not in self.family.said_anew()}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any, Self
 
@@ -21,9 +22,12 @@ from lightning_tex.models.adapter_checkpoints import LORA, lora_entry, require_s
 from lightning_tex.models.config import DecoderConfig
 from lightning_tex.models.decoder import Decoder
 from lightning_tex.models.exporting import SHARD_SIZE, Exported, save_module
+from lightning_tex.models.generation import GeneratingRanks, continued, evaluating, prompts_of, require_room
 from lightning_tex.models.peft_form import save_adapters
 from lightning_tex.models.pretrained_model import ORIGIN, Origin, PretrainedModel, fill_whole, require_own_tokens
+from lightning_tex.models.sampling import Sampling
 from lightning_tex.moe import auxiliary_loss, step_is_over
+from lightning_tex.optim import scaled_groups, train_only
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.pretrained.reading import PretrainedWeights
 from lightning_tex.saving.model_state import checkpointed
@@ -58,10 +62,16 @@ class LanguageModel(LightningModule):
             ``{"capacity_factor": 1.25}``.
         lora: train low-rank adapters of some matrices, and nothing else. Checkpoints of a published model then hold the
             adapters alone, and go on with the same folder.
+        trainable: patterns of names of the parameters that are trained, such as ``blocks.3`` or ``attention.*``, as of
+            :func:`lightning_tex.optim.train_only`; all others are frozen. With ``lora`` they are trained beside the
+            adapters, and checkpoints hold them, too. ``None``: all are trained, with ``lora`` the adapters.
+        frozen: patterns of those that are not trained, of what is.
+        lr_scale: by pattern, what the learning rate of parameters is multiplied with, whichever optimizer there is; of
+            several patterns that are a parameter's the first counts.
 
     Raises:
         ValueError: neither a configuration nor a published model, or both; files that are damaged or do not fit; a
-            target of ``lora`` that is no matrix.
+            target of ``lora`` that is no matrix; a pattern that is of no parameter, with the nearest names.
         FileNotFoundError: there is no such folder or repository.
     """
 
@@ -72,6 +82,9 @@ class LanguageModel(LightningModule):
         revision: str | None = None,
         overrides: dict[str, Any] | None = None,
         lora: LoRAConfig | None = None,
+        trainable: list[str] | None = None,
+        frozen: list[str] | None = None,
+        lr_scale: dict[str, float] | None = None,
     ) -> None:
         super().__init__()
         if (config is None) == (pretrained is None):
@@ -88,12 +101,17 @@ class LanguageModel(LightningModule):
             config = DecoderConfig(**config)
         assert config is not None
         lora = LoRAConfig(**lora) if isinstance(lora, Mapping) else lora  # from a checkpoint's hyper-parameters
-        self.save_hyperparameters({"config": asdict(config), **({} if lora is None else {"lora": asdict(lora)})})
+        given = {"trainable": trainable, "frozen": frozen, "lr_scale": lr_scale}
+        given["lora"] = None if lora is None else asdict(lora)
+        given = {name: value for name, value in given.items() if value is not None}
+        self.save_hyperparameters({"config": asdict(config), **given})
         self.config, self.lora = config, lora
+        self.trainable, self.frozen, self.lr_scale = trainable, frozen, lr_scale
         if self.saves_adapters_alone:
             self.strict_loading = False
         self.decoder: Decoder | None = None
         self.cross_entropy = VocabParallelLinearCrossEntropy(reduction="sum")
+        self.generating = GeneratingRanks()
         self.mean_val_loss, self.mean_test_loss = MeanMetric(), MeanMetric()
 
     @classmethod
@@ -117,12 +135,19 @@ class LanguageModel(LightningModule):
     def configure_model(self) -> None:
         if self.decoder is None:
             require_own_tokens(self)
-            with torch.device("meta"):
-                self.decoder = Decoder(self.config)
-                if self.lora is not None:
-                    apply_lora(self.decoder, self.lora)
+            self.build_on_meta()
             if self._device_mesh is None:  # no strategy that draws meta parameters
                 fill_whole(self)
+
+    def build_on_meta(self) -> None:
+        """Make the decoder without values, with its adapters, and with what is frozen."""
+        with torch.device("meta"):
+            self.decoder = Decoder(self.config)
+            if self.lora is not None:
+                apply_lora(self.decoder, self.lora)
+        if self.trainable is not None or self.frozen:
+            trainable = list(self.trainable or ()) if self.lora is not None else self.trainable
+            train_only(self, trainable, self.frozen or (), beside=adapter_names(self))
 
     def save_pretrained(
         self,
@@ -164,6 +189,12 @@ class LanguageModel(LightningModule):
         """
         if self.lora is None:
             raise UserValueError("the model has no adapters; legal: LanguageModel(lora=..), or save_pretrained")
+        adapters = adapter_names(self)
+        if more := [name for name, p in self.named_parameters() if p.requires_grad and name not in adapters]:
+            raise UserValueError(
+                f"besides its adapters the model trains {', '.join(more[:4])}, which PEFT's form does not have; legal: "
+                "save_pretrained, which merges adapters"
+            )
         save_adapters(self, folder, self.lora, self.config, self.origin)
 
     def initial_weights(self) -> PretrainedWeights | None:
@@ -176,12 +207,15 @@ class LanguageModel(LightningModule):
 
     @property
     def saves_adapters_alone(self) -> bool:
-        """Whether checkpoints hold adapters alone: all else is in the folder of a published model."""
+        """Whether checkpoints hold adapters and what is trained: all else is in the folder of a published model."""
         return self.lora is not None and self.pretrained is not None
 
     def checkpointed_names(self) -> Collection[str] | None:
         """What of the state checkpoints hold; ``None``: all."""
-        return adapter_names(self) if self.saves_adapters_alone else None
+        if not self.saves_adapters_alone:
+            return None
+        trained = {name for name, p in self.named_parameters(remove_duplicate=False) if p.requires_grad}
+        return adapter_names(self) | trained
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.origin is not None:
@@ -237,11 +271,13 @@ class LanguageModel(LightningModule):
         return logits.argmax(-1)
 
     def configure_optimizers(self) -> Any:
-        """AdamW with a weight decay of 0.1 on matrices. The command line's ``--optimizer`` takes precedence."""
+        """AdamW with a weight decay of 0.1 on matrices, and rates by ``lr_scale``; ``--optimizer`` takes precedence."""
         trained = [p for p in self.parameters() if p.requires_grad]
         matrices = [p for p in trained if p.dim() > 1]
         others = [p for p in trained if p.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+        if self.lr_scale:
+            groups = scaled_groups(self, groups, 3e-4, self.lr_scale)
         return torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -257,40 +293,58 @@ class LanguageModel(LightningModule):
 
     @torch.no_grad()
     def generate(
-        self, ids: Tensor, new_tokens: int, temperature: float = 1.0, seed: int = 0, segments: Tensor | None = None
+        self,
+        ids: Tensor,
+        new_tokens: int,
+        temperature: float = 1.0,
+        seed: int = 0,
+        segments: Tensor | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop_tokens: int | Sequence[int] = (),
+        pad_token: int | None = None,
     ) -> Tensor:
-        """Continue a prompt by sampling. Every rank calls it with the same arguments and gets the same result.
+        """Continue prompts, each token computed alone by a cache of keys and values. Collective over all ranks.
+
+        Ranks of the data axis may have different prompts, or none (``ids`` of shape [0, S]), and different numbers of
+        new tokens; each gets its own result. Where all are asked for the same, all get the same. What comes of a prompt
+        does not depend on those beside it: layers with a capacity serve all choices here. The cache, with its memory,
+        is :class:`lightning_tex.layers.KVCache`; it is gone at the end.
 
         Args:
-            ids: [B, S] prompt.
-            new_tokens: tokens to add.
-            temperature: 0 takes the most likely token.
-            seed: of the sampling.
-            segments: [B, S], documents of the prompt, of which the last is continued.
+            ids: [B, S] prompts.
+            new_tokens: tokens to add at most.
+            temperature: logits are divided by it; 0 takes the most likely token.
+            seed: of the sampling; for one seed tokens are the same on every layout.
+            segments: [B, S], documents of the prompts, of which the last is continued.
+            attention_mask: [B, S], 1 for a token, 0 for padding on either side, for prompts of different lengths.
+            top_k: only so many of the most likely tokens.
+            top_p: only as many of the most likely tokens as have this probability together.
+            stop_tokens: after one of them a sequence is over.
+            pad_token: what stands after it; ``None``: the first of ``stop_tokens``.
 
         Returns:
-            [B, S + new_tokens]
+            [B, S + N], new tokens behind all prompts; N is ``new_tokens``, or where the last sequence is over.
+
+        Raises:
+            ValueError: more positions than ``max_sequence_length``, options or a mask that are not legal, a router that
+                does not choose token by token, or different prompts within a tensor group.
+            IndexError: a token that is not in the vocabulary.
         """
-        assert self.decoder is not None
-        training = self.training
-        self.eval()
-        generator = torch.Generator().manual_seed(seed)
-        # Sequence parallelism splits sequences evenly: positions after the last token fill up, and nobody sees them.
-        parts = self.decoder.embedding.activation_layout.shard_axis.size
-        longest = self.config.max_sequence_length // parts * parts
-        for _ in range(new_tokens):
-            seen = ids[:, -longest:]
-            filled = F.pad(seen, (0, -seen.shape[1] % parts))
-            documents = None if segments is None else F.pad(segments[:, -longest:], (0, -seen.shape[1] % parts))
-            logits = self.decoder.logits(filled, documents)[:, seen.shape[1] - 1].float().cpu()
-            if temperature > 0:
-                chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-            else:
-                chosen = logits.argmax(-1, keepdim=True)
-            ids = torch.cat([ids, self._from_first_rank(chosen.to(ids.device))], dim=1)
-            segments = None if segments is None else torch.cat([segments, segments[:, -1:]], dim=1)
-        self.train(training)
-        return ids
+        assert self.decoder is not None, "configure_model() has not been called"
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        stops = [stop_tokens] if isinstance(stop_tokens, int) else list(stop_tokens)
+        pad_token = next(iter(stops), 0) if pad_token is None else pad_token
+        prompts = prompts_of(ids, attention_mask, segments)
+        for row, prompt in enumerate(prompts):
+            require_token_ids({"input_ids": prompt}, self.config.vocab_size, where=f"prompt {row}")
+        require_room(max(map(len, prompts), default=0), new_tokens, self.config)
+        precision = nullcontext() if self._trainer is None else self._trainer.precision_plugin.forward_context()
+        with evaluating(self), precision:
+            new = continued(self.decoder, self.generating, prompts, new_tokens, sampling, stops, pad_token)
+        return torch.cat([ids, new.to(ids)], dim=1)
 
     def _evaluate(self, batch: Mapping[str, Tensor], metric: MeanMetric, stage: str) -> dict[str, Tensor]:
         total, count = self._loss_sum(batch)
@@ -323,9 +377,6 @@ class LanguageModel(LightningModule):
 
     def _mean_over_ranks(self, x: Tensor) -> Tensor:
         return self.trainer.strategy.reduce(x, reduce_op="mean")
-
-    def _from_first_rank(self, x: Tensor) -> Tensor:
-        return self.trainer.strategy.broadcast(x) if self._trainer is not None else x
 
 
 def predicts_nothing(ids: Tensor, labels: Tensor, token_mask: Tensor) -> Tensor:

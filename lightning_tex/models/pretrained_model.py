@@ -22,7 +22,7 @@ from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.initialization import materialise
 from lightning_tex.parallel.sharding import parameter_shardings
 from lightning_tex.parallel.topology import Topology
-from lightning_tex.pretrained.folder import CONFIG, PretrainedFolder
+from lightning_tex.pretrained.folder import CONFIG, PretrainedFolder, read_json
 from lightning_tex.pretrained.hub import local_folder
 from lightning_tex.pretrained.reading import PretrainedWeights
 from lightning_tex.pretrained.rules import Bindings, Shapes, chosen
@@ -100,10 +100,27 @@ def family_weights(family: Family, config: DecoderConfig, folder: PretrainedFold
     return PretrainedWeights(folder, bindings, shapes, PREFIX, ignored)
 
 
-def read_config(name: str, revision: str | None = None, overrides: Mapping[str, Any] | None = None) -> DecoderConfig:
-    """The configuration of a published model, of which nothing but ``config.json`` is read."""
-    folder = PretrainedFolder(local_folder(name, revision, config_only=True))
-    return family_of(folder.config, str(folder.path / CONFIG)).config(folder.config, overrides)
+def read_config(
+    name: str, revision: str | None = None, overrides: Mapping[str, Any] | None = None, copies: Path | None = None
+) -> DecoderConfig:
+    """The configuration of a published model, of which nothing but ``config.json`` is read.
+
+    Args:
+        name, revision, overrides: as of :class:`PretrainedModel`.
+        copies: a folder of copies of published configurations, called like the last part of a model's name,
+            ``OLMoE-1B-7B-0924.json``. One is read where there is no such model's folder here; the hub is not asked.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: a family that is not known, or a configuration that is not expressed.
+    """
+    copy = None if copies is None else copies / f"{Path(name).name}.json"
+    if copy is not None and copy.is_file() and not Path(name).expanduser().is_dir():
+        file, theirs = copy, read_json(copy)
+    else:
+        folder = PretrainedFolder(local_folder(name, revision, config_only=True))
+        file, theirs = folder.path / CONFIG, folder.config
+    return family_of(theirs, str(file)).config(theirs, overrides)
 
 
 def bind(family: Family, config: DecoderConfig, folder: PretrainedFolder | None = None) -> tuple[Bindings, Shapes]:

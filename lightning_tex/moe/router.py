@@ -65,6 +65,9 @@ class Router(TexModule):
     or all of forward. Ranks of one tensor group hold the same tokens and must decide alike: the decision of tensor rank
     0 is theirs. Indices come from detached scores, and in a recomputation from its tape: what is chosen is chosen once.
 
+    Class attributes that a subclass may declare:
+        tokenwise: a token's choices are of that token alone, whatever other tokens there are.
+
     Args:
         dim: model width D.
         num_experts: E.
@@ -83,6 +86,7 @@ class Router(TexModule):
     full_precision = True
 
     group_score: ClassVar[GroupScore] = "max"
+    tokenwise: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -127,6 +127,8 @@ class ForcedBalanceRouter(SoftmaxRouter):
     Learns nothing worth having: it makes benches of one routing out of any weights and tokens.
     """
 
+    tokenwise = False
+
     def choose(self, scores: Tensor) -> Tensor:
         tokens, experts = scores.shape
         return torch.arange(tokens * self.top_k, device=scores.device).view(tokens, self.top_k) % experts

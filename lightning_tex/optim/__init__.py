@@ -3,8 +3,10 @@
 Public: the optimizer, which is also the one door to the gradients of a step, and what it is configured by.
 """
 
+from lightning_tex.optim.by_pattern import optimized_parameters, scaled_groups, train_only
 from lightning_tex.optim.gradient_reducer import ReductionStage
-from lightning_tex.optim.several import Stepped, as_one, one_by_one, require_own_parameters
+from lightning_tex.optim.run_buffers import RunBuffers, require_sharable
+from lightning_tex.optim.several import Stepped, as_one, one_by_one
 from lightning_tex.optim.stand_in import users_own
 from lightning_tex.optim.state_config import (
     OPTIMIZER_STATE_FORMATS,
@@ -19,11 +21,15 @@ __all__ = [
     "OptimizerStateConfig",
     "OptimizerStateFormat",
     "ReductionStage",
+    "RunBuffers",
     "Stepped",
     "TiledOptimizer",
     "ZeroStage",
     "as_one",
     "one_by_one",
-    "require_own_parameters",
+    "optimized_parameters",
+    "require_sharable",
+    "scaled_groups",
+    "train_only",
     "users_own",
 ]

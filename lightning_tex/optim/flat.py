@@ -65,6 +65,11 @@ class FlatBuffer:
             self.entries.append(entry)
             start += aligned(parameter.numel())
 
+    @property
+    def are_alone(self) -> bool:
+        """Whether gradients of the parameters are never reduced."""
+        return self.replicas.size == self.partial_axis.size == self.divisor == 1
+
     @staticmethod
     def view(flat: Tensor, entry: Entry) -> Tensor:
         """The place of a parameter in a tensor laid out as the buffer, in the parameter's shape."""

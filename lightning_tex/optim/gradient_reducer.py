@@ -58,7 +58,9 @@ class ReductionStage(Enum):
         self.said, self.legal = said, legal
 
 
+UNKNOWN = "some parameter"  # is what a culprit is called that no rank finds
 _IN_BACKWARD = (ReductionStage.IN_BACKWARD, ReductionStage.IN_LAST_BACKWARD)
+_COMBINED = (ReductionStage.COMBINED, ReductionStage.UNSCALED)
 _NOT_COMBINED = (ReductionStage.COLLECTING, ReductionStage.SENT, ReductionStage.COMPLETE)
 
 
@@ -90,6 +92,7 @@ class GradientReducer:
         world: all ranks, over which norms are summed.
         communication: what is done to communicate less.
         at_once: they are reduced in every backward (ZeRO 2), not only in the last of a step.
+        shared: several optimizers step by them: what is combined stays so until ``zero_grad``.
 
     Attributes:
         state: what has been done to them since the last step.
@@ -101,8 +104,12 @@ class GradientReducer:
         world: Axis,
         communication: Communication,
         at_once: bool,
+        shared: bool = False,
     ) -> None:
         self.shardings, self.world, self.communication, self.at_once = shardings, world, communication, at_once
+        self._shared = shared
+        self._announced_by_others = 0
+        self._shown = False
         self.buffers: list[Gradients] = []
         self.state = ReductionState()
         self._losses: list[Tensor] = []
@@ -118,11 +125,11 @@ class GradientReducer:
         """Take the hooks from the parameters."""
         self._overlap.release()
 
-    def zero(self) -> None:
+    def zero(self, set_to_none: bool = True) -> None:
         """Begin a step, whatever became of the one before."""
         self._overlap.give_up()
         for gradients in self.buffers:
-            gradients.zero()
+            gradients.zero(set_to_none)
         self._losses = []
         under_way = self.state.stage if self.state.stage in _IN_BACKWARD else self.state.announced
         self.state = ReductionState(announced=under_way)
@@ -130,7 +137,8 @@ class GradientReducer:
     def step_is_over(self) -> None:
         """The gradients have been used, or the step was skipped."""
         self._losses = []
-        self.state = ReductionState()
+        if not self._shared:
+            self.state = ReductionState()
 
     def _require(self, call: str, *legal: ReductionStage) -> None:
         """Refuse a call out of order.
@@ -148,7 +156,10 @@ class GradientReducer:
 
     def backward_begins(self, loss: Tensor, last: bool, undisturbed: bool) -> None:
         """See a loss before its backward; see :meth:`TiledOptimizer.backward_begins`."""
+        if self._shared and self._go_on(loss):
+            return
         self._require("backward_begins", ReductionStage.COLLECTING, ReductionStage.SENT)
+        self._announced_by_others = 0
         self._losses.append(loss.detach())
         self._look_at(loss)
         if self.communication.overlap and undisturbed and (last or self.at_once):
@@ -156,8 +167,20 @@ class GradientReducer:
         stage = ReductionStage.IN_LAST_BACKWARD if last else ReductionStage.IN_BACKWARD
         self.state = replace(self.state, stage=stage, announced=None)
 
+    def _go_on(self, loss: Tensor) -> bool:
+        """Whether another optimizer has announced this backward. Where nothing was reduced, gradients go on."""
+        if self.state.stage in _IN_BACKWARD and self._losses and self._losses[-1].data_ptr() == loss.data_ptr():
+            self._announced_by_others += 1
+            return True
+        if self.state.stage in _COMBINED and all(g.buffer.are_alone for g in self.buffers):
+            self.state = ReductionState()
+        return False
+
     def backward_ended(self) -> None:
         """Send what the backward left, if it is to leave at once; collective."""
+        if self._announced_by_others:
+            self._announced_by_others -= 1
+            return
         if self.state.announced is not None:
             self.state = replace(self.state, stage=self.state.announced, announced=None)
         self._require("backward_ended", *_IN_BACKWARD)
@@ -203,7 +226,7 @@ class GradientReducer:
         Args:
             whole: make every ``.grad`` the combined gradient, not only this rank's shard of it.
         """
-        if self.state.stage in (ReductionStage.COMBINED, ReductionStage.UNSCALED):
+        if self.state.stage in _COMBINED:
             return
         self._require("combining the gradients", *_NOT_COMBINED)
         with optimizer_pass(self.world):
@@ -216,6 +239,9 @@ class GradientReducer:
                 )
             for gradients in self.buffers:
                 gradients.combine(whole, self._reached_directly)
+                self._shown = whole
+                if self._shared:
+                    gradients.settle()
         self._move_to(ReductionStage.COMBINED)
 
     def unscale(self, factor: float | Tensor) -> None:
@@ -276,13 +302,30 @@ class GradientReducer:
     def clip_by_norm(self, max_norm: float) -> Tensor:
         """Scale all gradients so that their norm is at most ``max_norm``. Returns the norm before; collective."""
         norm = self.norm()
+        self.scale_to(norm, max_norm)
+        return norm
+
+    def scale_to(self, norm: Tensor, max_norm: float) -> None:
+        """Scale all gradients by what brings a norm down to ``max_norm``, if it is larger.
+
+        Where somebody looks at them this is done at once, unless a loss scale without which fp16 would lose them is
+        still in them.
+        """
         if self.host_waits:
             self._scale((max_norm / (norm + 1e-6)).clamp(max=1.0))
-            return norm
-        factor = max_norm / (float(norm) + 1e-6)
-        if not factor >= 1:  # NaN as well, which torch spreads, too
-            self._scale(factor)
-        return norm
+        else:
+            factor = max_norm / (float(norm) + 1e-6)
+            if not factor >= 1:  # NaN as well, which torch spreads, too
+                self._scale(factor)
+        if self._shown and self.state.stage is not ReductionStage.UNSCALED:
+            self.scale_in_place()
+
+    def scale_in_place(self) -> None:
+        """Multiply the combined gradients by what they are still to be multiplied by."""
+        norm = None if self.state.norm is None else self.state.norm * self.state.scale
+        for gradients in self.buffers:
+            gradients.multiply(self.state.scale)
+        self.state = replace(self.state, scale=1.0, norm=norm)
 
     def clip_by_value(self, max_value: float) -> None:
         """Clamp every gradient element to [-max_value, max_value]; collective."""
@@ -301,4 +344,4 @@ class GradientReducer:
         device = next(iter(self.shardings)).device
         by_rank = collectives.all_gather(torch.tensor([own], device=device), 0, self.world).tolist()
         rank = next((rank for rank, index in enumerate(by_rank) if index >= 0), None)
-        return "some parameter" if rank is None else f"{names[by_rank[rank]]} (rank {rank})"
+        return UNKNOWN if rank is None else f"{names[by_rank[rank]]} (rank {rank})"

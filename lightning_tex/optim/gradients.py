@@ -8,7 +8,7 @@ of two, which rounds nothing. What is left of the division is in fp32, on the wa
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Set
+from collections.abc import Callable, Set
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from lightning_tex.parallel.in_place_collectives import (
     sum_in_place,
 )
 
-_AT_ONCE = 1 << 18  # elements that are compared at once, in temporary memory
+_AT_ONCE = 1 << 18  # elements that are compared or converted at once, in temporary memory
 
 
 class Gradients(ABC):
@@ -64,8 +64,8 @@ class Gradients(ABC):
         return self._reduction is not None
 
     @abstractmethod
-    def zero(self) -> None:
-        """Begin a step."""
+    def zero(self, set_to_none: bool = True) -> None:
+        """Begin a step, with every ``.grad`` being ``None``, or zero where that is possible."""
 
     def arrived(self, entry: Entry) -> None:  # noqa: B027
         """A backward has put a parameter's gradient into its ``.grad``."""
@@ -107,6 +107,11 @@ class Gradients(ABC):
             self.divisor = 1.0
             self.expose()
 
+    def settle(self) -> None:
+        """Divide the combined own part, which is left to the step else."""
+        self.own.div_(self.divisor)
+        self.divisor = 1.0
+
     @property
     def _divided_before(self) -> int:
         """By what gradients are divided before they are summed."""
@@ -122,9 +127,18 @@ class Gradients(ABC):
         return slice(*(min(max(at - start, 0), length) for at in (entry.start, entry.stop)))
 
     def clamp(self, limit: float | Tensor) -> None:
-        """Clamp every element of the combined own part to [-limit, limit]."""
+        """Clamp every element of the combined gradient, as far as it is here, to [-limit, limit]."""
         bound: Any = limit * self.divisor
-        self.own.clamp_(-bound, bound)
+        self.combined.clamp_(-bound, bound)
+
+    def multiply(self, factor: float | Tensor) -> None:
+        """Multiply the combined gradient, as far as it is here."""
+        self.combined.mul_(factor)
+
+    @property
+    def combined(self) -> Tensor:
+        """The own part or, where that is shown, all of the combined gradient. [n]"""
+        return self.own
 
     def bad_entry(self) -> Entry | None:
         """The first parameter that has an infinity or NaN in the own part."""
@@ -136,19 +150,21 @@ class Gradients(ABC):
 
 
 class FullGradients(Gradients):
-    """Gradients of all parameters in one flat tensor, ``.grad`` being views of it (ZeRO 0 and 1).
+    """Gradients of all parameters in one flat tensor (ZeRO 0 and 1).
 
-    ZeRO 1 reduce-scatters it in place into the own part, and leaves the other parts undefined. Under ZeRO 0 everything
-    is owned, and it is all-reduced.
+    A ``.grad`` is ``None`` until a backward gives one, which is copied there and from then on a view of it. ZeRO 1
+    reduce-scatters it in place into the own part, and leaves the other parts undefined. Under ZeRO 0 everything is
+    owned, and it is all-reduced.
     """
 
     def __init__(self, buffer: FlatBuffer) -> None:
         super().__init__(buffer)
         self.flat = torch.zeros_like(buffer.parameters)
         self._own = own_part(self.flat, buffer.owners)
+        self._shown = False
         self.views = {entry: buffer.view(self.flat, entry) for entry in buffer.entries}
-        for entry, view in self.views.items():
-            entry.parameter.grad = view
+        for entry in self.views:
+            entry.parameter.grad = None
 
     @property
     def own(self) -> Tensor:
@@ -158,16 +174,23 @@ class FullGradients(Gradients):
     def memory(self) -> Tensor:
         return self.flat
 
-    def zero(self) -> None:
-        """Set all gradients to zero and make every ``.grad`` a view again."""
+    def zero(self, set_to_none: bool = True) -> None:
+        """Set all gradients to zero."""
         self.finish()  # what was sent in a step that was given up
-        self.started, self.divisor = False, 1.0
+        self.started, self.divisor, self._shown = False, 1.0, False
         self.flat.zero_()
         for entry, view in self.views.items():
+            entry.parameter.grad = None if set_to_none else view
+
+    def arrived(self, entry: Entry) -> None:
+        """Take up a gradient that is not in its place."""
+        grad, view = entry.parameter.grad, self.views[entry]
+        if grad is not None and grad is not view and not grad.requires_grad:
+            view.copy_(grad)
             entry.parameter.grad = view
 
     def collect(self) -> None:
-        """Bring back the gradients that somebody's ``zero_grad`` let autograd put elsewhere."""
+        """Take up the gradients that are not in their place, set by somebody or having a graph; zero where none is."""
         for entry, view in self.views.items():
             grad = entry.parameter.grad
             if grad is view:
@@ -178,7 +201,12 @@ class FullGradients(Gradients):
                 view.copy_(grad)
             entry.parameter.grad = view
 
+    @property
+    def combined(self) -> Tensor:
+        return self.flat if self._shown else self._own
+
     def start(self) -> None:
+        self._shown = False
         self.collect()
         self._divide(self.flat)
         buffer = self.buffer
@@ -194,6 +222,7 @@ class FullGradients(Gradients):
 
     def expose(self) -> None:
         gather_in_place(self.flat, self.buffer.owners).wait()
+        self._shown = True
 
 
 class ShardedGradients(Gradients):
@@ -225,14 +254,22 @@ class ShardedGradients(Gradients):
 
     def clamp(self, limit: float | Tensor) -> None:
         super().clamp(limit)
-        if self._exposed is not None:  # shown, what is kept must not look changed
-            own_part(self._exposed, self.buffer.owners).copy_(self.sum)
+        self._show(lambda shown: shown.clamp_(-limit, limit))  # type: ignore[arg-type]
+
+    def multiply(self, factor: float | Tensor) -> None:
+        super().multiply(factor)
+        self._show(lambda shown: shown.mul_(factor))
+
+    def _show(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self._exposed is not None:
+            change(self._exposed)
+            own_part(self._exposed, self.buffer.owners).copy_(self.sum)  # or what is kept would look changed
 
     @property
     def memory(self) -> Tensor:
         return self.sum
 
-    def zero(self) -> None:
+    def zero(self, set_to_none: bool = True) -> None:
         """Forget the sum, and every ``.grad``."""
         if self._reduction is not None:  # sent in a step that was given up
             self._reduction.wait()
@@ -267,8 +304,14 @@ class ShardedGradients(Gradients):
         if self._reduction is not None:
             assert self._flat is not None
             self._reduction.wait()
-            self.sum.add_(own_part(self._flat, self.buffer.owners))
+            self._add(own_part(self._flat, self.buffer.owners))
             self._reduction = self._flat = None
+
+    def _add(self, part: Tensor) -> None:
+        """A CPU piece by piece: of what it adds it makes a copy in the dtype of the sum."""
+        at_once = len(part) if part.is_cuda else _AT_ONCE
+        for kept, added in zip(self.sum.split(at_once), part.split(at_once), strict=True):
+            kept.add_(added)
 
     def expose(self) -> None:
         whole = torch.zeros_like(self.buffer.parameters)

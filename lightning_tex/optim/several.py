@@ -1,23 +1,21 @@
-"""Several tiled optimizers of one run, each over its own parameters, as one: what is saved, compared and counted."""
+"""Several tiled optimizers of one run as one: what is saved, compared and counted."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
 
 from lightning_tex.optim.rounding import RoundingSeed
 from lightning_tex.optim.shard import Piece, Shard
 from lightning_tex.optim.skipping import Skipped
 from lightning_tex.optim.tiled import TiledOptimizer
-from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.sharding import ParameterSharding
 
 
 class TiledOptimizers:
-    """All optimizers of a run as one: no parameter is in two of them, so that its name says all.
+    """All optimizers of a run as one.
 
     Args:
         each: two or more, in the order of ``configure_optimizers``, with one rounding seed.
@@ -85,22 +83,3 @@ def as_one(each: Sequence[TiledOptimizer]) -> Stepped | None:
 def one_by_one(stepped: Stepped) -> list[TiledOptimizer]:
     """The optimizers, in the order of ``configure_optimizers``."""
     return stepped.each if isinstance(stepped, TiledOptimizers) else [stepped]
-
-
-def require_own_parameters(optimizers: Sequence[Optimizer], names: Mapping[nn.Parameter, str]) -> None:
-    """Refuse a parameter that two optimizers would step.
-
-    Raises:
-        ValueError: naming it, the optimizers and the remedy.
-    """
-    owners: dict[nn.Parameter, int] = {}
-    for number, optimizer in enumerate(optimizers):
-        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-            first = owners.setdefault(parameter, number)
-            if first != number:
-                raise UserValueError(
-                    f"{names.get(parameter, 'a parameter')} is in optimizer {first} "
-                    f"({type(optimizers[first]).__name__}) and in optimizer {number} ({type(optimizer).__name__}): a "
-                    "parameter's gradient and states lie in the buffers of one of them; legal: each parameter in one "
-                    "optimizer"
-                )

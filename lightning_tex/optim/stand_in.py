@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
-from typing import Any, NoReturn, Self
+from typing import Any, NamedTuple, NoReturn, Self
 
 from torch.optim import Optimizer
 
 from lightning_tex.parallel.errors import UserRuntimeError
+
+
+class WholeStates(NamedTuple):
+    """How all states of an optimizer are had in torch's own form, and taken over."""
+
+    get: Callable[[], dict[str, Any]]
+    put: Callable[[dict[str, Any]], None]
 
 
 class StandIn(Optimizer):
@@ -26,6 +34,7 @@ class StandIn(Optimizer):
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.inner = optimizer
+        self.whole_states: WholeStates | None = None
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.param_groups = optimizer.param_groups
         for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
@@ -36,22 +45,27 @@ class StandIn(Optimizer):
         self.inner._opt_called = self._opt_called = True  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, Any]:
-        """Refused: this rank has a part of the states, and a checkpoint has them all.
+        """In torch's own form; refused where this rank has a part of the states: a checkpoint has them all.
 
         Raises:
-            RuntimeError: always, saying what to call.
+            RuntimeError: on several ranks, saying what to call.
         """
+        if self.whole_states is not None:
+            return self.whole_states.get()
         raise UserRuntimeError(
             "the states of this optimizer are sharded over ranks; trainer.save_checkpoint(..) saves all of them, and "
             "TexMoEStrategy(save_distributed_checkpoint=False) in torch's own form"
         )
 
     def load_state_dict(self, state_dict: Any) -> None:
-        """Refused, as :meth:`state_dict` is.
+        """Take over what :meth:`state_dict` gives; refused where that is.
 
         Raises:
-            RuntimeError: always, saying what to call.
+            RuntimeError: on several ranks, saying what to call.
         """
+        if self.whole_states is not None:
+            self.whole_states.put(state_dict)
+            return
         raise UserRuntimeError("the states of this optimizer are sharded over ranks; give the Trainer a ckpt_path")
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:

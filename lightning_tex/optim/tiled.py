@@ -20,7 +20,7 @@ ZeRO keeps of them) and ``overlap.py`` (when they leave).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,10 +28,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_tex.optim.engine import Engine, fastest
-from lightning_tex.optim.flat import FlatBuffer, Member, buckets, kind
-from lightning_tex.optim.gradient_reducer import GradientReducer, ReductionStage
+from lightning_tex.optim.flat import FlatBuffer
+from lightning_tex.optim.formats import StateFormat
+from lightning_tex.optim.gradient_reducer import ReductionStage
 from lightning_tex.optim.overlap import optimizer_pass
 from lightning_tex.optim.rounding import RoundingSeed
+from lightning_tex.optim.run_buffers import RunBuffers
 from lightning_tex.optim.shard import Piece, Shard, batches
 from lightning_tex.optim.skipping import Skipped, StepGuard
 from lightning_tex.optim.stand_in import StandIn
@@ -69,6 +71,7 @@ class TiledOptimizer(StandIn):
         state_config: what is kept, in which form and where; ``None``: the defaults.
         communication: what is done to communicate less; ``None``: the defaults.
         rounding_seed: one that other optimizers of the run share; ``None``: its own, of the configuration's seed.
+        buffers: of a run that has other optimizers, too, in place of ``shardings``, ``world``, ..; ``None``: its own.
 
     Attributes:
         guard: counts steps that are not taken, and tells its watcher.
@@ -85,17 +88,18 @@ class TiledOptimizer(StandIn):
         state_config: OptimizerStateConfig | None = None,
         communication: Communication | None = None,
         rounding_seed: RoundingSeed | None = None,
+        buffers: RunBuffers | None = None,
     ) -> None:
         self.world, self.shardings = world, shardings
-        self.state_config = state_config or OptimizerStateConfig()
+        self.buffers = buffers or RunBuffers([optimizer], shardings, world, state_config, communication)
+        self.state_config = self.buffers.state_config
         self.rounding_seed = rounding_seed or RoundingSeed(self.state_config.seed)
         self.engine = Engine(optimizer)
         self.shards: list[Shard] = []
         self.frozen: list[nn.Parameter] = []
+        self._states: dict[int, Callable[[FlatBuffer], StateFormat]] = {}
         self.guard = StepGuard(self.state_config.max_skipped_steps, self.culprit)
-        self._reducer = GradientReducer(
-            shardings, world, communication or Communication(), at_once=self.state_config.zero_stage == 2
-        )
+        self._reducer = self.buffers.reducer(optimizer)
         super().__init__(optimizer)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -106,26 +110,43 @@ class TiledOptimizer(StandIn):
             param_group = self.inner.param_groups[-1]
         else:
             self.param_groups.append(param_group)
-        kinds: dict[tuple[object, ...], list[Member]] = {}
         for parameter in param_group["params"]:
-            sharding = self.shardings.get(parameter)
-            if sharding is None:
+            if parameter not in self.shardings:
                 raise UserValueError(
                     f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not a parameter of the "
                     "LightningModule; register it there, so that it is sharded and saved"
                 )
-            if not parameter.requires_grad:
-                self.frozen.append(parameter)
-            else:
-                kinds.setdefault(kind(parameter, sharding), []).append((parameter, sharding))
-        states = self.state_config.for_group(self.inner, param_group, self.rounding_seed)
-        new = []
-        for members in kinds.values():
-            for bucket in buckets(members):
-                buffer = FlatBuffer(bucket, sharded=self.state_config.zero_stage > 0)
-                new.append(Shard(buffer, self.state_config.gradients(buffer), states(buffer), param_group))
-        self.shards += new
-        self._reducer.add([shard.gradients for shard in new])
+        self._states_of(param_group)
+        self.frozen += [parameter for parameter in param_group["params"] if not parameter.requires_grad]
+        self._lay_out(param_group, [parameter for parameter in param_group["params"] if parameter.requires_grad])
+
+    def _states_of(self, group: dict[str, Any]) -> Callable[[FlatBuffer], StateFormat]:
+        if id(group) not in self._states:
+            self._states[id(group)] = self.state_config.for_group(self.inner, group, self.rounding_seed)
+        return self._states[id(group)]
+
+    def _lay_out(self, group: dict[str, Any], parameters: Sequence[nn.Parameter]) -> None:
+        members = [(parameter, self.shardings[parameter]) for parameter in parameters]
+        for buffer, gradients in self.buffers.lay_out(self.inner, members):
+            self.shards.append(Shard(buffer, gradients, self._states_of(group)(buffer), group))
+
+    def take_up_groups(self) -> None:
+        """Take up groups that somebody has put in the place of the optimizer's, as ``BaseFinetuning`` does, and
+        parameters that were frozen when they were given to it and are not any more.
+
+        Raises:
+            RuntimeError: groups that tear apart what lies in one buffer, or leave some of it out.
+        """
+        if self.param_groups is not self.inner.param_groups:
+            self._take_up_other_groups()
+        if not any(parameter.requires_grad for parameter in self.frozen):
+            return
+        thawed = {parameter: parameter.grad for parameter in self.frozen if parameter.requires_grad}
+        self.frozen = [parameter for parameter in self.frozen if not parameter.requires_grad]
+        for group in self.param_groups:
+            self._lay_out(group, [parameter for parameter in group["params"] if parameter in thawed])
+        for parameter, gradient in thawed.items():
+            parameter.grad = gradient
 
     # --- the gradients of a step
 
@@ -137,11 +158,13 @@ class TiledOptimizer(StandIn):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Begin a step, or give one up: zero the gradients.
 
-        ``.grad`` stays a view of flat buffers (or ``None``, ZeRO 2), whatever is asked for.
+        ``.grad`` is ``None`` until the next backward, or zero without ``set_to_none`` (not under ZeRO 2).
         """
         if type(self.inner).zero_grad is not Optimizer.zero_grad:  # what the user's class does besides
             self.inner.zero_grad()
-        self._reducer.zero()
+        for parameter in self.frozen:
+            parameter.grad = None
+        self._reducer.zero(set_to_none)
 
     def backward_begins(self, loss: Tensor, last: bool = False, undisturbed: bool = False) -> None:
         """See a loss before its backward.
@@ -156,6 +179,7 @@ class TiledOptimizer(StandIn):
             RuntimeError: another backward has not ended, or those of this step are over; a parameter that the loss
                 reaches both through a sequence-parallel region and past it.
         """
+        self.take_up_groups()
         self._reducer.backward_begins(loss, last, undisturbed)
 
     def backward_ended(self) -> None:
@@ -173,9 +197,9 @@ class TiledOptimizer(StandIn):
             whole: make every ``.grad`` the combined gradient, not only this rank's shard of it.
 
         Raises:
-            RuntimeError: a backward has not ended; gradients that would be lost; a parameter frozen no longer.
+            RuntimeError: a backward has not ended; gradients that would be lost.
         """
-        self._require_frozen()
+        self.take_up_groups()
         self._reducer.combine(whole)
 
     def unscale(self, factor: float | Tensor) -> None:
@@ -223,14 +247,22 @@ class TiledOptimizer(StandIn):
         """Let go of the parameters: nothing of this optimizer acts on them any more."""
         self._reducer.release()
 
-    def _require_frozen(self) -> None:
-        for parameter in self.frozen:
-            if parameter.requires_grad:
+    def _take_up_other_groups(self) -> None:
+        self.inner.param_groups = self.param_groups
+        group_of = {parameter: group for group in self.param_groups for parameter in group["params"]}
+        for shard in self.shards:
+            parameters = [entry.parameter for entry in shard.buffer.entries]
+            groups = {id(group_of.get(parameter)): group_of.get(parameter) for parameter in parameters}
+            (group, *others) = groups.values()
+            if group is None or others:
+                names = ", ".join(self.shardings[parameter].name for parameter in parameters[:4])
                 raise UserRuntimeError(
-                    f"{self.shardings[parameter].name} was frozen when training was set up and is not any more, but "
-                    "the optimizer has no state for it; leave it out of the optimizer while it is frozen and add it "
-                    "with optimizer.add_param_group (as Lightning's BaseFinetuning does)"
+                    f"param_groups of the optimizer were replaced by groups that part {names}, .., which lie together; "
+                    "legal: groups that keep those of before together, and others beside them"
                 )
+            shard.group = group
+        laid_out = {entry.parameter for shard in self.shards for entry in shard.buffer.entries}
+        self.frozen = [parameter for parameter in group_of if parameter not in laid_out]
 
     # --- the step
 

@@ -5,7 +5,7 @@ A layer declares once, as data, how it is sharded; slicing, initialization, grad
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,6 +18,9 @@ from lightning_tex.parallel.activation_layout import ActivationLayout, Replicate
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.extent import Extent
 from lightning_tex.parallel.topology import Axis, Layout, Topology
+
+# Tensors of fewer bytes are sent together, so many at most.
+_SMALL_BYTES, _TOGETHER = 1 << 16, 256
 
 
 class TexModule(nn.Module):
@@ -258,16 +261,30 @@ def _check_ties(root: nn.Module, layout: Layout) -> None:
 def synchronise(root: nn.Module, world: Axis, device: torch.device) -> None:
     """Give every rank rank 0's weights and buffers, for what is not on the meta device and not sharded already.
 
-    Tensors travel one by one by way of ``device`` and stay where they are: a whole model need not fit there.
+    Tensors travel by way of ``device``, small ones together and others one by one, and stay where they are: a whole
+    model need not fit there.
     """
     sharded = {id(p) for _, m in tex_modules(root) if m.bound for p in m.parameters(recurse=False)}
-    tensors = [*root.parameters(), *root.buffers()]
+    tensors = [t for t in (*root.parameters(), *root.buffers()) if not t.is_meta and id(t) not in sharded]
+    for some in _sent_together(tensors):
+        # As bytes: not every backend knows every dtype a buffer may have.
+        there = [tensor.data.to(device).reshape(-1).view(torch.uint8) for tensor in some]
+        sent = collectives.broadcast(torch.cat(there) if len(there) > 1 else there[0], world)
+        for tensor, part in zip(some, sent.split([len(own) for own in there]), strict=True):
+            tensor.data.copy_(part.view(tensor.dtype).view(tensor.shape))
+
+
+def _sent_together(tensors: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+    """Small tensors of one dtype, whose bytes one after another are still aligned; the others alone."""
+    small: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
-        if not tensor.is_meta and id(tensor) not in sharded:
-            # As bytes: not every backend knows every dtype a buffer may have.
-            there = tensor.data.to(device).contiguous()
-            sent = collectives.broadcast(there.reshape(-1).view(torch.uint8), world)
-            tensor.data.copy_(sent.view(tensor.dtype).view(tensor.shape))
+        if tensor.nbytes < _SMALL_BYTES:
+            small.setdefault(tensor.dtype, []).append(tensor)
+        else:
+            yield [tensor]
+    for alike in small.values():
+        for start in range(0, len(alike), _TOGETHER):
+            yield alike[start : start + _TOGETHER]
 
 
 @torch.no_grad()

@@ -174,15 +174,19 @@ class Layout:
         return number
 
     def groups(self, name: str) -> list[tuple[int, ...]]:
-        """All groups of ranks along one axis, each in axis order."""
-        groups: dict[int, list[int]] = {}
-        for rank in range(self.world):
-            groups.setdefault(self.group_number(name, rank), []).append(rank)
-        return [tuple(group) for group in groups.values()]
+        """All groups of ranks along one axis, each in axis order; of two groups that of the lower rank is the first."""
+        return [tuple(group) for group in self._members(name).tolist()]
 
     def leaves_nodes(self, name: str, ranks_per_node: int) -> bool:
         """Whether groups of an axis have ranks on several nodes, of which each has that many."""
-        return any(len({rank // ranks_per_node for rank in group}) > 1 for group in self.groups(name))
+        nodes = self._members(name) // ranks_per_node
+        return bool((nodes[:, 0] != nodes[:, -1]).any())
+
+    def _members(self, name: str) -> np.ndarray:
+        """Global ranks, [groups, ranks of a group]: rows and columns ascend."""
+        number = self.group_number(name, np.arange(self.world))
+        members = np.argsort(number, kind="stable").reshape(-1, self.axis_size(name))
+        return members[np.argsort(members[:, 0])]
 
     def __str__(self) -> str:
         experts = f"expert {self.expert} x expert_tensor {self.expert_tensor} x expert_data {self.expert_data}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from lightning_tex.layers.document_context import takes_documents
 from lightning_tex.layers.linear_cross_entropy import SLICE_BYTES
 from lightning_tex.planner.layers import (
     Attention,
@@ -34,9 +35,11 @@ class Activations:
 
     Args:
         step: its numbers.
+        device: ``cuda`` or ``cpu``.
     """
 
     step: MicroStep
+    device: str = "cuda"
 
     def saved(self, layer: Layer) -> int:
         """What a layer's forward keeps without recomputation."""
@@ -86,7 +89,15 @@ class Activations:
         if layer.head_norms:  # what they are given, and a scale of each head
             per_head = layer.head_dim * step.element_bytes + step.score_bytes
             normed = step.tokens * (layer.num_heads + layer.num_kv_heads) // tensor * per_head
-        return self.whole(layer.dim) + kernel + log_sums + normed
+        return self.whole(layer.dim) + kernel + log_sums + normed + self._put_together(layer)
+
+    def _put_together(self, layer: Attention) -> int:
+        """Where documents are mixed one after the other for want of a kernel, all results in one besides."""
+        step = self.step
+        kernel = self.device == "cuda" and step.element_bytes == 2 and takes_documents(layer.head_dim)
+        if kernel or not step.job.document_mask:
+            return 0
+        return step.tokens * layer.inner // step.layout.tensor * step.element_bytes
 
     def _mlp(self, layer: Mlp) -> int:
         """The input of the first product, and what stands between the products."""

@@ -30,11 +30,15 @@ class Batches(ABC):
         """
 
 
-def token_blocks(vocab_size: int, samples: int, length: int) -> dict[str, Tensor]:
-    """Blocks of made-up tokens, as a :class:`TokenDataModule` gives them."""
+def token_blocks(vocab_size: int, samples: int, length: int, documents: bool = False) -> dict[str, Tensor]:
+    """Blocks of made-up tokens, as a :class:`TokenDataModule` gives them, each of one document or of two.
+
+    Of two the first has one token: what is kept of several documents is most where one of them is long.
+    """
     tokens = torch.arange(samples * (length + 1)).view(samples, -1) % vocab_size
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    return {"input_ids": inputs, "labels": labels, "sample": torch.arange(samples)}
+    batch = {"input_ids": inputs, "labels": labels, "sample": torch.arange(samples)}
+    return {**batch, "segments": (torch.arange(length) > 0).long().repeat(samples, 1)} if documents else batch
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,14 @@ class TokenBlocks(Batches):
 
     Args:
         vocab_size: tokens are below it.
+        documents: there are documents in a block, which do not see each other.
     """
 
     vocab_size: int
+    documents: bool = False
 
     def of(self, samples: int, sequence_length: int) -> dict[str, Tensor]:
-        return token_blocks(self.vocab_size, samples, sequence_length)
+        return token_blocks(self.vocab_size, samples, sequence_length, self.documents)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ class DeclaredFormulas(ActivationSource):
     name = "declared formulas"
 
     def instants(self, job: Job, candidate: Candidate, device: str) -> Iterator[Instant]:
-        model, at = job.model, Activations(MicroStep(job, candidate))
+        model, at = job.model, Activations(MicroStep(job, candidate), device)
         embedding, head = (
             next(layer for layer in model.outside_blocks if isinstance(layer, kind)) for kind in (Embedding, Head)
         )

@@ -10,6 +10,7 @@ from functools import lru_cache
 import torch
 from torch import nn
 
+from lightning_tex.layers.adapters import Adapter
 from lightning_tex.models.block import Block
 from lightning_tex.models.config import DecoderConfig
 from lightning_tex.models.decoder import Decoder
@@ -113,13 +114,13 @@ def _repeated(shallow: ModelDescription, order: Sequence[int]) -> ModelDescripti
 
     def copy(places: Iterable[int], block: int | None = None) -> None:
         for place in places:
-            layer, shown, ends_block, input_gradient = shallow.layers[place]
+            layer, shown, ends_block, input_gradient, frozen = shallow.layers[place]
             first = 0 if block is None else len(f"blocks.{shown}.")
             prefix = "" if block is None else f"blocks.{block}."
             for name, shape, shard_dims, full_precision, requires_grad, _, declared in of_layer[place]:
                 renamed, here = prefix + name[first:], len(layers)
                 parameters.append(Parameter(renamed, shape, shard_dims, full_precision, requires_grad, here, declared))
-            layers.append(PlacedLayer(layer, block, ends_block, input_gradient))
+            layers.append(PlacedLayer(layer, block, ends_block, input_gradient, frozen))
 
     of_block: dict[int | None, list[int]] = {}
     for place, placed in enumerate(shallow.layers):
@@ -174,6 +175,7 @@ class _Walk:
         self._blocks = {name: number for number, name in enumerate(blocks)}
         self._modules: set[int] = set()
         self._tensors: dict[int, int] = {}  # the layer that a parameter was seen in first
+        self._with_gradients: set[int] = set()  # layers with something trained that is no adapter beside a product
 
     def visit(self, module: nn.Module, name: str, layer: int | None, block: int | None) -> None:
         """Go through a module; ``layer`` and ``block`` are those around it, if there are any."""
@@ -203,6 +205,8 @@ class _Walk:
             self.tied |= isinstance(ends[0], Embedding) and isinstance(ends[1], Head)
             return
         self._tensors[id(parameter)] = layer
+        if parameter.requires_grad and not isinstance(module, Adapter):
+            self._with_gradients.add(layer)
         shard_dims = module.shard_dims.get(own, {}) if isinstance(module, TexModule) else {}
         shapes = module.full_shapes if isinstance(module, TexModule) else {}
         self.parameters.append(
@@ -222,7 +226,8 @@ class _Walk:
         trained = {parameter.layer for parameter in self.parameters if parameter.requires_grad}
         following = [block for _, block in self._layers[1:]] + [None]
         for place, ((layer, block), after) in enumerate(zip(self._layers, following, strict=True)):
-            yield PlacedLayer(layer, block, block is not None and after != block, input_gradient)
+            frozen = place not in self._with_gradients
+            yield PlacedLayer(layer, block, block is not None and after != block, input_gradient, frozen)
             # Where a module uses parameters of its own beside the layers in it, nobody knows.
             input_gradient |= place in trained and not isinstance(layer, Other)
         yield from map(PlacedLayer, self._losses)

@@ -88,12 +88,14 @@ class PlacedLayer(NamedTuple):
         block: the number of the block whose activations are recomputed together; ``None`` outside of all.
         ends_block: whether it is the block's last, where a recomputation stops.
         input_gradient: whether its input has a gradient: something that is trained comes before it.
+        frozen: its matrices have no gradients, whether low-rank adapters act beside them or not.
     """
 
     layer: Layer
     block: int | None = None
     ends_block: bool = False
     input_gradient: bool = True
+    frozen: bool = False
 
     @property
     def in_block(self) -> bool:

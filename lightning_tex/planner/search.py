@@ -19,23 +19,53 @@ from lightning_tex.planner.step_time import StepTime, step_time
 
 # Formats of states that give the same numbers.
 EXACT = ("fp32", "split")
+# Of a foreseen peak, so much it may be wrong (docs/planner.md, "How far it is right").
+PEAK_ERROR = 0.05
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A candidate with what is foreseen of it."""
+    """A candidate with what is foreseen of it.
+
+    Args:
+        fits: the peak fits.
+        roomy: it does so even where it is as much larger as a foreseen peak may be wrong.
+    """
 
     candidate: Candidate
     memory: Memory
     time: StepTime
     fits: bool
+    roomy: bool
 
 
 def plan(job: Job, candidate: Candidate, cluster: Cluster) -> Planned:
     """Foresee memory and time of one candidate."""
     flat = FlatBuffers.of(job, candidate)
     needed = memory(job, candidate, cluster.device, flat=flat)
-    return Planned(candidate, needed, step_time(job, candidate, cluster, flat), needed.peak <= cluster.usable_bytes)
+    return _planned(candidate, needed, step_time(job, candidate, cluster, flat), cluster)
+
+
+def _planned(candidate: Candidate, needed: Memory, time: StepTime, cluster: Cluster) -> Planned:
+    usable = cluster.usable_bytes
+    return Planned(candidate, needed, time, needed.peak <= usable, (1 + PEAK_ERROR) * needed.peak <= usable)
+
+
+def _preference(planned: Planned) -> tuple[bool, bool, float]:
+    return not planned.fits, not planned.roomy, planned.time.total
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The layout to take, and why that one.
+
+    Args:
+        planned: the layout.
+        reason: in words.
+    """
+
+    planned: Planned
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -43,8 +73,8 @@ class Plans:
     """All candidates of a job, the ones that fit first, each kind by speed.
 
     Args:
-        found: of each layout and set of strategy's arguments, the fastest micro-batch that fits; if none does, the one
-            that needs least.
+        found: of each layout and set of strategy's arguments, the fastest micro-batch that fits, with room for what
+            peaks may be wrong if one does; if none fits, the one that needs least.
         considered: how many candidates there were.
         left_out: of the candidates so many were not looked at: others that fit were found before.
     """
@@ -59,16 +89,33 @@ class Plans:
 
     @property
     def recommended(self) -> Planned | None:
-        """The fastest that fits; ``None`` if nothing does.
+        """The layout to take; ``None`` if nothing fits."""
+        return self.recommendation.planned if self.recommendation else None
 
-        States that are rounded at random or kept in 8 bits only if nothing else fits. Of those within one percent of
-        the fastest, the one that leaves most memory free.
+    @property
+    def recommendation(self) -> Recommendation | None:
+        """The fastest that fits with room for what peaks may be wrong; ``None`` if nothing fits.
+
+        What leaves less room, and states that are rounded at random or kept in 8 bits, only if nothing else fits. Of
+        those within one percent of the fastest, the one that leaves most memory free.
         """
         if not (fitting := self.fitting):
             return None
-        fitting = [each for each in fitting if each.candidate.optimizer_state_format in EXACT] or fitting
+        reason = f"the fastest with {PEAK_ERROR:.0%} of its peak to spare, by which peaks may be wrong"
+        if roomy := [each for each in fitting if each.roomy]:
+            fitting = roomy
+        else:
+            reason = f"the fastest; none has {PEAK_ERROR:.0%} of its peak to spare, by which peaks may be wrong"
+        if exact := [each for each in fitting if each.candidate.optimizer_state_format in EXACT]:
+            if len(exact) < len(fitting):
+                reason += f", and whose states are exact ({', '.join(EXACT)})"
+            fitting = exact
         best = min(each.time.total for each in fitting)
-        return min((each for each in fitting if each.time.total <= 1.01 * best), key=lambda each: each.memory.peak)
+        equal = [each for each in fitting if each.time.total <= 1.01 * best]
+        chosen = min(equal, key=lambda each: each.memory.peak)
+        if chosen.time.total > best:
+            reason += "; of those within 1 % of it, the one that needs least"
+        return Recommendation(chosen, reason)
 
     def nearest(self, count: int) -> list[Planned]:
         """Those that need least memory."""
@@ -85,7 +132,8 @@ def plan_all(
     """Foresee all candidates of a job.
 
     Time is worked out for candidates that fit, and for one of each other group. Where activations are costly to know
-    (traced), candidates are looked at one after another, the fastest first, until so many groups fit.
+    (traced), candidates are looked at one after another until so many groups fit: those with exact states first, and of
+    these the fastest.
 
     Args:
         job, cluster, choices: what is planned.
@@ -108,7 +156,8 @@ def _best_first(
     job: Job, cluster: Cluster, choices: Choices | None, wanted: int, first: Callable[[Candidate], Any]
 ) -> Plans:
     timed = [(step_time(job, candidate, cluster), candidate) for candidate in candidates(job, choices)]
-    timed.sort(key=lambda pair: (first(pair[1]), pair[0].total))
+    # What is recommended only if nothing else fits is looked at when the rest has been.
+    timed.sort(key=lambda pair: (first(pair[1]), pair[1].optimizer_state_format not in EXACT, pair[0].total))
     search, looked_at = _Search(job, cluster), 0
     for _, candidate in timed:
         if len(search.best) >= wanted:
@@ -139,15 +188,16 @@ class _Search:
         needed = memory(job, candidate, cluster.device, flat=flat, enough=cluster.usable_bytes)
         if needed.peak <= cluster.usable_bytes:
             time = step_time(job, candidate, cluster, flat)
-            if group not in self.best or time.total < self.best[group].time.total:
-                self.best[group] = Planned(candidate, needed, time, True)
+            found = _planned(candidate, needed, time, cluster)
+            if group not in self.best or _preference(found) < _preference(self.best[group]):
+                self.best[group] = found
         elif group not in self.least or needed.peak < self.least[group][1].peak:
             self.least[group] = candidate, needed
 
     def found(self) -> list[Planned]:
         """One of each group: those that fit by speed, then the others by need."""
         rest = [
-            Planned(candidate, needed, step_time(self.job, candidate, self.cluster), False)
+            _planned(candidate, needed, step_time(self.job, candidate, self.cluster), self.cluster)
             for group, (candidate, needed) in self.least.items()
             if group not in self.best
         ]

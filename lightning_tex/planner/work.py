@@ -39,7 +39,8 @@ class Product(NamedTuple):
         recorded: what comes of it goes to a collective only: communication-aware recomputation leaves it out.
         last: comes after all that its layer keeps: a recomputation that ends with the layer leaves it out.
         full_precision: computed in fp32.
-        backward: products of that size in the backward; attention's kernel computes the scores once more.
+        backward: products of that size in the backward, one of them for the matrix's gradient; attention's kernel
+            computes the scores once more.
         attention: of attention's kernel.
     """
 
@@ -252,7 +253,7 @@ def computation(job: Job, candidate: Candidate, cluster: Cluster) -> Computation
 def _layer_time(work: Work, placed: PlacedLayer, cluster: Cluster, loss: Loss | None) -> LayerTime:
     layer, in_block = placed.layer, placed.in_block
     job, mode = work.step.job, work.step.candidate.activation_checkpointing
-    products = list(work.products(layer))
+    products = [_without_gradient(one) if placed.frozen else one for one in work.products(layer)]
     seconds = [product.seconds(cluster, job.precision, work.step.element_bytes) for product in products]
     rest = cluster.passes(work.moved_bytes(layer))
     forward = sum(seconds) + rest
@@ -270,6 +271,10 @@ def _layer_time(work: Work, placed: PlacedLayer, cluster: Cluster, loss: Loss | 
     recompute = sum(time for time, repeated in zip(seconds, again, strict=True) if repeated) + rest
     flops += sum(product.flops for product, repeated in zip(products, again, strict=True) if repeated)
     return LayerTime(forward, recompute, backward, flops)
+
+
+def _without_gradient(product: Product) -> Product:
+    return product if product.attention else product._replace(backward=product.backward - 1)
 
 
 def _ups(layer: Mlp | Moe) -> int:

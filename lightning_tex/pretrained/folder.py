@@ -12,7 +12,8 @@ import torch
 import xxhash
 
 from lightning_tex.parallel.errors import UserFileError, UserValueError
-from lightning_tex.pretrained.tensor_file import SUFFIX, StoredTensor, read_table
+from lightning_tex.pretrained.quantised import multiplied_out
+from lightning_tex.pretrained.tensor_file import SUFFIX, Readable, StoredTensor, read_table
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -51,14 +52,29 @@ class PretrainedFolder:
         self.config = read_json(path / CONFIG)
 
     @cached_property
-    def tensors(self) -> dict[str, StoredTensor]:
-        """All tensors, by name; every file's table is read and checked.
+    def tensors(self) -> dict[str, Readable]:
+        """All tensors, by name; those that are quantised are read multiplied out.
 
         Raises:
             FileNotFoundError: a file that the index names is missing, or there are no safetensors files.
-            ValueError: a file is damaged, the index and the files say different things, or what is stored is
-                quantised.
+            ValueError: a file is damaged, the index and the files say different things, what is stored is quantised in
+                a way that is not known, or scales are missing or do not fit.
         """
+        tensors, problems = multiplied_out(self.stored, self.config)
+        quantised = [tensor for tensor in tensors.values() if tensor.dtype in _QUANTISED]
+        if quantised and not problems:
+            first = quantised[0]
+            problems.append(
+                f"{len(quantised)} tensors are quantised, such as {first.name} ({str(first.dtype)[6:]}), in a way "
+                "that config.json does not tell; legal: weights in float32, float16 or bfloat16, or a "
+                "quantization_config of fp8 in blocks or mxfp4"
+            )
+        self._refuse(problems)
+        return tensors
+
+    @cached_property
+    def stored(self) -> dict[str, StoredTensor]:
+        """All that is in the files, by name; every file's table is read and checked. Errors as of :attr:`tensors`."""
         files, promised = self._files()
         tables, problems = {}, []
         for file in files:
@@ -76,12 +92,6 @@ class PretrainedFolder:
                 found[tensor.name] = tensor
         if promised is not None and not problems:
             problems += _against_index(promised, found)
-        if quantised := [t for t in found.values() if t.dtype in _QUANTISED]:
-            first = quantised[0]
-            problems.append(
-                f"{len(quantised)} tensors are quantised, such as {first.name} ({str(first.dtype)[6:]}), and are not "
-                "taken apart here; legal: weights in float32, float16 or bfloat16"
-            )
         self._refuse(problems)
         return found
 
@@ -89,7 +99,7 @@ class PretrainedFolder:
     def fingerprint(self) -> str:
         """Tells this folder's weights from others: its configuration, the files' tables, and samples of their bytes."""
         hasher = xxhash.xxh3_128(json.dumps(self.config, sort_keys=True).encode())
-        for path in sorted({tensor.file for tensor in self.tensors.values()}):
+        for path in sorted({tensor.file for tensor in self.stored.values()}):
             size = path.stat().st_size
             hasher.update(f"{path.name} {size}".encode())
             with path.open("rb", buffering=0) as file:

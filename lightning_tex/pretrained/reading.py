@@ -75,7 +75,7 @@ class PretrainedWeights:
         if common.numel:
             target = part.read()
             for slab in slabs(common, stored.dtype.itemsize):
-                elements = piece.taken(files.read(stored, piece.source(slab)), slab)
+                elements = piece.taken(stored.read(files, piece.source(slab)), slab)
                 target[slab.within(part.extent).slices].copy_(elements)
         return common.numel
 
@@ -84,8 +84,8 @@ class PretrainedWeights:
             common = part.extent.intersect(piece.target).intersect(copy.target)
             stored, repeated = (self.folder.tensors[one.stored] for one in (piece, copy))
             for slab in slabs(common, stored.dtype.itemsize) if common.numel else ():
-                first = piece.taken(files.read(stored, piece.source(slab)), slab)
-                if not torch.equal(first, copy.taken(files.read(repeated, copy.source(slab)), slab)):
+                first = piece.taken(stored.read(files, piece.source(slab)), slab)
+                if not torch.equal(first, copy.taken(repeated.read(files, copy.source(slab)), slab)):
                     raise UserValueError(
                         f"the pretrained weights in {self.folder.path} are refused: {copy.stored} differs from "
                         f"{piece.stored}, and its configuration says that both are one"

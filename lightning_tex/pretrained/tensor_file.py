@@ -13,7 +13,7 @@ from contextlib import suppress
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -46,6 +46,25 @@ DTYPES: dict[str, torch.dtype] = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+class Readable(Protocol):
+    """A tensor that can be read in parts: one of a file, or one that is made of some of them."""
+
+    @property
+    def name(self) -> str:
+        """Of the tensor."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which elements are read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of all of it."""
+
+    def read(self, files: TensorFiles, extent: Extent) -> Tensor:
+        """Some elements, in the shape of their extent."""
+
+
 class StoredTensor(NamedTuple):
     """A tensor in a file.
 
@@ -67,6 +86,10 @@ class StoredTensor(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of all its elements."""
         return prod(self.shape) * self.dtype.itemsize
+
+    def read(self, files: TensorFiles, extent: Extent) -> Tensor:
+        """See :meth:`TensorFiles.read`."""
+        return files.read(self, extent)
 
 
 def read_table(path: Path) -> list[StoredTensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from functools import partial, update_wrapper
@@ -11,13 +12,16 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 from lightning import LightningDataModule, LightningModule
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, ReduceLROnPlateau, instantiate_class
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning_utilities import module_available
 
 from lightning_tex.data import TextDataModule
 from lightning_tex.models import LanguageModel
-from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.optim import optimized_parameters
+from lightning_tex.parallel.errors import UserError, UserValueError
 from lightning_tex.recipe.option_parser import OptionParser
 from lightning_tex.strategy import TexMoEStrategy
 from lightning_tex.strategy.ckpt_path import AUTO
@@ -57,6 +61,20 @@ class TexCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for name, default in (("model", LanguageModel), ("data", TextDataModule)):
             parser.set_defaults({name: {"class_path": public_path(default)}})
+        parser.add_argument(
+            "--cluster",
+            type=str | None,
+            default=None,
+            help="GPUs that the recipe is made for, as `lightning-tex plan --cluster` has them: those of a plan where "
+            "no others are given; training does not depend on it",
+        )
+        parser.add_argument(
+            "--run_dir",
+            type=str | None,
+            default=None,
+            help="the run's folder: its logs, and checkpoints/ of every ModelCheckpoint without a dirpath. "
+            "trainer.default_root_dir, where it is given, is the logs' instead",
+        )
 
     def instantiate_classes(self) -> None:
         """Data first: the model's vocabulary, where it has one in its ``config``, is the data's."""
@@ -69,7 +87,12 @@ class TexCLI(LightningCLI):
             data = parser.instantiate_classes(Namespace(data=config.data)).data
             sizes.vocab_size = getattr(data, "vocab_size", sizes.vocab_size)
             self.parser.add_instantiator(lambda *_, **__: data, LightningDataModule, prepend=True)
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if (own := _raised_by_a_class(error)) is None:
+                raise
+            raise own from None
 
     def before_fit(self) -> None:
         """Refuse what only our strategy knows."""
@@ -82,8 +105,14 @@ class TexCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         given = self._get(self.config_init, "trainer")
+        run_dir = self._get(self.config_init, "run_dir")
+        root = given.get("default_root_dir") or run_dir
+        if root:
+            kwargs.setdefault("default_root_dir", root)
+        if run_dir:
+            _save_below(run_dir, given.get("callbacks"))
         if given.get("logger") in (None, True):
-            kwargs["logger"] = _default_loggers(given.get("default_root_dir") or ".")
+            kwargs["logger"] = _default_loggers(root or ".")
         return super().instantiate_trainer(**kwargs)
 
     def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:
@@ -94,6 +123,13 @@ class TexCLI(LightningCLI):
         configure = partial(_configure_optimizers, optimizer=optimizer, scheduler=scheduler)
         update_wrapper(configure, _configure_optimizers)  # Lightning tells by the name whether a hook is overridden
         self.model.configure_optimizers = MethodType(configure, self.model)
+
+
+def _raised_by_a_class(error: BaseException | None) -> UserError | None:
+    """What the user can put right, out of jsonargparse's list of all that a value is not."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _name_publicly(config: Namespace) -> None:
@@ -122,13 +158,22 @@ def _check_devices(trainer: Namespace) -> None:
 
 
 def _configure_optimizers(module: LightningModule, optimizer: Any, scheduler: Any) -> Any:
-    built = instantiate_class(module.parameters(), optimizer)
+    built = instantiate_class(optimized_parameters(module, optimizer.get("init_args", {}).get("lr")), optimizer)
     if not scheduler:
         return built
     schedule = instantiate_class(built, scheduler)
     if isinstance(schedule, ReduceLROnPlateau):
         return LightningCLI.configure_optimizers(module, built, schedule)
     return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _save_below(run_dir: str, callbacks: Any) -> None:
+    """Give callbacks that save checkpoints, and were told no folder, the run's."""
+    if _is_local_file_protocol(run_dir):
+        run_dir = os.path.realpath(os.path.expanduser(run_dir))
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+            callback.dirpath = os.path.join(run_dir, "checkpoints")
 
 
 def _default_loggers(root: str) -> list[Any]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
@@ -38,17 +38,22 @@ class ShardedRun:
     checkpoint_io: CheckpointIO
 
 
+# Reads what is the optimizers'; collective. Returns random streams to continue when the first batch is there, because
+# fetching it draws a random number.
+Finish = Callable[[ShardedRun], Mapping[str, Tensor]]
+
+
 @dataclass(frozen=True)
 class Loaded:
     """What is left to do after a checkpoint was read.
 
     Args:
         trainer_state: what Lightning restores itself.
-        random_streams: to continue when the first batch is there, because fetching it draws a random number.
+        finish: what follows once there are optimizers.
     """
 
     trainer_state: dict[str, Any]
-    random_streams: dict[str, Tensor] = field(default_factory=dict)
+    finish: Finish
 
 
 class CheckpointFormat(ABC):
@@ -85,21 +90,21 @@ class CheckpointFormat(ABC):
 
     @abstractmethod
     def load(self, run: ShardedRun, filepath: str, weights_only: bool | None, strict: bool) -> Loaded:
-        """Read a checkpoint of this form; collective. :meth:`load_model` follows.
+        """Read a checkpoint of this form, but for what is the optimizers'; collective. :meth:`load_model` follows.
 
         Raises:
             ValueError: it is damaged, of a version that is not known, or does not fit the model or the optimizer.
         """
 
     @abstractmethod
-    def load_model(self, run: ShardedRun, checkpoint: Mapping[str, Any], strict: bool) -> None:
+    def load_model(self, run: ShardedRun, checkpoint: Mapping[str, Any], strict: bool) -> Finish:
         """Take the weights of a loaded ``trainer_state``, after ``on_load_checkpoint`` hooks may have changed it."""
 
     @abstractmethod
-    def load_weights(self, run: ShardedRun, filepath: str, strict: bool) -> None:
+    def load_weights(self, run: ShardedRun, filepath: str, strict: bool) -> Finish:
         """Read the weights alone, of a whole state or of a file with nothing else; collective.
 
-        Where 16-bit parameters have fp32 masters, these are set too, as exactly as they were saved.
+        Where 16-bit parameters have fp32 masters, what follows sets these too, as exactly as they were saved.
 
         Raises:
             ValueError: it is damaged, of a version that is not known, or does not fit the model.

@@ -20,7 +20,7 @@ from lightning_tex.saving.manifest import CorruptCheckpointError
 from lightning_tex.saving.model_state import MODEL, OPTIMIZER, TIES, TensorPath
 from lightning_tex.saving.newest import find
 from lightning_tex.saving.optimizer_loading import OptimizerStates
-from lightning_tex.saving.optimizer_state import GROUPS_OF_EACH
+from lightning_tex.saving.optimizer_state import GROUPS_OF_EACH, ROOTS
 from lightning_tex.saving.reading import Directory
 from lightning_tex.saving.whole_tensors import tensor_bytes
 
@@ -54,21 +54,21 @@ def consolidated(path: str | os.PathLike[str], weights_only: bool = False) -> di
     if about is None or weights_only:
         return plain_form.versioned(checkpoint, None)
     states = OptimizerStates.by_name(about, directory)
-    by_name = _states_by_name(tensors, states.number_keys)
     remaining = iter(states.groups)
     counts = about.get(GROUPS_OF_EACH, [len(states.groups)])
     checkpoint["optimizer_states"] = [
-        plain_form.torch_form(by_name, list(islice(remaining, count))) for count in counts
+        plain_form.torch_form(_states_by_name(tensors, root, states.number_keys), list(islice(remaining, count)))
+        for root, count in zip(about.get(ROOTS, [OPTIMIZER] * len(counts)), counts, strict=True)
     ]
     return plain_form.versioned(checkpoint, states.rounding_seed)
 
 
 def _states_by_name(
-    tensors: Mapping[TensorPath, Tensor], number_keys: frozenset[str]
+    tensors: Mapping[TensorPath, Tensor], root: str, number_keys: frozenset[str]
 ) -> dict[str, dict[str, Tensor | float]]:
     states: dict[str, dict[str, Tensor | float]] = {}
     for path, value in tensors.items():
-        if path[0] == OPTIMIZER and path[-1] != MASTER:
+        if path[0] == root and path[-1] != MASTER:
             states.setdefault(path[2], {})[path[3]] = value.item() if path[3] in number_keys else value
     return states
 

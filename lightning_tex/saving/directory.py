@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,11 +21,17 @@ from torch import Tensor
 
 from lightning_tex.parallel.topology import Axis
 from lightning_tex.saving import model_state, optimizer_state
-from lightning_tex.saving.checkpoint_format import OWN_ENTRY, CheckpointFormat, Loaded, ShardedRun
+from lightning_tex.saving.checkpoint_format import OWN_ENTRY, CheckpointFormat, Finish, Loaded, ShardedRun
 from lightning_tex.saving.consolidate import consolidated
 from lightning_tex.saving.further_weights import FURTHER, put_back, taken_out
 from lightning_tex.saving.global_tensor import GlobalTensor
-from lightning_tex.saving.optimizer_loading import OptimizerStates, load_masters, load_optimizer, require_same_groups
+from lightning_tex.saving.optimizer_loading import (
+    OptimizerStates,
+    UnderRoot,
+    load_masters,
+    load_optimizer,
+    masters_from,
+)
 from lightning_tex.saving.random_streams import RANDOM, random_rows, random_streams, restore_random_streams
 from lightning_tex.saving.reading import Directory
 from lightning_tex.saving.writing import Save, begin
@@ -64,7 +71,8 @@ class DirectoryCheckpoint(CheckpointFormat):
         own: dict[str, Any] = {"layout": asdict(run.topology.layout), model_state.TIES: model_state.ties(run.module)}
         states = trainer_state.pop("optimizer_states", None)
         if states and run.optimizer is not None:
-            tensors[model_state.OPTIMIZER] = {"state": {n: s for one in states for n, s in one["state"].items()}}
+            for root, one in zip(optimizer_state.roots(run.optimizer), states, strict=True):
+                tensors.setdefault(root, {"state": {}})["state"].update(one["state"])
             own["optimizer"] = optimizer_state.optimizer_entry(run.optimizer)
             tensors[RANDOM] = random_rows(random_streams(), run.topology.world)
         tensors[FURTHER], places = taken_out(trainer_state)
@@ -75,33 +83,37 @@ class DirectoryCheckpoint(CheckpointFormat):
     def load(self, run: ShardedRun, filepath: str, weights_only: bool | None, strict: bool) -> Loaded:
         source = Directory.verified(Path(filepath), run.topology.world)
         trainer_state = source.trainer_state(weights_only)
-        own = trainer_state[OWN_ENTRY]
+        own = trainer_state.pop(OWN_ENTRY)
         about = own.get("optimizer")  # a save of the weights alone has none
-        if run.optimizer is not None and about is not None:
-            require_same_groups(about["param_groups"], run.optimizer)
         model_state.load_checkpointed(run.module, run.topology, source, strict)
         put_back(run, trainer_state, source, own)
-        if run.optimizer is None:
-            return Loaded(trainer_state)
-        if about is not None:
-            load_optimizer(run.optimizer, OptimizerStates.by_name(about, source))
-        load_masters(run.optimizer, source)
-        if own["layout"] != asdict(run.topology.layout):
-            return Loaded(trainer_state)
-        streams = _read_random(source, run.topology.world)
-        if _within_epoch(trainer_state):
-            return Loaded(trainer_state, streams)
-        restore_random_streams(streams)
-        return Loaded(trainer_state)
 
-    def load_model(self, run: ShardedRun, checkpoint: Mapping[str, Any], strict: bool) -> None:
+        def finish(run: ShardedRun) -> Mapping[str, Tensor]:
+            if run.optimizer is None:
+                return {}
+            if about is not None:
+                under = partial(UnderRoot, source)
+                for optimizer, states in OptimizerStates.of_each(about, run.optimizer, under):
+                    load_optimizer(optimizer, states)
+            load_masters(run.optimizer, source)
+            if own["layout"] != asdict(run.topology.layout):
+                return {}
+            streams = _read_random(source, run.topology.world)
+            if _within_epoch(trainer_state):
+                return streams
+            restore_random_streams(streams)
+            return {}
+
+        return Loaded(trainer_state, finish)
+
+    def load_model(self, run: ShardedRun, checkpoint: Mapping[str, Any], strict: bool) -> Finish:
         """Nothing: :meth:`load` has put the weights in their place."""
+        return lambda _: {}
 
-    def load_weights(self, run: ShardedRun, filepath: str, strict: bool) -> None:
+    def load_weights(self, run: ShardedRun, filepath: str, strict: bool) -> Finish:
         source = Directory.verified(Path(filepath), run.topology.world)
         model_state.load_checkpointed(run.module, run.topology, source, strict)
-        if run.optimizer is not None:
-            load_masters(run.optimizer, source)
+        return masters_from(source)
 
     def for_one_process(self, path: Path) -> Path | IO[bytes]:
         buffer = io.BytesIO()

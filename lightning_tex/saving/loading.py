@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
+import lightning.pytorch.core.saving as lightning_saving
 from lightning import LightningModule
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 
+from lightning_tex.saving import paths
 from lightning_tex.saving.checkpoint_format import CheckpointFormat
 from lightning_tex.saving.directory import DirectoryCheckpoint
 from lightning_tex.saving.newest import find
@@ -35,6 +38,21 @@ def reading_format(path: str | os.PathLike[str]) -> CheckpointFormat:
     The version is then inside: the manifest's ``format``, or :func:`lightning_tex.saving.plain_form.version_of`.
     """
     return DirectoryCheckpoint() if Path(path).is_dir() else PlainCheckpoint()
+
+
+_LIGHTNINGS_LOAD = lightning_saving.pl_load
+
+
+def let_lightning_read_directories() -> None:
+    """Let ``load_from_checkpoint`` of every LightningModule and LightningDataModule read directories, too."""
+
+    @wraps(_LIGHTNINGS_LOAD)
+    def load(path_or_url: Any, *arguments: Any, **options: Any) -> Any:
+        if isinstance(path_or_url, (str, os.PathLike)) and paths.has_manifest(Path(path_or_url)):
+            path_or_url = DirectoryCheckpoint().for_one_process(find(Path(path_or_url)))
+        return _LIGHTNINGS_LOAD(path_or_url, *arguments, **options)
+
+    lightning_saving.pl_load = load
 
 
 def load_from_checkpoint(module: type[_Module], path: str | os.PathLike[str], **arguments: Any) -> _Module:

@@ -20,7 +20,8 @@ TensorPath = tuple[str, ...]
 _Entry = TypeVar("_Entry")
 
 MODEL = "model"
-OPTIMIZER = "optimizer_0"
+OPTIMIZERS = "optimizer_{}"
+OPTIMIZER = OPTIMIZERS.format(0)
 # In our entry of a directory: further names of tied parameters.
 TIES = "ties"
 

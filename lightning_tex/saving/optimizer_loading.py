@@ -2,23 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_tex.optim import Stepped
+from lightning_tex.optim import Stepped, one_by_one
 from lightning_tex.optim.formats import LOW_PRECISION, MASTER
 from lightning_tex.optim.shard import Piece, Shard
 from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.saving.checkpoint_format import Finish, ShardedRun
 from lightning_tex.saving.global_tensor import GlobalTensor
 from lightning_tex.saving.model_state import MODEL, OPTIMIZER, Described, Source, TensorPath
-from lightning_tex.saving.optimizer_state import ROUNDING_SEED, group_options, held_parts
+from lightning_tex.saving.optimizer_state import GROUPS_OF_EACH, ROOTS, ROUNDING_SEED, group_options, held_parts
 
 StatesByName = Mapping[str, Mapping[str, Described]]
+
+
+class UnderRoot:
+    """The states of one optimizer of several in a checkpoint, where those of the only one would be.
+
+    Args:
+        source: the checkpoint.
+        root: what the optimizer's states lie under.
+    """
+
+    def __init__(self, source: Source, root: str) -> None:
+        self._source, self._root = source, root
+
+    @property
+    def saved(self) -> Mapping[TensorPath, Described]:
+        """What there is."""
+        saved = self._source.saved
+        return {(OPTIMIZER, *path[1:]): tensor for path, tensor in saved.items() if path[0] == self._root}
+
+    def fill(self, request: Mapping[TensorPath, GlobalTensor]) -> None:
+        """Read the parts of each requested tensor into their place."""
+        self._source.fill({(self._root, *path[1:]): wanted for path, wanted in request.items()})
 
 
 @dataclass(frozen=True)
@@ -42,6 +66,35 @@ class OptimizerStates:
         """From what a directory's ``meta.pt`` says of its optimizer (:func:`optimizer_state.optimizer_entry`)."""
         return cls(source, about["param_groups"], frozenset(about["numbers"]), about.get(ROUNDING_SEED))
 
+    @classmethod
+    def of_each(
+        cls, about: Mapping[str, Any], stepped: Stepped, under: Callable[[str], Source]
+    ) -> Iterator[tuple[Stepped, OptimizerStates]]:
+        """The optimizers with their states: all of them at once, where these lie together.
+
+        Args:
+            about: as of :meth:`by_name`.
+            stepped: the optimizers.
+            under: gives the states that lie under a root, as those of the only optimizer.
+
+        Raises:
+            ValueError: optimizers that share parameters, of other numbers of groups.
+        """
+        counts = about.get(GROUPS_OF_EACH, [len(about["param_groups"])])
+        places = about.get(ROOTS, [OPTIMIZER] * len(counts))
+        if len(set(places)) == 1:
+            yield stepped, cls.by_name(about, under(OPTIMIZER))
+            return
+        each = one_by_one(stepped)
+        if [len(one.param_groups) for one in each] != counts:
+            raise UserValueError(
+                f"the checkpoint's optimizers have {counts} parameter groups, these have "
+                f"{[len(one.param_groups) for one in each]}"
+            )
+        groups = iter(about["param_groups"])
+        for one, place, count in zip(each, places, counts, strict=True):
+            yield one, cls.by_name({**about, "param_groups": list(islice(groups, count))}, under(place))
+
     def tensors(self) -> StatesByName:
         """What is known of each state but the masters, by parameter name and key."""
         states: dict[str, dict[str, Described]] = {}
@@ -58,6 +111,8 @@ def load_optimizer(optimizer: Stepped, states: OptimizerStates) -> None:
     Raises:
         ValueError: the groups hold other parameters.
     """
+    for one in one_by_one(optimizer):
+        one.take_up_groups()
     require_same_groups(states.groups, optimizer)
     for group, options in zip(optimizer.param_groups, states.groups, strict=True):
         # In place, because schedulers hold the group itself.
@@ -186,6 +241,17 @@ def _scalar_device(optimizer: Stepped, shard: Shard) -> torch.device:
 
 
 # --- masters
+
+
+def masters_from(source: Source) -> Finish:
+    """What :func:`load_masters` does, once there are optimizers."""
+
+    def finish(run: ShardedRun) -> Mapping[str, Tensor]:
+        if run.optimizer is not None:
+            load_masters(run.optimizer, source)
+        return {}
+
+    return finish
 
 
 @torch.no_grad()

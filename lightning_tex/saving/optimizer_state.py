@@ -15,11 +15,14 @@ from lightning_tex.optim.shard import Piece
 from lightning_tex.optim.tiled import parameter_names
 from lightning_tex.parallel.errors import UserTypeError
 from lightning_tex.saving.global_tensor import GlobalTensor, Part, run_parts
+from lightning_tex.saving.model_state import OPTIMIZERS
 
 # The name that the rounding seed has in a directory of format 1, and in a plain file of 0.1.
 ROUNDING_SEED = "dice"
 # How many of the groups each optimizer has, in their order. Directories without it are of one.
 GROUPS_OF_EACH = "groups_of_each"
+# What each optimizer's states lie under. Directories without it have all of them under the first one's.
+ROOTS = "roots"
 
 
 def window_states(piece: Piece) -> dict[str, Any]:
@@ -84,11 +87,19 @@ def group_options(optimizer: Stepped) -> list[dict[str, Any]]:
     ]
 
 
+def roots(optimizer: Stepped) -> list[str]:
+    """What each optimizer's states lie under: one place, unless a parameter has states of several."""
+    each = one_by_one(optimizer)
+    apart = len(each) > 1 and each[0].buffers.are_shared
+    return [OPTIMIZERS.format(number if apart else 0) for number in range(len(each))]
+
+
 def optimizer_entry(optimizer: Stepped) -> dict[str, Any]:
     """What a directory's ``meta.pt`` says of the optimizer, beside its tensors."""
     return {
         "param_groups": group_options(optimizer),
         "numbers": number_keys(optimizer),
+        ROOTS: roots(optimizer),
         GROUPS_OF_EACH: [len(one.param_groups) for one in one_by_one(optimizer)],
         ROUNDING_SEED: asdict(optimizer.rounding_seed),
     }

@@ -9,13 +9,17 @@ from typing import IO, Any
 
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+from torch import Tensor, nn
 
+from lightning_tex.optim import TiledOptimizer
+from lightning_tex.optim.stand_in import WholeStates
 from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.parallel.topology import Topology
 from lightning_tex.saving import gathering, paths, plain_form
 from lightning_tex.saving.archive import with_room
-from lightning_tex.saving.checkpoint_format import CheckpointFormat, Loaded, ShardedRun
+from lightning_tex.saving.checkpoint_format import OWN_ENTRY, CheckpointFormat, Finish, Loaded, ShardedRun
 from lightning_tex.saving.model_state import load_checkpointed
-from lightning_tex.saving.optimizer_loading import load_masters, load_optimizer
+from lightning_tex.saving.optimizer_loading import load_optimizer, masters_from
 from lightning_tex.saving.trainer_state import plain_data, restricted_load
 from lightning_tex.saving.whole_tensors import WholeTensors, tensor_bytes
 from lightning_tex.saving.writing import on_first_rank
@@ -45,31 +49,50 @@ class PlainCheckpoint(CheckpointFormat):
         on_first_rank(lambda: _write(run.checkpoint_io, content, filepath), run.topology.world, run.broadcast)
 
     def load(self, run: ShardedRun, filepath: str, weights_only: bool | None, strict: bool) -> Loaded:
-        """Read the optimizer states; the weights follow in :meth:`load_model`."""
+        """Read the file; the weights follow in :meth:`load_model`."""
         checkpoint = _read(run.checkpoint_io, filepath, weights_only)
-        if run.optimizer is not None and checkpoint.get("optimizer_states"):
-            for optimizer, states in plain_form.optimizer_states(checkpoint, run.optimizer):
-                load_optimizer(optimizer, states)
-        return Loaded(checkpoint)
 
-    def load_model(self, run: ShardedRun, checkpoint: Mapping[str, Any], strict: bool) -> None:
-        """Shard the whole weights."""
+        def finish(run: ShardedRun) -> Mapping[str, Tensor]:
+            if run.optimizer is not None and checkpoint.get("optimizer_states"):
+                for optimizer, states in plain_form.optimizer_states(checkpoint, run.optimizer):
+                    load_optimizer(optimizer, states)
+            return {}
+
+        return Loaded({key: value for key, value in checkpoint.items() if key != OWN_ENTRY}, finish)
+
+    def load_model(self, run: ShardedRun, checkpoint: Mapping[str, Any], strict: bool) -> Finish:
+        """Shard the whole weights. A ``load_state_dict`` of the module's own is called where it holds whole ones."""
         weights = WholeTensors.of_model(checkpoint["state_dict"])
-        load_checkpointed(run.module, run.topology, weights, strict)
-        if run.optimizer is not None:
-            load_masters(run.optimizer, weights)
+        if run.topology.world.size == 1 and _loads_itself(run.module):
+            run.module.load_state_dict(checkpoint["state_dict"], strict=strict)
+        else:
+            load_checkpointed(run.module, run.topology, weights, strict)
+        return masters_from(weights)
 
-    def load_weights(self, run: ShardedRun, filepath: str, strict: bool) -> None:
+    def load_weights(self, run: ShardedRun, filepath: str, strict: bool) -> Finish:
         checkpoint = _read(run.checkpoint_io, filepath, weights_only=None)
         if "state_dict" not in checkpoint:
             raise UserValueError(
                 f"{filepath} has no 'state_dict', so no weights are found in it; legal: a checkpoint of a Trainer, or "
                 "torch.save({'state_dict': module.state_dict()}, PATH)"
             )
-        self.load_model(run, checkpoint, strict)
+        return self.load_model(run, checkpoint, strict)
 
     def for_one_process(self, path: Path) -> Path | IO[bytes]:
         return path
+
+
+def states_in_torch_form(optimizer: TiledOptimizer, topology: Topology) -> WholeStates:
+    """What ``optimizer.state_dict`` and ``load_state_dict`` do in a run of one process."""
+
+    def put(states: dict[str, Any]) -> None:
+        load_optimizer(optimizer, plain_form.by_number(states, None, optimizer))
+
+    return WholeStates(lambda: gathering.whole_optimizer_state(optimizer, topology), put)
+
+
+def _loads_itself(module: nn.Module) -> bool:
+    return getattr(module.load_state_dict, "__func__", None) is not nn.Module.load_state_dict
 
 
 def _read(checkpoint_io: CheckpointIO, filepath: str, weights_only: bool | None) -> dict[str, Any]:

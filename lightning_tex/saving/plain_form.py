@@ -3,7 +3,8 @@
 Every plain checkpoint is written by :func:`versioned` and told apart by :func:`version_of`, here and nowhere else:
 
     checkpoint["lightning_tex"]     version         written by
-    none                            0               Lightning's other strategies; lightning_tex 0.1, which kept its
+    none                            0               Lightning's other strategies; checkpoints of weights alone, of
+                                                    which all versions are alike; lightning_tex 0.1, which kept its
                                                     rounding seed in optimizer_states[0] as "dice"
     {"version": 1, ..}              1               lightning_tex: optimizer_states in torch's own form to the letter,
                                                     the rounding seed in this entry
@@ -21,6 +22,7 @@ from lightning_tex.optim import Stepped, TiledOptimizer, one_by_one
 from lightning_tex.optim.tiled import parameter_names
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.saving.checkpoint_format import OWN_ENTRY
+from lightning_tex.saving.model_state import OPTIMIZERS
 from lightning_tex.saving.optimizer_loading import OptimizerStates
 from lightning_tex.saving.optimizer_state import ROUNDING_SEED
 from lightning_tex.saving.whole_tensors import WholeTensors
@@ -31,16 +33,15 @@ CONSOLIDATED: Final = "directory"
 
 
 def versioned(checkpoint: Mapping[str, Any], rounding_seed: Mapping[str, int] | None) -> dict[str, Any]:
-    """A plain checkpoint with our entry.
+    """A plain checkpoint, with our entry where it has optimizer states, which alone depend on the version.
 
     Args:
         checkpoint: Lightning's, with whole tensors.
         rounding_seed: of its optimizer; ``None`` without optimizer states.
     """
-    entry: dict[str, Any] = {"version": VERSION}
-    if rounding_seed is not None:
-        entry["rounding_seed"] = dict(rounding_seed)
-    return {**checkpoint, OWN_ENTRY: entry}
+    if rounding_seed is None:
+        return dict(checkpoint)
+    return {**checkpoint, OWN_ENTRY: {"version": VERSION, "rounding_seed": dict(rounding_seed)}}
 
 
 def torch_form(states: Mapping[str, Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -87,7 +88,8 @@ def optimizer_states(checkpoint: Mapping[str, Any], stepped: Stepped) -> Iterato
     version = version_of(checkpoint)
     if version == CONSOLIDATED:
         about = checkpoint[OWN_ENTRY]["optimizer"]
-        yield stepped, OptimizerStates.by_name(about, WholeTensors.of_optimizer(every[0]["state"]))
+        under = {OPTIMIZERS.format(n): WholeTensors.of_optimizer(one["state"]) for n, one in enumerate(every)}
+        yield from OptimizerStates.of_each(about, stepped, under.__getitem__)
         return
     optimizers = one_by_one(stepped)
     if len(every) != len(optimizers):
@@ -97,12 +99,17 @@ def optimizer_states(checkpoint: Mapping[str, Any], stepped: Stepped) -> Iterato
         )
     for saved, optimizer in zip(every, optimizers, strict=True):
         seed = saved.get(ROUNDING_SEED) if version == TORCH_FORM else checkpoint[OWN_ENTRY].get("rounding_seed")
-        yield optimizer, _by_number(saved, seed, optimizer)
+        yield optimizer, by_number(saved, seed, optimizer)
 
 
-def _by_number(
+def by_number(
     saved: Mapping[str, Any], rounding_seed: Mapping[str, int] | None, optimizer: TiledOptimizer
 ) -> OptimizerStates:
+    """States in torch's own form, for an optimizer of as many groups of as many parameters.
+
+    Raises:
+        ValueError: they are of other ones.
+    """
     names = parameter_names(optimizer.param_groups, optimizer.shardings)
     sizes = [len(group["params"]) for group in saved["param_groups"]]
     if sizes != [len(members) for members in names]:

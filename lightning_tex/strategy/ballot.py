@@ -28,6 +28,7 @@ class Ballot:
     def __init__(self, trainer: Trainer, vote: Vote, asked: Callable[[], int]) -> None:
         self._trainer, self._vote, self._asked = trainer, vote, asked
         self.outcome = Highest(0, 0)
+        self._before: list[Any] = []
         fit: Any = trainer.fit_loop
         epoch = fit.epoch_loop
         self._around: list[tuple[Any, str, Agrees]] = [
@@ -42,13 +43,16 @@ class Ballot:
     def install(self) -> None:
         """A stage begins."""
         self.outcome = Highest(0, 0)
+        self._before = [vars(loop).get(name) for loop, name, _ in self._around]
         for loop, name, agrees in self._around:
             setattr(loop, name, agrees(getattr(loop, name)))
 
     def remove(self) -> None:
         """It has ended."""
-        for loop, name, _ in self._around:
+        for (loop, name, _), before in zip(self._around, self._before, strict=True):
             vars(loop).pop(name, None)
+            if before is not None:  # somebody's own, in place of the class's
+                setattr(loop, name, before)
 
     def hold(self) -> Highest:
         """What the ranks ask for, and the last of those that do; collective."""

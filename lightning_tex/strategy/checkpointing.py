@@ -37,6 +37,7 @@ from lightning_tex.saving import (
     reading_format,
     require_writable,
 )
+from lightning_tex.saving.checkpoint_format import Finish
 from lightning_tex.saving.random_streams import restore_random_streams
 from lightning_tex.strategy import agreement
 from lightning_tex.strategy.checkpoint_folders import model_checkpoints, saving_folders
@@ -94,12 +95,14 @@ class CheckpointingStrategy(MeshStrategy):
         self._training = False
         self._side_group: SideGroup | None = None
         self._random_at_first_step: dict[str, Tensor] = {}
+        self._unfinished: list[Finish] | None = None  # of the restoring that is under way
         self._init_from = init_from
         self.initial_weights = InitialWeights()
         self._saved_here: set[Path] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_side_group": None}
+        optimizers: dict[str, Any] = {"_optimizers": [], "_lightning_optimizers": [], "lr_scheduler_configs": []}
+        return {**super().__getstate__(), **optimizers, "_background": Background(), "_side_group": None}
 
     @contextmanager
     def run_frame(self, trainer: Trainer) -> Iterator[None]:
@@ -143,13 +146,8 @@ class CheckpointingStrategy(MeshStrategy):
     # --- what Lightning restores where
 
     @property
-    def restore_checkpoint_after_setup(self) -> bool:
-        """Weights are read into the parts that ``setup`` made."""
-        return True
-
-    @property
     def lightning_restore_optimizer(self) -> bool:
-        """``load_checkpoint`` does."""
+        """:meth:`finish_loading` does."""
         return False
 
     # --- saving
@@ -297,13 +295,37 @@ class CheckpointingStrategy(MeshStrategy):
         path = located(self.broadcast(str(checkpoint_path)), run.checkpoint_io)
         self._reading_format = reading_format(path)
         loaded = self._reading_format.load(run, path, weights_only, self.lightning_module.strict_loading)
-        self._random_at_first_step = loaded.random_streams
+        self._random_at_first_step = {}
+        self._once_there_are_optimizers(loaded.finish)
         return loaded.trainer_state
+
+    def restore(self, trainer: Trainer) -> None:
+        """Within ``setup``, once the model is sharded and before it has optimizers: what Lightning asked for before.
+
+        So weights are read into the parts that there are now, and hooks see what they do under other strategies:
+        weights in ``configure_optimizers``, the state of callbacks in ``on_fit_start``.
+        """
+        connector = trainer._checkpoint_connector
+        assert isinstance(connector, CheckpointConnector)
+        self._unfinished = []
+        connector.restore_what_was_put_off()
+
+    def finish_loading(self) -> None:
+        """After ``on_fit_start``: read what is the optimizers'; collective."""
+        unfinished, self._unfinished = self._unfinished, None
+        for finish in unfinished or ():
+            self._once_there_are_optimizers(finish)
+
+    def _once_there_are_optimizers(self, finish: Finish) -> None:
+        if self._unfinished is not None:
+            self._unfinished.append(finish)
+        else:
+            self._random_at_first_step = {**self._random_at_first_step, **finish(self._run())}
 
     def _begin_to_load(self, run: ShardedRun) -> None:
         assert self.lightning_module is not None
         if not self.lightning_module.strict_loading:  # a checkpoint that may lack weights, such as of adapters alone
-            self.initial_weights.take(run)
+            self._once_there_are_optimizers(self.initial_weights.take(run))
         self.initial_weights.forget()
 
     def finish_saves(self) -> None:
@@ -342,18 +364,19 @@ class CheckpointingStrategy(MeshStrategy):
         trainer = self._trainer
         fitting = trainer is None or trainer.state.fn == TrainerFn.FITTING
         if self._init_from is None or not fitting or (trainer is not None and trainer.global_step):
-            self.initial_weights.take(self._run())
+            self._once_there_are_optimizers(self.initial_weights.take(self._run()))
             return
         assert self.lightning_module is not None
         run = self._run()
         self._begin_to_load(run)
         path = located(self.broadcast(str(self._init_from)), run.checkpoint_io)
-        reading_format(path).load_weights(run, path, self.lightning_module.strict_loading)
+        strict = self.lightning_module.strict_loading
+        self._once_there_are_optimizers(reading_format(path).load_weights(run, path, strict))
         rank_zero_info(f"A new run begins with the weights of {path}")
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Shard the weights of a plain file; those of a directory are in place already."""
-        self._reading_format.load_model(self._run(), checkpoint, strict)
+        self._once_there_are_optimizers(self._reading_format.load_model(self._run(), checkpoint, strict))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Nothing: ``load_checkpoint`` has done it."""
+        """Nothing: :meth:`finish_loading` has done it."""

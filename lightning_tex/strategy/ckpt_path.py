@@ -41,6 +41,9 @@ class Resuming(Protocol):
     def agree_to_resume(self, ckpt_path: str | None) -> None:
         """Called first, with a word, "a path" or ``None``; collective."""
 
+    def finish_loading(self) -> None:
+        """Called when hooks of the start are through; collective."""
+
     def begin_from_weights(self) -> None:
         """Called when nothing was loaded; collective."""
 
@@ -61,6 +64,7 @@ class CheckpointConnector(_CheckpointConnector):
     def __init__(self, trainer: Trainer, strategy: Resuming) -> None:
         super().__init__(trainer)
         self._strategy = strategy
+        self._put_off: tuple[Any, bool | None] = (None, None)
 
     @classmethod
     def take_over(cls, trainer: Trainer, strategy: Resuming) -> None:
@@ -104,6 +108,19 @@ class CheckpointConnector(_CheckpointConnector):
             super().resume_start(None)
         if not self._ckpt_path:
             self._strategy.begin_from_weights()
+
+    def _restore_modules_and_callbacks(self, checkpoint_path: Any = None, weights_only: bool | None = None) -> None:
+        """Put off until the strategy has sharded the model."""
+        self._put_off = (checkpoint_path, weights_only)
+
+    def restore_what_was_put_off(self) -> None:
+        """Load what was asked for, and restore the model, data module and callbacks from it; collective."""
+        super()._restore_modules_and_callbacks(*self._put_off)
+
+    def restore_training_state(self) -> None:
+        """The optimizers' states first, which Lightning leaves to the strategy."""
+        self._strategy.finish_loading()
+        super().restore_training_state()
 
     def restore_lr_schedulers(self) -> None:
         """Leave out those that ``StochasticWeightAveraging`` has put its own in the place of, and restores itself.

@@ -6,8 +6,9 @@ from lightning import LightningModule
 
 from lightning_tex.parallel.initialization import has_values
 from lightning_tex.saving import ShardedRun, model_state
+from lightning_tex.saving.checkpoint_format import Finish
 from lightning_tex.saving.model_state import Source
-from lightning_tex.saving.optimizer_loading import load_masters
+from lightning_tex.saving.optimizer_loading import masters_from
 
 
 class InitialWeights:
@@ -27,10 +28,10 @@ class InitialWeights:
         """Other weights have been loaded."""
         self._awaited = None
 
-    def take(self, run: ShardedRun) -> None:
+    def take(self, run: ShardedRun) -> Finish:
         """Read them, if they are still awaited, on this rank alone."""
         source, self._awaited = self._awaited, None
         if source is not None and all(map(has_values, run.module.parameters())):  # in a trace there are none
             model_state.load_model(run.module, run.topology, source, strict=False)
-            if run.optimizer is not None:
-                load_masters(run.optimizer, source)
+            return masters_from(source)
+        return lambda _: {}

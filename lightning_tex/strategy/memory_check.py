@@ -141,7 +141,7 @@ def _job(module: LightningModule, layout: Layout, precision: str, policy: set[ty
             return job
     try:
         if isinstance(data, TokenDataModule):
-            batches: Batches = TokenBlocks(data.vocab_size)
+            batches: Batches = TokenBlocks(data.vocab_size, data.document_mask)
         else:
             loader = _train_loader(module)
             batches = batches_of(loader, may_iterate=False)

@@ -29,6 +29,7 @@ from torch.distributed import ReduceOp
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_tex.parallel.allocator import use_growing_segments
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.flight_record import EVERY_RANK, TRAINING
 from lightning_tex.parallel.groups import groups_of_world, reaches_cpu
 from lightning_tex.parallel.initialization import has_values
@@ -60,12 +61,24 @@ def _unknown_ending(pid: int) -> str:
     return ""
 
 
+def _as_timedelta(timeout: timedelta | float | None) -> timedelta:
+    """The strategy's option."""
+    if timeout is None:
+        return default_pg_timeout
+    if not isinstance(timeout, timedelta):
+        timeout = timedelta(seconds=timeout)
+    if timeout <= timedelta(0):
+        raise UserValueError(f"timeout={timeout.total_seconds():g} s; legal: a timedelta or seconds above 0, or None")
+    return timeout
+
+
 class MeshStrategy(ParallelStrategy):
     """A Lightning strategy over a (data, tensor) mesh: launching, process groups, and communication over data.
 
     Args:
         process_group_backend: ``None``: nccl on GPUs, gloo on CPUs.
-        timeout: after which a collective that has not returned is a stall, which ends the run; ``None``: 30 minutes.
+        timeout: after which a collective that has not returned is a stall, which ends the run, as a timedelta or in
+            seconds; ``None``: 30 minutes.
         arguments: of the strategy's constructor, by name, which all ranks must have alike.
         lightning_options: Lightning's own.
     """
@@ -73,7 +86,7 @@ class MeshStrategy(ParallelStrategy):
     def __init__(
         self,
         process_group_backend: str | None,
-        timeout: timedelta | None,
+        timeout: timedelta | float | None,
         arguments: Mapping[str, Any],
         **lightning_options: Any,
     ) -> None:
@@ -81,7 +94,7 @@ class MeshStrategy(ParallelStrategy):
         self._arguments = arguments
         self._advised: set[str] = set()
         self._process_group_backend = process_group_backend
-        self.timeout = timeout or default_pg_timeout
+        self.timeout = _as_timedelta(timeout)
         self._guarded_run = GuardedRun()
         self._mesh: DeviceMesh | None = None
         self.num_nodes = 1

@@ -109,6 +109,9 @@ class SkippedSteps:
         self._ended_by: StepNote | None = None
         self._origin = ""
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_optimizers": [], "_watch": None}
+
     def replay(self, indices: list[int]) -> None:
         """Watch from the first step on, and say nothing before the end.
 

@@ -27,6 +27,7 @@ from lightning_tex.strategy.replica_checks import ReplicaChecks
 from lightning_tex.strategy.room_check import RoomCheck
 from lightning_tex.strategy.stopping import AgreedSignals, Stopping
 from lightning_tex.strategy.uneven_evaluation import run_until_all_are_done
+from lightning_tex.strategy.whole_summary import whole_summaries
 
 # Steps whose batches are compared over the tensor axis, and logged names over data, from the start of every stage.
 _COMPARED_STEPS = 3
@@ -53,6 +54,9 @@ class StepStrategy(CheckpointingStrategy):
         self._logged_names: LoggedNames | None = None
         self._stopping: Stopping | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_logged_names": None, "_stopping": None}
+
     @contextmanager
     def run_frame(self, trainer: Trainer) -> Iterator[None]:
         """The context of a whole run: signals stop all ranks together."""
@@ -65,6 +69,7 @@ class StepStrategy(CheckpointingStrategy):
             super().run_frame(trainer),
             named_worker_errors(self.global_rank),
             named_out_of_memory(self, trainer),
+            whole_summaries(trainer, lambda: self.topology),
         ):
             yield
 
@@ -114,7 +119,8 @@ class StepStrategy(CheckpointingStrategy):
         super().on_train_end()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        self._replicas.before_save()
+        if self._trainer is not None:  # else asked for outside a run
+            self._replicas.before_save()
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:

@@ -27,9 +27,10 @@ from lightning_tex.moe import MoE
 from lightning_tex.optim import (
     OptimizerStateConfig,
     OptimizerStateFormat,
+    RunBuffers,
     TiledOptimizer,
     ZeroStage,
-    require_own_parameters,
+    require_sharable,
     users_own,
 )
 from lightning_tex.optim.rounding import RoundingSeed
@@ -43,6 +44,7 @@ from lightning_tex.parallel.sharding import TexModule, check_shardable, paramete
 from lightning_tex.parallel.topology import Communication, Layout, Topology
 from lightning_tex.resilience.spikes import SpikeRule
 from lightning_tex.saving import ShardedRun
+from lightning_tex.saving.plain import states_in_torch_form
 from lightning_tex.strategy import agreement
 from lightning_tex.strategy.averaging import AveragedWeights
 from lightning_tex.strategy.loss_spikes import OnSpike
@@ -86,7 +88,7 @@ class TexMoEStrategy(StepStrategy):
             file that ``strategy="auto"`` and ``torch.load`` read.
         process_group_backend: ``None``: nccl on GPUs, gloo on CPUs.
         timeout: after which a collective that has not returned is a stall: the run ends, and the ranks that the others
-            wait for are named. ``None``: 30 minutes.
+            wait for are named. A timedelta or seconds; ``None``: 30 minutes.
         max_skipped_steps: a step with an infinite or NaN gradient on any rank is skipped on all; this many in a row end
             the training with an error that names a parameter. ``None``: such steps are taken. With a loss scale
             (16-mixed) that decides instead.
@@ -130,7 +132,7 @@ class TexMoEStrategy(StepStrategy):
         activation_checkpointing_policy: set[type[nn.Module]] | None = None,
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
-        timeout: timedelta | None = default_pg_timeout,
+        timeout: timedelta | float | None = default_pg_timeout,
         max_skipped_steps: int | None = 10,
         background_saving: bool = True,
         compile: Compile = "auto",
@@ -184,6 +186,7 @@ class TexMoEStrategy(StepStrategy):
         self.activation_checkpointing = activation_checkpointing
         self._check_memory = check_memory
         self._averages = AveragedWeights(self.described_weights)
+        self._synced_metrics: list[Metric] = []
         self._topology: Topology | None = None
         self._seed = 0
 
@@ -286,14 +289,15 @@ class TexMoEStrategy(StepStrategy):
         given = self.initial_weights.expect(self.lightning_module)
         initialization.materialise(self.model, self.root_device, seed, given)
         self._averages.attend(trainer, self.model, self.topology, self.root_device, seed)
-        for metric in self.model.modules():
-            if isinstance(metric, Metric) and metric.process_group is None:
-                metric.process_group = self.topology.data.group
+        self._sync_metrics_over_data()
         data_rank_random_state(seed, self.topology.data)
         self.barrier()
         self.compare_steps_again()
         if trainer.state.fn == TrainerFn.FITTING:
             self.try_folders(trainer)
+            self._forget_optimizers()
+        self.restore(trainer)
+        if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
 
@@ -309,7 +313,20 @@ class TexMoEStrategy(StepStrategy):
         for config in self.lr_scheduler_configs:  # which may be of the user's making, and serve another fit
             config.scheduler.optimizer = users_own(config.scheduler.optimizer)
         self._averages.leave()
+        while self._synced_metrics:
+            self._synced_metrics.pop().process_group = None
         super().teardown()
+
+    def _sync_metrics_over_data(self) -> None:
+        """Let metrics be synchronised over data, where that is not what they do: over all ranks."""
+        assert self.model is not None
+        data = self.topology.data
+        if data.size < self.topology.world.size:
+            metrics = (module for module in self.model.modules() if isinstance(module, Metric))
+            for metric in metrics:
+                if metric.process_group is None:
+                    metric.process_group = data.group
+                    self._synced_metrics.append(metric)
 
     def _require_memory(self, layout: Layout) -> None:
         device_bytes = self._device_bytes()
@@ -342,28 +359,30 @@ class TexMoEStrategy(StepStrategy):
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Build the user's optimizer over the sharded model and put the sharded, tiled one in its place."""
-        for optimizer in self.tiled_optimizers:
-            optimizer.release()
-        self._reset_optimizers_and_schedulers()
+        self._forget_optimizers()
         super().setup_optimizers(trainer)
         assert self.model is not None
         parameters = dict(self.model.named_parameters())
         self._require_agreement(agreement.optimization(self.optimizers, self.lr_scheduler_configs, parameters, trainer))
-        require_own_parameters(self.optimizers, {parameter: name for name, parameter in parameters.items()})
         by_name = parameter_shardings(self.model, self.topology)
         shardings = {parameters[name]: sharding for name, sharding in by_name.items()}
         if not isinstance(self.optimizers[0], _MockOptimizer):  # configure_optimizers returned None
             state_config = self.precision_plugin.state_config(replace(self._state_config, seed=self._seed))
-            rounding_seed = RoundingSeed(self._seed)
-            tiled = {
-                optimizer: TiledOptimizer(
-                    optimizer, shardings, self.topology.world, state_config, self.communication, rounding_seed
-                )
-                for optimizer in self.optimizers
-            }
+            require_sharable(self.optimizers, {one: name for name, one in parameters.items()}, state_config)
+            world, seed = self.topology.world, RoundingSeed(self._seed)
+            buffers = RunBuffers(self.optimizers, shardings, world, state_config, self.communication)
+            tiled = {one: TiledOptimizer(one, shardings, world, None, None, seed, buffers) for one in self.optimizers}
+            if world.size == 1:
+                for one in tiled.values():
+                    one.whole_states = states_in_torch_form(one, self.topology)
             self.optimizers = list(tiled.values())
             for config in self.lr_scheduler_configs:  # or a learning-rate monitor would find two optimizers
                 config.scheduler.optimizer = tiled[users_own(config.scheduler.optimizer)]
+
+    def _forget_optimizers(self) -> None:
+        for optimizer in self.tiled_optimizers:
+            optimizer.release()
+        self._reset_optimizers_and_schedulers()
 
     def model_to_device(self) -> None:
         """Nothing: ``setup`` moves what exists and draws the rest where it belongs."""

@@ -9,7 +9,11 @@ import paper
 import pytest
 
 from lightning_tex.cli import main, plan, tables
+from lightning_tex.cli.plan_recipe import read_recipe
+from lightning_tex.parallel.topology import Layout
+from lightning_tex.planner.layouts import Candidate, Job
 from lightning_tex.planner.memory import size
+from lightning_tex.planner.states import FlatBuffers
 
 # Lightning 2.6's own calls.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -25,6 +29,9 @@ def test_sizes_on_a_cluster(capsys, tmp_path: Path) -> None:
     report = json.loads(last)
     best = report["recommended"]
     assert best["fits"] and f"tensor_parallel_size={best['tensor_parallel_size']}" in "".join(table)
+    assert {**report["layouts"][best["place"]], **best} == best
+    assert any(line.lstrip().startswith("* ") for line in table) and best["reason"] in " ".join(" ".join(table).split())
+    assert 1.05 * best["peak_bytes"] <= report["usable_bytes"]
     assert best["peak_bytes"] == sum(best["memory_bytes"].values())
     assert sum(best["step_seconds_by_part"].values()) == pytest.approx(best["step_seconds"])
     assert report["fitting"] == sum(row["fits"] for row in report["layouts"])
@@ -65,7 +72,20 @@ def test_a_recipe_on_a_cluster(capsys) -> None:
     main(["plan", "--config", str(RECIPES / "quickstart.yaml"), "--cluster", "h100", "--json", *mask])
     masked = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["recipe"]
     tables = 128 * (48 + 24) * 4  # cosines and sines of one sequence, of its micro-batch's eight
-    assert masked["memory_bytes"]["activations"] - own["memory_bytes"]["activations"] == 7 * tables
+    apart = 2 * 8 * 128 * 192 // 2 * 4  # of both layers: in fp32 documents are mixed one by one, and then put together
+    assert masked["memory_bytes"]["activations"] - own["memory_bytes"]["activations"] == 7 * tables + apart
+
+
+def test_a_recipe_of_a_published_model_on_the_cluster_that_it_names(capsys) -> None:
+    way = (
+        "--tensor_parallel_size 2 --expert_parallel_size 8 --zero_stage 1 --sequence_parallel true --micro_batch 1 "
+        "--activation_checkpointing none --optimizer_state_format split"
+    )
+    main(["plan", "--config", str(RECIPES / "mixtral-8x7b-16xh100.yaml"), *way.split(), "--json"])
+    report = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert (report["cluster"]["name"], report["gpus"]) == ("h100", 16)
+    assert sum(report["parameters"].values()) == 46_702_792_704
+    assert report["recipe"]["fits"] and report["recommended"]["step_seconds"] == report["recipe"]["step_seconds"]
 
 
 OWN = """
@@ -186,3 +206,34 @@ def test_what_is_wrong_is_one_line(capsys, words: str, said: tuple[str, ...]) ->
 def test_times_and_sizes_have_units() -> None:
     assert tables.seconds(12.345) == "12.3 s" and tables.seconds(0.0123) == "12.3 ms"
     assert size(2 * 2**30) == "2.00 GiB" and size(3 * 2**20) == "3.0 MiB"
+
+
+PARTLY = """
+trainer: {accelerator: cpu, devices: 2, precision: 32-true}
+model:
+  class_path: lightning_tex.LanguageModel
+  init_args:
+    config: {vocab_size: 61, dim: 24, num_layers: 2, num_heads: 4, num_experts: 4, hidden_dim: 20, moe_every: 1}
+    frozen: [embedding, experts.up]
+    lr_scale: {attention: 0.1, experts: 2.0}
+data:
+  class_path: lightning_tex.TextDataModule
+  init_args: {vocab_size: 61, sequence_length: 8, global_batch_size: 4}
+"""
+SGD = "optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.1}}"
+
+
+@pytest.mark.parametrize(("optimizer", "groups"), [("", 4), (SGD, 3)])
+def test_a_recipe_that_freezes_and_scales_by_pattern(optimizer: str, groups: int, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(PARTLY + optimizer)
+    planned = read_recipe(str(tmp_path / "recipe.yaml"))
+    read, names = planned.numbers["optimizer"], [parameter.name for parameter in planned.model.parameters]
+    grouping = read.grouping(planned.model)
+    assert not read.assumed and len(grouping) == groups
+    frozen = {name for name in names if "embedding" in name or name.endswith("experts.up")}
+    assert {names[place] for group in grouping for place in group} == {*names} - frozen
+    flat = FlatBuffers.of(Job(planned.model, 1, 8, 4, "32-true", optimizer=read), Candidate(Layout(1)))
+    elements = {parameter.name: parameter.numel for parameter in planned.model.parameters}
+    without_states = sum(elements[name] for name in frozen)
+    assert sum(buffer.used for buffer in flat.buffers) == sum(elements.values()) - without_states
+    assert flat.frozen_dense + flat.frozen_expert == 4 * without_states

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from helpers.forked import forked
 
 from lightning_tex.cli import restarts
 from lightning_tex.cli.main import main
@@ -49,19 +49,20 @@ def test_attempts(
     assert len(begun.read_text()) == attempts
 
 
+def attempts_that_wait() -> None:
+    waits = "import time; print('waits', flush=True); time.sleep(600)"
+    raise SystemExit(restarts._Attempts([sys.executable, "-c", waits], 5).run())
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_attempt_and_all_of_it(number: int) -> None:
-    waits = "import sys, time; print('waits', flush=True); time.sleep(60)"
-    script = (
-        "from lightning_tex.cli.restarts import _Attempts\n"
-        f"raise SystemExit(_Attempts([{sys.executable!r}, '-c', {waits!r}], 5).run())"
-    )
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    with process.stdout as output:
+    with forked(attempts_that_wait) as (process, output):
         assert output.readline() == "waits\n"
-        process.send_signal(number)
-        assert process.wait(timeout=50) == 128 + number, "before the attempt would have ended by itself"
+        assert process.pid is not None
+        os.kill(process.pid, number)
+        process.join(timeout=300)
+        assert process.exitcode == 128 + number, "before the attempt would have ended by itself"
+        assert output.read() == "", "all of it has closed its output"
 
 
 def test_the_first_attempt_goes_on_from_what_is_there() -> None:

@@ -26,7 +26,7 @@ def run(accelerator: str, folder: Path, steps: int, precision: str, form: str, s
         gradient_clip_val=1.0,
         callbacks=[saving],
     )
-    trainer.fit(module, Data(), ckpt_path=start, weights_only=False)
+    trainer.fit(module, Data(3), ckpt_path=start, weights_only=False)
     return module.losses, {name: p.detach().cpu() for name, p in module.named_parameters()}
 
 

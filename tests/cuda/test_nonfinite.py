@@ -30,7 +30,7 @@ def run(
     )
     said = ""
     try:
-        trainer.fit(Spoilt(*spoilt), Data())
+        trainer.fit(Spoilt(*spoilt), Data(3))
     except RuntimeError as error:
         said = str(error)
     return said, trainer.strategy, trainer

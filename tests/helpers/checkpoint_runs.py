@@ -25,7 +25,7 @@ logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 VOCABULARY = 61  # no tensor size divides it
 BATCH = 8  # over all data ranks
-EPOCH = 3  # steps
+EPOCH = 2  # steps
 
 
 class Model(L.LightningModule):

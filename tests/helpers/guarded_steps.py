@@ -42,7 +42,7 @@ def made(kind: str, form: str, device: torch.device, **options: Any) -> tuple[to
 def step(model: torch.nn.Module, optimizer: TiledOptimizer, number: int, factor: float = 1.0) -> None:
     optimizer.zero_grad()
     for p, q in zip(model.parameters(), gradients(number, factor), strict=True):
-        p.grad.copy_(q)
+        p.grad = q.to(p)
     optimizer.clip_by_norm(1.0)
     optimizer.step()
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from dataclasses import dataclass, fields, replace
+
+import numpy as np
 
 WORLDS = (1, 2, 4, 8)
 EXPERTS = 8
@@ -151,27 +152,25 @@ def pairwise() -> list[Case]:
 
     Covers every legal (layout, option value) and every (option value, option value).
     """
-    candidates = {options: option_pairs(options) for options in all_options()}
-    open_pairs = set().union(*candidates.values())
-    used: Counter[Options] = Counter()
+    options = all_options()
+    values = np.array([[value for _, value in _values(each)] for each in options], dtype=int)  # [options, names]
+    first, second = np.triu_indices(len(NAMES), 1)
+    pairs = (first * len(NAMES) + second) * 4 + 2 * values[:, first] + values[:, second]  # [options, pairs of names]
+    open_pairs, used = np.zeros(4 * len(NAMES) ** 2, dtype=bool), np.zeros(len(options), dtype=int)
+    open_pairs[pairs] = True
     chosen: list[Case] = []
     for sizes in layouts():
-        legal_options = [o for o in candidates if legal(Case(sizes, o))]
-        open_values = set().union(*map(_values, legal_options))
-        while open_values:
-            best = max(
-                legal_options,
-                key=lambda o: (
-                    len(open_values.intersection(_values(o))) + len(candidates[o] & open_pairs if open_pairs else ()),
-                    -used[o],
-                    _mixed(sizes, o),
-                ),
-            )
-            chosen.append(Case(sizes, best))
+        allowed = np.array([legal(Case(sizes, each)) for each in options])
+        open_values = np.zeros((len(NAMES), 2), dtype=bool)
+        open_values[range(len(NAMES)), values[allowed]] = True
+        while open_values.any():
+            covered = open_values[range(len(NAMES)), values].sum(1) + open_pairs[pairs].sum(1)
+            best = np.lexsort((_mixed(sizes, values), -used, covered, allowed))[-1]
+            chosen.append(Case(sizes, options[best]))
             used[best] += 1
-            open_values -= set(_values(best))
-            open_pairs -= candidates[best]
-    assert not open_pairs
+            open_values[range(len(NAMES)), values[best]] = False
+            open_pairs[pairs[best]] = False
+    assert not open_pairs.any()
     return chosen
 
 
@@ -179,9 +178,9 @@ def _values(options: Options) -> tuple[tuple[str, bool], ...]:
     return tuple((name, getattr(options, name)) for name in NAMES)
 
 
-def _mixed(sizes: Sizes, options: Options) -> int:
-    """A fixed number that looks random: breaks ties so that layouts do not all get the same two option sets."""
-    bits = sum(getattr(options, name) << i for i, name in enumerate(NAMES))
+def _mixed(sizes: Sizes, values: np.ndarray) -> np.ndarray:
+    """Fixed numbers that look random: they break ties so that layouts do not all get the same two option sets."""
+    bits = (values << np.arange(len(NAMES))).sum(1)
     layout = sizes.world * 64 + sizes.tensor * 16 + sizes.expert * 4 + sizes.expert_tensor
     return (bits * 2654435761 + layout * 40503) % 1000003
 

@@ -70,7 +70,7 @@ def spoilt_fit(folder: str, spoilt: tuple[Any, ...], steps: int, **options: Any)
     )
     said = None
     try:
-        trainer.fit(module, Data())
+        trainer.fit(module, Data(3))
     except RuntimeError as error:
         said = str(error)
     skipped = strategy.tiled_optimizer.skipped.total if strategy.tiled_optimizer else None

@@ -54,7 +54,7 @@ class Pair:
         self.optimizer.zero_grad()
         for name, p in self.parted.named_parameters():
             at = self.shardings[name]
-            p.grad.copy_(at.box.shard(made(name, at.replicas.rank, step, at.box.full)))
+            p.grad = at.box.shard(made(name, at.replicas.rank, step, at.box.full)).to(p.dtype)
         for name, p in self.whole.named_parameters():
             at = self.shardings[name]
             total = sum(made(name, replica, step, at.box.full) for replica in range(at.replicas.size))

@@ -18,7 +18,12 @@ from lightning_tex.strategy.stopping import StoppedTogether
 
 POINTS = ("forward", "backward", "optimizer", "validation", "save")
 # As many chunks on several hosts as on one: their sums differ by rounding.
-LAYOUT = {"tensor_parallel_size": 2, "expert_parallel_size": 2, "tile_size": 256, "expert_chunks": 1}
+ALIKE = {"tile_size": 256, "expert_chunks": 1}
+LAYOUTS: dict[int, dict[str, Any]] = {
+    1: {},
+    2: {"expert_parallel_size": 2, **ALIKE},
+    4: {"tensor_parallel_size": 2, "expert_parallel_size": 2, **ALIKE},
+}
 RANDOM = {"dropout": 0.1, "noise": True}
 EPOCHS = 2
 STEPS = 12  # six in an epoch
@@ -79,10 +84,9 @@ def stopped_fit(folder: str, ranks: list[int], point: str, step: int, numbers: l
     # On every rank: hooks that callbacks have decide what a step does.
     callbacks = [kept, saves(folder), Signals(point, step, numbers if hit else [])]
     devices = int(os.environ.get("WORLD_SIZE", 1))
-    layout = LAYOUT if devices > 1 else {}
     code: Any = 0
     try:
-        fit(layout, devices, EPOCHS, model=RANDOM, callbacks=callbacks, **{**VALIDATES, **options})
+        fit(LAYOUTS[devices], devices, EPOCHS, model=RANDOM, callbacks=callbacks, **{**VALIDATES, **options})
     except StoppedTogether as stop:
         code = stop.code
     before = signal.getsignal(signal.SIGTERM)
@@ -102,10 +106,9 @@ def saves(folder: str) -> ModelCheckpoint:
 def resumed_fit(folder: str, path: str | None = None, **options: Any) -> Any:
     """A fit that goes on from a checkpoint, under another seed; from none, under the seed of the others."""
     devices = int(os.environ.get("WORLD_SIZE", 1))
-    layout = LAYOUT if devices > 1 else {}
     seed = 5 if path is None else 6
     options = {**VALIDATES, "callbacks": [saves(folder)], **options}
-    return fit(layout, devices, EPOCHS, path, model=RANDOM, seed=seed, **options)
+    return fit(LAYOUTS[devices], devices, EPOCHS, path, model=RANDOM, seed=seed, **options)
 
 
 # Validation in the middle of an epoch and at its end.
@@ -140,10 +143,10 @@ class TimePasses(L.Callback):
 
 def timed_fit(folder: str, seconds: float, slow: L.Callback) -> Any:
     """A fit with a limit of time: losses, and batches that were validated."""
-    kept = Losses()
+    kept, devices = Losses(), int(os.environ["WORLD_SIZE"])
     fit(
-        LAYOUT,
-        int(os.environ["WORLD_SIZE"]),
+        LAYOUTS[devices],
+        devices,
         EPOCHS,
         model=RANDOM,
         callbacks=[kept, saves(folder), slow],
@@ -199,7 +202,7 @@ def slurm_fit(folder: str, rank_signalled: int, **options: Any) -> Any:
     result, code = {}, 0
     try:
         more = {"default_root_dir": folder, "num_nodes": 2, **VALIDATES, **options}
-        result = fit(LAYOUT, 2, EPOCHS, model=RANDOM, callbacks=callbacks, **more)
+        result = fit(LAYOUTS[4], 2, EPOCHS, model=RANDOM, callbacks=callbacks, **more)
     except StoppedTogether as stop:
         code = stop.code
     return {"code": code, "losses": mean_over_data(kept.module.losses), "own": result.get("own")}

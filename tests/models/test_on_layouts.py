@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
+from helpers.cases import in_full
 from helpers.features import FEATURES
 from helpers.perturbed import Perturbed, batches, config
 
@@ -20,20 +19,16 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("features", FEATURES)
-def test_trains_as_in_one_process(features: str) -> None:
-    alike(features, LAYOUTS[:2])
+CASES = [(features, place) for features in FEATURES for place in range(len(LAYOUTS))]
+# The first layout, which has all at once; for every third of the features the plain one, too.
+DEFAULT = [(features, place) for number, features in enumerate(FEATURES) for place in range(1 if number % 3 else 2)]
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("layout", LAYOUTS[2:], ids=str)
-@pytest.mark.parametrize("features", FEATURES)
-def test_trains_as_in_one_process_on_every_layout(features: str, layout: dict[str, Any]) -> None:
-    alike(features, [layout])
+@pytest.mark.parametrize("case", in_full(CASES, DEFAULT), ids=str)
+def test_trains_as_in_one_process(case: tuple[str, int]) -> None:
+    features, place = case
 
-
-def alike(features: str, layouts: list[dict[str, Any]]) -> None:
     def build() -> Perturbed:
         return Perturbed(config(**FEATURES[features]))
 
-    assert_trains_alike(build, batches(), layouts=layouts, steps=1, tolerance=1e-10)
+    assert_trains_alike(build, batches(), layouts=[LAYOUTS[place]], steps=1, tolerance=1e-10)

@@ -226,7 +226,7 @@ def large_fp16_gradients(stage):
     rank = pair.topology.world.rank
     for p in pair.parted.parameters():
         gradient = torch.full_like(p, 30000.0 + 2000 * rank)
-        p.grad = gradient if p.grad is None else p.grad.copy_(gradient)
+        p.grad = gradient
     average = 30000 + 1000 * (pair.topology.world.size - 1)
     pair.optimizer.reduce_gradients()
     for shard in pair.optimizer.shards:

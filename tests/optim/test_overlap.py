@@ -67,7 +67,8 @@ class LooksAtGradients(Watched):
 
     def on_after_backward(self) -> None:
         for parameter in self.parameters():
-            parameter.grad.mul_(1 + self.global_rank)
+            if parameter.grad is not None:
+                parameter.grad.mul_(1 + self.global_rank)
 
 
 def fit(layout: dict[str, Any], overlap: bool, make: Any = Watched, **flags: Any) -> Any:

@@ -32,7 +32,7 @@ def test_updates_too_small_to_see_add_up():
         model.weight.fill_(1.0)
     optimizer = tiled(model, torch.optim.SGD(model.parameters(), lr=1e-4), optimizer_state_format="stochastic")
     for _ in range(100):
-        model.weight.grad.fill_(1.0)
+        model.weight.grad = torch.ones_like(model.weight)
         optimizer.step()
     assert abs(float(model.weight.detach().double().mean()) - 0.99) < 5e-4
     assert model.weight.unique().numel() > 1

@@ -165,7 +165,7 @@ def test_bf16_parameters_have_an_fp32_master():
         optimizer.zero_grad()
         for i, p in enumerate(model.parameters()):
             gradient = torch.randn(p.shape, generator=generator).bfloat16()
-            p.grad.copy_(gradient)
+            p.grad = gradient
             momenta[i] = 0.5 * momenta[i] + gradient.float()
             masters[i] = masters[i] - 2**-9 * momenta[i]
         optimizer.step()
@@ -207,7 +207,7 @@ def test_weights_loaded_between_steps_are_taken_up(dtype):
     model.load_state_dict(loaded)
     optimizer.zero_grad()
     for p in model.parameters():
-        p.grad.fill_(1.0)
+        p.grad = torch.ones_like(p)
     optimizer.step()
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, (loaded[name].double() - 0.5).to(dtype), rtol=0, atol=0)

@@ -92,7 +92,7 @@ def low_precision():
                     at = pair.shardings[name]
                     gradient = made(name, 0, step, at.box.full).bfloat16()
                     # Alike on all replicas and divided by a power of two: no rounding on the way.
-                    p.grad.copy_(at.box.shard(gradient))
+                    p.grad = at.box.shard(gradient)
                     whole[name].grad = (gradient * (at.replicas.size / at.divisor)).float()
                 pair.optimizer.step()
                 plain.step()

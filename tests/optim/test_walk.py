@@ -63,6 +63,7 @@ def test_shards_whose_gradients_are_divided_differently_are_scaled_each_by_its_o
     for scale in (1.0, torch.tensor(2.0, dtype=torch.float64)):
         model = nn.ParameterList([torch.zeros(64), torch.zeros(64, dtype=torch.float64), torch.zeros(64)])
         optimizer = tiled(model, torch.optim.SGD(model.parameters(), lr=1.0))
+        optimizer.zero_grad(set_to_none=False)
         for p in model:
             p.grad.fill_(1.0)
         for shard, divisor in zip(optimizer.shards, (2, 4), strict=True):

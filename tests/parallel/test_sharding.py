@@ -117,10 +117,10 @@ def test_a_model_sharded_for_one_layout_is_not_sharded_for_another():
 def synchronise_on_ranks():
     topology = join()
     torch.manual_seed(topology.world.rank)
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), ColumnParallelLinear(4, 8))
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), ColumnParallelLinear(4, 8), nn.Linear(99, 200))
     model[1].running_mean.normal_()
     torch.manual_seed(0)
-    first = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), ColumnParallelLinear(4, 8))
+    first = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), ColumnParallelLinear(4, 8), nn.Linear(99, 200))
     first[1].running_mean.normal_()
     synchronise(model, topology.world, torch.device("cpu"))
     for name, tensor in model.state_dict().items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -49,8 +50,8 @@ def layers_of(config: DecoderConfig, experts: bool) -> tuple[Layer, ...]:
 
 def saved_bytes(block: Block, x: torch.Tensor, precision: str, context: DocumentContext | None = None) -> int:
     """Bytes of the distinct storages that autograd saves, without parameters and what all blocks have in common."""
-    rotary = block.attention.rotary.tables(S, x)
-    rotary = rotary if context is None else context.place(rotary)
+    turn = block.attention.rotary
+    rotary = turn.tables(S, x) if context is None else context.tables(turn, S, x)
     common = {t.untyped_storage().data_ptr() for t in (*block.parameters(), rotary.cos, rotary.sin)}
     saved: dict[int, torch.Tensor] = {}
 
@@ -105,11 +106,13 @@ def test_documents_keep_tables_of_each_sequence_and_without_a_kernel_one_more_re
     planned = Activations(MicroStep(job, Candidate(Layout.resolve(1), B)))
     block, x = Block(config, 0), torch.randn(B, S, config.dim).requires_grad_()
     context = DocumentContext.of(torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2], [0] * 8, [0, 1, 1, 1, 1, 1, 1, 2]]))
-    tables = context.place(block.attention.rotary.tables(S, x))
+    tables = context.tables(block.attention.rotary, S, x)
     attention = next(layer for layer in layers if isinstance(layer, Attention))
     assert planned.rotary(attention) == tables.cos.nbytes + tables.sin.nbytes
-    result = x.nbytes  # what single documents gave, put together
-    assert saved_bytes(block, x, "32-true", context) == planned.block(layers) + result
+    assert saved_bytes(block, x, "32-true", context) == planned.block(layers)
+    by_one_kernel = Activations(MicroStep(replace(job, precision="bf16-mixed"), Candidate(Layout.resolve(1), B)))
+    whole = Activations(MicroStep(replace(by_one_kernel.step.job, document_mask=False), by_one_kernel.step.candidate))
+    assert by_one_kernel.saved(attention) == whole.saved(attention)
 
 
 @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[1]], ids=["balance", "balance and z"])

@@ -18,7 +18,7 @@ from lightning_tex.planner.layouts import Candidate, Choices, Job, candidates
 from lightning_tex.planner.links import seconds, span
 from lightning_tex.planner.memory import memory
 from lightning_tex.planner.model import ModelDescription
-from lightning_tex.planner.search import base_parameters, family, largest_base, plan, plan_all
+from lightning_tex.planner.search import PEAK_ERROR, base_parameters, family, largest_base, plan, plan_all
 from lightning_tex.planner.step_time import step_time
 from lightning_tex.planner.traffic import Collective
 from lightning_tex.planner.work import computation, model_flops
@@ -145,17 +145,17 @@ def test_what_a_layout_needs_and_takes_adds_up(data: st.DataObject) -> None:
 
 
 @pytest.mark.full
-def test_the_recommended_one_fits_and_is_as_fast_as_any_exact_one_that_fits() -> None:
+def test_the_recommended_one_has_room_and_is_as_fast_as_any_exact_one_that_has() -> None:
     job = Job(small(dim=2048, num_heads=16, num_layers=8), 16, 1024, 32)
     tight = replace(H100, memory_bytes=2e9, reserved_bytes=0)
     plans = plan_all(job, tight)
     best = plans.recommended
-    assert best is not None and best.memory.peak <= 2e9
+    assert best is not None and (1 + PEAK_ERROR) * best.memory.peak <= 2e9
     everything = [
         plan(job, candidate, tight) for candidate in candidates(job, Choices(optimizer_state_format=("fp32", "split")))
     ]
     assert plans.considered == 2 * len(everything)
-    fastest = min(each.time.total for each in everything if each.memory.peak <= 2e9)
+    fastest = min(each.time.total for each in everything if (1 + PEAK_ERROR) * each.memory.peak <= 2e9)
     assert fastest <= best.time.total <= 1.01 * fastest
     assert any(not each.fits for each in plans.found)
     assert plan_all(job, replace(tight, memory_bytes=1e6)).recommended is None

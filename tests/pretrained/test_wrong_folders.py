@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 from lightning_tex import LanguageModel, TexMoEStrategy
+from lightning_tex.cli import main
 from lightning_tex.parallel.errors import UserError
 from lightning_tex.pretrained.folder import INDEX
 from lightning_tex.pretrained.tensor_file import read_table
@@ -174,6 +175,19 @@ def test_a_wrong_folder_is_refused_by_name(spoil, folder):
     spoil(folder)
     with pytest.raises(UserError, match=WRONG[spoil]):
         LanguageModel.from_pretrained(folder)
+
+
+def test_the_command_line_tells_it_in_one_line_and_writes_nothing(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of calls that Lightning makes
+    monkeypatch.setattr("sys.argv", ["lightning-tex"])
+    monkeypatch.chdir(tmp_path)
+    pickled(folder)
+    recipe = Path(__file__).parents[2] / "recipes" / "finetune.yaml"
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", "--config", str(recipe), "--model.init_args.pretrained", str(folder), "--data.tokenizer", "null"])
+    *_, told = capsys.readouterr().err.strip().splitlines()
+    assert told.startswith("error: ") and "has its weights in pytorch_model.bin: a pickle" in told
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_no_folder_a_revision_of_one_and_a_repository_that_is_not_there(folder, tmp_path):

@@ -23,7 +23,13 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 PUBLISHED = ("finetune.yaml", "finetune_lora.yaml", "sft.yaml")
 
 
-@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
+def _is_here(recipe: Path) -> bool:
+    """Whether it needs nothing from elsewhere; test_published_recipes.py has the others."""
+    text = recipe.read_text()
+    return "pretrained:" not in text or "pretrained: runs/published" in text
+
+
+@pytest.mark.parametrize("recipe", [*filter(_is_here, sorted(RECIPES.glob("*.yaml")))], ids=lambda path: path.name)
 def test_recipe_builds_trainer_model_and_data(recipe, tmp_path):
     devices, vocabularies = run_ranks(1, _built, recipe, tmp_path)[0]
     assert devices > 1
@@ -33,6 +39,39 @@ def test_recipe_builds_trainer_model_and_data(recipe, tmp_path):
 
 def test_own_text_takes_a_folder_from_the_command_line(tmp_path):
     run_ranks(1, _built, RECIPES / "own_text.yaml", tmp_path, "--data.path", "texts")
+
+
+def _folders(folder: Path, *options: str) -> dict[str, str]:
+    os.chdir(folder)
+    (folder / "beside").mkdir()
+    (folder / "beside" / "made_by_hand.py").write_text(
+        "import lightning_tex\nclass Words(lightning_tex.TextDataModule): pass\n"
+    )
+    recipe = (RECIPES / "quickstart.yaml").read_text()
+    (folder / "beside" / "recipe.yaml").write_text(recipe.replace("lightning_tex.TextDataModule", "made_by_hand.Words"))
+    seen: list[TexCLI] = []
+    TexCLI._run_subcommand = lambda self, subcommand: seen.append(self)
+    cli.main(["fit", "--config", "beside/recipe.yaml", *options])
+    trainer = seen[0].trainer
+    return {
+        "data": type(seen[0].datamodule).__name__,
+        "logs": os.path.relpath(trainer.logger.save_dir),
+        "root": os.path.relpath(trainer.default_root_dir),
+        "checkpoints": os.path.relpath(trainer.checkpoint_callback.dirpath),
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "root", "checkpoints"),
+    [
+        ([], "runs/quickstart", "runs/quickstart/checkpoints"),
+        (["--run_dir", "there"], "there", "there/checkpoints"),
+        (["--trainer.default_root_dir", "logs"], "logs", "runs/quickstart/checkpoints"),
+    ],
+)
+def test_the_folders_of_a_run_and_a_data_module_beside_its_recipe(options, root, checkpoints, tmp_path):
+    found = run_ranks(1, _folders, tmp_path, *options)[0]
+    assert found == {"data": "Words", "logs": root, "root": root, "checkpoints": checkpoints}
 
 
 def test_own_module_trains_the_same_in_one_process_and_on_four(tmp_path):

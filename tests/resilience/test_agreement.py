@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from datetime import timedelta
 from enum import Enum
 from typing import Any
@@ -71,20 +70,22 @@ def test_what_differs_is_named_with_ranks_and_values_on_all_of_them() -> None:
         assert texts == expected
 
 
-def wait_for_one(absent: int) -> tuple[str | None, float]:
-    ranks, began = over_all(seconds=1), time.monotonic()
-    if dist.get_rank() == absent:
-        time.sleep(8 if absent == 0 else 3)  # rank 0 holds the store
-        return None, 0.0
-    return said(ranks, "the start"), time.monotonic() - began
+def wait_for_one(absent: int) -> str | None:
+    ranks, rank, store = over_all(seconds=2), dist.get_rank(), dist.distributed_c10d._get_default_store()
+    others = [other for other in range(dist.get_world_size()) if other != absent]
+    dist.barrier()  # the others come at once
+    if rank == absent:
+        store.wait([f"told/{other}" for other in others], timedelta(seconds=100))
+        return None
+    text = said(ranks, "the start")
+    store.set(f"told/{rank}", "")
+    return text
 
 
 @pytest.mark.parametrize("absent", [2, pytest.param(0, marks=pytest.mark.full)])
 def test_a_rank_that_does_not_come_is_named_by_the_others(absent: int) -> None:
-    for rank, (text, seconds) in enumerate(run_ranks(3, wait_for_one, absent)):
-        if rank != absent:
-            assert text == f"error: rank {absent} has not come to the start within 1 s, where the other ranks wait"
-            assert seconds < 7
+    expected = f"error: rank {absent} has not come to the start within 2 s, where the other ranks wait"
+    assert run_ranks(3, wait_for_one, absent) == [None if rank == absent else expected for rank in range(3)]
 
 
 def test_ranks_in_words() -> None:

@@ -138,7 +138,7 @@ def _beside(folder: str, background: bool) -> dict[str, Any]:
     saves = ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=-1)
     strategy = tex.TexMoEStrategy(background_saving=background)
     run = trainer(strategy, 1, 2, callbacks=[saves, Watches()])
-    run.fit(Model(), Data())
+    run.fit(Model(), Data(3))
     return {"existed": existed, "complete": [said(Directory.verified, Path(folder, f"step={n}.ckpt")) for n in (2, 6)]}
 
 

@@ -12,3 +12,9 @@ from lightning_tex.testing.ranks import run_ranks
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The run on four ranks that nothing stops."""
     return run_ranks(4, resumed_fit, str(tmp_path_factory.mktemp("undisturbed")))
+
+
+@pytest.fixture(scope="package")
+def undisturbed_on_two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The same on two ranks."""
+    return run_ranks(2, resumed_fit, str(tmp_path_factory.mktemp("undisturbed")))

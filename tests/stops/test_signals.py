@@ -37,15 +37,14 @@ def stops_and_goes_on(
         assert after["seen"] == STEPS
 
 
-@pytest.mark.parametrize(
-    ("ranks", "point", "numbers"),
-    [([2], "forward", [TERM]), ([0, 1, 2, 3], "save", [USR1, USR1])],
-    ids=str,
-)
-def test_stops_and_goes_on(
-    tmp_path: Path, undisturbed: list[dict[str, Any]], ranks: list[int], point: str, numbers: list[int]
+def test_stops_and_goes_on(tmp_path: Path, undisturbed: list[dict[str, Any]]) -> None:
+    stops_and_goes_on(tmp_path, undisturbed, [2], "forward", [TERM])
+
+
+def test_all_ranks_are_signalled_twice_while_they_save(
+    tmp_path: Path, undisturbed_on_two: list[dict[str, Any]]
 ) -> None:
-    stops_and_goes_on(tmp_path, undisturbed, ranks, point, numbers)
+    stops_and_goes_on(tmp_path, undisturbed_on_two, [0, 1], "save", [USR1, USR1])
 
 
 @pytest.mark.faults
@@ -59,9 +58,8 @@ def test_every_signal_at_every_point(
     stops_and_goes_on(tmp_path, undisturbed, ranks, point, [number] * times)
 
 
-@pytest.mark.parametrize("step", [6])
-def test_at_the_validation_that_ends_an_epoch(tmp_path: Path, undisturbed: list[dict[str, Any]], step: int) -> None:
-    stops_and_goes_on(tmp_path, undisturbed, [3], "validation", [TERM], step)
+def test_at_the_validation_that_ends_an_epoch(tmp_path: Path, undisturbed_on_two: list[dict[str, Any]]) -> None:
+    stops_and_goes_on(tmp_path, undisturbed_on_two, [1], "validation", [TERM], step=6)
 
 
 @pytest.mark.parametrize("stage", ["test", "predict", pytest.param("validate", marks=pytest.mark.faults)])

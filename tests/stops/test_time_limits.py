@@ -23,21 +23,23 @@ def goes_on(folder: Path, timed: list[dict[str, Any]], undisturbed: list[dict[st
     (stopped,) = folder.glob("stopped-step=*.ckpt")
     done = len(timed[0]["losses"])
     assert 0 < done < 12 and stopped.name == f"stopped-step={done}.ckpt"
-    resumed = run_ranks(4, longer_fit, str(folder), str(stopped))
+    resumed = run_ranks(len(undisturbed), longer_fit, str(folder), str(stopped))
     for before, after, whole in zip(timed, resumed, undisturbed, strict=True):
         assert before["losses"] + after["losses"] == whole["losses"]
         assert torch.equal(after["own"], whole["own"])
 
 
-def test_max_time_saves_before_it_is_over(tmp_path: Path, undisturbed: list[dict[str, Any]]) -> None:
-    goes_on(tmp_path, run_ranks(4, timed_fit, str(tmp_path), 1.5, Slow(0.3)), undisturbed)
+def test_max_time_saves_before_it_is_over(tmp_path: Path, undisturbed_on_two: list[dict[str, Any]]) -> None:
+    goes_on(tmp_path, run_ranks(2, timed_fit, str(tmp_path), 1.5, Slow(0.3)), undisturbed_on_two)
 
 
-def test_max_time_saves_in_a_validation_that_is_longer(tmp_path: Path, undisturbed: list[dict[str, Any]]) -> None:
-    timed = run_ranks(4, timed_fit, str(tmp_path), 3600.0, TimePasses(rank=1))
-    assert [len(own["losses"]) for own in timed] == [4] * 4
-    assert [own["validated"] for own in timed] == [6] * 4, "the validation is run to its end"
-    goes_on(tmp_path, timed, undisturbed)
+def test_max_time_saves_in_a_validation_that_is_longer(
+    tmp_path: Path, undisturbed_on_two: list[dict[str, Any]]
+) -> None:
+    timed = run_ranks(2, timed_fit, str(tmp_path), 3600.0, TimePasses(rank=1))
+    assert [len(own["losses"]) for own in timed] == [4] * 2
+    assert [own["validated"] for own in timed] == [6] * 2, "the validation is run to its end"
+    goes_on(tmp_path, timed, undisturbed_on_two)
 
 
 def fake_scontrol(folder: Path, code: int = 0) -> Path:

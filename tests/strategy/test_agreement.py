@@ -32,9 +32,6 @@ from torch.utils.data import DataLoader
 import lightning_tex as tex
 from lightning_tex.errors import UserRuntimeError
 
-# Seconds within which a difference is to be named.
-_SOON = 10
-
 
 @pytest.mark.parametrize(
     "mismatches",
@@ -44,9 +41,7 @@ _SOON = 10
 def test_a_rank_that_differs_is_named_on_all_ranks(mismatches: dict[str, Mismatch]) -> None:
     for said in on_ranks(2, what_was_said, mismatches):
         for name, mismatch in mismatches.items():
-            text, seconds = said[name]
-            assert all(words in text for words in mismatch.words), (name, text)
-            assert seconds < _SOON, (name, seconds)
+            assert all(words in said[name] for words in mismatch.words), (name, said[name])
 
 
 class Sentences(tex.TextDataModule):

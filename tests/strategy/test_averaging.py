@@ -42,7 +42,7 @@ def averaged(kind: str, layout: dict[str, Any] | None, folder: str, resume: str 
     losses = Losses()
     devices = 1 if layout is None else 2
     run = fit(
-        layout, devices, EPOCHS, resume, callbacks=[averages(kind), saves, losses], limit_val_batches=2, epoch_steps=3
+        layout, devices, EPOCHS, resume, callbacks=[averages(kind), saves, losses], limit_val_batches=2, epoch_steps=2
     )
     return {"weights": run["weights"], "losses": losses.seen[-1:]}
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 from helpers.behaviour_modules import PublicNames, Unequal, batches, new_trainer, on_data_axis
 from helpers.ranks import on_ranks
+from helpers.trainers import gathered, quiet
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+import lightning_tex as tex
 from lightning_tex.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from lightning_tex.moe import MoE
 
@@ -115,15 +117,22 @@ class Unfrozen(Tiny):
         self.up.weight.requires_grad_(self.current_epoch > 0)
 
 
-def fit_unfrozen() -> str:
-    with pytest.raises(RuntimeError) as caught:
-        new_trainer(TENSOR, max_epochs=2).fit(Unfrozen(), rows(1.0, 2))
-    return str(caught.value)
+def fit_unfrozen(strategy: Any, world: int) -> dict[str, Tensor]:
+    module = Unfrozen()
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    trainer = quiet(strategy=strategy, devices=world, max_epochs=2)
+    trainer.fit(module, rows(1.0, 2))
+    return gathered(module, trainer)
 
 
-def test_a_parameter_that_thaws_without_the_optimizer_knowing_is_named() -> None:
-    for message in on_ranks(2, fit_unfrozen):
-        assert message.startswith("up.weight was frozen") and "add_param_group" in message
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_parameter_that_thaws_is_trained_from_then_on(stage: int) -> None:
+    (alone,) = on_ranks(1, fit_unfrozen, "auto", 1)
+    for weights in on_ranks(2, fit_unfrozen, tex.TexMoEStrategy(zero_stage=stage, **TENSOR), 2):
+        for name, expected in alone.items():
+            torch.testing.assert_close(weights[name], expected, rtol=1e-5, atol=1e-7)
 
 
 def fit_after_sanity_checks() -> str:

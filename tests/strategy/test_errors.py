@@ -54,6 +54,7 @@ class Plain(L.LightningModule):
         (4, {"tensor_parallel_size": 3}, ("tensor_parallel_size=3", "4 ranks", "1, 2, 4")),
         (8, {"tensor_parallel_size": 16}, ("tensor_parallel_size=16", "8 ranks", "1, 2, 4, 8")),
         (4, {"tensor_parallel_size": 0}, ("tensor_parallel_size=0", "1, 2, 4")),
+        (1, {"timeout": 0}, ("timeout=0 s", "seconds above 0")),
         (4, {"expert_parallel_size": 3}, ("expert_parallel_size=3", "4 ranks", "1, 2, 4")),
         (8, {"tensor_parallel_size": 2, "expert_parallel_size": 8}, ("expert_parallel_size=8", "1, 2, 4")),
         (8, {"expert_parallel_size": "most"}, ("expert_parallel_size='most'", "1, 2, 4, 8")),

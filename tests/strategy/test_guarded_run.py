@@ -29,7 +29,7 @@ def watched_fit(folder: str, **options: Any) -> dict[str, Any]:
     silence()
     for _ in range(2):
         saves = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, enable_version_counter=False)
-        strategy = tex.TexMoEStrategy(timeout=timedelta(seconds=45), **options)
+        strategy = tex.TexMoEStrategy(timeout=45, **options)
         trainer = quiet(devices=4, strategy=strategy, max_steps=2, val_check_interval=1, callbacks=[saves])
         data = loader(own_slices(trainer, batches(2)))
         trainer.fit(Evaluated(), data, data)

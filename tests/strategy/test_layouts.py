@@ -1,8 +1,8 @@
 """Every layout trains as one process does: losses, gradient norms, gradients and parameters over optimizer steps.
 
 By default each layout of one rank runs twice, each of two and four ranks once, and of the 22 on eight ranks those of
-``ON_EIGHT`` once, with options that together cover all pairs; four and eight ranks over four steps, and one of four
-over twenty. ``-m full`` runs twenty steps everywhere, the other layouts of eight ranks and the other cases of two and
+``ON_EIGHT`` once, with options that together cover all pairs; several ranks over four steps, and one of four over
+twenty. ``-m full`` runs twenty steps everywhere, the other layouts of eight ranks and the other cases of two and
 four, the rest of the cases that cover all pairs of layout and option, in fp32 and fp64, and the grid: every layout with
 every combination of routing by capacity, duplicates not split, AdamW, accumulation and clipping, 960 cases in fp64,
 over which the other six options rotate. It takes about an hour and a half on two cores; with ``-s`` it ends with the
@@ -81,7 +81,7 @@ def by_default(run: Run) -> bool:
 
 
 SELECTED = selection()
-DEFAULT = [run if run.case.sizes.world < 4 else run._replace(steps=FEWER_STEPS) for run in SELECTED if by_default(run)]
+DEFAULT = [run if run.case.sizes.world == 1 else run._replace(steps=FEWER_STEPS) for run in SELECTED if by_default(run)]
 MORE = [run for run in SELECTED if run not in DEFAULT]
 PAIRS = [run for case in PAIRWISE for precision in TOLERANCE if (run := Run(case, precision)) not in SELECTED]
 

@@ -1,7 +1,8 @@
-"""Several optimizers in manual optimization, each over its own parameters: as in one process, saved, resumed from."""
+"""Several optimizers in manual optimization, over their own or shared parameters: as in one process, saved, resumed."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,14 @@ class Rivals(L.LightningModule):
         return [maker, judge], decays
 
 
-def run(layout: dict[str, Any] | None, folder: str, steps: int = STEPS, resume: str | None = None) -> dict[str, Any]:
-    module = Rivals()
+def run(
+    layout: dict[str, Any] | None,
+    folder: str,
+    steps: int = STEPS,
+    resume: str | None = None,
+    kind: type[Rivals] = Rivals,
+) -> dict[str, Any]:
+    module = kind()
     strategy = "auto" if layout is None else tex.TexMoEStrategy(**layout)
     fit = trainer(strategy, 1 if layout is None else 2, epochs=2, max_steps=-1, limit_train_batches=steps)
     fit.fit_loop.max_epochs = 1 if resume is None else 2
@@ -123,18 +130,91 @@ def test_a_directory_consolidates_to_the_states_of_each(runs: tuple[Path, dict[s
                 torch.testing.assert_close(torch.as_tensor(found["state"][number][key]), torch.as_tensor(value))
 
 
-class Shared(Rivals):
+class Sharing(Rivals):
+    """Both step the judge: one of them with what the other one's clipping left, where no backward comes between."""
+
+    def training_step(self, batch: list[Tensor], index: int) -> None:
+        both, judge = self.optimizers()
+        rows = batch[0].float() / 61
+        both.zero_grad()
+        self.manual_backward(self.judge(self.maker(rows)).square().mean())
+        self.clip_gradients(both, gradient_clip_val=0.1)
+        both.step()
+        if index % 2 == 0:
+            judge.step()
+        judge.zero_grad()
+        self.manual_backward((self.judge(self.maker(rows)) - 1).square().mean())
+        judge.step()
+        self.taken.append(self.trainer.global_step)
+
     def configure_optimizers(self) -> Any:
-        return [torch.optim.SGD(self.parameters(), lr=0.1), torch.optim.Adam(self.judge.parameters())]
+        return [
+            torch.optim.AdamW(self.parameters(), lr=1e-2),
+            torch.optim.SGD(self.judge.parameters(), lr=1e-1, momentum=0.9),
+        ]
 
 
-def fit_shared() -> str:
+@pytest.fixture(scope="module")
+def sharing(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """As ``runs``, of optimizers that share parameters; one layout goes on from each form."""
+    folder = tmp_path_factory.mktemp("sharing")
+    first = run(None, f"{folder}/alone", kind=Sharing)
+    second = run(None, f"{folder}/alone second", resume=f"{folder}/alone.ckpt", kind=Sharing)
+    cases: dict[Any, tuple[Any, ...]] = {
+        name: (run, layout, f"{folder}/{name}", STEPS, None, Sharing) for name, layout in LAYOUTS.items()
+    }
+    for source in ("expert", "plain"):
+        resumed = (run, LAYOUTS["tensor"], f"{folder}/second {source}", STEPS, f"{folder}/{source}.ckpt", Sharing)
+        cases["tensor", source] = resumed
+    return folder, {"first": first, "second": second, **together(2, cases)}
+
+
+@pytest.mark.parametrize("name", [*LAYOUTS, ("tensor", "expert"), ("tensor", "plain")])
+def test_optimizers_that_share_parameters_step_and_go_on_as_in_one_process(
+    sharing: tuple[Path, dict[str, Any]], name: Any
+) -> None:
+    _, by_case = sharing
+    expected = by_case["first" if isinstance(name, str) else "second"]
+    for rank in by_case[name]:
+        assert largest_difference(rank["weights"], expected["weights"]) < 1e-5
+        assert rank["steps"] == expected["steps"]
+
+
+def test_a_directory_of_theirs_consolidates_to_the_states_of_each(sharing: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = sharing
+    alone = torch.load(folder / "alone.ckpt", weights_only=True)["optimizer_states"]
+    for found, expected in zip(consolidated(folder / "expert.ckpt")["optimizer_states"], alone, strict=True):
+        for number, state in expected["state"].items():
+            for key, value in state.items():
+                torch.testing.assert_close(torch.as_tensor(found["state"][number][key]), torch.as_tensor(value))
+
+
+def fit_sharing(precision: str) -> str:
     with pytest.raises(ValueError, match="is in optimizer") as caught:
-        trainer(tex.TexMoEStrategy(), 1).fit(Shared(), Data())
+        trainer(tex.TexMoEStrategy(), 1, precision=precision).fit(Sharing(), Data())
     return str(caught.value)
 
 
-def test_a_parameter_of_two_optimizers_is_refused_by_name() -> None:
-    (said,) = on_ranks(1, fit_shared)
-    assert said.startswith("judge.0.weight is in optimizer 0 (SGD) and in optimizer 1 (Adam)")
-    assert said.endswith("legal: each parameter in one optimizer")
+def test_a_parameter_of_two_optimizers_with_masters_is_refused_by_name() -> None:
+    (said,) = on_ranks(1, fit_sharing, "bf16-mixed")
+    assert "is in optimizer 0 (AdamW) and in optimizer 1 (SGD)" in said and "'bf16-true'" in said
+
+
+class Forgetful(Sharing):
+    def training_step(self, batch: list[Tensor], index: int) -> None:
+        for optimizer in self.optimizers():
+            self.manual_backward(self.judge(self.maker(batch[0].float() / 61)).square().mean())
+            optimizer.step()
+
+
+def no_zero_grad_between(world: int) -> str:
+    fit = trainer(tex.TexMoEStrategy(), world, max_steps=2)
+    with pytest.raises(RuntimeError, match="have been combined") if world > 1 else nullcontext() as caught:
+        fit.fit(Forgetful(), Data())
+    return str(caught.value) if caught else ""
+
+
+def test_a_backward_onto_gradients_that_ranks_have_combined_is_refused() -> None:
+    assert on_ranks(1, no_zero_grad_between, 1) == [""]
+    for said in on_ranks(2, no_zero_grad_between, 2):
+        assert "zero_grad() before the next backward" in said

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 
 import pytest
+from helpers.forked import forked
 
 from lightning_tex.testing import RanksFailed, run_ranks
 from lightning_tex.testing.runs import Outcome, first_told, outcomes_of
@@ -18,7 +17,7 @@ def double(number: int) -> int:
 
 
 def sleep() -> None:
-    time.sleep(60)
+    time.sleep(600)
 
 
 def returns_raises_or_hangs() -> str:
@@ -38,39 +37,29 @@ def test_one_deadline_for_all_ranks():
     start = time.monotonic()
     with pytest.raises(RanksFailed, match=r"ranks \[0, 1, 2, 3\] were still running after 1 s"):
         run_ranks(4, sleep, timeout=1)
-    assert time.monotonic() - start < 4
+    assert time.monotonic() - start < 300, "each would have slept for ten minutes"
 
 
 def test_a_failure_has_the_traceback_the_hung_ranks_and_what_others_returned():
     with pytest.raises(RanksFailed, match="ZeroDivisionError: by rank 1") as failure:
-        run_ranks(3, returns_raises_or_hangs, timeout=2)
+        run_ranks(3, returns_raises_or_hangs, timeout=4)
     assert failure.value.outcomes == {0: "rank 0"}
     assert failure.value.hung == [2]
     assert "ended without a result" not in str(failure.value)
 
 
-CALLER = """
-import os, sys, time
-from lightning_tex.testing import run_ranks
-
-def tell_and_sleep():
-    print(os.getpid(), flush=True)
-    time.sleep(60)
-
-run_ranks(2, tell_and_sleep)
-"""
+def tell_and_sleep() -> None:
+    os.write(1, b"here\n")
+    time.sleep(600)
 
 
 def test_ranks_end_with_their_caller():
-    caller = subprocess.Popen([sys.executable, "-c", CALLER], stdout=subprocess.PIPE, text=True)
-    assert caller.stdout is not None
-    with caller.stdout as output:
-        assert all(output.readline().strip().isdigit() for _ in range(2))
+    with forked(run_ranks, 2, tell_and_sleep) as (caller, output):
+        assert [output.readline() for _ in range(2)] == ["here\n"] * 2
         began = time.monotonic()
         caller.terminate()
-        caller.wait(timeout=10)
         assert output.read() == "", "both have closed it"
-    assert time.monotonic() - began < 30, "they would have slept for a minute"
+    assert time.monotonic() - began < 300, "they would have slept for ten minutes"
 
 
 def test_a_result_that_cannot_be_pickled_is_that_ranks_failure():
@@ -85,7 +74,7 @@ def told_while_another_hangs() -> Outcome:
 
 
 def test_an_error_that_is_there_is_told_before_a_hang():
-    assert first_told(outcomes_of(2, told_while_another_hangs, timeout=2)).error == "KeyError: 'x'"
+    assert first_told(outcomes_of(2, told_while_another_hangs, timeout=4)).error == "KeyError: 'x'"
 
 
 @pytest.mark.parametrize(
