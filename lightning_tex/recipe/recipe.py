@@ -15,6 +15,7 @@ from lightning import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.recipe.instantiation import data_alone
 from lightning_tex.recipe.lightning_cli import DEFAULTS, TexCLI, public_path
 from lightning_tex.strategy import TexMoEStrategy
 
@@ -105,9 +106,7 @@ class Recipe:
         """The recipe's data alone, without its model; None: the model has its own."""
         if not self._config.get("data"):
             return None
-        parser = LightningArgumentParser()
-        parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
-        data: LightningDataModule = parser.instantiate_classes(Namespace(data=self.config.data)).data
+        data: LightningDataModule = data_alone(self.config)
         return data
 
     def instantiate(self, strategy: Mapping[str, Any], trainer: Mapping[str, Any]) -> TexCLI:

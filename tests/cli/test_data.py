@@ -91,6 +91,13 @@ def test_a_recipe_without_data_is_refused(text_recipe: Path) -> None:
         assert ended.value.code == 2
 
 
+def test_what_data_refuses_is_one_line(chat_recipe: Path, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["data", "show", "--config", str(chat_recipe), "--data.tokenizer", "nowhere"])
+    said = str(ended.value.code) if not isinstance(ended.value.code, int) else capsys.readouterr().err
+    assert said.strip().startswith("error: tokenizer='nowhere' is n") and "Union" not in said
+
+
 def test_data_is_prepared_once(text_recipe: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["prepare", "--config", str(text_recipe), "--json", "--num_proc", "2"]
     lines = told(capsys, *words)
