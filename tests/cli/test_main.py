@@ -125,7 +125,7 @@ def _ending(folder: Path, recipe: Path, *options: str) -> tuple[object, list[str
         ("--model.config.num_expert", "--model.config.num_expert; nearest: --model.config.num_experts"),
         ("--model.init_args.config.num_expert", "--model.config.num_expert; nearest: --model.config.num_experts"),
         ("--data.pat", "--data.pat; nearest: --data.path"),
-        ("--colour", "--colour"),
+        ("--whim", "--whim"),
     ],
 )
 def test_an_option_that_does_not_exist_is_told_with_the_nearest(recipe, capsys, option, told):
