@@ -144,10 +144,12 @@ def _on_meta(config: DecoderConfig, **trained: Any) -> LanguageModel:
 
 def _optimizer(module: LightningModule | None, given: Any) -> OptimizerDescription:
     """The recipe's optimizer, over all parameters, or its model's own."""
+
+    def named(own: LightningModule) -> Any:
+        return instantiate_class(optimized_parameters(own, given.get("init_args", {}).get("lr")), given)
+
     if module is not None:
-        lr = (given or {}).get("init_args", {}).get("lr")
-        recipes = lambda own: instantiate_class(optimized_parameters(own, lr), given)  # noqa: E731
-        return read_optimizer(module, recipes if given else None)
+        return read_optimizer(module, named if given else None)
     if not given:
         return LANGUAGE_MODELS_OWN
     return describe_optimizer(instantiate_class([torch.nn.Parameter(torch.zeros(1))], given), one_group)

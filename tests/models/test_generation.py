@@ -167,7 +167,7 @@ def test_logits_by_the_cache_are_those_of_the_whole_sequence(kind: str) -> None:
     if kind == "capacity":
         ids = torch.stack([prompt[:4] for prompt in prompts])
         assert torch.equal(module.generate(ids, 6, 0.0), whole.generate(ids, 6, 0.0))
-        assert module.decoder.blocks[0].mlp.dispatcher.factor == 0.5
+        assert module.decoder.blocks[0].mlp.dispatcher.capacity.factor == 0.5
     writing, chosen = Writing(decoder, prompts, 8), []
     for step in range(8):
         logits = writing.logits(chosen, None)
@@ -306,9 +306,12 @@ def test_refused_by_name(arguments: Any, options: Any, words: str) -> None:
         small().generate(*arguments, **options)
 
 
-def test_a_router_that_needs_a_batch_is_refused_by_name() -> None:
-    module = small(num_experts=4, router="forced_balance")
-    with pytest.raises(ValueError, match=r"blocks.1.mlp.router is a ForcedBalanceRouter.* legal: .*'softmax'"):
+@pytest.mark.parametrize(
+    ("router", "kind"), [("forced_balance", "ForcedBalanceRouter"), ("expert_choice", "ExpertChoiceRouter")]
+)
+def test_a_router_that_needs_a_batch_is_refused_by_name(router: str, kind: str) -> None:
+    module = small(num_experts=4, router=router)
+    with pytest.raises(ValueError, match=rf"blocks.1.mlp.router is a {kind}.* legal: .*'softmax'"):
         module.generate(torch.arange(3)[None], 1)
 
 
