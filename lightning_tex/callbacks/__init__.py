@@ -4,6 +4,8 @@ from lightning_tex.callbacks.communication import CommunicationMonitor
 from lightning_tex.callbacks.experts import ExpertMonitor
 from lightning_tex.callbacks.late_progress import LateProgress
 from lightning_tex.callbacks.predictions import PredictionWriter, read_predictions
+from lightning_tex.callbacks.routing_schedule import RoutingSchedule
+from lightning_tex.callbacks.source_losses import SourceLosses
 from lightning_tex.callbacks.summary import RunSummary
 from lightning_tex.callbacks.throughput import Throughput
 
@@ -12,7 +14,9 @@ __all__ = [
     "ExpertMonitor",
     "LateProgress",
     "PredictionWriter",
+    "RoutingSchedule",
     "RunSummary",
+    "SourceLosses",
     "Throughput",
     "read_predictions",
 ]

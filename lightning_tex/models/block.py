@@ -39,18 +39,24 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.multiplier = config.residual_multiplier
 
-    def forward(self, x: Tensor, context: Context | None = None, rotary: RotaryTables | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        context: Context | None = None,
+        rotary: RotaryTables | None = None,
+        token_ids: Tensor | None = None,
+    ) -> Tensor:
         attended = self.attention(self.attention_norm(x), context=context, rotary=rotary)
         x = x + self._branch(self.attention_output_norm(attended))
-        return x + self._branch(self.mlp_output_norm(self._feed_forward(self.mlp_norm(x), context)))
+        return x + self._branch(self.mlp_output_norm(self._feed_forward(self.mlp_norm(x), context, token_ids)))
 
     def _branch(self, x: Tensor) -> Tensor:
         x = self.dropout(x)
         return x if self.multiplier == 1 else x * self.multiplier
 
-    def _feed_forward(self, x: Tensor, context: Context | None) -> Tensor:
-        if context is not None and isinstance(self.mlp, MoE):
-            return self.mlp(x, context.token_mask)
+    def _feed_forward(self, x: Tensor, context: Context | None, token_ids: Tensor | None) -> Tensor:
+        if isinstance(self.mlp, MoE):
+            return self.mlp(x, None if context is None else context.token_mask, token_ids=token_ids)
         return self.mlp(x)
 
 
@@ -122,4 +128,10 @@ def make_feed_forward(config: DecoderConfig, layer: int) -> nn.Module:
         shared_hidden_dim=c.shared_expert_hidden_dim,
         shared_gate=c.shared_expert_gate,
         bias=c.expert_bias,
+        sequence_balance_coefficient=c.sequence_balance_coefficient,
+        step_balance_coefficient=c.step_balance_coefficient,
+        entropy_coefficient=c.entropy_coefficient,
+        eval_capacity_factor=c.eval_capacity_factor,
+        min_capacity=c.min_capacity,
+        overflow_by=c.overflow_by,
     )

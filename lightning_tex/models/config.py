@@ -11,6 +11,8 @@ from lightning_tex.layers.mlp import Activation
 from lightning_tex.layers.qk_norm import QKNorm
 from lightning_tex.layers.rotary import Rotary
 from lightning_tex.layers.rotary_scaling import make_scaling
+from lightning_tex.moe.capacity import Precedence
+from lightning_tex.moe.routers import plain_choice
 from lightning_tex.parallel.errors import UserValueError
 
 # V vocabulary, D model width
@@ -29,6 +31,7 @@ _WORDS = {
     "norm_placement": get_args(NormPlacement),
     "qk_norm": (*get_args(QKNorm), None),
     "layer_types": (*get_args(AttentionType), None),
+    "overflow_by": get_args(Precedence),
 }
 
 
@@ -85,14 +88,18 @@ class DecoderConfig:
         qk_nope_head_dim, qk_rope_head_dim: of latent attention, widths of the parts of a head that stay and that turn.
         v_head_dim: of latent attention, width of a head's values.
         expert_hidden_dim: hidden width of each expert; ``None``: hidden_dim.
-        router: ``"softmax"``, ``"sigmoid"``, ``"sparsemixer"``, or one with arguments of its own,
-            ``{"name": .., "init_args": {..}}``; see :class:`lightning_tex.moe.MoE`.
+        router: a name, ``"softmax"``, ``"sigmoid"`` or another of :class:`lightning_tex.moe.MoE`'s, or an import path;
+            one with arguments of its own, ``{"name": .., "init_args": {..}}``; or a :class:`lightning_tex.moe.Router`
+            subclass, which is kept as its import path.
         round_factor: of dropless routing over an expert axis, see :class:`lightning_tex.moe.MoE`.
         shared_expert_hidden_dim: hidden width of an expert that every token uses beside its own; ``None``: none.
         shared_expert_gate: that one's output is multiplied by a sigmoid gate.
         expert_bias: biases in experts; dropless only.
         mlp_bias: biases in MLPs.
         first_dense_layers: so many blocks from the first have no experts.
+        sequence_balance_coefficient, step_balance_coefficient, entropy_coefficient: weights of further losses of the
+            routers, see :class:`lightning_tex.moe.MoE`.
+        eval_capacity_factor, min_capacity, overflow_by: with ``capacity_factor``, see :class:`lightning_tex.moe.MoE`.
         moe_layers: the blocks that have experts, from 0, in place of ``moe_every`` and ``first_dense_layers``.
 
     Raises:
@@ -152,6 +159,12 @@ class DecoderConfig:
     first_dense_layers: int = 0
     moe_layers: list[int] | None = None
     round_factor: float | None = None
+    sequence_balance_coefficient: float = 0.0
+    step_balance_coefficient: float = 0.0
+    entropy_coefficient: float = 0.0
+    eval_capacity_factor: float | None = None
+    min_capacity: int = 0
+    overflow_by: Precedence = "position"
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "dim", "num_layers", "num_heads", "max_sequence_length", "num_experts", "moe_every")
@@ -174,6 +187,7 @@ class DecoderConfig:
         if not 0 < self.partial_rotary_factor <= 1:
             raise UserValueError(f"partial_rotary_factor={self.partial_rotary_factor}; legal: above 0, at most 1")
         make_scaling(self.rope_scaling)
+        self.router = plain_choice(self.router)
         if self.layer_types is not None and len(self.layer_types) != self.num_layers:
             raise UserValueError(
                 f"layer_types has {len(self.layer_types)} entries; legal with num_layers={self.num_layers}: as many"

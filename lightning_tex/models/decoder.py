@@ -75,7 +75,7 @@ class Decoder(nn.Module):
         length = ids.shape[-1]
         rotary = self.rotary.tables(length, x) if context is None else context.tables(self.rotary, length, x)
         for layer, block in enumerate(self.blocks):
-            x = block(x, None if context is None else context.of_layer(layer), rotary)
+            x = block(x, None if context is None else context.of_layer(layer), rotary, ids)
         x = self.norm(x)
         return x if self.config.logits_scaling == 1 else x / self.config.logits_scaling
 

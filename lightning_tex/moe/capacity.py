@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -15,11 +15,54 @@ from lightning_tex.moe.groups import Groups
 from lightning_tex.moe.permute import group_by_expert
 from lightning_tex.moe.router import Route
 from lightning_tex.parallel.collectives import own_slice
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.host_numbers import highest
 from lightning_tex.parallel.replay import decided
 
 # T tokens, D model width, E experts, e experts held here, P = E/e ranks on the expert axis, C capacity,
 # k choices per token, t own tokens, n own choices, N rows at the experts
+
+
+# Which tokens come first where an expert's capacity is not enough for all: earlier ones, or those with a larger score.
+Precedence = Literal["position", "score"]
+
+
+@dataclass
+class Capacity:
+    """How many choices an expert takes of a data rank's tokens in a micro-step, and whose come first.
+
+    Args:
+        factor: of the even share, in training.
+        eval_factor: in evaluation; ``None``: the same.
+        least: as many at least, where there are as many tokens (min_capacity).
+        precedence: ``"position"``: tokens in their order; ``"score"``: those first whose largest score is larger
+            (batch-prioritised routing, arXiv 2106.05974, section 4). Either way all first choices before all second.
+        training: which factor counts now.
+
+    Raises:
+        ValueError: what is not positive, or another word.
+    """
+
+    factor: float
+    eval_factor: float | None = None
+    least: int = 0
+    precedence: Precedence = "position"
+    training: bool = True
+
+    def __post_init__(self) -> None:
+        for name, factor in (("capacity_factor", self.factor), ("eval_capacity_factor", self.eval_factor)):
+            if factor is not None and factor <= 0:
+                raise UserValueError(f"{name}={factor} must be positive, or None for dropless routing")
+        if self.least < 0:
+            raise UserValueError(f"min_capacity={self.least}; legal: 0, or above")
+        if self.precedence not in get_args(Precedence):
+            legal = ", ".join(map(repr, get_args(Precedence)))
+            raise UserValueError(f"overflow_by={self.precedence!r}; legal: {legal}")
+
+    def of(self, top_k: int, tokens: int, num_experts: int) -> int:
+        """Choices that one expert takes of ``tokens`` tokens."""
+        factor = self.factor if self.training or self.eval_factor is None else self.eval_factor
+        return capacity(factor, top_k, tokens, num_experts, self.least)
 
 
 class Queues(NamedTuple):
@@ -35,11 +78,20 @@ class Queues(NamedTuple):
     overflowed: Tensor
 
 
-def queues(indices: Tensor, num_experts: int, capacity: int) -> Queues:
+def queues(indices: Tensor, num_experts: int, capacity: int, priority: Tensor | None = None) -> Queues:
     """The queues of choices [T, k]; E stands for a masked choice.
 
     The same as :func:`~lightning_tex.moe.sequence_parallel.places_among_all`, where all tokens are here.
+
+    Args:
+        num_experts: E.
+        capacity: choices an expert takes.
+        priority: [T], of the route; ``None``: tokens stand in their order.
     """
+    if priority is not None:
+        tokens_in_order = priority.argsort(descending=True, stable=True)
+        place, *rest = queues(indices[tokens_in_order], num_experts, capacity)
+        return Queues(torch.empty_like(place).index_copy_(0, tokens_in_order, place), *rest)
     tokens, top_k = indices.shape
     order = group_by_expert(indices.t().flatten(), num_experts)
     within = torch.arange(tokens * top_k, device=indices.device) - order.starts[order.experts.int()]
@@ -79,35 +131,36 @@ def assign_slots(indices: Tensor, place: Tensor, num_experts: int, capacity: int
 
 @dataclass(frozen=True)
 class CapacityDispatcher(Dispatcher):
-    """Every expert takes up to ceil(factor * k * T / E) choices of each rank's T tokens; shapes are static.
+    """Every expert takes up to a capacity of choices of each rank's T tokens; shapes are static.
 
     Ranks of an expert group may hold different T: buffers take the largest capacity, overflow the own. They agree on it
     over the hosts' network, as nobody's device has to be asked for it.
 
     Args:
-        factor: the capacity factor.
+        capacity: how many, and whose.
     """
 
-    factor: float
+    capacity: Capacity
 
     def dispatch(self, x: Tensor, route: Route) -> tuple[Arrived, DispatchMetadata]:
-        exchange, counts, overflowed = decided("the exchange by capacity", lambda: self._exchange(route.indices))
+        exchange, counts, overflowed = decided("the exchange by capacity", lambda: self._exchange(route))
         metadata = DispatchMetadata(x.dtype, overflowed, counts)
         return Arrived.by(exchange, x.reshape(-1, x.shape[-1]), route.weights), metadata
 
-    def queues(self, indices: Tensor, allowed: int) -> Queues:
+    def queues(self, indices: Tensor, allowed: int, priority: Tensor | None) -> Queues:
         """In which order choices [T, k] are served."""
-        return queues(indices, self.num_experts, allowed)
+        return queues(indices, self.num_experts, allowed, priority)
 
     def allowed(self, tokens: int, top_k: int) -> int:
         """Choices that an expert takes of this rank's tokens."""
-        return capacity(self.factor, top_k, tokens, self.num_experts)
+        return self.capacity.of(top_k, tokens, self.num_experts)
 
-    def _exchange(self, indices: Tensor) -> tuple[Exchange | ChunkedExchange, Tensor, Tensor]:
-        """The exchange of the choices [T, k], how many fell on each expert, and how many overflowed."""
+    def _exchange(self, route: Route) -> tuple[Exchange | ChunkedExchange, Tensor, Tensor]:
+        """The exchange of the choices, how many fell on each expert, and how many overflowed."""
+        indices = route.indices
         tokens, top_k = indices.shape
         allowed, axes = self.allowed(tokens, top_k), self.axes
-        place, counts, overflowed = self.queues(indices, allowed)
+        place, counts, overflowed = self.queues(indices, allowed, route.priority)
         if max(axes.expert.size, axes.split.size, axes.gather.size) == 1:
             served = indices.masked_fill(place >= allowed, self.num_experts)
             return (
@@ -140,10 +193,10 @@ class CapacityDispatcher(Dispatcher):
         return ChunkedExchange(exchanges)
 
 
-def capacity(factor: float, top_k: int, tokens: int, num_experts: int) -> int:
-    """Choices that one expert takes of ``tokens`` tokens."""
+def capacity(factor: float, top_k: int, tokens: int, num_experts: int, least: int = 0) -> int:
+    """Choices that one expert takes of ``tokens`` tokens: ceil(factor * k * T / E), but ``least`` or T at least."""
     # A product like 1.1 * 10 lies an ulp above 11 and must not take another slot for it.
-    return ceil(factor * top_k * tokens / num_experts - 1e-9)
+    return max(ceil(factor * top_k * tokens / num_experts - 1e-9), min(least, tokens))
 
 
 def buffer_rows(allowed: int, split: int) -> int:

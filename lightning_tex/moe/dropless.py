@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
@@ -30,7 +30,14 @@ from lightning_tex.parallel.replay import decided
 
 @dataclass(frozen=True)
 class DroplessDispatcher(Dispatcher):
-    """Every choice is served: rows travel by uneven all-to-all with exchanged sizes."""
+    """Every choice is served: rows travel by uneven all-to-all with exchanged sizes.
+
+    Args:
+        sparse: most choices are masked, as where experts choose: the host waits for their number also where it could do
+            with a row for each.
+    """
+
+    sparse: bool = field(default=False, kw_only=True)
 
     def dispatch(self, x: Tensor, route: Route) -> tuple[Arrived, DispatchMetadata]:
         tokens = self._tokens(len(route.indices))
@@ -54,12 +61,13 @@ class DroplessDispatcher(Dispatcher):
             tokens: of each rank of the split axis.
         """
         axes = self.axes
-        if axes.expert.size > 1 or (axes.gather.size > 1 and device_type(indices) == "cpu"):
+        known = self.sparse or device_type(indices) == "cpu"  # the host may wait for the number of rows
+        if axes.expert.size > 1 or (axes.gather.size > 1 and known):
             return self._travelling(indices)
         order = group_by_expert(indices.flatten(), self.num_experts)
         counts = order.starts.diff()
         if axes.gather.size == 1:
-            return LocalExchange.of(axes, indices, order), counts
+            return LocalExchange.of(axes, indices, order, known), counts
         return self._gathered(indices, order, tokens), counts
 
     def _travelling(self, indices: Tensor) -> tuple[Exchange | ChunkedExchange, Tensor]:

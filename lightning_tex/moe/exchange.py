@@ -86,9 +86,13 @@ class LocalExchange(Exchange):
     """All experts are here: rows are picked and do not travel. What parts of experts give is summed over ranks."""
 
     @classmethod
-    def of(cls, axes: ExpertAxes, indices: Tensor, order: Order) -> LocalExchange:
-        """From the own choices [t, k], grouped."""
-        if device_type(indices) != "cpu":
+    def of(cls, axes: ExpertAxes, indices: Tensor, order: Order, known: bool | None = None) -> LocalExchange:
+        """From the own choices [t, k], grouped.
+
+        Args:
+            known: the host may wait for the number of those that are not masked; ``None``: on a CPU.
+        """
+        if not (device_type(indices) == "cpu" if known is None else known):
             served = ServedAsFarAsKnown.of(indices, order)
             return cls(axes, Groups(indices.numel(), served.ends), served.choice, True, served.slot, False)
         n = int(order.starts[-1])

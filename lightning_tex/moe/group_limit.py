@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_tex.moe.choice import largest
 from lightning_tex.parallel.errors import UserValueError
 
 # T tokens, E experts, G groups
@@ -55,6 +56,6 @@ class GroupLimit:
         """-inf where an expert's group is none of the best."""
         groups = preferences.unflatten(-1, (self.n_group, -1))  # [T, G, E / G]
         of_group = groups.amax(-1) if self.group_score == "max" else groups.topk(2, dim=-1).values.sum(-1)
-        best = of_group.topk(self.topk_group, dim=-1).indices
+        best = largest(of_group, self.topk_group)
         outside = of_group.new_ones(of_group.shape, dtype=torch.bool).scatter_(-1, best, False)
         return groups.masked_fill(outside[..., None], float("-inf")).flatten(-2)

@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from lightning_tex.layers.mlp import Activation
-from lightning_tex.moe.capacity import CapacityDispatcher
+from lightning_tex.moe.capacity import Capacity, CapacityDispatcher, Precedence
 from lightning_tex.moe.dispatch import Dispatcher, DispatchMetadata
 from lightning_tex.moe.dropless import DroplessDispatcher
 from lightning_tex.moe.expert_axes import ExpertAxes
 from lightning_tex.moe.experts import Experts
-from lightning_tex.moe.losses import LossLedger, count_choices, routing_loss
+from lightning_tex.moe.losses import Coefficients, LossLedger, count_choices, routing_loss
 from lightning_tex.moe.output_biases import OutputBiases
 from lightning_tex.moe.rounds import BoundedDroplessDispatcher
 from lightning_tex.moe.router import Route
 from lightning_tex.moe.routers import RouterChoice, make_router
+from lightning_tex.moe.sequence_balance import sequence_balance_loss
 from lightning_tex.moe.sequence_parallel import SequenceShardedCapacityDispatcher
 from lightning_tex.moe.shared import SharedExpert
+from lightning_tex.moe.steps import ActsAfterStep
+from lightning_tex.moe.tokens import Tokens
 from lightning_tex.parallel.activation_checkpointing import first_forward_only
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.expert_load import ExpertLoad
-from lightning_tex.parallel.replay import recomputing
+from lightning_tex.parallel.replay import decided, recomputing
 from lightning_tex.parallel.sharding import TexModule
 from lightning_tex.parallel.topology import Layout, Topology
 
 # T tokens, D model width, E experts, k choices per token
 
 
-class MoE(TexModule):
+class MoE(TexModule, ActsAfterStep):
     """A feed-forward layer of E experts of which each token uses k: [.., dim] -> [.., dim].
 
     Alone in one process it is the plain layer; the strategy spreads its experts over the expert axis and shards them
@@ -45,9 +48,10 @@ class MoE(TexModule):
         capacity_factor: an expert takes ceil(factor * k * T / E) choices of a data rank's T tokens in a micro-step,
             first choices first, earlier tokens first; further ones overflow. ``None``: dropless, all are served.
         activation: see :class:`lightning_tex.layers.ParallelMLP`.
-        router: ``"softmax"``; ``"sigmoid"``, ``"sparsemixer"``; ``"forced_balance"``, which chooses by the
-            token's place, for benches; one of these with arguments of its own, ``{"name": .., "init_args": {..}}``; a
-            :class:`Router` subclass, or its import path, or an instance.
+        router: ``"softmax"``, ``"sigmoid"``, ``"switch"``, ``"gshard"``, ``"sparsemixer"``, ``"sinkhorn"``, ``"hash"``,
+            ``"expert_choice"``; ``"forced_balance"``, which chooses by the token's place, for benches; one of these
+            with arguments of its own, ``{"name": .., "init_args": {..}}``; a :class:`Router` subclass, or its import
+            path, or an instance.
         norm_topk_prob: rescale a token's k weights to sum to 1.
         load_balance_coefficient: weight of E * sum_e f_e P_e.
         z_loss_coefficient: weight of the mean of logsumexp(logits)^2.
@@ -58,6 +62,13 @@ class MoE(TexModule):
             ``None``: there is none.
         bias: biases of all matrices of the experts; dropless only, as each choice has to be served.
         shared_gate: the shared expert's output is multiplied by a sigmoid gate of its own.
+        sequence_balance_coefficient: weight of load balance of each sequence by itself (:mod:`.sequence_balance`).
+        step_balance_coefficient: weight of load balance by the choices of an optimizer step, not of a micro-step
+            (:class:`.losses.Coefficients`).
+        entropy_coefficient: weight of the mean entropy of a token's scores; a negative one keeps routers undecided.
+        eval_capacity_factor: of evaluation; ``None``: the same.
+        min_capacity: an expert takes as many choices at least, where there are as many tokens.
+        overflow_by: which tokens overflow, ``"position"``: later ones; ``"score"``: those with a smaller largest score.
 
     Raises:
         ValueError: sizes or names that are not legal.
@@ -82,6 +93,12 @@ class MoE(TexModule):
         shared_hidden_dim: int | None = None,
         shared_gate: bool = False,
         bias: bool = False,
+        sequence_balance_coefficient: float = 0.0,
+        step_balance_coefficient: float = 0.0,
+        entropy_coefficient: float = 0.0,
+        eval_capacity_factor: float | None = None,
+        min_capacity: int = 0,
+        overflow_by: Precedence = "position",
     ) -> None:
         super().__init__()
         if round_factor is not None and (round_factor < 1 or capacity_factor is not None):
@@ -89,17 +106,32 @@ class MoE(TexModule):
                 f"round_factor={round_factor} with capacity_factor={capacity_factor}; legal: at least 1, with "
                 "capacity_factor=None, or round_factor=None"
             )
-        if capacity_factor is not None and capacity_factor <= 0:
-            raise UserValueError(f"capacity_factor={capacity_factor} must be positive, or None for dropless routing")
         if bias and capacity_factor is not None:
             raise UserValueError(
                 f"bias=True with capacity_factor={capacity_factor}: biases are added whichever choices overflow; "
                 "legal: capacity_factor=None (dropless)"
             )
         self.hidden_dim, self.num_experts, self.top_k = hidden_dim, num_experts, top_k
-        self.capacity_factor, self.round_factor = capacity_factor, round_factor
+        self.round_factor = round_factor
+        self.capacity = None
+        if capacity_factor is not None:
+            self.capacity = Capacity(capacity_factor, eval_capacity_factor, min_capacity, overflow_by)
+        elif eval_capacity_factor is not None or min_capacity or overflow_by != "position":
+            raise UserValueError(
+                f"eval_capacity_factor={eval_capacity_factor}, min_capacity={min_capacity}, "
+                f"overflow_by={overflow_by!r} with capacity_factor=None, where nothing overflows; legal: None, 0 and "
+                "'position', or a capacity_factor"
+            )
         self.load_balance_coefficient, self.z_loss_coefficient = load_balance_coefficient, z_loss_coefficient
+        self.entropy_coefficient, self.step_balance_coefficient = entropy_coefficient, step_balance_coefficient
+        self.sequence_balance_coefficient = sequence_balance_coefficient
+        self._step_counts: Tensor | None = None
         self.router = make_router(router, dim, num_experts, top_k, norm_topk_prob)
+        if capacity_factor is not None and self.router.experts_choose:
+            raise UserValueError(
+                f"capacity_factor={capacity_factor} with {type(self.router).__name__}, whose experts take "
+                f"top_k={top_k} x tokens / experts each; legal: capacity_factor=None"
+            )
         self.shared = None
         if shared_hidden_dim is not None:
             self.shared = SharedExpert(dim, shared_hidden_dim, activation, shared_gate)
@@ -136,20 +168,21 @@ class MoE(TexModule):
         Args:
             topology: all axes of the run; ``ExpertAxes.of(topology)`` are those that tokens pass.
         """
-        axes = ExpertAxes.of(topology)
+        axes, sparse = ExpertAxes.of(topology), self.router.experts_choose
         if self.round_factor is not None:
-            return BoundedDroplessDispatcher(self.num_experts, axes, self.round_factor)
-        if self.capacity_factor is None:
-            return DroplessDispatcher(self.num_experts, axes)
+            return BoundedDroplessDispatcher(self.num_experts, axes, self.round_factor, sparse=sparse)
+        if self.capacity is None:
+            return DroplessDispatcher(self.num_experts, axes, sparse=sparse)
         if topology.communication.sequence_parallel:
-            return SequenceShardedCapacityDispatcher(self.num_experts, axes, self.capacity_factor, topology.tensor)
-        return CapacityDispatcher(self.num_experts, axes, self.capacity_factor)
+            return SequenceShardedCapacityDispatcher(self.num_experts, axes, self.capacity, topology.tensor)
+        return CapacityDispatcher(self.num_experts, axes, self.capacity)
 
     def forward(
         self,
         x: Tensor,
         token_mask: Tensor | None = None,
         beside: Callable[[Tensor], Tensor] | None = None,
+        token_ids: Tensor | None = None,
     ) -> Tensor:
         """Mix experts.
 
@@ -160,18 +193,55 @@ class MoE(TexModule):
                 gives 0, but for the shared expert.
             beside: a branch of the same tokens, such as a dense or shared expert, whose outcome for x is added. It is
                 computed while rows are on their way between ranks, forward and backward.
+            token_ids: of the vocabulary, shaped as ``token_mask``, for routers that choose by them.
         """
-        mask = None if token_mask is None else self.activation_layout.shard_mask(token_mask, x).reshape(-1).bool()
-        route = self.router(x.reshape(-1, x.shape[-1]), mask)
+        tokens = self._tokens(x, token_mask, token_ids)
+        route = self.router(x.reshape(-1, x.shape[-1]), tokens)
+        if self.capacity is not None:
+            self.capacity.training = self.training
+            route = self._with_priority(route, self.capacity)
         # What is added to the experts' output comes before their last product, where a recomputation may end.
         added = [] if self.output_biases is None else [self.output_biases(route, x.dtype).view_as(x)]
         branches = [branch for branch in (self.shared, beside) if branch is not None]
         arrived, metadata = self.dispatcher.dispatch(x, route)
-        self._arrived_rows, self._routed_choices = arrived.here, route.indices.numel()
+        self._arrived_rows, self._routed_choices = arrived.here, len(route.indices) * self.top_k
         between = (lambda: added.extend(branch(x) for branch in branches)) if branches else None
         y = self.dispatcher.combine(self.experts(arrived, between), metadata).view_as(x)
-        self._record(route, mask, metadata, y)
+        self._record(route, tokens, metadata, y)
         return sum(added, y)
+
+    def _tokens(self, x: Tensor, mask: Tensor | None, ids: Tensor | None) -> Tokens:
+        def own(of_tokens: Tensor | None) -> Tensor | None:
+            return None if of_tokens is None else self.activation_layout.shard_mask(of_tokens, x).reshape(-1)
+
+        mask = own(mask)
+        return Tokens(
+            None if mask is None else mask.bool(), own(ids) if self.router.needs_ids else None, x.shape[:-2].numel()
+        )
+
+    @property
+    def capacity_factor(self) -> float | None:
+        """Of training; may be set to another one where there is one."""
+        return None if self.capacity is None else self.capacity.factor
+
+    @capacity_factor.setter
+    def capacity_factor(self, factor: float) -> None:
+        if self.capacity is None or factor <= 0:
+            raise UserValueError(
+                f"capacity_factor={factor} for a layer with capacity_factor={self.capacity_factor}; legal: above 0, "
+                "where the layer was made with one"
+            )
+        self.capacity.factor = factor
+
+    @property
+    def loss_coefficients(self) -> Coefficients:
+        """Weights of the losses over a micro-step."""
+        return Coefficients(
+            self.load_balance_coefficient,
+            self.z_loss_coefficient,
+            self.entropy_coefficient,
+            self.step_balance_coefficient,
+        )
 
     @property
     def last_arrived_rows(self) -> int:
@@ -188,17 +258,37 @@ class MoE(TexModule):
         copies = self.expert_tensor.size * self.activation_layout.shard_axis.size / self.tensor.size
         return self._arrived_rows / (self._routed_choices * copies)
 
-    def _record(self, route: Route, mask: Tensor | None, metadata: DispatchMetadata, y: Tensor) -> None:
+    def _with_priority(self, route: Route, capacity: Capacity) -> Route:
+        if capacity.precedence == "position":
+            return route
+        largest = route.scores.detach().amax
+        return route._replace(
+            priority=decided("which tokens come first", lambda: self.activation_layout.agree(largest(-1)))
+        )
+
+    def step_is_over(self, taken: bool) -> None:
+        self._step_counts = None
+
+    def _record(self, route: Route, tokens: Tokens, metadata: DispatchMetadata, y: Tensor) -> None:
         if not self.training or recomputing():
             return
         counts = count_choices(route.indices, self.num_experts) if metadata.counts is None else metadata.counts
         self.load.add(counts, metadata.overflowed)
-        self.load.look(route.scores, mask)
+        self.load.look(route.scores, tokens.mask)
         self.router.chose(counts)
-        if torch.is_grad_enabled() and (self.load_balance_coefficient or self.z_loss_coefficient):
+        if torch.is_grad_enabled():
             with first_forward_only():  # a recomputation does not come here and must not miss what is saved here
-                loss = routing_loss(
-                    route, counts, mask, self.data, self.activation_layout,
-                    self.load_balance_coefficient, self.z_loss_coefficient,
-                )  # fmt: skip
-            self.ledger.record(loss, y)
+                for loss in self._losses(route, tokens, counts):
+                    self.ledger.record(loss, y)
+
+    def _losses(self, route: Route, tokens: Tokens, counts: Tensor) -> Iterator[Tensor]:
+        """Of the routing, weighted."""
+        if coefficients := self.loss_coefficients:
+            loss, counts_so_far = routing_loss(
+                route, counts, tokens.mask, self.data, self.activation_layout, coefficients, self._step_counts
+            )
+            self._step_counts = counts_so_far if coefficients.step_balance else None
+            yield loss
+        if self.sequence_balance_coefficient:
+            loss = sequence_balance_loss(route, tokens, self.data, self.activation_layout)
+            yield self.sequence_balance_coefficient * loss

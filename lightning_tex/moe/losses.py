@@ -1,8 +1,9 @@
-"""Load-balance and z losses: over the whole data axis's micro-step, exactly once in the gradient."""
+"""Load-balance, z and entropy losses: over the whole data axis's micro-step, exactly once in the gradient."""
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,47 +19,84 @@ from lightning_tex.parallel.topology import Axis
 # T tokens, E experts, k choices per token
 
 
+@dataclass(frozen=True)
+class Coefficients:
+    """Weights of the losses over a micro-step's tokens, on all data ranks.
+
+    Args:
+        load_balance: of E * sum_e f_e P_e (Switch, arXiv 2101.03961, Eq. 4-6): f_e the fraction of choices that fell on
+            expert e, without gradient, P_e its mean score.
+        z: of the mean of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, Eq. 5).
+        entropy: of the mean entropy of a token's scores, in nats (LIMoE, arXiv 2206.02770, Eq. 4: the local one).
+        step_balance: of load balance whose f_e is over the micro-steps of an optimizer step up to this one (arXiv
+            2501.11873, section 3).
+    """
+
+    load_balance: float
+    z: float
+    entropy: float = 0.0
+    step_balance: float = 0.0
+
+    def __bool__(self) -> bool:
+        return any((self.load_balance, self.z, self.entropy, self.step_balance))
+
+
 def routing_loss(
     route: Route,
     counts: Tensor,
     token_mask: Tensor | None,
     data: Axis,
     layout: ActivationLayout,
-    load_balance: float,
-    z: float,
-) -> Tensor:
-    """Load-balance loss and z-loss of one micro-step over the data axis, summed by their coefficients: a scalar.
+    coefficients: Coefficients,
+    counts_before: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Losses of one micro-step over the data axis, summed by their coefficients, a scalar, and choices of each expert.
 
-    Load balance is E * sum_e f_e P_e (Switch, Eq. 4-6): f_e the fraction of choices that fell on expert e, without
-    gradient, P_e its mean score. The z-loss is the mean of logsumexp(logits)^2 (ST-MoE, Eq. 5). Means are over the
-    tokens of all data ranks that are not masked, so the values do not depend on the layout; their gradients, averaged
-    over data as all others are, come out once.
+    Means are over the tokens of all data ranks that are not masked, so the values do not depend on the layout; their
+    gradients, averaged over data as all others are, come out once.
 
     Args:
         counts: [E] choices of this rank's tokens that fell on each expert.
         token_mask: [T] boolean.
-        load_balance, z: the coefficients.
+        counts_before: [E] of all ranks, in earlier micro-steps of the optimizer step; ``None``: there was none.
+
+    Returns:
+        The loss, and what ``counts_before`` is in the next micro-step.
     """
-    totals = _Totals.apply(route.scores, route.logits, counts, token_mask, bool(z))
-    return _Loss.apply(sum_over(layout.total(totals), data), load_balance, z)
+    totals = _Totals.apply(route.scores, route.logits, counts, token_mask, coefficients)
+    totals = sum_over(layout.total(totals), data)
+    experts = route.scores.shape[1]
+    so_far = totals.detach()[-experts - 1 : -1]
+    so_far = so_far if counts_before is None else so_far + counts_before
+    c = coefficients
+    return _Loss.apply(totals, so_far, (c.load_balance, c.z, c.entropy, c.step_balance)), so_far
 
 
 class _Totals(torch.autograd.Function):
-    """[2 E + 2] sums over own tokens: scores, squared logsumexp of logits, and without gradient counts and tokens."""
+    """Sums over own tokens: scores [E], squared logsumexp of logits, entropies if wanted; counts [E] and tokens.
+
+    Of the last two there is no gradient.
+    """
 
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, logits: Tensor, counts: Tensor, mask: Tensor | None, squares: bool) -> Tensor:
-        log_sums = logits.logsumexp(-1) if squares else None  # [T]
+    def forward(
+        ctx: Any, scores: Tensor, logits: Tensor, counts: Tensor, mask: Tensor | None, wanted: Coefficients
+    ) -> Tensor:
+        log_sums = logits.logsumexp(-1) if wanted.z else None  # [T]
+        entropies = torch.special.entr(scores).sum(-1) if wanted.entropy else None
         ctx.shape = scores.shape
-        ctx.save_for_backward(mask, logits if squares else None, log_sums)
-        return _totals(scores, counts, mask, log_sums)
+        ctx.save_for_backward(mask, logits if wanted.z else None, log_sums, scores if wanted.entropy else None)
+        return _totals(scores, counts, mask, log_sums, entropies)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        mask, logits, log_sums = ctx.saved_tensors
+        mask, logits, log_sums, scores = ctx.saved_tensors
         experts = ctx.shape[1]
         d_scores = grad[:experts].expand(ctx.shape)
+        if scores is not None:
+            least = torch.finfo(scores.dtype).tiny
+            d_scores = d_scores - grad[experts + 1] * (scores.clamp(min=least).log() + 1)
         if mask is not None:
             d_scores = d_scores * mask[:, None]
         d_logits = None if logits is None else _squares_backward(grad[experts], logits, log_sums, mask)
@@ -67,8 +105,8 @@ class _Totals(torch.autograd.Function):
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, totals: Tensor, load_balance: float, z: float) -> Tensor:
-        loss, derivative = _loss(totals, load_balance, z)
+    def forward(ctx: Any, totals: Tensor, so_far: Tensor, coefficients: tuple[float, ...]) -> Tensor:
+        loss, derivative = _loss(totals, so_far, *coefficients)
         ctx.save_for_backward(derivative)
         return loss
 
@@ -79,26 +117,33 @@ class _Loss(torch.autograd.Function):
 
 
 @leaf
-def _totals(scores: Tensor, counts: Tensor, mask: Tensor | None, log_sums: Tensor | None) -> Tensor:
+def _totals(
+    scores: Tensor, counts: Tensor, mask: Tensor | None, log_sums: Tensor | None, entropies: Tensor | None
+) -> Tensor:
     tokens = torch.full((1,), scores.shape[0], dtype=scores.dtype, device=scores.device)
-    squares = None if log_sums is None else log_sums.square()
+    of_tokens = [None if log_sums is None else log_sums.square(), entropies]
     if mask is not None:
         scores, tokens = scores * mask[:, None], mask.sum(dtype=scores.dtype)[None]
-        squares = None if squares is None else squares * mask
+        of_tokens = [None if each is None else each * mask for each in of_tokens]
+    squares, entropies = of_tokens
     total = scores.new_zeros(1) if squares is None else squares.sum()[None]
-    return torch.cat([scores.sum(0), total, counts.to(scores.dtype), tokens])
+    further = [] if entropies is None else [entropies.sum()[None]]
+    return torch.cat([scores.sum(0), total, *further, counts.to(scores.dtype), tokens])
 
 
 @leaf
-def _loss(totals: Tensor, load_balance: float, z: float) -> tuple[Tensor, Tensor]:
+def _loss(
+    totals: Tensor, so_far: Tensor, load_balance: float, z: float, entropy: float, step_balance: float
+) -> tuple[Tensor, Tensor]:
     """The loss, and its derivative by the totals."""
-    experts = (totals.shape[0] - 2) // 2
-    _, _, counts, tokens = totals.split([experts, 1, experts, 1])
-    tokens = tokens.clamp(min=1)
-    fractions = counts / counts.sum().clamp(min=1)
-    derivative = torch.cat(
-        [load_balance * experts * fractions / tokens, z / tokens, torch.zeros_like(totals[experts + 1 :])]
-    )
+    experts = so_far.shape[0]
+    counts, tokens = totals[-experts - 1 : -1], totals[-1:].clamp(min=1)
+    of_scores = load_balance * experts * (counts / counts.sum().clamp(min=1))
+    if step_balance:
+        of_scores = of_scores + step_balance * experts * (so_far / so_far.sum().clamp(min=1))
+    of_entropies = [entropy / tokens] if entropy else []
+    rest = torch.zeros_like(totals[-experts - 1 :])
+    derivative = torch.cat([of_scores / tokens, z / tokens, *of_entropies, rest])
     return (derivative * totals).sum(), derivative
 
 
@@ -139,7 +184,7 @@ class LossLedger:
                     warnings.warn(
                         "A MoE layer's auxiliary loss was not collected before backward and has no effect: add "
                         "lightning_tex.moe.auxiliary_loss(model) to your loss, train with strategy='tex_moe', "
-                        "or set load_balance_coefficient=0 and z_loss_coefficient=0",
+                        "or set load_balance_coefficient=0 and other coefficients to 0",
                         stacklevel=2,
                     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -11,7 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lightning_tex.moe.choice import largest
 from lightning_tex.moe.group_limit import GroupLimit, GroupScore
+from lightning_tex.moe.steps import ActsAfterStep
+from lightning_tex.moe.tokens import Tokens
 from lightning_tex.parallel.autocast import autocast_off
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.initialization import by_index, init_uniform_
@@ -31,12 +35,14 @@ class Route(NamedTuple):
     weights: [T, k], what the chosen experts' outputs are multiplied with; 0 where masked.
     scores:  [T, E], non-negative, rows sum to 1: what the load-balance loss pushes on.
     logits:  [T, E], what the z-loss pushes on.
+    priority: [T], of tokens that compete for an expert's capacity those with more come first; ``None``: in their order.
     """
 
     indices: Tensor
     weights: Tensor
     scores: Tensor
     logits: Tensor
+    priority: Tensor | None = None
 
 
 class _FullPrecisionLinear(torch.autograd.Function):
@@ -58,15 +64,27 @@ class _FullPrecisionLinear(torch.autograd.Function):
         return d_x, d_weight
 
 
-class Router(TexModule):
+def full_precision_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight.mT`` in fp32, or fp64 of fp64, whatever x is kept in."""
+    product: Tensor = _FullPrecisionLinear.apply(x, weight)
+    return product
+
+
+class Router(TexModule, ActsAfterStep):
     """Base of all routers: linear logits in fp32, scores, top-k, weights.
 
-    A subclass defines :meth:`score`, and may define :meth:`prefer`, :meth:`choose`, :meth:`weigh` and :meth:`balance`,
-    or all of forward. Ranks of one tensor group hold the same tokens and must decide alike: the decision of tensor rank
-    0 is theirs. Indices come from detached scores, and in a recomputation from its tape: what is chosen is chosen once.
+    A subclass defines :meth:`score`, and may define :meth:`logits`, :meth:`prefer`, :meth:`choose`, :meth:`weigh` and
+    :meth:`balance`, or all of :meth:`forward`. Ranks of one tensor group hold the same tokens and must decide alike:
+    the decision of tensor rank 0 is theirs. Indices come from detached scores, and in a recomputation from its tape:
+    what is chosen is chosen once (:meth:`decide`). Of equal scores the lowest expert's comes first.
 
     Class attributes that a subclass may declare:
-        tokenwise: a token's choices are of that token alone, whatever other tokens there are.
+        tokenwise: in evaluation a token's choices are of that token alone, whatever other tokens there are; where they
+            are not, nothing is generated.
+        experts_choose: whether experts take tokens, so that a token may have all of them and has ``top_k`` on average,
+            a column of ``indices`` for each expert; nothing overflows then.
+        needs_ids: whether :class:`Tokens` must have ``ids``.
+        learned: whether there are logits of learned weights; without, a subclass defines all of :meth:`forward`.
 
     Args:
         dim: model width D.
@@ -83,10 +101,15 @@ class Router(TexModule):
         ValueError: ``top_k`` outside 1..num_experts, or groups that there cannot be.
     """
 
+    axes = ("tensor", "data")
     full_precision = True
 
     group_score: ClassVar[GroupScore] = "max"
     tokenwise: ClassVar[bool] = True
+    experts_choose: ClassVar[bool] = False
+    needs_ids: ClassVar[bool] = False
+    learned: ClassVar[bool] = True
+    weight: Tensor
 
     def __init__(
         self,
@@ -106,11 +129,12 @@ class Router(TexModule):
             raise UserValueError(f"top_k={top_k} must be between 1 and num_experts={num_experts}")
         self.dim, self.num_experts, self.top_k, self.norm_topk_prob = dim, num_experts, top_k, norm_topk_prob
         self.routed_scaling_factor = routed_scaling_factor
+        self.source: Callable[[str, Callable[[], Tensor]], Tensor] | None = None  # of decisions, in place of choosing
         self.groups = None
         if n_group is not None and n_group > 1:
             self.groups = GroupLimit(n_group, topk_group or n_group, group_score or self.group_score)
             self.groups.require(num_experts, top_k)
-        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        self.register_parameter("weight", nn.Parameter(torch.empty(num_experts, dim)) if self.learned else None)
         self.bias = nn.Parameter(torch.empty(num_experts)) if bias else None
         self.reset_parameters()
 
@@ -126,25 +150,34 @@ class Router(TexModule):
         """Non-negative scores from logits."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Route:
+    def forward(self, x: Tensor, tokens: Tokens | None = None) -> Route:
         """Route tokens.
 
         Args:
             x: [T, D], any floating dtype; computed in fp32, or fp64 for fp64.
-            token_mask: [T] boolean, False for tokens that go to no expert (padding).
+            tokens: what else is known of them; ``None``: nothing.
         """
+        tokens = tokens or Tokens()
         with autocast_off(x):
-            logits = _FullPrecisionLinear.apply(x, self.weight)
-            if self.bias is not None:
-                logits = logits + self.bias
+            logits = self.logits(x, tokens)
             scores = self.score(logits)
-            indices = decided("the choice of experts", lambda: self.choose(scores.detach()))
+            indices = self.decide("the choice of experts", lambda: self.choose(scores.detach(), tokens))
             weights = self.weigh(logits, scores, indices)
-            if token_mask is not None:
-                indices = indices.masked_fill(~token_mask[:, None], self.num_experts)
-                weights = weights.masked_fill(~token_mask[:, None], 0)
+            if tokens.mask is not None:
+                indices = indices.masked_fill(~tokens.mask[:, None], self.num_experts)
+                weights = weights.masked_fill(~tokens.mask[:, None], 0)
             balanced = self.balance(scores)
         return Route(indices, weights, balanced, logits)
+
+    def decide(self, name: str, choose: Callable[[], Tensor]) -> Tensor:
+        """``choose()``, once: in a recomputation what it gave before, or what a :class:`RouterReplay` says.
+
+        Args:
+            name: of the decision.
+            choose: gives whole numbers or booleans of each token. [T, ..]
+        """
+        source = self.source
+        return decided(name, choose if source is None else lambda: source(name, choose))
 
     def chose(self, counts: Tensor) -> None:
         """See what a training forward has chosen, once: not in recomputations, nor in evaluation.
@@ -153,22 +186,21 @@ class Router(TexModule):
             counts: choices of this rank's tokens that fell on each expert. [E]
         """
 
-    def step_is_over(self, taken: bool) -> None:
-        """Act on what was chosen for an optimizer step, or forget it where the step was left out.
+    def logits(self, x: Tensor, tokens: Tokens) -> Tensor:  # [T, D] -> [T, E]
+        """What scores are made of, in fp32, or fp64 of fp64."""
+        logits = full_precision_linear(x, self.weight)
+        return logits if self.bias is None else logits + self.bias
 
-        Collective over the data axis.
-        """
-
-    def prefer(self, scores: Tensor) -> Tensor:  # [T, E] -> [T, E]
+    def prefer(self, scores: Tensor, tokens: Tokens) -> Tensor:  # [T, E] -> [T, E]
         """What experts are chosen by: the scores, unless a subclass says otherwise. No gradient."""
         return scores
 
-    def choose(self, scores: Tensor) -> Tensor:  # [T, E] -> [T, k]
+    def choose(self, scores: Tensor, tokens: Tokens) -> Tensor:  # [T, E] -> [T, k]
         """Indices of the experts that are chosen, best first; alike on ranks that hold the same tokens."""
-        preferences = self.prefer(scores)
+        preferences = self.prefer(scores, tokens)
         if self.groups is not None:
             preferences = self.groups.limit(preferences)
-        return self.activation_layout.agree(preferences.topk(self.top_k, dim=-1).indices)
+        return self.activation_layout.agree(largest(preferences, self.top_k))
 
     def weigh(self, logits: Tensor, scores: Tensor, indices: Tensor) -> Tensor:  # [T, E] twice, [T, k] -> [T, k]
         """What the chosen experts' outputs are multiplied with."""
@@ -180,6 +212,10 @@ class Router(TexModule):
     def balance(self, scores: Tensor) -> Tensor:  # [T, E] -> [T, E]
         """The scores that the load-balance loss is of, whose rows are to sum to 1."""
         return scores
+
+    def places(self, count: int, tokens: Tokens, device: torch.device) -> Tensor:
+        """The number of each of ``count`` tokens in the micro-step, alike on every layout. [T]"""
+        return tokens.places(count, self.activation_layout.shard_axis, self.data, device)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_experts={self.num_experts}, top_k={self.top_k}"

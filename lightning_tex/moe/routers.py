@@ -2,156 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
+from lightning_tex.moe.expert_choice import ExpertChoiceRouter
+from lightning_tex.moe.hash_router import HashRouter
 from lightning_tex.moe.router import Router
-from lightning_tex.parallel.collectives import all_reduce
+from lightning_tex.moe.sigmoid_router import SigmoidRouter
+from lightning_tex.moe.sinkhorn import SinkhornRouter
+from lightning_tex.moe.softmax_routers import (
+    ForcedBalanceRouter,
+    GShardRouter,
+    SoftmaxRouter,
+    SparseMixerRouter,
+    SwitchRouter,
+)
 from lightning_tex.parallel.errors import UserTypeError, UserValueError
-from lightning_tex.parallel.initialization import by_index, has_values
-
-# T tokens, E experts, k choices per token
 
 # A name; a name with arguments, {"name": .., "init_args": {..}}; a class; or an instance.
 RouterChoice = str | Mapping[str, Any] | Router | type[Router]
 
 
-class SoftmaxRouter(Router):
-    """Softmax over all experts, then the k largest (Switch, GShard, DeepSeek-V2).
-
-    With ``norm_topk_prob`` the weights are also the softmax over the k largest logits alone, which is how Mixtral,
-    gpt-oss and Granite-MoE compute them.
-    """
-
-    def score(self, logits: Tensor) -> Tensor:
-        return logits.softmax(-1)
-
-
-class SigmoidRouter(Router):
-    """A sigmoid of each expert; the k largest of it and a bias (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
-
-    The bias, ``correction_bias`` [E], decides which experts are chosen and enters no weight. It is no parameter but a
-    saved buffer in fp32. With a rate, each optimizer step raises it for experts that were chosen less often than the
-    mean and lowers it for others: balance without an auxiliary loss (set ``load_balance_coefficient=0``).
-
-    Args:
-        args, kwargs: as of :class:`Router`; groups are chosen by their best two experts.
-        bias_update_rate: by how much; DeepSeek-V3 takes 0.001. 0: the bias stays.
-
-    Raises:
-        ValueError: a negative rate.
-    """
-
-    axes = ("tensor", "data")
-    group_score = "top2_sum"
-    correction_bias: Tensor
-
-    def __init__(self, dim: int, num_experts: int, *args: Any, bias_update_rate: float = 0.0, **kwargs: Any) -> None:
-        super().__init__(dim, num_experts, *args, **kwargs)
-        if bias_update_rate < 0:
-            raise UserValueError(f"bias_update_rate={bias_update_rate}; legal: 0, or above")
-        self.bias_update_rate = bias_update_rate
-        self._chosen: Tensor | None = None
-        self.register_buffer("correction_bias", torch.zeros(num_experts, dtype=torch.float32))
-
-    @by_index
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        if "correction_bias" in self._buffers and has_values(self.correction_bias):
-            nn.init.zeros_(self.correction_bias)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SigmoidRouter:
-        kept = self.correction_bias
-        super()._apply(fn, recurse)
-        # A module that is cast casts its buffers; steps of this one would vanish in 16 bits.
-        if self.correction_bias.dtype != kept.dtype:
-            self.correction_bias = kept.to(self.correction_bias.device)
-        return self
-
-    def score(self, logits: Tensor) -> Tensor:
-        return logits.sigmoid()
-
-    def chose(self, counts: Tensor) -> None:
-        if self.bias_update_rate:
-            self._chosen = counts if self._chosen is None else self._chosen + counts
-
-    @torch.no_grad()
-    def step_is_over(self, taken: bool) -> None:
-        chosen, self._chosen = self._chosen, None
-        if chosen is not None and taken:
-            total = all_reduce(self.activation_layout.total(chosen), self.data)
-            # In whole numbers: every layout decides alike.
-            self.correction_bias += self.bias_update_rate * (total.sum() - total * len(total)).sign()
-
-    def prefer(self, scores: Tensor) -> Tensor:
-        return scores + self.correction_bias
-
-    def balance(self, scores: Tensor) -> Tensor:
-        """Scores relative to a token's sum of them (Eq. 19)."""
-        return scores / (scores.sum(-1, keepdim=True) + torch.finfo(scores.dtype).tiny)
-
-
-class SparseMixerRouter(SoftmaxRouter):
-    """The k largest logits; a choice's weight is its softmax among those that are left and not far below (Phi-MoE).
-
-    Left are experts that are no earlier choice of the token; far below are logits l with (top - l) / max(|l|, top) of
-    more than twice ``jitter_eps``, the top one being the choice (SparseMixer-v2, arXiv 2409.12136, without its sampling
-    and its estimate of gradients: choices are the largest, and gradients those of the weights).
-
-    Args:
-        args, kwargs: as of :class:`Router`.
-        jitter_eps: half of how far below.
-    """
-
-    def __init__(self, dim: int, num_experts: int, *args: Any, jitter_eps: float = 0.01, **kwargs: Any) -> None:
-        super().__init__(dim, num_experts, *args, **kwargs)
-        self.jitter_eps = jitter_eps
-
-    def weigh(self, logits: Tensor, scores: Tensor, indices: Tensor) -> Tensor:
-        weights, left = [], logits
-        for chosen in indices.split(1, dim=-1):  # [T, 1]
-            top = left.detach().gather(-1, chosen)
-            far = (top - logits.detach()) / logits.detach().abs().maximum(top) > 2 * self.jitter_eps
-            weights.append(left.masked_fill(far, float("-inf")).softmax(-1).gather(-1, chosen))
-            left = left.scatter(-1, chosen, float("-inf"))
-        return torch.cat(weights, -1)
-
-
-class ForcedBalanceRouter(SoftmaxRouter):
-    """Chooses by the token's place, as many tokens for each expert; weights are those of the softmax, with gradients.
-
-    Learns nothing worth having: it makes benches of one routing out of any weights and tokens.
-    """
-
-    tokenwise = False
-
-    def choose(self, scores: Tensor) -> Tensor:
-        tokens, experts = scores.shape
-        return torch.arange(tokens * self.top_k, device=scores.device).view(tokens, self.top_k) % experts
-
-
-def step_is_over(module: nn.Module, taken: bool = True) -> None:
-    """Let the routers of a module act after an optimizer step; collective over the data axis.
-
-    Under ``strategy="tex_moe"`` and for :class:`lightning_tex.LanguageModel` that happens by itself.
-
-    Args:
-        module: holds the routers.
-        taken: whether the step was taken. One that a GPU left out by itself, for numbers that are not finite, counts.
-    """
-    for each in module.modules():
-        if isinstance(each, Router):
-            each.step_is_over(taken)
-
-
 ROUTERS: dict[str, type[Router]] = {
     "softmax": SoftmaxRouter,
     "sigmoid": SigmoidRouter,
+    "switch": SwitchRouter,
+    "gshard": GShardRouter,
     "sparsemixer": SparseMixerRouter,
+    "sinkhorn": SinkhornRouter,
+    "hash": HashRouter,
+    "expert_choice": ExpertChoiceRouter,
     "forced_balance": ForcedBalanceRouter,
 }
 
@@ -175,6 +56,25 @@ def make_router(router: RouterChoice, dim: int, num_experts: int, top_k: int, no
         return kind(dim, num_experts, top_k, norm, **given)
     except TypeError as error:
         raise UserTypeError(f"router {kind.__name__}: {error}") from error
+
+
+def plain_choice(router: RouterChoice) -> str | dict[str, Any]:
+    """A choice as plain values, which files hold and every layer makes a router of its own from.
+
+    Raises:
+        ValueError: an instance, or a class without an import path.
+    """
+    if isinstance(router, str):
+        return router
+    if isinstance(router, Mapping):
+        return {key: plain_choice(value) if key == "name" else value for key, value in router.items()}
+    path = f"{router.__module__}.{router.__qualname__}" if isinstance(router, type) else ""
+    if not path or "<locals>" in path:
+        raise UserValueError(
+            f"router={router!r} is no plain value; legal: a name, a class at the top of a module, or one of these with "
+            'arguments, {"name": .., "init_args": {..}} (an instance belongs to one layer: MoE(router=..))'
+        )
+    return path
 
 
 def _taken_apart(router: str | Mapping[str, Any] | type[Router]) -> tuple[str | type[Router], Mapping[str, Any]]:

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_tex.moe.capacity import capacity
+from lightning_tex.moe.capacity import Capacity, queues
 from lightning_tex.moe.dispatch import Arrived, DispatchMetadata
 from lightning_tex.moe.dropless import DroplessDispatcher
 from lightning_tex.moe.permute import group_by_expert
 from lightning_tex.moe.router import Route
-from lightning_tex.parallel.collectives import all_gather
+from lightning_tex.parallel.collectives import all_gather, own_slice
 from lightning_tex.parallel.replay import decided
 from lightning_tex.parallel.topology import Axis
 
@@ -28,22 +28,26 @@ class SequenceShardedCapacityDispatcher(DroplessDispatcher):
     does without capacity: a buffer of static shape would need every slot on every rank.
 
     Args:
-        factor: as in :class:`CapacityDispatcher`.
+        capacity: as in :class:`CapacityDispatcher`.
         tensor: the axis the sequences are split over.
     """
 
-    factor: float
+    capacity: Capacity
     tensor: Axis
 
     def dispatch(self, x: Tensor, route: Route) -> tuple[Arrived, DispatchMetadata]:
-        over = decided("which choices overflow", lambda: self._overflowing(route.indices, x.shape[:-2].numel()))
+        over = decided("which choices overflow", lambda: self._overflowing(route, x.shape[:-2].numel()))
         indices = route.indices.masked_fill(over, self.num_experts)
         arrived, metadata = super().dispatch(x, route._replace(indices=indices))
         return arrived, replace(metadata, overflowed=over.sum(), counts=None)
 
-    def _overflowing(self, indices: Tensor, sequences: int) -> Tensor:  # [T, k] -> [T, k]
-        allowed = capacity(self.factor, indices.shape[1], len(indices) * self.tensor.size, self.num_experts)
-        places = places_among_all(indices, sequences, self.num_experts, self.tensor)
+    def _overflowing(self, route: Route, sequences: int) -> Tensor:  # -> [T, k]
+        indices = route.indices
+        allowed = self.capacity.of(indices.shape[1], len(indices) * self.tensor.size, self.num_experts)
+        if route.priority is None:
+            places = places_among_all(indices, sequences, self.num_experts, self.tensor)
+        else:
+            places = places_by_priority(indices, route.priority, sequences, self.num_experts, self.tensor)
         return (places >= allowed) & (indices < self.num_experts)
 
 
@@ -78,3 +82,26 @@ def places_among_all(indices: Tensor, sequences: int, num_experts: int, tensor: 
     places = torch.empty_like(within)
     places[order.sorted] = within + before.flatten()[experts_in_order]
     return places.view(top_k, -1).t()
+
+
+def places_by_priority(indices: Tensor, priority: Tensor, sequences: int, num_experts: int, tensor: Axis) -> Tensor:
+    """The same where tokens with more priority come first: choices and priorities are exchanged, not tokens.
+
+    Args:
+        indices: [B * s, k] expert of each own choice, E where masked.
+        priority: [B * s].
+        sequences: B.
+        num_experts: E.
+        tensor: ranks hold consecutive parts, s long, of each sequence.
+
+    Returns:
+        [B * s, k]
+    """
+    top_k, length = indices.shape[1], len(indices) // max(sequences, 1)
+
+    def of_all(own: Tensor) -> Tensor:  # [B * s, ..] -> [B * s * tensor, ..]
+        by_sequence = own.view(sequences, length, *own.shape[1:])
+        return all_gather(by_sequence, 1, tensor, operation="exchange_counts").flatten(0, 1)
+
+    place = queues(of_all(indices), num_experts, 0, of_all(priority)).place
+    return own_slice(place.view(sequences, length * tensor.size, top_k), 1, tensor).flatten(0, 1)

@@ -98,7 +98,7 @@ class MicroStep:
     def capacity_rows(self, layer: Moe) -> int:
         """Rows of the buffer per expert, C: of one data rank's tokens, a multiple of the ranks that split it."""
         assert layer.capacity_factor is not None
-        allowed = capacity(layer.capacity_factor, layer.top_k, self.tokens, layer.num_experts)
+        allowed = capacity(layer.capacity_factor, layer.top_k, self.tokens, layer.num_experts, layer.min_capacity)
         return buffer_rows(allowed, self.split)
 
     def chosen_rows(self, layer: Moe) -> int:

@@ -190,16 +190,42 @@ class MicroStepTraffic:
         """Router, dispatch, combine and routing losses."""
         step = self.step
         sequence = step.communication.sequence_parallel
-        if not sequence:  # what is decided is not decided again
-            yield from self._over("tensor", "broadcast", _INT64 * step.tokens * layer.top_k, [FORWARD])
+        yield from self._decision(layer)
+        if layer.overflow_by_score and not sequence:
+            yield from self._over("tensor", "broadcast", step.score_bytes * step.tokens, [FORWARD])
         if step.static(layer):
             yield from self._capacity(layer, forward, last)
         else:
             yield from self._dropless(layer, forward, last)
         if layer.routing_losses:
-            totals = step.score_bytes * (2 * layer.num_experts + 2)
+            totals = step.score_bytes * (2 * layer.num_experts + 2 + layer.entropy_loss)
             for axis in ("tensor", "data") if sequence else ("data",):
                 yield from self._over(axis, "all_reduce", totals, [FORWARD])
+        if layer.sequence_balance:
+            if sequence:
+                of_sequences = step.score_bytes * step.sequences * (2 * layer.num_experts + 1)
+                yield from self._over("tensor", "all_reduce", of_sequences, [FORWARD])
+            yield from self._over("data", "all_reduce", 2 * step.score_bytes, [FORWARD])
+
+    def _decision(self, layer: Moe) -> Iterator[Collective]:
+        """Of the router; what is decided is not decided again."""
+        step, deciding, experts = self.step, layer.deciding, layer.num_experts
+        sequence = step.communication.sequence_parallel
+        if not sequence:
+            agreed = ((deciding.agreed_choices, _INT64), (deciding.agreed_scores, step.score_bytes))
+            for numbers, size in (*agreed, (deciding.agreed_flags, 1)):
+                if numbers:
+                    yield from self._over("tensor", "broadcast", size * step.tokens * numbers, [FORWARD])
+        for _ in range(deciding.column_sums):  # in fp64
+            for axis in ("tensor", "data") if sequence else ("data",):
+                yield from self._over(axis, "all_reduce", 8 * experts, [FORWARD])
+        scores = step.score_bytes * step.tokens * (experts + 1)  # and which tokens are none
+        if deciding.gathered_scores and sequence:
+            yield from self._over("tensor", "all_gather", scores, [FORWARD])
+        if deciding.gathered_scores == "batch":
+            ranks = step.layout.axis_size("data")
+            yield from self._over("data", "all_gather", _INT64 * ranks, [FORWARD], "exchange_counts")
+            yield from self._over("data", "all_gather", scores * ranks, [FORWARD])
 
     def _capacity(self, layer: Moe, forward: tuple[str, ...], last: tuple[str, ...]) -> Iterator[Collective]:
         yield from self._over("expert", "all_reduce", _INT64, [FORWARD], "exchange_counts")
@@ -209,8 +235,13 @@ class MicroStepTraffic:
         step, sequence = self.step, self.step.communication.sequence_parallel
         counts, size = _INT64 * layer.num_experts, step.element_bytes
         if sequence and layer.capacity_factor is not None:
-            queues = step.layout.tensor * layer.top_k * step.sequences * (layer.num_experts + 1)
-            yield from self._over("tensor", "all_gather", _INT64 * queues, [FORWARD], "exchange_counts")
+            if layer.overflow_by_score:  # choices, and scores that go before others
+                exchanged = [_INT64 * step.tokens * layer.top_k, step.score_bytes * step.tokens]
+            else:
+                queues = step.layout.tensor * layer.top_k * step.sequences * (layer.num_experts + 1)
+                exchanged = [_INT64 * queues]
+            for whole in exchanged:
+                yield from self._over("tensor", "all_gather", whole, [FORWARD], "exchange_counts")
         bounded = layer.round_factor is not None and step.layout.expert > 1
         # Everybody's, as all must agree on the rounds; or of each chunk.
         counts *= step.layout.expert if bounded else step.chunks
@@ -222,7 +253,9 @@ class MicroStepTraffic:
         if step.split > 1:  # gathers are padded to the longest part
             longest = step.split * -(-step.tokens // step.split)
             yield from self._over("tensor", "all_gather", size * longest * layer.dim, [BACKWARD])
-            yield from self._over("tensor", "all_gather", step.score_bytes * longest * layer.top_k, [BACKWARD])
+            of_weights = [BACKWARD] if layer.deciding.learned else []
+            weights = step.score_bytes * longest * layer.deciding.slots
+            yield from self._over("tensor", "all_gather", weights, of_weights)
             yield from self._over("tensor", "all_gather", size * longest * layer.dim, last)
         yield from self._exchange(layer, forward, last, home=False)
 
@@ -236,9 +269,10 @@ class MicroStepTraffic:
             home: what comes back is gathered over the split axis.
         """
         row, weight = self.step.element_bytes * layer.dim, self.step.score_bytes
+        of_weights = (BACKWARD,) if layer.deciding.learned else ()
         for sent in self.step.sent_rows(layer):
             rows = sent * self.step.split
-            for of_row, there, back in ((row, (*forward, BACKWARD), (*last, BACKWARD)), (weight, forward, (BACKWARD,))):
+            for of_row, there, back in ((row, (*forward, BACKWARD), (*last, BACKWARD)), (weight, forward, of_weights)):
                 yield from self._to_experts(rows * of_row, there)
                 yield from self._from_experts(rows * of_row, back, home)
 
@@ -275,9 +309,21 @@ def optimizer_step(job: Job, candidate: Candidate) -> list[Collective]:
         found += reduction(buffer, candidate)
         found += combination(buffer, candidate)
         found += collection(buffer)
+    found += counted_choices(job, candidate)
     if job.world > 1:
         found.append(Collective("all_reduce", "world", job.world, OPTIMIZER, 2 * 8))  # norm, and whether all is finite
     return found
+
+
+def counted_choices(job: Job, candidate: Candidate) -> list[Collective]:
+    """What biases of experts move by: whole numbers of all ranks' tokens."""
+    return [
+        Collective("all_reduce", axis, candidate.layout.axis_size(axis), OPTIMIZER, _INT64 * layer.num_experts, times)
+        for layer, times in ((placed.layer, times) for placed, times in job.model.layer_counts.items())
+        if isinstance(layer, Moe) and layer.deciding.counts_steps
+        for axis in (("tensor", "data") if candidate.sequence_parallel else ("data",))
+        if candidate.layout.axis_size(axis) > 1
+    ]
 
 
 def reduction(buffer: Buffer, candidate: Candidate) -> list[Collective]:

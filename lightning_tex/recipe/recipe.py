@@ -11,6 +11,7 @@ from copy import deepcopy
 from typing import Any
 
 from jsonargparse import Namespace
+from lightning import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_tex.parallel.errors import UserValueError
@@ -99,6 +100,15 @@ class Recipe:
     def accelerator(self) -> str:
         """The Trainer's, by name."""
         return str(self._config.trainer.accelerator)
+
+    def datamodule(self) -> LightningDataModule | None:
+        """The recipe's data alone, without its model; None: the model has its own."""
+        if not self._config.get("data"):
+            return None
+        parser = LightningArgumentParser()
+        parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
+        data: LightningDataModule = parser.instantiate_classes(Namespace(data=self.config.data)).data
+        return data
 
     def instantiate(self, strategy: Mapping[str, Any], trainer: Mapping[str, Any]) -> TexCLI:
         """Model, data and Trainer, with a TexMoEStrategy.

@@ -34,15 +34,19 @@ class SlicedCapacity(CapacityDispatcher):
         """
         if tokens % self.slices:
             raise UserValueError(
-                f"{tokens} tokens of an MoE layer with capacity_factor={self.factor} are no equal shares of "
+                f"{tokens} tokens of an MoE layer with capacity_factor={self.capacity.factor} are no equal shares of "
                 f"{self.slices} data ranks, each of which decides overflow for its own tokens; legal: a multiple of "
                 f"{self.slices} tokens in every call, samples first, or capacity_factor=None for the comparison"
             )
         return super().allowed(tokens // self.slices, top_k)
 
-    def queues(self, indices: Tensor, allowed: int) -> Queues:
-        share = len(indices) // self.slices
-        parts = [super(SlicedCapacity, self).queues(part, allowed) for part in indices.split(share or 1)]
+    def queues(self, indices: Tensor, allowed: int, priority: Tensor | None) -> Queues:
+        share = len(indices) // self.slices or 1
+        own = indices.split(share)
+        first = [None] * len(own) if priority is None else priority.split(share)
+        parts = [
+            super(SlicedCapacity, self).queues(*part) for part in zip(own, [allowed] * len(own), first, strict=True)
+        ]
         place, counts, overflowed = zip(*parts, strict=True)
         return Queues(torch.cat(place), torch.stack(counts).sum(0), torch.stack(overflowed).sum())
 
@@ -56,5 +60,5 @@ def decide_overflow_as(root: nn.Module, slices: int) -> None:
     """Let the MoE layers of a model in one process decide overflow as ``slices`` data ranks would."""
     axes = ExpertAxes.of(Topology.single())
     for module in root.modules():
-        if isinstance(module, MoE) and module.capacity_factor is not None:
-            module.dispatcher = SlicedCapacity(module.num_experts, axes, module.capacity_factor, slices)
+        if isinstance(module, MoE) and module.capacity is not None:
+            module.dispatcher = SlicedCapacity(module.num_experts, axes, module.capacity, slices)

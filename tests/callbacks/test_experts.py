@@ -37,7 +37,7 @@ class Chosen(SmallDecoder):
         super().__init__(num_experts=EXPERTS, load_balance_coefficient=0.0)
         self.steps = 0
         router = next(layer for _, layer in self.decoder.moe_layers()).router
-        router.choose = lambda scores: choose(len(scores), self.steps)
+        router.choose = lambda scores, tokens: choose(len(scores), self.steps)
 
     def on_train_batch_end(self, *args: Any) -> None:
         self.steps += 1

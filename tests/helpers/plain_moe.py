@@ -18,8 +18,13 @@ class Outcome:
     logits: Tensor
 
 
-def plain_moe(layer, x: Tensor, mask: Tensor | None = None, capacity: int | None = None) -> Outcome:
-    """One token after the other, [T, D]. ``layer`` gives the weights; ``capacity`` None serves every choice."""
+def plain_moe(
+    layer, x: Tensor, mask: Tensor | None = None, capacity: int | None = None, order: list[int] | None = None
+) -> Outcome:
+    """One token after the other, [T, D]. ``layer`` gives the weights; ``capacity`` None serves every choice.
+
+    ``order``: in which tokens stand in an expert's queue; None: their own.
+    """
     logits = x @ layer.router.weight.T
     scores = torch.exp(logits) / torch.exp(logits).sum(-1, keepdim=True)
     top_k = layer.top_k
@@ -31,7 +36,8 @@ def plain_moe(layer, x: Tensor, mask: Tensor | None = None, capacity: int | None
     overflowed = 0
     rows = [torch.zeros_like(x[0]) for _ in range(len(x))]
     for i in range(top_k):
-        for t, chosen in enumerate(choices):
+        for t in order or range(len(x)):
+            chosen = choices[t]
             if not chosen:
                 continue
             e = chosen[i]

@@ -41,7 +41,7 @@ def test_it_rises_for_experts_below_the_mean_and_falls_for_those_above() -> None
     layer = MoE(4, 4, 3, top_k=1, router=ROUTER, load_balance_coefficient=0.0)
     router = layer.router
     assert isinstance(router, SigmoidRouter)
-    router.choose = lambda scores: torch.tensor([0, 0, 0, 1, 1, 2])[:, None]  # type: ignore[method-assign]
+    router.choose = lambda scores, tokens: torch.tensor([0, 0, 0, 1, 1, 2])[:, None]  # type: ignore[method-assign]
     layer(torch.randn(6, 4))
     layer.eval()(torch.randn(6, 4))
     layer.train()

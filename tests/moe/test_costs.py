@@ -109,6 +109,14 @@ def test_the_host_waits_for_nothing_without_an_expert_axis(mode: Any, capacity_f
     assert reads_of(mode, capacity_factor=capacity_factor) == Reads([], [])
 
 
+@pytest.mark.parametrize(
+    ("router", "top_k", "waits"), [("switch", 1, 0), ("gshard", 2, 0), ("sinkhorn", 2, 0), ("expert_choice", 2, 1)]
+)
+def test_the_host_waits_for_no_router_but_where_experts_choose(router: str, top_k: int, waits: int) -> None:
+    reads = reads_of("full", router=router, top_k=top_k)
+    assert len(reads.forward) == waits and not reads.backward
+
+
 def waiting_on_ranks() -> None:
     for layout, dropless in (((2, 1, 2), 0), ((2, 1, 2, False), 0), ((1, 2, 1), 1), ((2, 2, 1), 1)):
         for mode, capacity_factor, chunks in itertools.product(MODES, (None, 1.0), (1, 3)):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_tex.moe.capacity import CapacityDispatcher, assign_slots, queues
+from lightning_tex.moe.capacity import Capacity, CapacityDispatcher, assign_slots, queues
 from lightning_tex.moe.dispatch import Arrived
 from lightning_tex.moe.dropless import DroplessDispatcher
 from lightning_tex.moe.exchange import ChunkedExchange, Exchange
@@ -120,7 +120,7 @@ def dispatch_and_combine(indices, experts, factor):
     if factor is None:
         dispatcher, capacity = DroplessDispatcher(experts, alone), None
     else:
-        dispatcher = CapacityDispatcher(experts, alone, factor)
+        dispatcher = CapacityDispatcher(experts, alone, Capacity(factor))
         capacity = math.ceil(factor * indices.shape[1] * indices.shape[0] / experts)
     arrived, metadata = dispatcher.dispatch(x, route)
     y = dispatcher.combine(mixed(arrived), metadata)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_tex.moe import MoE, Route, auxiliary_loss
-from lightning_tex.moe.losses import count_choices, routing_loss
+from lightning_tex.moe.losses import Coefficients, count_choices, routing_loss
 from lightning_tex.parallel import collectives
 from lightning_tex.parallel.activation_layout import Replicated
 from lightning_tex.parallel.sharding import shard_module
@@ -35,7 +35,8 @@ def moe(**options):
 
 def loss_of(route, load_balance, z):
     counts = count_choices(route.indices, route.scores.shape[1])
-    return routing_loss(route, counts, None, Axis("data"), Replicated(Axis("tensor")), load_balance, z).item()
+    coefficients = Coefficients(load_balance, z)
+    return routing_loss(route, counts, None, Axis("data"), Replicated(Axis("tensor")), coefficients)[0].item()
 
 
 def test_losses_by_hand():

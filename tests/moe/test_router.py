@@ -3,7 +3,7 @@ import re
 import pytest
 import torch
 
-from lightning_tex.moe import MoE, Route, Router, SigmoidRouter, SoftmaxRouter
+from lightning_tex.moe import MoE, Route, Router, SigmoidRouter, SoftmaxRouter, Tokens
 from lightning_tex.parallel.topology import Layout
 
 
@@ -15,7 +15,7 @@ class Sigmoid(Router):
 class Cyclic(Router):
     """Token t goes to experts t, t + 1, .. with weight 1/2: a router with a forward of its own."""
 
-    def forward(self, x, token_mask=None):
+    def forward(self, x, tokens=None):
         first = torch.arange(len(x))[:, None]
         indices = (first + torch.arange(self.top_k)) % self.num_experts
         scores = x.new_full((len(x), self.num_experts), 1 / self.num_experts)
@@ -42,8 +42,10 @@ def test_normalised_weights_sum_to_one_and_masked_ones_are_zero():
     torch.manual_seed(0)
     router = SoftmaxRouter(4, 5, top_k=2, norm_topk_prob=True)
     mask = torch.tensor([True, False, True])
-    route = router(torch.randn(3, 4), mask)
+    route = router(torch.randn(3, 4), Tokens(mask))
     torch.testing.assert_close(route.weights.sum(-1), mask.float())
+    after_the_choice = route.logits.gather(-1, route.indices.clamp(max=4)).softmax(-1)
+    torch.testing.assert_close(route.weights[mask], after_the_choice[mask])
     assert route.indices[1].tolist() == [5, 5]
     assert (route.indices[mask] < 5).all()
 
@@ -118,8 +120,9 @@ def test_forced_balance_serves_all_experts_alike_with_gradients_of_the_weights()
     ("options", "message"),
     [
         (
-            {"router": "hash"},
-            "router='hash'; legal: 'softmax', 'sigmoid', 'sparsemixer', 'forced_balance', or a Router class",
+            {"router": "roulette"},
+            "router='roulette'; legal: 'softmax', 'sigmoid', 'switch', 'gshard', 'sparsemixer', 'sinkhorn', 'hash', "
+            "'expert_choice', 'forced_balance', or a Router class",
         ),
         (
             {"router": SoftmaxRouter(4, 5, 2), "top_k": 2},
@@ -197,7 +200,7 @@ def test_a_router_may_be_a_name_with_arguments_or_an_import_path():
 @pytest.mark.parametrize(
     ("router", "message"),
     [
-        ({"name": "sigmoid", "arguments": {}}, "router has 'arguments'; legal: name, and init_args"),
+        ({"name": "sigmoid", "arguments": {}}, r"router has 'arguments'; legal: name, and init_args"),
         ({"init_args": {}}, "router has no name; legal"),
         ({"name": "sigmoid", "init_args": {"groups": 2}}, "router SigmoidRouter: .*'groups'"),
         ("no.such.Router", "router='no.such.Router'; legal: 'softmax', 'sigmoid'"),

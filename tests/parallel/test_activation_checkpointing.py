@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_tex.layers import ParallelAttention, ParallelMLP
-from lightning_tex.moe import MoE, Route, Router, SoftmaxRouter, auxiliary_loss
+from lightning_tex.moe import MoE, Route, Router, SoftmaxRouter, Tokens, auxiliary_loss
 from lightning_tex.parallel.activation_checkpointing import recompute_blocks, stash_bytes
 from lightning_tex.parallel.collectives import all_reduce
 from lightning_tex.parallel.sharding import shard_module
@@ -157,7 +157,7 @@ class Undecided(Router):
 
     calls = 0
 
-    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Route:
+    def forward(self, x: Tensor, tokens: Tokens | None = None) -> Route:
         self.calls += 1
         indices = (torch.arange(len(x))[:, None] * self.calls + torch.arange(self.top_k)) % self.num_experts
         scores = x.new_full((len(x), self.num_experts), 1 / self.num_experts)

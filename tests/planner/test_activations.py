@@ -15,7 +15,7 @@ from lightning_tex.layers import DocumentContext
 from lightning_tex.models import DecoderConfig
 from lightning_tex.models.decoder import Block
 from lightning_tex.moe import auxiliary_loss
-from lightning_tex.moe.losses import count_choices, routing_loss
+from lightning_tex.moe.losses import Coefficients, count_choices, routing_loss
 from lightning_tex.moe.router import Route
 from lightning_tex.parallel.activation_checkpointing import recompute_blocks, stash_bytes
 from lightning_tex.parallel.activation_layout import Replicated
@@ -123,9 +123,9 @@ def test_what_routing_losses_keep(config: DecoderConfig) -> None:
     saved: dict[int, torch.Tensor] = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
         route = Route(indices, logits, logits.detach(), logits)
-        coefficients = config.load_balance_coefficient, config.z_loss_coefficient
+        coefficients = Coefficients(config.load_balance_coefficient, config.z_loss_coefficient)
         counts = count_choices(indices, experts)
-        routing_loss(route, counts, None, Axis("data"), Replicated(Axis("tensor")), *coefficients)
+        routing_loss(route, counts, None, Axis("data"), Replicated(Axis("tensor")), coefficients)
     planned = Activations(MicroStep(Job(describe_decoder(config), 1, S, B, "32-true"), Candidate(Layout(1), B)))
     of_each_token = [t for t in saved.values() if t.dim() and t.shape[0] == tokens]
     assert storage_bytes(of_each_token) == planned.routing_losses(layers_of(config, True)[-1])

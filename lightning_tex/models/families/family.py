@@ -15,7 +15,11 @@ from lightning_tex.pretrained.rules import Either, Rule
 _REQUIRED: Final = object()
 
 # How a decoder is trained, of which a configuration file of others says nothing.
-TRAINING = ("capacity_factor", "round_factor", "load_balance_coefficient", "z_loss_coefficient", "dropout")
+TRAINING = (
+    "capacity_factor", "round_factor", "dropout", "load_balance_coefficient", "z_loss_coefficient",
+    "sequence_balance_coefficient", "step_balance_coefficient", "entropy_coefficient",
+    "eval_capacity_factor", "min_capacity", "overflow_by",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
