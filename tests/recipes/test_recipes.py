@@ -82,7 +82,8 @@ def test_own_module_trains_the_same_in_one_process_and_on_four(tmp_path):
     assert parallel == pytest.approx(alone, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", [pytest.param("finetune.yaml", marks=pytest.mark.full), "finetune_lora.yaml"])
+@pytest.mark.full  # by default a recipe of test_published_recipes.py goes the same way
+@pytest.mark.parametrize("name", ["finetune.yaml", "finetune_lora.yaml"])
 def test_a_published_model_is_fine_tuned_and_exported_to_a_folder_that_transformers_loads(name, tmp_path):
     transformers = pytest.importorskip("transformers")
     place, text = published_at(tmp_path), tmp_path / "text"
