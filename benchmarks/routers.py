@@ -149,7 +149,9 @@ def table(results: dict[str, dict[str, float]], options: argparse.Namespace) -> 
             continue
         losses = [found["loss"] for found in runs]
         spread = f" +- {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
-        remark = f" ({contestant.remark})" if contestant.remark else ""
+        fewer = f"{len(runs)} of {options.seeds} seeds" if len(runs) < options.seeds else ""
+        remarks = ", ".join(filter(None, (contestant.remark, fewer)))
+        remark = f" ({remarks})" if remarks else ""
         if name == "dense":
             rest = ["-"] * 4
         else:
@@ -165,12 +167,12 @@ def main(argv: Sequence[str] | None = None) -> str:
     parser.add_argument("names", nargs="*", help=f"which: {', '.join(CONTESTANTS)}; none: all")
     parser.add_argument("--results", type=Path, help="a JSON file that runs are kept in")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--dim", type=int, default=96)
-    parser.add_argument("--width", type=int, default=256, help="hidden units of the dense MLP")
+    parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--width", type=int, default=128, help="hidden units of the dense MLP")
     parser.add_argument("--experts", type=int, default=8, help="of k=1")
-    parser.add_argument("--validation", type=int, default=40, help="batches")
+    parser.add_argument("--validation", type=int, default=16, help="batches")
     options = parser.parse_args(argv)
     if unknown := sorted(set(options.names) - set(CONTESTANTS)):
         parser.error(f"{', '.join(unknown)}; legal: {', '.join(CONTESTANTS)}")
