@@ -54,6 +54,12 @@ def seconds(action: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
+def processor_seconds() -> float:
+    """Of this process and of those that it has forked and that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
 def alone(tokenizer: TextTokenizer, texts: list[str]) -> None:
     """The tokenizer's own batches of 256."""
     for start in range(0, len(texts), 256):
@@ -88,12 +94,17 @@ def measure(place: Path, megabytes: int, processes: list[int], turns: int) -> di
     tokenizer = TextTokenizer(train_bpe(share[: len(share) // 4], 32_000))
     rows, encoder = TextRows(documents), TextEncoder(tokenizer)
     times: dict[str, list[float]] = {"alone": [], **{str(count): [] for count in processes}}
+    cost: dict[str, list[float]] = {name: [] for name in times}  # seconds of processors a megabyte
     for turn in range(turns):
+        before = processor_seconds()
         times["alone"].append(size / 1e6 / seconds(lambda: alone(tokenizer, share)))
+        cost["alone"].append((processor_seconds() - before) / size * 1e6)
         for count in processes:
             folder = place / f"tokens-{turn}-{count}"
+            before = processor_seconds()
             spent = seconds(lambda: write_tokens(folder, {"train": rows}, encoder, count))  # noqa: B023
             times[str(count)].append(rows.size / 1e6 / spent)
+            cost[str(count)].append((processor_seconds() - before) / rows.size * 1e6)
             print(
                 f"turn {turn}, {count} processes: {times[str(count)][-1] / times['alone'][-1] / count:.2f}", flush=True
             )
@@ -104,7 +115,12 @@ def measure(place: Path, megabytes: int, processes: list[int], turns: int) -> di
     for count in processes:
         share_of = [own / alone / count for own, alone in zip(times[str(count)], times["alone"], strict=True)]
         medians[f"{count} of it"] = statistics.median(share_of)
-        print(f"{count} processes: {medians[str(count)]:.2f} MB/s, {statistics.median(share_of):.2f} of {count} x that")
+        own_cost = [own / alone for own, alone in zip(cost[str(count)], cost["alone"], strict=True)]
+        medians[f"{count} of its processor time"] = statistics.median(own_cost)
+        print(
+            f"{count} processes: {medians[str(count)]:.2f} MB/s, {statistics.median(share_of):.2f} of {count} x that;"
+        )
+        print(f"  of processor time they take {statistics.median(own_cost):.2f} of it, whatever else the machine does")
     return {"megabytes": megabytes, **medians, **read(folder / "train")}
 
 

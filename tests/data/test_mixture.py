@@ -188,9 +188,12 @@ def test_validation_reads_every_block_once_source_by_source(make: Any) -> None:
     assert all((batch["labels"][batch["sample"] < 0] == -100).all() for batch in batches)
 
 
+CHANGING: dict[str, Any] = {"weights": (1, {0: 1, 9: 9}, 1)}
+
+
 @pytest.mark.parametrize(
     "options",
-    [{}, pytest.param({"num_workers": 2}, marks=pytest.mark.full), {"weights": (1, {0: 1, 9: 9}, 1)}],
+    [pytest.param({}, marks=pytest.mark.full), pytest.param({"num_workers": 2}, marks=pytest.mark.full), CHANGING],
     ids=str,
 )
 def test_a_run_resumes_at_the_next_sample(make: Any, recorder: Any, tmp_path: Path, options: Any) -> None:

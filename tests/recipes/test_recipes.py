@@ -102,6 +102,7 @@ def test_a_published_model_is_fine_tuned_and_exported_to_a_folder_that_transform
     assert torch.isfinite(loaded(tmp_path / "out")(ids).logits).all()
 
 
+@pytest.mark.full
 def test_conversations_are_fine_tuned_on(tmp_path):
     """Of a file of one's own, with the answers' loss in the logs."""
     published_at(tmp_path)

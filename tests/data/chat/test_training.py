@@ -92,7 +92,7 @@ LAYOUTS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("packing", [True, pytest.param(False, marks=pytest.mark.full)])
 @pytest.mark.parametrize(
     "layout", ["ted", *(pytest.param(name, marks=pytest.mark.full) for name in LAYOUTS if name != "ted")]
 )
