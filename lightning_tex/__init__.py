@@ -2,7 +2,7 @@
 
 from lightning.pytorch.strategies import StrategyRegistry
 
-from lightning_tex.data import TextDataModule
+from lightning_tex.data import FineTuningDataModule, MixtureDataModule, TextDataModule
 from lightning_tex.models import LanguageModel
 from lightning_tex.saving import load_from_checkpoint
 from lightning_tex.saving.loading import let_lightning_read_directories
@@ -19,4 +19,11 @@ if TexMoEStrategy.strategy_name not in StrategyRegistry:
         description="Tensor x expert x data parallelism for mixture-of-experts models (TED, arXiv 2303.06318)",
     )
 
-__all__ = ["LanguageModel", "TexMoEStrategy", "TextDataModule", "load_from_checkpoint"]
+__all__ = [
+    "FineTuningDataModule",
+    "LanguageModel",
+    "MixtureDataModule",
+    "TexMoEStrategy",
+    "TextDataModule",
+    "load_from_checkpoint",
+]

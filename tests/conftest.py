@@ -30,7 +30,7 @@ MOST_WORKERS = 8  # each takes 5 s to begin
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Of the default suite three to two processors, each with a file at a time: tests wait a seventh of their time.
+    """Of the default suite three to two processors, each with a file at a time: some tests wait more than they compute.
 
     None for what is asked for by name, which begins at once in this process, and for grids, faults and GPUs.
     """

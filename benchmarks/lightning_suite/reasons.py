@@ -7,6 +7,7 @@ REASONS = {
     "core/test_lightning_optimizer.py::test_lightning_optimizer_automatic_optimization_lbfgs_zero_grad": (
         "LBFGS computes the loss several times in a step; refused by name"
     ),
+    "trainer/optimization/test_backward_calls.py::test_backward_count_with_closure": "LBFGS, as above",
     "core/test_lightning_optimizer.py::test_lightning_optimizer_automatic_optimization_optimizer_step": (
         "a mock in the place of `SGD.step` steps nothing, so a trial finds that it is not elementwise; refused by name"
     ),
@@ -21,6 +22,12 @@ REASONS = {
     ),
     "callbacks/test_lr_monitor.py::test_multiple_optimizers_basefinetuning": (
         "asks for `isinstance(optimizer, SGD)`: the Trainer's optimizers stand in for the user's and go by their names"
+    ),
+    "callbacks/test_timer.py::test_timer_stops_training": (
+        "a limit of time stops the run a step before it, with a message of its own"
+    ),
+    "checkpointing/test_trainer_checkpoint.py::test_trainer_save_checkpoint_storage_options": (
+        "`save_checkpoint(storage_options=)` is refused by name, with a remedy"
     ),
     "trainer/connectors/test_checkpoint_connector.py::test_preloaded_checkpoint_lifecycle": (
         "loads before there is a model"

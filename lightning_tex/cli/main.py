@@ -29,6 +29,8 @@ from lightning_tex.resilience.telling import is_told, told_in_one_line
 COMMANDS = {
     "plan": "lightning_tex.cli.plan",
     "plan --trace": "lightning_tex.cli.trace",
+    "prepare": "lightning_tex.cli.prepare",
+    "data": "lightning_tex.cli.data",
     "bench": "lightning_tex.cli.bench",
     "checkpoint": "lightning_tex.cli.checkpoint",
     "export": "lightning_tex.cli.export",

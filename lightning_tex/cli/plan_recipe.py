@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jsonargparse import Namespace
-from lightning import LightningDataModule, LightningModule
+from lightning import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, instantiate_class
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_tex.data import TextDataModule
+from lightning_tex.data import FineTuningDataModule, MixtureDataModule, TextDataModule, TokenDataModule
 from lightning_tex.lora import LoRAConfig
 from lightning_tex.models import DecoderConfig, LanguageModel
 from lightning_tex.models.pretrained_model import read_config
@@ -144,10 +144,12 @@ def _on_meta(config: DecoderConfig, **trained: Any) -> LanguageModel:
 
 def _optimizer(module: LightningModule | None, given: Any) -> OptimizerDescription:
     """The recipe's optimizer, over all parameters, or its model's own."""
+
+    def named(own: LightningModule) -> Any:
+        return instantiate_class(optimized_parameters(own, given.get("init_args", {}).get("lr")), given)
+
     if module is not None:
-        lr = (given or {}).get("init_args", {}).get("lr")
-        recipes = lambda own: instantiate_class(optimized_parameters(own, lr), given)  # noqa: E731
-        return read_optimizer(module, recipes if given else None)
+        return read_optimizer(module, named if given else None)
     if not given:
         return LANGUAGE_MODELS_OWN
     return describe_optimizer(instantiate_class([torch.nn.Parameter(torch.zeros(1))], given), one_group)
@@ -156,22 +158,25 @@ def _optimizer(module: LightningModule | None, given: Any) -> OptimizerDescripti
 def _traced(module: LightningModule, recipe: Recipe) -> ActivationSource:
     """The module's own training step on batches of the recipe's data."""
     try:
-        return TracedActivations(module, _policy(recipe), _batches(module, recipe.config))
+        return TracedActivations(module, _policy(recipe), _batches(module, recipe))
     except Exception as error:
         return StatesOnly(f"no batch of its data: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
 
 
-def _batches(module: LightningModule, config: Namespace) -> Batches:
+# By which option data modules keep documents of one row apart.
+_MASKS = {TextDataModule: "document_mask", MixtureDataModule: "document_mask", FineTuningDataModule: "packing"}
+
+
+def _batches(module: LightningModule, recipe: Recipe) -> Batches:
     trainer: Any = PretendedTrainer(Axis("data"), 1)
-    if not config.get("data") or is_overridden("train_dataloader", module):
+    of_data = None if is_overridden("train_dataloader", module) else recipe.config.get("data")
+    if of_data and isinstance(module, LanguageModel) and (mask := _MASKS.get(_imported(of_data.class_path))):
+        return TokenBlocks(module.config.vocab_size, bool(of_data.get(f"init_args.{mask}")))
+    data = recipe.datamodule() if of_data else None
+    if data is None:
         module.trainer = trainer
         return batches_of(module.train_dataloader(), may_iterate=True)
-    if isinstance(module, LanguageModel) and _imported(config.data.class_path) is TextDataModule:
-        return TokenBlocks(module.config.vocab_size, bool(config.data.get("init_args.document_mask")))
-    parser = LightningArgumentParser()
-    parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
-    data = parser.instantiate_classes(Namespace(data=config.data)).data
-    if isinstance(data, TextDataModule):
+    if isinstance(data, TokenDataModule):
         return TokenBlocks(data.vocab_size, data.document_mask)
     data.trainer = trainer
     data.prepare_data()

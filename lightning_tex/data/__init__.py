@@ -1,9 +1,19 @@
-"""Text for language models: corpus, tokenizer, packed blocks, and the order in which samples are read.
+"""Data for language models: sources, tokenizer, tokens on disk, samples, and the order in which they are read.
 
 Importing this needs neither ``datasets`` nor ``tokenizers``.
 """
 
-from lightning_tex.data.module import TextDataModule
+from lightning_tex.data.finetuning import FineTuningDataModule
+from lightning_tex.data.mixture import MixtureDataModule, TextSource
+from lightning_tex.data.module import TokenDataModule
+from lightning_tex.data.text import TextDataModule
 from lightning_tex.data.token_ids import require_token_ids
 
-__all__ = ["TextDataModule", "require_token_ids"]
+__all__ = [
+    "FineTuningDataModule",
+    "MixtureDataModule",
+    "TextDataModule",
+    "TextSource",
+    "TokenDataModule",
+    "require_token_ids",
+]

@@ -74,11 +74,15 @@ class Source:
         with self.reading():
             return _load_dataset(self, cache_dir, hub_cache_dir)
 
+    def select(self, documents: Any) -> Any:
+        """Of the columns of a ``datasets`` object those that are wanted."""
+        return _text_only(documents, self.text_column)
+
     def reading(self) -> AbstractContextManager[None]:
         """Around what reads the documents: its errors name the file that is to blame."""
         if self.path is None:
             return nullcontext()
-        builder, data_files, _ = _builder(self)
+        builder, data_files, _ = builder_of(self)
         name = f", name={self.name!r}" if self.name else ""
         return damage.reading(f"path={self.path!r}{name}, split={self.split!r}", builder, data_files)
 
@@ -148,7 +152,7 @@ def _divide(documents: Dataset, source: Source) -> tuple[Dataset, Dataset]:
     """Holds out documents spread over the data set; a single document is cut at line ends first."""
     from datasets import Dataset
 
-    if len(documents) == 1:
+    if len(documents) == 1 and documents.column_names == ["text"]:
         text = documents[0]["text"]
         damage.require_texts([text])
         documents = Dataset.from_dict({"text": cut_at_lines(text, _stride(source.validation_fraction))})
@@ -175,14 +179,14 @@ def cut_at_lines(text: str, pieces: int) -> list[str]:
 
 
 def _load_dataset(source: Source, cache_dir: Path, hub_cache_dir: Path | None) -> Documents:
-    path, data_files, options = _builder(source)
+    path, data_files, options = builder_of(source)
     local = path in _BUILDERS
     options |= {"streaming": source.streaming, "cache_dir": str(cache_dir if local else hub_cache_dir or "") or None}
     splits = _call(path, source.name, data_files, None, options)
 
     def split(wanted: str) -> Any:
         documents = splits[wanted] if wanted in splits else _call(path, source.name, data_files, wanted, options)
-        return _text_only(documents, source.text_column)
+        return source.select(documents)
 
     train = split(source.split)
     key = fingerprint([str(getattr(train, "_fingerprint", "")), path, repr(data_files), *file_stamps(data_files)])
@@ -200,7 +204,7 @@ def _call(path: str, name: str | None, data_files: Any, split: str | None, optio
     return load_dataset(path, name, data_files=data_files, split=split, **options)
 
 
-def _builder(source: Source) -> tuple[str, Any, dict[str, Any]]:
+def builder_of(source: Source) -> tuple[str, Any, dict[str, Any]]:
     """The path, data files and options for ``load_dataset``; what a local path holds is told by the names of files."""
     path, data_files = str(source.path), source.data_files
     local = Path(path).expanduser()

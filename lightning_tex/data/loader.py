@@ -8,7 +8,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from lightning_tex.data.order import GlobalBatchSampler
-from lightning_tex.data.packing import Batch, Blocks, StreamedBlocks
+from lightning_tex.data.packing import Batch, Samples, StreamedBlocks
 from lightning_tex.data.resume import Cursor, SamplerCursor
 
 
@@ -16,15 +16,15 @@ class ResumableLoader(DataLoader):
     """Yields the rest of the cursor's epoch, while ``len`` remains that of a whole one, as Lightning expects.
 
     Args:
-        dataset: blocks in a file or of a stream.
-        sampler: of blocks in a file; None for a stream.
+        dataset: samples on disk or of a stream.
+        sampler: of those on disk; None for a stream.
         num_workers: processes that read ahead; the order does not depend on them. A stream uses at most one.
         pin_memory: copy batches to page-locked memory.
     """
 
     def __init__(
         self,
-        dataset: Blocks | StreamedBlocks,
+        dataset: Samples | StreamedBlocks,
         sampler: GlobalBatchSampler | None = None,
         num_workers: int = 0,
         pin_memory: bool = False,
@@ -32,7 +32,7 @@ class ResumableLoader(DataLoader):
     ) -> None:
         kwargs["batch_size"] = None  # the sampler yields whole batches
         super().__init__(dataset, sampler=sampler, num_workers=num_workers, pin_memory=pin_memory, **kwargs)
-        self.order: GlobalBatchSampler | StreamedBlocks = sampler if isinstance(dataset, Blocks) else dataset  # type: ignore[assignment]
+        self.order: GlobalBatchSampler | StreamedBlocks = dataset if sampler is None else sampler  # type: ignore[assignment]
         self.cursor: Cursor | None = None
         self.batches_fetched = 0
 

@@ -27,10 +27,14 @@ def sample_order(size: int, seed: int, epoch: int, fingerprint: str) -> np.ndarr
     Returns:
         int64 array ``[size]``.
     """
-    digest = hashlib.blake2b(f"{seed}/{epoch}/{fingerprint}".encode(), digest_size=8).digest()
-    key = np.uint64(int.from_bytes(digest, "little"))
-    keys = _splitmix64(_splitmix64(np.arange(size, dtype=np.uint64)) ^ key)
+    keys = hashed(np.arange(size), f"{seed}/{epoch}/{fingerprint}")
     return np.argsort(keys, kind="stable").astype(np.int64)
+
+
+def hashed(numbers: np.ndarray, key: str) -> np.ndarray:
+    """A uint64 of each number of 0 or more, as if drawn at random by the key; different ones of different numbers."""
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return _splitmix64(_splitmix64(numbers.astype(np.uint64)) ^ np.uint64(int.from_bytes(digest, "little")))
 
 
 def _splitmix64(x: np.ndarray) -> np.ndarray:
@@ -162,3 +166,37 @@ class FixedBatchSampler(GlobalBatchSampler, SequentialSampler):  # type: ignore[
 
     def set_epoch(self, epoch: int) -> None:
         """Does nothing: every epoch is alike."""
+
+
+class LengthGroupedSampler(GlobalBatchSampler):
+    """Global batches of samples of about one length, in an order that tells nothing of it.
+
+    Of every ``window`` global batches of an epoch's order the samples are sorted by length and divided into batches
+    anew, whose order is then drawn.
+
+    Args:
+        dataset, share, seed, fingerprint: as of :class:`GlobalBatchSampler`.
+        lengths: [size], a length of each sample, or its class.
+        window: global batches.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        share: Share,
+        lengths: np.ndarray,
+        seed: int = 0,
+        fingerprint: str = "",
+        window: int = 64,
+    ) -> None:
+        super().__init__(dataset, share, seed, fingerprint)
+        self.lengths, self.window = lengths, window
+
+    def _order(self, epoch: int) -> np.ndarray:
+        batch = self.share.global_batch_size
+        order = super()._order(epoch)[: len(self) * batch]
+        for start in range(0, len(order), self.window * batch):
+            part = order[start : start + self.window * batch]
+            part[:] = part[np.argsort(self.lengths[part], kind="stable")]
+        batches = sample_order(len(self), self.seed, epoch, f"batches of {self.fingerprint}")
+        return order.reshape(len(self), batch)[batches].ravel()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from lightning_tex.data.damage import require_texts
 from lightning_tex.data.order import PADDING, Share
 from lightning_tex.data.token_ids import IGNORE_INDEX
 from lightning_tex.data.tokenizer import TextTokenizer, texts_of
-from lightning_tex.parallel.errors import UserFileError, UserValueError
+from lightning_tex.data.tokens import Tokens
+from lightning_tex.parallel.errors import UserValueError
 
 if TYPE_CHECKING:
     import datasets
@@ -41,12 +40,10 @@ class Packer:
     def __init__(self, sequence_length: int) -> None:
         self.sequence_length = sequence_length
         self._rest: list[int] = []
-        self._digest = hashlib.blake2b(digest_size=16)
 
     def push(self, tokens: list[int]) -> list[np.ndarray]:
         """Appends tokens; returns the int32 blocks ``[S + 1]`` that are now complete."""
         length, stream = self.sequence_length, self._rest + tokens
-        self._digest.update(np.asarray(tokens, dtype="<i4").tobytes())
         count = max(0, (len(stream) - 1) // length)
         self._rest = stream[count * length :]
         return [np.asarray(stream[i * length : i * length + length + 1], dtype=np.int32) for i in range(count)]
@@ -57,51 +54,14 @@ class Packer:
         missing = self.sequence_length + 1 - len(rest)
         return [np.asarray(rest + [IGNORE_INDEX] * missing, dtype=np.int32)] if len(rest) > 1 else []
 
-    def fingerprint(self) -> str:
-        """A digest of all tokens so far and of S, 32 hexadecimal digits."""
-        digest = self._digest.copy()
-        digest.update(self.sequence_length.to_bytes(8, "little"))
-        return digest.hexdigest()
 
-
-def write_blocks(
-    documents: datasets.Dataset, tokenizer: TextTokenizer, sequence_length: int, file: Path, keep_tail: bool
-) -> str:
-    """Tokenises and packs documents into an Arrow file of one column ``tokens``, ``[S + 1]`` int32 a row.
-
-    Args:
-        documents: with a column ``text``.
-        tokenizer: encodes them, each followed by its end-of-document token.
-        sequence_length: S.
-        file: to be written.
-        keep_tail: write the last, incomplete block too, padded with ``IGNORE_INDEX``.
-
-    Returns:
-        The fingerprint of the tokens.
-    """
-    from datasets import Features, Sequence, Value
-
-    packer, last = Packer(sequence_length), len(documents) - 1
-
-    def pack(texts: dict[str, list[str]], indices: list[int]) -> dict[str, list[np.ndarray]]:
-        require_texts(texts["text"], indices[0])
-        stream = [token for document in tokenizer.encode_documents(texts["text"]) for token in document]
-        blocks = packer.push(stream)
-        return {"tokens": blocks + (packer.flush() if keep_tail and indices[-1] == last else [])}
-
-    documents.map(
-        pack,
-        batched=True,
-        batch_size=256,
-        with_indices=True,
-        remove_columns=documents.column_names,
-        features=Features({"tokens": Sequence(Value("int32"), length=sequence_length + 1)}),
-        cache_file_name=str(file),
-        load_from_cache_file=False,
-        new_fingerprint="packed",  # the function holds state, which datasets must not hash
-        desc=f"Packing {file.stem}",
-    )
-    return packer.fingerprint()
+def stream_fingerprint(stream: Tokens, sequence_length: int) -> str:
+    """A digest of a stream's tokens and of S, 32 hexadecimal digits; reads all of them."""
+    digest = hashlib.blake2b(digest_size=16)
+    for piece in stream.pieces():
+        digest.update(piece.astype("<i4").data)
+    digest.update(sequence_length.to_bytes(8, "little"))
+    return digest.hexdigest()
 
 
 def by_document(batch: Batch, end_of_document_id: int) -> Batch:
@@ -129,68 +89,89 @@ def as_batch(blocks: np.ndarray, samples: list[int], end_of_document_id: int) ->
     }
 
 
-class Blocks(Dataset):
-    """A memory-mapped file of blocks; indexed by a list of samples it gives a batch.
+class Samples(Dataset):
+    """What batches are made of: indexed by a list of samples it gives one.
 
     The index ``PADDING`` gives a row of labels ``IGNORE_INDEX``.
-
-    Args:
-        file: written by :func:`write_blocks`.
-        end_of_document_id: what input_ids hold where there is no token.
-        vocab_size: every token is below it.
-        file_bytes: its size when it was written; None: not known.
-
-    Raises:
-        ValueError: the file is damaged; when a batch is read, one that holds what is no token.
-        FileNotFoundError: it is gone.
     """
 
-    def __init__(self, file: Path, end_of_document_id: int, vocab_size: int, file_bytes: int | None = None) -> None:
-        from datasets import Dataset as ArrowDataset
-
-        self.file, self.end_of_document_id, self.vocab_size = file, end_of_document_id, vocab_size
-        if not file.is_file():
-            raise UserFileError(f"{file} of the prepared data is gone; {self._remedy}")
-        if file_bytes is not None and file.stat().st_size != file_bytes:
-            raise UserValueError(
-                f"{file} of the prepared data has {file.stat().st_size} bytes and was written with {file_bytes}; "
-                f"{self._remedy}"
-            )
-        try:
-            self.rows = ArrowDataset.from_file(str(file)).with_format("numpy")
-        except (ValueError, OSError, KeyError) as error:
-            raise UserValueError(f"{file} of the prepared data is damaged ({error}); {self._remedy}") from error
-
-    @property
-    def _remedy(self) -> str:
-        return f"delete the folder {self.file.parent}, and the data is prepared again"
-
     def __len__(self) -> int:
-        return len(self.rows)
+        raise NotImplementedError
 
     def __getitem__(self, samples: list[int]) -> Batch:
-        present = [i for i in samples if i != PADDING]
-        width = self.rows.features["tokens"].length
-        blocks = np.full((len(samples), width), IGNORE_INDEX, dtype=np.int32)
-        blocks[[i != PADDING for i in samples]] = self._read(present, width)
-        return as_batch(blocks, samples, self.end_of_document_id)
+        raise NotImplementedError
+
+
+class Blocks(Samples):
+    """A stream of tokens, cut into blocks.
+
+    Args:
+        stream: of tokens.
+        sequence_length: S.
+        end_of_document_id: what input_ids hold where there is no token.
+        vocab_size: every token is below it.
+        keep_tail: the last, incomplete block is one, too, filled up with ``IGNORE_INDEX``.
+
+    Raises:
+        ValueError: when a batch is read, that a file is damaged or holds what is no token.
+        FileNotFoundError: that it is gone.
+    """
+
+    def __init__(
+        self, stream: Tokens, sequence_length: int, end_of_document_id: int, vocab_size: int, keep_tail: bool = False
+    ) -> None:
+        self.stream, self.sequence_length = stream, sequence_length
+        self.end_of_document_id, self.vocab_size = end_of_document_id, vocab_size
+        predicted = max(0, len(stream) - 1)
+        self._len = -(-predicted // sequence_length) if keep_tail else predicted // sequence_length
+
+    def __len__(self) -> int:
+        return self._len
+
+    def __str__(self) -> str:
+        documents = f"{self.stream.documents:,} documents, {len(self.stream):,} tokens"
+        return f"{documents}, {len(self):,} blocks of {self.sequence_length:,}"
+
+    def __getitem__(self, samples: list[int]) -> Batch:
+        batch = as_batch(self._read(samples), samples, self.end_of_document_id)
+        if self.stream.says_what_is_trained:
+            for row, sample in zip(batch["labels"], samples, strict=True):
+                if sample != PADDING:
+                    start = sample * self.sequence_length + 1
+                    trained = self.stream.trained(start, min(start + self.sequence_length, len(self.stream)))
+                    row[: len(trained)].masked_fill_(torch.from_numpy(trained == 0), IGNORE_INDEX)
+        return batch
 
     def tokens(self, batch_size: int = _READ_AT_ONCE) -> Iterator[np.ndarray]:
         """All blocks in order, as int32 arrays ``[up to batch_size, S + 1]``."""
-        width = self.rows.features["tokens"].length
         for start in range(0, len(self), batch_size):
-            yield self._read(list(range(start, min(start + batch_size, len(self)))), width)
+            yield self._read(list(range(start, min(start + batch_size, len(self)))))
 
-    def _read(self, samples: list[int], width: int) -> np.ndarray:
-        blocks = np.asarray(self.rows[samples]["tokens"], dtype=np.int32).reshape(len(samples), width)
-        illegal = (blocks >= self.vocab_size) | ((blocks < 0) & (blocks != IGNORE_INDEX))
-        if illegal.any():
-            row, place = np.argwhere(illegal)[0]
-            raise UserValueError(
-                f"{self.file} of the prepared data has {blocks[row, place]} in row {samples[row]}, place {place}, and "
-                f"its tokenizer has {self.vocab_size} tokens: it is damaged; {self._remedy}"
-            )
+    def _read(self, samples: list[int]) -> np.ndarray:
+        length = self.sequence_length
+        blocks = np.full((len(samples), length + 1), IGNORE_INDEX, dtype=np.int32)
+        for row, sample in zip(blocks, samples, strict=True):
+            if sample != PADDING:
+                start = sample * length
+                tokens = self.stream.read(start, min(start + length + 1, len(self.stream)))
+                row[: len(tokens)] = tokens
+                require_own(self.stream, tokens, start, self.vocab_size)
         return blocks
+
+
+def require_own(stream: Tokens, tokens: np.ndarray, start: int, vocab_size: int) -> None:
+    """Refuse what is no token of a vocabulary.
+
+    Raises:
+        ValueError: naming file and place.
+    """
+    illegal = (tokens < 0) | (tokens >= vocab_size)
+    if illegal.any():
+        place = int(illegal.argmax())
+        raise UserValueError(
+            f"{stream.file_of(start + place)} has {tokens[place]} as token {start + place} of its stream, and the "
+            f"tokenizer has {vocab_size} tokens: it is damaged, or another tokenizer's; {stream.files[0].remedy}"
+        )
 
 
 class StreamedBlocks(IterableDataset):

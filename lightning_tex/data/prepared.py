@@ -6,17 +6,23 @@ import json
 import os
 import shutil
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning_tex.data.corpus import CACHE_TAG, Documents, Source, fingerprint
-from lightning_tex.data.packing import Blocks, write_blocks
+from lightning_tex.data.documents import TextEncoder, TextRows
+from lightning_tex.data.packing import Blocks, Samples, stream_fingerprint
 from lightning_tex.data.tokenizer import TextTokenizer, quiet_forks, texts_of, tokenizer_file, train_bpe
-from lightning_tex.parallel.errors import UserFileError, UserValueError
+from lightning_tex.data.tokens import Tokens
+from lightning_tex.data.tokens.foreign import foreign_files, open_foreign, sampled_fingerprint
+from lightning_tex.data.tokens.store import open_shards
+from lightning_tex.data.tokens.writing import write_tokens
 
-_FORMAT = "1"  # raise it when the same settings no longer give the same files
+_FORMAT = "1"  # of tokenizers; raise it when the same settings no longer give the same files
+_TOKENS = "2"  # the same, of tokens
 
 
 def default_cache_dir() -> Path:
@@ -26,7 +32,7 @@ def default_cache_dir() -> Path:
     return Path(own if own else Path(parent) / "lightning_tex").expanduser()
 
 
-def _mark_as_cache(folder: Path) -> None:
+def mark_as_cache(folder: Path) -> None:
     """One that lies among the data must not be taken for more of it."""
     tag = folder / CACHE_TAG
     if not tag.exists():
@@ -57,8 +63,79 @@ def _rename(draft: Path, folder: Path) -> None:
             raise
 
 
+class Prepared(ABC):
+    """Data that is ready to be read.
+
+    Attributes:
+        tokenizer: whose tokens they are.
+        fingerprint: of the training data: depends on what it is, and not on where it lies.
+        train, validation, test: samples; None: there are none, or only while they are streamed.
+    """
+
+    tokenizer: TextTokenizer
+    fingerprint: str
+    train: Samples | None = None
+    validation: Samples | None = None
+    test: Samples | None = None
+
+    def describe(self) -> list[str]:
+        """What there is of each part, in words."""
+        parts = {"train": self.train, "validation": self.validation, "test": self.test}
+        return [f"{name}: {samples}" for name, samples in parts.items() if samples is not None]
+
+
+class Preparing(ABC):
+    """How data is prepared: the seam between a data module and where its samples come from."""
+
+    @abstractmethod
+    def run(self, cache_dir: Path, hub_cache_dir: Path | None, processes: int | None) -> Prepared:
+        """Make what the cache lacks, with others that do so at the same time, and note there what answers this.
+
+        Args:
+            cache_dir: of prepared data.
+            hub_cache_dir: where downloads are kept; None: as ``datasets`` has it.
+            processes: of this machine; None: as many as it has processors for this process.
+        """
+
+    @abstractmethod
+    def open(self, cache_dir: Path) -> Prepared | None:
+        """What :meth:`run` last made; None if it never did."""
+
+
+class Notes:
+    """Which folders of a cache answer which settings.
+
+    Args:
+        cache_dir: of prepared data.
+        settings: all that decides what is prepared.
+    """
+
+    def __init__(self, cache_dir: Path, settings: Any) -> None:
+        self.file = cache_dir / "notes" / f"{fingerprint([_TOKENS, json.dumps(settings, sort_keys=True)])}.json"
+
+    def read(self) -> dict[str, Any] | None:
+        """The last one; None: there is none that is whole."""
+        try:
+            note: dict[str, Any] = json.loads(self.file.read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+        return note
+
+    def write(self, note: dict[str, Any]) -> None:
+        """Put a new one in its place."""
+        write_whole(self.file, json.dumps(note))
+
+
+def write_whole(file: Path, text: str) -> None:
+    """A file that appears complete."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as draft:
+        draft.write(text)
+    os.replace(draft.name, file)
+
+
 @dataclass(frozen=True)
-class Preparation:
+class Preparation(Preparing):
     """All that decides what the prepared data is.
 
     Args:
@@ -75,25 +152,22 @@ class Preparation:
     end_of_document: str | None
     sequence_length: int
 
-    def run(self, cache_dir: Path, hub_cache_dir: Path | None) -> Prepared:
-        """Reads, tokenises and packs what the cache lacks, and notes there which files answer these settings."""
-        _mark_as_cache(cache_dir)
+    def run(self, cache_dir: Path, hub_cache_dir: Path | None, processes: int | None = None) -> PreparedText:
+        mark_as_cache(cache_dir)
         documents = self.source.load(cache_dir / "sources", hub_cache_dir)
         with self.source.reading():
             tokenizer_dir = self._tokenizer_dir(documents, cache_dir)
         note = {"tokenizer": str(tokenizer_dir)}
         if not self.source.streaming:
-            note["blocks"] = str(self._write(documents, tokenizer_dir, cache_dir))
+            folder = self._write(documents, tokenizer_dir, cache_dir, processes)
+            note |= {"tokens": str(folder), "fingerprint": self._fingerprint(folder)}
         quiet_forks()
-        self._note(cache_dir, note)
-        return Prepared(self, note)
+        self._notes(cache_dir).write(note)
+        return PreparedText(self, note)
 
-    def open(self, cache_dir: Path) -> Prepared | None:
-        """What :meth:`run` last prepared for these settings; None if it never did."""
-        try:
-            return Prepared(self, json.loads(self._note_file(cache_dir).read_text()))
-        except (FileNotFoundError, json.JSONDecodeError):
-            return None
+    def open(self, cache_dir: Path) -> PreparedText | None:
+        note = self._notes(cache_dir).read()
+        return None if note is None else PreparedText(self, note)
 
     def _tokenizer_dir(self, documents: Documents, cache_dir: Path) -> Path:
         if self.tokenizer is not None:
@@ -105,61 +179,72 @@ class Preparation:
         key = fingerprint([_FORMAT, documents.key, str(self.vocab_size), repr(self.source)])
         return build_once(cache_dir / "tokenizers" / key, build)
 
-    def _write(self, documents: Documents, tokenizer_dir: Path, cache_dir: Path) -> Path:
+    def _write(self, documents: Documents, tokenizer_dir: Path, cache_dir: Path, processes: int | None) -> Path:
         tokenizer = TextTokenizer.from_file(tokenizer_dir, self.end_of_document)
         parts = {"train": documents.train, "validation": documents.validation, "test": documents.test}
+        rows = {name: TextRows(part) for name, part in parts.items() if part is not None}
+        key = fingerprint([_TOKENS, documents.key, tokenizer.fingerprint, repr(self.source)])
+        return write_tokens(cache_dir / "tokens" / key, rows, TextEncoder(tokenizer), processes)
 
-        def build(folder: Path) -> None:
-            prints = {
-                name: write_blocks(part, tokenizer, self.sequence_length, folder / f"{name}.arrow", name != "train")
-                for name, part in parts.items()
-                if part is not None
-            }
-            sizes = {name: (folder / f"{name}.arrow").stat().st_size for name in prints}
-            (folder / "fingerprints.json").write_text(json.dumps({**prints, "bytes": sizes}))
+    def _fingerprint(self, folder: Path) -> str:
+        """Of the training tokens and S, which is computed once."""
+        file = folder / f"fingerprint-{self.sequence_length}"
+        if not file.exists():
+            write_whole(file, stream_fingerprint(_opened(folder, "train"), self.sequence_length))
+        return file.read_text()
 
-        key = fingerprint([_FORMAT, documents.key, tokenizer.fingerprint, str(self.sequence_length), repr(self.source)])
-        return build_once(cache_dir / "blocks" / key, build)
-
-    def _note_file(self, cache_dir: Path) -> Path:
-        return cache_dir / "notes" / f"{fingerprint([_FORMAT, json.dumps(asdict(self), sort_keys=True)])}.json"
-
-    def _note(self, cache_dir: Path, note: dict[str, str]) -> None:
-        file = self._note_file(cache_dir)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as draft:
-            json.dump(note, draft)
-        os.replace(draft.name, file)
+    def _notes(self, cache_dir: Path) -> Notes:
+        return Notes(cache_dir, asdict(self))
 
 
-class Prepared:
-    """Prepared data in the cache: ``tokenizer``, and unless streaming ``train``, ``validation`` and ``test`` blocks.
+class PreparedText(Prepared):
+    """Text in the cache: blocks, unless it is streamed.
 
-    ``fingerprint`` is that of the training tokens and S (of the settings where the data is streamed): it depends on
-    what the data is, not on where it lies.
+    The fingerprint is that of the training tokens and S (of the settings where the data is streamed).
     """
 
     def __init__(self, preparation: Preparation, note: dict[str, Any]) -> None:
         self.tokenizer = TextTokenizer.from_file(note["tokenizer"], preparation.end_of_document)
-        self.fingerprint = fingerprint([repr(preparation), self.tokenizer.fingerprint])
-        self.train = self.validation = self.test = None
-        if "blocks" in note:
-            folder = Path(note["blocks"])
-            prints = _fingerprints(folder)
-            self.fingerprint = prints["train"]
-            self.train, self.validation = (self._blocks(folder, prints, part) for part in ("train", "validation"))
-            self.test = self._blocks(folder, prints, "test") if "test" in prints else None
-
-    def _blocks(self, folder: Path, prints: dict[str, Any], part: str) -> Blocks:
-        file_bytes = prints.get("bytes", {}).get(part)  # earlier versions did not write it down
-        return Blocks(folder / f"{part}.arrow", self.tokenizer.end_of_document_id, self.tokenizer.size, file_bytes)
+        self.fingerprint = note.get("fingerprint") or fingerprint([repr(preparation), self.tokenizer.fingerprint])
+        if "tokens" in note:
+            folder, length = Path(note["tokens"]), preparation.sequence_length
+            end, size = self.tokenizer.end_of_document_id, self.tokenizer.size
+            self.train = Blocks(_opened(folder, "train"), length, end, size)
+            self.validation = Blocks(_opened(folder, "validation"), length, end, size, keep_tail=True)
+            if (folder / "test").exists():
+                self.test = Blocks(_opened(folder, "test"), length, end, size, keep_tail=True)
 
 
-def _fingerprints(folder: Path) -> dict[str, Any]:
-    file = folder / "fingerprints.json"
-    try:
-        return json.loads(file.read_text())
-    except (FileNotFoundError, json.JSONDecodeError) as error:
-        kind = UserFileError if isinstance(error, FileNotFoundError) else UserValueError
-        remedy = f"delete the folder {folder}, and the data is prepared again"
-        raise kind(f"{file} of the prepared data is gone or damaged; {remedy}") from error
+class TokenizedPreparation(Preparation):
+    """Of files whose tokens others have made, which are read as they lie: there is nothing to prepare.
+
+    Validation is on the last documents, ``validation_fraction`` of them.
+    """
+
+    def run(self, cache_dir: Path, hub_cache_dir: Path | None, processes: int | None = None) -> PreparedText:
+        prepared = self.open(cache_dir)
+        assert prepared is not None
+        return prepared
+
+    def open(self, cache_dir: Path) -> PreparedText | None:
+        assert self.tokenizer is not None
+        return PreparedTokens(self, {"tokenizer": str(tokenizer_file(self.tokenizer).resolve())})
+
+
+class PreparedTokens(PreparedText):
+    """Blocks of tokens that others have made; the fingerprint is of samples of them."""
+
+    def __init__(self, preparation: Preparation, note: dict[str, Any]) -> None:
+        super().__init__(preparation, note)
+        source, length = preparation.source, preparation.sequence_length
+        stream = open_foreign(foreign_files(Path(str(source.path)).expanduser()))
+        held_out = max(1, round(stream.documents * source.validation_fraction))
+        train, validation = stream.divided(stream.documents - held_out)
+        end, size = self.tokenizer.end_of_document_id, self.tokenizer.size
+        self.fingerprint = sampled_fingerprint(train, length)
+        self.train = Blocks(train, length, end, size)
+        self.validation = Blocks(validation, length, end, size, keep_tail=True)
+
+
+def _opened(folder: Path, part: str) -> Tokens:
+    return open_shards(folder / part, f"delete the folder {folder}, and the data is prepared again")

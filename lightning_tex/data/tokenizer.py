@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,17 +52,18 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The tokens of one text, without an end of document. Safe in a forked worker."""
-        with self._encoding():
+        with self.encoding():
             return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_documents(self, texts: list[str]) -> list[list[int]]:
         """The tokens of each text, followed by the end of document; uses all cores."""
-        with self._encoding():
-            encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+        with self.encoding():
+            encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [[*encoding.ids, self.end_of_document_id] for encoding in encodings]
 
     @contextmanager
-    def _encoding(self) -> Iterator[None]:
+    def encoding(self) -> Iterator[None]:
+        """Around what encodes: a text that the tokenizer has no tokens for is told by name."""
         try:
             yield
         except Exception as error:  # tokenizers has no class for it
@@ -138,8 +139,14 @@ def _end_id(tokenizer: tokenizers.Tokenizer, wanted: str | None) -> int:
     return found[0]
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
-    """A byte-level BPE of at most ``vocab_size`` tokens, from the first ``TRAINING_BYTES`` of the texts."""
+def train_bpe(texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = ()) -> tokenizers.Tokenizer:
+    """A byte-level BPE of at most ``vocab_size`` tokens, from the first ``TRAINING_BYTES`` of the texts.
+
+    Args:
+        texts: to train on.
+        vocab_size: with the special tokens.
+        special_tokens: besides the end of a document.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -147,7 +154,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_DOCUMENT],
+        special_tokens=[END_OF_DOCUMENT, *special_tokens],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

@@ -15,7 +15,7 @@ from lightning import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_tex.data import TextDataModule
+from lightning_tex.data import TokenDataModule
 from lightning_tex.lora.merging import merged_state
 from lightning_tex.models.adapter_checkpoints import LORA, merged_weights
 from lightning_tex.models.config import DecoderConfig
@@ -131,7 +131,7 @@ class Exported:
             return {"tokenizer.json": path.read_bytes(), "tokenizer_config.json": as_json(_TOKENIZER_CONFIG)}
         if self.tokenizer is not None:
             raise UserValueError(f"tokenizer={str(self.tokenizer)!r} is no tokenizer's file, and no folder with one")
-        if isinstance(self.data, TextDataModule):
+        if isinstance(self.data, TokenDataModule):
             own = self.data.prepared.tokenizer
             end = own.tokenizer.id_to_token(own.end_of_document_id)
             return {

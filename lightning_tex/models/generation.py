@@ -120,7 +120,8 @@ def continued(
 ) -> Tensor:
     """New tokens of each prompt. Collective over all ranks; see :meth:`LanguageModel.generate`.
 
-    Ranks of the data axis may have other prompts, or none: who is done goes on with tokens of nobody until all are.
+    Ranks of the data axis may have other prompts, or none, and other options: who is done goes on with tokens of nobody
+    until all are.
 
     Args:
         decoder: in evaluation mode.
@@ -137,23 +138,23 @@ def continued(
     device = decoder.embedding.weight.device
     ranks.compare(_hash(prompts, new_tokens, sampling, stop_tokens), device)
     steps = ranks.most(new_tokens if prompts else 0)
-    own_steps = 0
+    may_stop, own_steps = bool(ranks.most(int(bool(stop_tokens)))), 0
     writing = Writing(decoder, prompts, steps)
     stops = torch.tensor(stop_tokens, dtype=torch.int64, device=device)
     going = torch.ones(len(writing.sequences), dtype=torch.bool, device=device)
     chosen: list[Tensor] = []
     shown: list[Tensor] = []
-    goes_on, ours_goes_on = steps > 0, bool(prompts)
+    goes_on, ours_goes_on = steps > 0, bool(prompts) and new_tokens > 0
     while goes_on:
         tokens = ranks.decided(sampling.choose(writing.logits(chosen, going if stop_tokens else None), len(chosen)))
         chosen.append(tokens)
         shown.append(tokens.masked_fill(~going, pad_token) if stop_tokens else tokens)
-        own_steps += ours_goes_on and own_steps < new_tokens
-        goes_on = len(chosen) < steps
-        if goes_on and stop_tokens:
+        own_steps += ours_goes_on
+        ours_goes_on = ours_goes_on and own_steps < new_tokens
+        if stop_tokens and ours_goes_on:
             going &= ~torch.isin(tokens, stops)
-            ours_goes_on = ours_goes_on and bool(going.any())
-            goes_on = ranks.most(int(ours_goes_on)) > 0
+            ours_goes_on = bool(going.any())
+        goes_on = len(chosen) < steps and (not may_stop or ranks.most(int(ours_goes_on)) > 0)
     new = torch.stack(shown, 1) if shown else torch.zeros(len(prompts), 0, dtype=torch.int64, device=device)
     return new[: len(prompts), :own_steps]
 

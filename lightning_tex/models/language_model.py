@@ -14,7 +14,7 @@ from lightning import Callback, LightningModule
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from lightning_tex.callbacks import ExpertMonitor, LateProgress, Throughput
+from lightning_tex.callbacks import ExpertMonitor, LateProgress, SourceLosses, Throughput
 from lightning_tex.data import require_token_ids
 from lightning_tex.layers import VocabParallelLinearCrossEntropy
 from lightning_tex.lora import LoRAConfig, adapter_names, apply_lora
@@ -46,8 +46,8 @@ class LanguageModel(LightningModule):
     predicted at their borders the labels say.
 
     Logs ``train_loss``, ``val_loss``, ``val_perplexity`` (nats per token and its exponential, over the tokens of all
-    ranks), and through its callbacks ``tokens_per_second``, ``tflops_per_device``, ``mfu``, ``expert_load/{layer}`` and
-    ``expert_overflow/{layer}``.
+    ranks), and through its callbacks ``val_loss/{source}`` of a mixture, ``tokens_per_second``, ``tflops_per_device``,
+    ``mfu``, ``expert_load/{layer}`` and ``expert_overflow/{layer}``.
 
     The decoder is built on the meta device in ``configure_model`` and drawn part by part as a function of (seed, name,
     global index): its full size never exists on a rank, and every layout starts from the same weights.
@@ -251,8 +251,9 @@ class LanguageModel(LightningModule):
         self.log("train_loss", mean_total / mean_count)
         return total / mean_count + auxiliary_loss(self)
 
-    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        self._evaluate(batch, self.mean_val_loss, "val")
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Logs the loss; returns its sum over the batch and the tokens it is of."""
+        return self._evaluate(batch, self.mean_val_loss, "val")
 
     def on_validation_epoch_end(self) -> None:
         self.log("val_perplexity", self.mean_val_loss.compute().exp(), sync_dist=True)
@@ -285,7 +286,7 @@ class LanguageModel(LightningModule):
             step_is_over(self)
 
     def configure_callbacks(self) -> list[Callback]:
-        own = [Throughput(), ExpertMonitor(), LateProgress(["train_loss"])]
+        own = [Throughput(), ExpertMonitor(), SourceLosses(), LateProgress(["train_loss"])]
         # Else the Trainer's of the same class would be left out.
         given = {type(callback) for callback in getattr(self._trainer, "callbacks", [])}
         return [callback for callback in own if type(callback) not in given]
@@ -345,10 +346,11 @@ class LanguageModel(LightningModule):
             new = continued(self.decoder, self.generating, prompts, new_tokens, sampling, stops, pad_token)
         return torch.cat([ids, new.to(ids)], dim=1)
 
-    def _evaluate(self, batch: Mapping[str, Tensor], metric: MeanMetric, stage: str) -> None:
+    def _evaluate(self, batch: Mapping[str, Tensor], metric: MeanMetric, stage: str) -> dict[str, Tensor]:
         total, count = self._loss_sum(batch)
         metric.update(total / count.clamp(min=1), weight=count)
         self.log(f"{stage}_loss", metric, prog_bar=True, batch_size=len(batch["labels"]))
+        return {"loss_sum": total, "tokens": count}
 
     def _loss_sum(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy over this rank's valid tokens, and their number."""

@@ -12,7 +12,7 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_tex.data import TextDataModule
+from lightning_tex.data import TokenDataModule
 from lightning_tex.data.tokenizer import vocabulary
 from lightning_tex.models.config import DecoderConfig
 from lightning_tex.models.decoder import Decoder
@@ -169,7 +169,7 @@ def require_own_tokens(module: LightningModule) -> None:
     if isinstance(size, int) and size > most:  # type: ignore[operator]
         fitting = f"data.tokenizer={str(own)!r}" if file and file.is_file() else f"a vocabulary of {most} at most"
         raise UserValueError(f"the data's tokenizer has {size} tokens, and the model {most}; legal: {fitting}")
-    if file is None or not file.is_file() or not isinstance(data, TextDataModule):
+    if file is None or not file.is_file() or not isinstance(data, TokenDataModule):
         return
     theirs = data.prepared.tokenizer.tokenizer.get_vocab(with_added_tokens=True)
     ours = vocabulary(file)

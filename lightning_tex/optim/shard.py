@@ -11,6 +11,7 @@ from lightning_tex.optim.flat import Entry, FlatBuffer
 from lightning_tex.optim.flat_sizes import batched
 from lightning_tex.optim.formats import StateFormat
 from lightning_tex.optim.gradients import Gradients
+from lightning_tex.parallel.errors import UserRuntimeError
 from lightning_tex.parallel.extent import Extent
 from lightning_tex.parallel.sharding import ParameterSharding
 
@@ -117,3 +118,22 @@ def batches(shards: Iterable[Shard]) -> Iterator[Batch]:
         for span in batched(lengths, alike[0].states.tile_size):
             complete = [shard for shard, end in zip(alike, ends, strict=True) if span.start < end <= span.stop]
             yield Batch(alike[0].group, windows[span], complete)
+
+
+def regroup(shards: Iterable[Shard], groups: Iterable[dict[str, Any]]) -> None:
+    """Let shards belong to other groups, which hold the same parameters together.
+
+    Raises:
+        RuntimeError: groups that tear apart what lies in one buffer, or leave some of it out.
+    """
+    group_of = {parameter: group for group in groups for parameter in group["params"]}
+    for shard in shards:
+        found = {id(group): group for group in (group_of.get(entry.parameter) for entry in shard.buffer.entries)}
+        group, *others = found.values()
+        if group is None or others:
+            names = ", ".join(entry.sharding.name for entry in shard.buffer.entries[:4])
+            raise UserRuntimeError(
+                f"param_groups of the optimizer were replaced by groups that part {names}, .., which lie together; "
+                "legal: groups that keep those of before together, and others beside them"
+            )
+        shard.group = group

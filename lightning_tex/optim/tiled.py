@@ -34,12 +34,12 @@ from lightning_tex.optim.gradient_reducer import ReductionStage
 from lightning_tex.optim.overlap import optimizer_pass
 from lightning_tex.optim.rounding import RoundingSeed
 from lightning_tex.optim.run_buffers import RunBuffers
-from lightning_tex.optim.shard import Piece, Shard, batches
+from lightning_tex.optim.shard import Piece, Shard, batches, regroup
 from lightning_tex.optim.skipping import Skipped, StepGuard
 from lightning_tex.optim.stand_in import StandIn
 from lightning_tex.optim.state_config import OptimizerStateConfig
 from lightning_tex.optim.walk import Walk
-from lightning_tex.parallel.errors import UserRuntimeError, UserValueError
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.sharding import ParameterSharding
 from lightning_tex.parallel.topology import Axis, Communication
 
@@ -249,20 +249,10 @@ class TiledOptimizer(StandIn):
 
     def _take_up_other_groups(self) -> None:
         self.inner.param_groups = self.param_groups
-        group_of = {parameter: group for group in self.param_groups for parameter in group["params"]}
-        for shard in self.shards:
-            parameters = [entry.parameter for entry in shard.buffer.entries]
-            groups = {id(group_of.get(parameter)): group_of.get(parameter) for parameter in parameters}
-            (group, *others) = groups.values()
-            if group is None or others:
-                names = ", ".join(self.shardings[parameter].name for parameter in parameters[:4])
-                raise UserRuntimeError(
-                    f"param_groups of the optimizer were replaced by groups that part {names}, .., which lie together; "
-                    "legal: groups that keep those of before together, and others beside them"
-                )
-            shard.group = group
+        regroup(self.shards, self.param_groups)
         laid_out = {entry.parameter for shard in self.shards for entry in shard.buffer.entries}
-        self.frozen = [parameter for parameter in group_of if parameter not in laid_out]
+        members = (parameter for group in self.param_groups for parameter in group["params"])
+        self.frozen = [parameter for parameter in members if parameter not in laid_out]
 
     # --- the step
 

@@ -31,7 +31,7 @@ class Batches(ABC):
 
 
 def token_blocks(vocab_size: int, samples: int, length: int, documents: bool = False) -> dict[str, Tensor]:
-    """Blocks of made-up tokens, as a :class:`TextDataModule` gives them, each of one document or of two.
+    """Blocks of made-up tokens, as a :class:`TokenDataModule` gives them, each of one document or of two.
 
     Of two the first has one token: what is kept of several documents is most where one of them is long.
     """

@@ -8,13 +8,13 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_tex.data import TextDataModule
+from lightning_tex.data import TokenDataModule
 from lightning_tex.data.order import Share
 from lightning_tex.planner.batches import token_blocks
 
 
 class MadeUpBlocks(LightningDataModule):
-    """Blocks of made-up tokens, as many and as long as :class:`TextDataModule` gives.
+    """Blocks of made-up tokens, as many and as long as :class:`TokenDataModule` gives.
 
     Args:
         vocab_size: tokens are below it.
@@ -27,7 +27,7 @@ class MadeUpBlocks(LightningDataModule):
         self.vocab_size, self.sequence_length, self.global_batch_size = vocab_size, sequence_length, global_batch_size
 
     @classmethod
-    def like(cls, data: TextDataModule) -> MadeUpBlocks:
+    def like(cls, data: TokenDataModule) -> MadeUpBlocks:
         """Those of a data module, whose data need not be there."""
         return cls(data.vocab_size, data.sequence_length, data.global_batch_size)
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_tex.data import TextDataModule
+from lightning_tex.data import TokenDataModule
 from lightning_tex.parallel.activation_checkpointing import stash, stash_bytes
 from lightning_tex.parallel.byte_meter import Sent
 from lightning_tex.parallel.errors import UserValueError
@@ -85,7 +85,7 @@ def trace(
 
     Everything that runs is what trains: LightningCLI's model and Trainer, the strategy, its collectives and optimizer;
     they run on CPU kernels. Only floating-point tensors have no contents, and the process group is torch's fake
-    one, so that neither memory nor other processes are needed. A :class:`TextDataModule` gives blocks of made-up
+    one, so that neither memory nor other processes are needed. A :class:`TokenDataModule` gives blocks of made-up
     tokens; another data module gives its own first batches.
 
     What depends on values is assumed: routers spread their choices evenly (but for ``imbalance``), gradients are
@@ -101,7 +101,7 @@ def trace(
             at most all of them.
         device: the one that is pretended, where the package tells devices apart: how gradients are reduced, how large
             an optimizer tile is. ``None``: those of GPUs, unless the recipe's accelerator is ``cpu``.
-        own_data: take a :class:`TextDataModule`'s own batches, too, which needs its data.
+        own_data: take a :class:`TokenDataModule`'s own batches, too, which needs its data.
 
     Raises:
         ValueError: a layout, rank or model that is not legal, or an imbalance that is not positive.
@@ -124,7 +124,7 @@ def trace(
         reader = _Reader(tracker, routing)
         fit.trainer.callbacks.append(reader)  # type: ignore[attr-defined]
         data = fit.datamodule
-        if isinstance(data, TextDataModule) and not own_data:
+        if isinstance(data, TokenDataModule) and not own_data:
             data = MadeUpBlocks.like(data)
         patch_trainer(fit.trainer)
         fit.trainer.fit(fit.model, data)

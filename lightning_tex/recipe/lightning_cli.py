@@ -21,7 +21,8 @@ from lightning_utilities import module_available
 from lightning_tex.data import TextDataModule
 from lightning_tex.models import LanguageModel
 from lightning_tex.optim import optimized_parameters
-from lightning_tex.parallel.errors import UserError, UserValueError
+from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.recipe.instantiation import data_alone, own_words
 from lightning_tex.recipe.option_parser import OptionParser
 from lightning_tex.strategy import TexMoEStrategy
 from lightning_tex.strategy.ckpt_path import AUTO
@@ -82,17 +83,11 @@ class TexCLI(LightningCLI):
         _name_publicly(config)
         sizes = config.get("model.init_args.config")
         if config.get("data") and isinstance(sizes, Namespace) and "vocab_size" in sizes:
-            parser = LightningArgumentParser()
-            parser.add_lightning_class_args(self._datamodule_class, "data", subclass_mode=True)
-            data = parser.instantiate_classes(Namespace(data=config.data)).data
+            data = data_alone(config, self._datamodule_class)
             sizes.vocab_size = getattr(data, "vocab_size", sizes.vocab_size)
             self.parser.add_instantiator(lambda *_, **__: data, LightningDataModule, prepend=True)
-        try:
+        with own_words():
             super().instantiate_classes()
-        except ValueError as error:
-            if (own := _raised_by_a_class(error)) is None:
-                raise
-            raise own from None
 
     def before_fit(self) -> None:
         """Refuse what only our strategy knows."""
@@ -123,13 +118,6 @@ class TexCLI(LightningCLI):
         configure = partial(_configure_optimizers, optimizer=optimizer, scheduler=scheduler)
         update_wrapper(configure, _configure_optimizers)  # Lightning tells by the name whether a hook is overridden
         self.model.configure_optimizers = MethodType(configure, self.model)
-
-
-def _raised_by_a_class(error: BaseException | None) -> UserError | None:
-    """What the user can put right, out of jsonargparse's list of all that a value is not."""
-    while error is not None and not isinstance(error, UserError):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 def _name_publicly(config: Namespace) -> None:

@@ -11,9 +11,11 @@ from copy import deepcopy
 from typing import Any
 
 from jsonargparse import Namespace
+from lightning import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.recipe.instantiation import data_alone
 from lightning_tex.recipe.lightning_cli import DEFAULTS, TexCLI, public_path
 from lightning_tex.strategy import TexMoEStrategy
 
@@ -99,6 +101,13 @@ class Recipe:
     def accelerator(self) -> str:
         """The Trainer's, by name."""
         return str(self._config.trainer.accelerator)
+
+    def datamodule(self) -> LightningDataModule | None:
+        """The recipe's data alone, without its model; None: the model has its own."""
+        if not self._config.get("data"):
+            return None
+        data: LightningDataModule = data_alone(self.config)
+        return data
 
     def instantiate(self, strategy: Mapping[str, Any], trainer: Mapping[str, Any]) -> TexCLI:
         """Model, data and Trainer, with a TexMoEStrategy.

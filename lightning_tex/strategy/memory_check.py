@@ -9,7 +9,7 @@ from lightning import LightningModule
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
-from lightning_tex.data import TextDataModule
+from lightning_tex.data import TokenDataModule
 from lightning_tex.optim import OptimizerStateConfig
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.precision import PRECISIONS
@@ -140,7 +140,7 @@ def _job(module: LightningModule, layout: Layout, precision: str, policy: set[ty
         if model.declared:
             return job
     try:
-        if isinstance(data, TextDataModule):
+        if isinstance(data, TokenDataModule):
             batches: Batches = TokenBlocks(data.vocab_size, data.document_mask)
         else:
             loader = _train_loader(module)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from time import monotonic
 
 from lightning import Trainer
 from lightning.pytorch.callbacks import Timer
@@ -23,17 +24,17 @@ class TimeLimits:
         self._trainer = trainer
         end = os.environ.get("SLURM_JOB_END_TIME", "")
         self._end = float(end) if end.isdigit() else None
-        self._step_began = self._asked = time.monotonic()
+        self._step_began = self._asked = monotonic()
         self._step = self._save = 0.0
         self.reached = False
 
     def step_begins(self) -> None:
         """The first batch of an optimizer step begins."""
-        self._step_began = time.monotonic()
+        self._step_began = monotonic()
 
     def batch_ended(self) -> None:
         """A batch is done, the last one of a step or not."""
-        self._step = time.monotonic() - self._step_began
+        self._step = monotonic() - self._step_began
 
     def save_took(self, seconds: float) -> None:
         """A save, in seconds."""
@@ -45,7 +46,7 @@ class TimeLimits:
         Until then it may be as long as the last step took, or as it was since this was asked last. Never before the
         run's first step.
         """
-        now = time.monotonic()
+        now = monotonic()
         since, self._asked = now - self._asked, now
         if self.reached or not self._step or not self._trainer.fit_loop._can_stop_early:
             return False

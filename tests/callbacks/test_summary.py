@@ -9,15 +9,18 @@ import warnings
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
 from helpers.checkpoint_runs import BATCH, Data, Model, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import Precision
 
 import lightning_tex as tex
 from lightning_tex.callbacks import RunSummary
+from lightning_tex.models import DecoderConfig
 from lightning_tex.testing.ranks import run_ranks
 
 
@@ -84,3 +87,13 @@ def test_nothing_is_said_where_this_run_saved_no_whole_state(
     resumes: tuple[Path, dict[str, str | None]], case: str
 ) -> None:
     assert resumes[1][case] is None
+
+
+@pytest.mark.parametrize(("router", "sample"), [("softmax", "10 tokens"), ("forced_balance", "none: decoder.blocks.0")])
+def test_a_sample_has_as_many_tokens_as_positions_or_says_why_there_is_none(router: str, sample: str) -> None:
+    sizes = {"max_sequence_length": 10, "num_experts": 2, "moe_every": 1, "hidden_dim": 8, "router": router}
+    module = tex.LanguageModel(DecoderConfig(61, 8, 1, 2, **sizes))
+    module.configure_model()
+    data = SimpleNamespace(encode=lambda text: [1, 2, 3], decode=lambda ids: f"{len(ids)} tokens")
+    of_trainer: Any = SimpleNamespace(datamodule=data, precision_plugin=Precision())
+    assert RunSummary()._sample(of_trainer, module).startswith(sample)

@@ -125,7 +125,7 @@ def _ending(folder: Path, recipe: Path, *options: str) -> tuple[object, list[str
         ("--model.config.num_expert", "--model.config.num_expert; nearest: --model.config.num_experts"),
         ("--model.init_args.config.num_expert", "--model.config.num_expert; nearest: --model.config.num_experts"),
         ("--data.pat", "--data.pat; nearest: --data.path"),
-        ("--colour", "--colour"),
+        ("--whim", "--whim"),
     ],
 )
 def test_an_option_that_does_not_exist_is_told_with_the_nearest(recipe, capsys, option, told):
@@ -183,6 +183,8 @@ def test_help_lists_every_command(capsys):
         "plan --trace",
         "bench",
         "checkpoint",
+        "prepare",
+        "data",
         "export",
         "upcycle",
         "verify",
@@ -212,7 +214,7 @@ def test_an_unknown_command_is_told_with_the_nearest_of_all(words, told, capsys)
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert end.value.code == 2
     assert line.startswith(f"error: {told}") and line.endswith(
-        "plan, plan --trace, bench, checkpoint, export, upcycle, verify, replay"
+        "plan, plan --trace, prepare, data, bench, checkpoint, export, upcycle, verify, replay"
     )
 
 

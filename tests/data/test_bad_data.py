@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_tex.data import TextDataModule
+from lightning_tex.data.packing import Blocks
 from lightning_tex.data.prepared import Prepared
 from lightning_tex.errors import UserError
 from lightning_tex.testing.ranks import RanksFailed
@@ -164,58 +166,33 @@ def overwrite(file: Path, at: int, content: bytes) -> None:
         opened.write(content)
 
 
-def damaged_ids(file: Path, token: int, rows: slice = slice(1)) -> None:
-    """Put a token that no tokenizer has into place 3 of some rows; the size of the file stays that written down."""
-    table = pyarrow.ipc.open_stream(file.read_bytes()).read_all()
-    width = table["tokens"].type.list_size
-    values = table["tokens"].combine_chunks().values.to_numpy().reshape(-1, width).copy()
-    values[rows, 3] = token
-    tokens = pyarrow.FixedSizeListArray.from_arrays(values.ravel(), width)
-    with pyarrow.OSFile(str(file), "wb") as out, pyarrow.ipc.new_stream(out, table.schema) as writer:
-        writer.write_table(pyarrow.table({"tokens": tokens}, schema=table.schema))
-    note = file.parent / "fingerprints.json"
-    prints = json.loads(note.read_text())
-    prints["bytes"][file.stem] = file.stat().st_size
-    note.write_text(json.dumps(prints))
+def file_of(samples: Any) -> Path:
+    assert isinstance(samples, Blocks)
+    return samples.stream.files[0].path
 
 
 def test_prepared_data_cut_short(corpus: Path, prepared: Prepared) -> None:
-    assert prepared.train is not None
-    file = prepared.train.file
+    file = file_of(prepared.train)
     whole = file.stat().st_size
-    os.truncate(file, whole - 8)  # the end of the stream only: Arrow itself would not notice
+    os.truncate(file, whole - 8)
     text = refused(lambda: data_of(corpus))
-    assert f"{file} of the prepared data has {whole - 8} bytes and was written with {whole}; delete the folder" in text
+    assert f"{file} has {whole - 8} bytes and was written with {whole}; delete the folder {file.parents[1]}" in text
 
 
-def test_prepared_data_that_is_no_arrow(corpus: Path, prepared: Prepared) -> None:
-    assert prepared.train is not None
-    overwrite(prepared.train.file, 0, b"\0" * 64)
-    text = refused(lambda: data_of(corpus))
-    assert f"{prepared.train.file} of the prepared data is damaged" in text
-    assert f"delete the folder {prepared.train.file.parent}" in text
+def test_prepared_data_whose_list_is_damaged(corpus: Path, prepared: Prepared) -> None:
+    file = file_of(prepared.train).with_name("shards.json")
+    overwrite(file, 0, b"\0" * 8)
+    assert f"{file} is gone or damaged; delete the folder {file.parents[1]}" in refused(lambda: data_of(corpus))
 
 
-@pytest.mark.parametrize("name", ["validation.arrow", "fingerprints.json"])
+@pytest.mark.parametrize("name", ["00000.tokens", "shards.json"])
 def test_prepared_data_that_is_gone(corpus: Path, prepared: Prepared, name: str) -> None:
-    assert prepared.train is not None
-    folder = prepared.train.file.parent
-    (folder / name).unlink()
+    file = file_of(prepared.validation).with_name(name)
+    file.unlink()
     text = refused(lambda: data_of(corpus))
-    assert re.search(f"{folder}/{name} of the prepared data is gone.*; delete the folder {folder}", text)
-    for file in folder.iterdir():
-        file.unlink()
-    folder.rmdir()
+    assert re.search(f"{file} is gone.*; delete the folder {file.parents[1]}", text)
+    shutil.rmtree(file.parents[1])
     read(data_of(corpus))  # as the message promises
-
-
-def test_prepared_data_of_an_earlier_version(corpus: Path, prepared: Prepared) -> None:
-    assert prepared.train is not None
-    file = prepared.train.file.parent / "fingerprints.json"
-    prints = json.loads(file.read_text())
-    del prints["bytes"]
-    file.write_text(json.dumps(prints))
-    read(data_of(corpus))
 
 
 def test_a_note_cut_short_is_written_again(corpus: Path, prepared: Prepared) -> None:
@@ -227,12 +204,11 @@ def test_a_note_cut_short_is_written_again(corpus: Path, prepared: Prepared) -> 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_prepared_ids_beyond_the_vocabulary(corpus: Path, prepared: Prepared, workers: int) -> None:
-    assert prepared.train is not None and prepared.validation is not None
-    file = prepared.validation.file
-    damaged_ids(file, 70_000)
+    file = file_of(prepared.validation)
+    overwrite(file, 6, b"\xff\xff")
     text = refused(lambda: data_of(corpus, num_workers=workers))
     size = prepared.tokenizer.size
-    assert f"{file} of the prepared data has 70000 in row 0, place 3, and its tokenizer has {size} tokens" in text
+    assert f"{file} has 65535 as token 3 of its stream, and the tokenizer has {size} tokens" in text
 
 
 # --- workers
@@ -292,7 +268,7 @@ class Tokens(PublicNames):
 
 
 def test_what_a_worker_refuses_is_one_line_on_every_rank(corpus: Path, prepared: Prepared) -> None:
-    assert prepared.train is not None
-    damaged_ids(prepared.train.file, -7, rows=slice(None))
+    file = file_of(prepared.train)
+    overwrite(file, 0, b"\xff" * file.stat().st_size)
     for rank, text in enumerate(on_ranks(2, fit_damaged, corpus)):
-        assert re.fullmatch(rf"rank {rank}: {prepared.train.file} of the prepared data has -7 in row \d+, .*", text)
+        assert re.fullmatch(rf"rank {rank}: {file} has 65535 as token \d+ of its stream, .*", text)

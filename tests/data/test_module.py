@@ -1,4 +1,5 @@
 import functools
+import hashlib
 import json
 import multiprocessing
 import os
@@ -52,8 +53,25 @@ def test_two_processes_prepare_at_the_same_time(make, tmp_path):
     in_processes(3, prepare)
     first, *others = [(tmp_path / f"{rank}.json").read_text() for rank in range(3)]
     assert others == [first] * 2
-    for kind in ("blocks", "tokenizers"):
+    for kind in ("tokens", "tokenizers"):
         assert len(list((tmp_path / "cache" / kind).iterdir())) == 1  # one result, and no drafts left over
+
+
+def digest(loader):
+    """Of all that a loader gives."""
+    batches = [batch[name].numpy().tobytes() for batch in loader for name in sorted(batch)]
+    return hashlib.blake2b(b"".join(batches), digest_size=8).hexdigest()
+
+
+def test_what_was_served_once_is_served_for_ever(tmp_path):
+    """Checkpoints of earlier versions go on with what they would have read."""
+    file = tmp_path / "corpus.jsonl"
+    file.write_text(
+        "".join(json.dumps({"text": f"Document {i} says {i * i} " * (i % 7 + 1)}) + "\n" for i in range(60))
+    )
+    data = TextDataModule(str(file), vocab_size=300, sequence_length=32, cache_dir=str(tmp_path / "cache"))
+    assert data.prepared.fingerprint == "a4e73a70f44fc489bba19bd38dff69d7"
+    assert (digest(data.train_dataloader()), digest(data.val_dataloader())) == ("a4a5b3fade3706fa", "d98846ae07ba9496")
 
 
 def test_preparing_once_is_enough(make, monkeypatch, tmp_path):

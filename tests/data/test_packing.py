@@ -5,8 +5,9 @@ from helpers.cases import case
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_tex.data.packing import IGNORE_INDEX, Packer
+from lightning_tex.data.packing import IGNORE_INDEX, Packer, stream_fingerprint
 from lightning_tex.data.tokenizer import END_OF_DOCUMENT, TextTokenizer, train_bpe
+from lightning_tex.data.tokens.store import list_shards, open_shards, shard_path, token_dtype, write_shard
 
 pieces = st.lists(st.lists(st.integers(0, 999), max_size=30), max_size=10)
 
@@ -23,16 +24,23 @@ def test_packing_against_a_plain_loop(pieces, length):
     assert blocks == expected
 
 
-@given(pieces=pieces, length=st.integers(1, 12))
-def test_fingerprint_depends_on_the_stream_alone(pieces, length):
-    whole, parts = Packer(length), Packer(length)
-    whole.push([token for piece in pieces for token in piece])
-    for piece in pieces:
-        parts.push(piece)
-    assert whole.fingerprint() == parts.fingerprint()
-    assert Packer(length + 1).fingerprint() != Packer(length).fingerprint()
-    parts.push([1])
-    assert whole.fingerprint() != parts.fingerprint()
+def stored(folder, pieces):
+    """Pieces as shards of a document each."""
+    for number, piece in enumerate(pieces):
+        tokens = np.array(piece, token_dtype(1000))
+        write_shard(shard_path(folder, number), tokens, np.array([len(tokens)]), None, {})
+    list_shards(folder, len(pieces))
+    return open_shards(folder, "")
+
+
+def test_fingerprint_depends_on_the_stream_alone(tmp_path):
+    streams = [[[1, 2, 3], [], [4, 500]], [[1, 2], [3, 4, 500]], [[1, 2, 3, 4, 500, 1]]]
+    folders = [tmp_path / str(i) for i in range(3)]
+    for folder in folders:
+        folder.mkdir()
+    whole, parts, more = (stored(folder, stream) for folder, stream in zip(folders, streams, strict=True))
+    assert stream_fingerprint(whole, 4) == stream_fingerprint(parts, 4)
+    assert len({stream_fingerprint(whole, 4), stream_fingerprint(whole, 5), stream_fingerprint(more, 4)}) == 3
 
 
 def test_batches_hold_the_stream(make):

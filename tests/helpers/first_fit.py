@@ -20,7 +20,12 @@ def fit_once() -> None:
     """Take a step under both strategies, in a pretended process group: a true one has threads, which forks break."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     try:
-        with unadvised(), warnings.catch_warnings(action="ignore"), patch.dict(os.environ), torch.random.fork_rng():
+        with (
+            unadvised(),
+            warnings.catch_warnings(action="ignore"),
+            patch.dict(os.environ),
+            torch.random.fork_rng(devices=[]),
+        ):
             for strategy in ("auto", TexMoEStrategy()):
                 trainer = quiet(devices=1, strategy=strategy, max_epochs=1, precision="64-true")
                 trainer.fit(PublicNames(), loader(batches(1)))

@@ -23,18 +23,22 @@ FORMATS = {
 BLOCK = (16, 24)
 
 
-def quantised(kind: str, folder: Path, **options: Any) -> Path:
-    """A folder whose ``projections`` are quantised, beside ``folder, plain``: what they are, in fp32, by definition."""
+def quantised(kind: str, folder: Path, block: tuple[int, int] = BLOCK, **options: Any) -> Path:
+    """A folder whose projections are quantised, beside ``folder, plain``: what they are, in fp32, by definition.
+
+    ``block`` is of fp8.
+    """
     case, sizes = FORMATS[kind]
-    publish(case, folder, torch.bfloat16, shard="1GB", **sizes, **options)
+    publish(case, folder, torch.bfloat16, shard="1GB", **{**sizes, **options})
     content = tensors(folder)
-    plain, packed = _FORMS[kind](content)
+    plain, packed = _fp8(content, block) if kind == "fp8" else _mxfp4(content)
     for place, weights in ((folder, packed), (folder.with_name(f"{folder.name}, plain"), plain)):
         place.mkdir(exist_ok=True)
         _write(place, weights)
     text = (folder / "config.json").read_text()
     (folder.with_name(f"{folder.name}, plain") / "config.json").write_text(text)
-    changed_config(folder, lambda config: config.update(quantization_config=_CONFIGS[kind]))
+    given = _CONFIGS[kind] | ({"weight_block_size": list(block)} if kind == "fp8" else {})
+    changed_config(folder, lambda config: config.update(quantization_config=given))
     return folder
 
 
@@ -49,16 +53,16 @@ def _write(folder: Path, weights: dict[str, Tensor]) -> None:
     (folder / INDEX).write_text(json.dumps(index))
 
 
-def _fp8(content: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _fp8(content: dict[str, Tensor], block: tuple[int, int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     plain, packed = dict(content), dict(content)
     for name, weight in content.items():
         if "_proj" not in name or weight.dim() != 2:
             continue
-        grid = tuple(-(-size // of) for size, of in zip(weight.shape, BLOCK, strict=True))
+        grid = tuple(-(-size // of) for size, of in zip(weight.shape, block, strict=True))
         scales = torch.rand(grid) + 0.01
         packed[name] = (weight.float() * 100).to(torch.float8_e4m3fn)
         packed[f"{name}_scale_inv"] = scales
-        plain[name] = plain_fp8(packed[name], scales, BLOCK)
+        plain[name] = plain_fp8(packed[name], scales, block)
     return plain, packed
 
 
@@ -76,9 +80,8 @@ def _mxfp4(content: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Ten
     return plain, packed
 
 
-_FORMS = {"fp8": _fp8, "mxfp4": _mxfp4}
 _CONFIGS = {
-    "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": list(BLOCK)},
+    "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3"},
     "mxfp4": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
 }
 

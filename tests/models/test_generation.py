@@ -62,7 +62,7 @@ def test_the_most_likely_tokens_are_those_of_transformers(case: str, published: 
 
 
 def on_a_layout(folder: Path, layout: dict[str, Any]) -> Any:
-    """What each data rank writes of its own prompts, and what all write of the same; tokens that stop are rare."""
+    """What each data rank writes of its own prompts, with options of its own, and what all write of the same."""
     module = LanguageModel.from_pretrained(folder)
     trainer = quiet(devices=4, strategy=TexMoEStrategy(**layout), limit_predict_batches=0)
     trainer.predict(module, torch.utils.data.DataLoader([0]))
@@ -70,7 +70,8 @@ def on_a_layout(folder: Path, layout: dict[str, Any]) -> Any:
     data = trainer.strategy.topology.data
     own = slice(data.rank, 3, data.size)  # with 4 data ranks the last has none
     kept = mask[own].any(0)
-    alone = module.generate(ids[own][:, kept], NEW, temperature=0, attention_mask=mask[own][:, kept], stop_tokens=STOP)
+    options = {"attention_mask": mask[own][:, kept], "stop_tokens": () if data.rank else STOP}
+    alone = module.generate(ids[own][:, kept], NEW - data.rank, temperature=0, **options)
     drawn = module.generate(ids, NEW, seed=3, attention_mask=mask, top_k=20, top_p=0.9)
     return alone[:, kept.sum() :], drawn[:, ids.shape[1] :], data.rank
 
@@ -113,7 +114,7 @@ def test_a_layout_writes_what_one_process_does(
     for own, shared, rank in written[case, layout]:
         assert torch.equal(shared, drawn)
         rows = range(rank, 3, size)
-        expected = [until_a_stop(likely[row]) for row in rows]
+        expected = [likely[row][: NEW - rank] if rank else until_a_stop(likely[row]) for row in rows]
         assert own.shape == (len(expected), max((len(row) for row in expected), default=0))
         for row, wanted in zip(own, expected, strict=True):
             assert torch.equal(row[: len(wanted)], wanted) and bool((row[len(wanted) :] == STOP[0]).all())
@@ -305,9 +306,12 @@ def test_refused_by_name(arguments: Any, options: Any, words: str) -> None:
         small().generate(*arguments, **options)
 
 
-def test_a_router_that_needs_a_batch_is_refused_by_name() -> None:
-    module = small(num_experts=4, router="forced_balance")
-    with pytest.raises(ValueError, match=r"blocks.1.mlp.router is a ForcedBalanceRouter.* legal: .*'softmax'"):
+@pytest.mark.parametrize(
+    ("router", "kind"), [("forced_balance", "ForcedBalanceRouter"), ("expert_choice", "ExpertChoiceRouter")]
+)
+def test_a_router_that_needs_a_batch_is_refused_by_name(router: str, kind: str) -> None:
+    module = small(num_experts=4, router=router)
+    with pytest.raises(ValueError, match=rf"blocks.1.mlp.router is a {kind}.* legal: .*'softmax'"):
         module.generate(torch.arange(3)[None], 1)
 
 

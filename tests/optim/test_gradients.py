@@ -5,6 +5,7 @@ import torch
 from helpers.backwards import announced_backward
 from helpers.cases import case, in_full
 from helpers.optimizer_on_ranks import KINDS, LAYOUTS, Pair, made
+from helpers.ranks import together
 from torch import nn
 
 from lightning_tex.optim.gradients import FullGradients, ShardedGradients
@@ -77,9 +78,8 @@ def whole_gradients(stage):
             pair.compare()
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_whole_gradients_can_be_looked_at_and_changed_before_the_step(stage):
-    run_ranks(4, whole_gradients, stage)
+def test_whole_gradients_can_be_looked_at_and_changed_before_the_step():
+    together(4, {stage: (whole_gradients, stage) for stage in (0, 1, 2)})
 
 
 def looked_at(limit):
@@ -100,9 +100,8 @@ def looked_at(limit):
 
 
 def test_gradients_that_are_shown_keep_their_precision_under_zero_2():
-    for limit in (None, 1e-2):
-        with case(limit=limit):
-            assert run_ranks(4, looked_at, limit) == [True] * 4
+    for limit, same in together(4, {limit: (looked_at, limit) for limit in (None, 1e-2)}).items():
+        assert same == [True] * 4, limit
 
 
 def what_is_held(stage):
@@ -129,9 +128,9 @@ def what_is_held(stage):
 
 
 def test_what_each_stage_keeps():
-    for stage in (0, 1, 2):
+    for stage, ranks in together(4, {stage: (what_is_held, stage) for stage in (0, 1, 2)}).items():
         with case(stage=stage):
-            for kept, gradients, share in run_ranks(4, what_is_held, stage):
+            for kept, gradients, share in ranks:
                 assert set(kept) == {stage < 2}
                 assert set(gradients) == {torch.float32 if stage == 2 else torch.bfloat16}, "accumulated in"
                 assert share == 1 if stage == 0 else share <= 0.5
@@ -150,10 +149,9 @@ def dtypes_of_accumulation(stage):
 
 
 def test_micro_batches_accumulate_in_the_parameters_dtype_or_under_zero_2_in_fp32():
-    for stage, expected in ((0, 1.0), (1, 1.0), (2, 1 + 32 * 2**-9)):
-        with case(stage=stage):
-            for found in run_ranks(4, dtypes_of_accumulation, stage):
-                assert max(found) == expected
+    expected = {0: 1.0, 1: 1.0, 2: 1 + 32 * 2**-9}
+    for stage, ranks in together(4, {stage: (dtypes_of_accumulation, stage) for stage in expected}).items():
+        assert [max(found) for found in ranks] == [expected[stage]] * 4, stage
 
 
 def raw_backward_after_a_reduced_one():
@@ -180,9 +178,7 @@ def without_hooks(stage):
 
 
 def test_gradients_set_by_hand():
-    for stage in (0, 1):
-        with case(stage=stage):
-            run_ranks(4, without_hooks, stage)
+    together(4, {stage: (without_hooks, stage) for stage in (0, 1)})
 
 
 # --- formats on every layout
@@ -241,9 +237,9 @@ def large_fp16_gradients(stage):
     return all(bool(p.isfinite().all()) for p in pair.parted.parameters())
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_fp16_gradients_are_averaged_where_their_sum_is_no_fp16_number(stage):
-    assert run_ranks(3, large_fp16_gradients, stage) == [True] * 3
+def test_fp16_gradients_are_averaged_where_their_sum_is_no_fp16_number():
+    finite = together(3, {stage: (large_fp16_gradients, stage) for stage in (0, 1, 2)})
+    assert finite == {stage: [True] * 3 for stage in (0, 1, 2)}
 
 
 # --- what is not finite
@@ -270,14 +266,14 @@ def bad_gradient(where, guard):
     return skipped
 
 
-@pytest.mark.parametrize("where", ["norm.weight", "moe.experts.up", "embedding.weight"])
-def test_a_gradient_that_is_not_finite_skips_the_step_on_all_ranks(where):
-    for skipped in run_ranks(4, bad_gradient, where, 3):
-        assert skipped == [(True, 1, 1), (True, 2, 2), (False, 2, 0)]
+def test_a_gradient_that_is_not_finite_skips_the_step_on_all_ranks():
+    places = "norm.weight", "moe.experts.up", "embedding.weight"
+    for where, ranks in together(4, {where: (bad_gradient, where, 3) for where in places}).items():
+        assert ranks == [[(True, 1, 1), (True, 2, 2), (False, 2, 0)]] * 4, where
 
 
-@pytest.mark.parametrize("where", ["norm.weight", "moe.experts.up"])
-def test_too_many_in_a_row_are_an_error_that_names_the_parameter(where):
-    messages = run_ranks(4, bad_gradient, where, 2)
-    assert len(set(messages)) == 1
-    assert f"the gradient of {where} (rank " in messages[0] and "last 2 steps" in messages[0]
+def test_too_many_in_a_row_are_an_error_that_names_the_parameter():
+    places = "norm.weight", "moe.experts.up"
+    for where, messages in together(4, {where: (bad_gradient, where, 2) for where in places}).items():
+        assert len(set(messages)) == 1
+        assert f"the gradient of {where} (rank " in messages[0] and "last 2 steps" in messages[0]

@@ -114,6 +114,23 @@ def _by_transformers(kind: str, name: str, stored: dict[str, Tensor]) -> Tensor 
     return finegrained_fp8.Fp8Dequantize(None)._dequantize_one(values, scales, torch.float32)
 
 
+@formats
+@torch.no_grad()
+def test_logits_are_those_of_transformers_that_multiplies_out_what_it_reads(kind, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    # It takes whole blocks alone.
+    sizes = {"block": (2, 2), "q_lora_rank": 8} if kind == "fp8" else {}
+    folder = quantised(kind, tmp_path / kind, **sizes)
+    made = {"fp8": transformers.FineGrainedFP8Config, "mxfp4": transformers.Mxfp4Config}[kind](dequantize=True)
+    options = {"dtype": torch.float32, "attn_implementation": "eager", "experts_implementation": "eager"}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=made, **options)
+    ours = LanguageModel.from_pretrained(folder)
+    ours.configure_model()
+    ids = token_ids(2)[:, :-1]
+    expected = theirs(ids).logits
+    assert (ours(ids) - expected).norm() < 1e-5 * expected.norm()
+
+
 # --- in a model
 
 LAYOUTS: dict[str, dict[str, Any]] = {

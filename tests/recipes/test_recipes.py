@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny_recipe
+from helpers.chats import chat, write_lines
 from helpers.published_folders import loaded, publish, tensors
 
 from lightning_tex import cli
@@ -19,7 +20,7 @@ from lightning_tex.recipe import TexCLI
 from lightning_tex.testing.ranks import run_ranks
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-PUBLISHED = ("finetune.yaml", "finetune_lora.yaml")
+PUBLISHED = ("finetune.yaml", "finetune_lora.yaml", "sft.yaml")
 
 
 def _is_here(recipe: Path) -> bool:
@@ -81,7 +82,8 @@ def test_own_module_trains_the_same_in_one_process_and_on_four(tmp_path):
     assert parallel == pytest.approx(alone, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", [pytest.param(PUBLISHED[0], marks=pytest.mark.full), PUBLISHED[1]])
+@pytest.mark.full  # by default a recipe of test_published_recipes.py goes the same way
+@pytest.mark.parametrize("name", ["finetune.yaml", "finetune_lora.yaml"])
 def test_a_published_model_is_fine_tuned_and_exported_to_a_folder_that_transformers_loads(name, tmp_path):
     transformers = pytest.importorskip("transformers")
     place, text = published_at(tmp_path), tmp_path / "text"
@@ -98,6 +100,20 @@ def test_a_published_model_is_fine_tuned_and_exported_to_a_folder_that_transform
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     ids = torch.tensor([tokenizer.encode("some words")])
     assert torch.isfinite(loaded(tmp_path / "out")(ids).logits).all()
+
+
+@pytest.mark.full
+def test_conversations_are_fine_tuned_on(tmp_path):
+    """Of a file of one's own, with the answers' loss in the logs."""
+    published_at(tmp_path)
+    write_lines(tmp_path / "chats.jsonl", [{"messages": chat(f"some words {i}?", f"others {i}")} for i in range(90)])
+    short = ["--data.sequence_length", "128", "--model.init_args.overrides.max_sequence_length", "128"]
+    short += ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "3"]
+    run_ranks(4, tiny_recipe.fit, tmp_path, RECIPES / "sft.yaml", *short, "--data.num_proc", "1")
+    with next(tmp_path.rglob("metrics.csv")).open() as file:
+        rows = list(csv.DictReader(file))
+    assert sum(bool(row["train_loss"]) for row in rows) == 3 and any(row["val_loss"] for row in rows)
+    assert (tmp_path / "runs/sft/checkpoints/last.ckpt").exists()
 
 
 def published_at(folder: Path) -> Path:

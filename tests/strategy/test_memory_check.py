@@ -10,7 +10,7 @@ import lightning as L
 import pytest
 import torch
 from helpers.own_modules import TwoKinds, regression
-from helpers.ranks import on_ranks
+from helpers.ranks import on_ranks, together
 from helpers.trainers import quiet
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -65,9 +65,8 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
 
 
 def test_what_fits_trains_and_the_check_can_be_left_out() -> None:
-    assert on_ranks(2, fit, 1 << 30, {}) == ["trained"] * 2
-    assert on_ranks(2, fit, 1000, {"check_memory": False}) == ["trained"] * 2
-    assert on_ranks(2, fit, None, {}) == ["trained"] * 2, "on CPU nothing is checked"
+    cases = {"fits": (fit, 1 << 30, {}), "left out": (fit, 1000, {"check_memory": False}), "on CPU": (fit, None, {})}
+    assert together(2, cases) == dict.fromkeys(cases, ["trained"] * 2)
 
 
 def test_nothing_fits() -> None:

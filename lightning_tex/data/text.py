@@ -1,0 +1,228 @@
+"""``TextDataModule``: documents -> tokens -> blocks -> batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_tex.data.corpus import Source
+from lightning_tex.data.loader import ResumableLoader
+from lightning_tex.data.module import TokenDataModule
+from lightning_tex.data.order import Share
+from lightning_tex.data.packing import Batch, Blocks, StreamedBlocks, by_document, unigram_loss
+from lightning_tex.data.prepared import Preparation, TokenizedPreparation
+from lightning_tex.data.tokenizer import SMALLEST_VOCABULARY, TextTokenizer, is_hub_name
+from lightning_tex.data.tokens.foreign import foreign_files
+from lightning_tex.parallel.errors import UserValueError
+
+DEFAULT_VOCABULARY = 4096
+
+
+class TextDataModule(TokenDataModule):
+    """Text for language models: loads, tokenises and packs it once a node, then serves batches that resume exactly.
+
+    A batch is a dict of int64 tensors: ``input_ids [b, S]``, ``labels [b, S]`` (shifted already: ``labels[:, t]``
+    follows ``input_ids[:, t]``; -100 is padding) and ``sample [b]`` (index of the block; -1 in rows of padding), with
+    S = sequence_length and b = global_batch_size / data ranks.
+
+    Documents, each followed by an end-of-document token, form one stream that is cut into blocks of S + 1 tokens
+    overlapping by one: every token is predicted once. Which samples a micro-step holds depends on ``seed``, epoch and
+    data only, not on the layout or the workers. Training leaves out the last incomplete global batch of an epoch;
+    validation and test read every block, and are filled up with rows of padding so that all ranks have equally many
+    batches (a rank's last batch may be all padding).
+
+    With ``document_mask=True`` a batch has ``segments [b, S]`` besides, the number of a token's document in its block,
+    by which :class:`~lightning_tex.LanguageModel` lets documents not see each other, and the first token of a document
+    is not predicted: its label, at the end-of-document token before, is -100. Of a document that a block's border cuts
+    in two each part is one. Blocks and their order remain the same.
+
+    A checkpoint holds the position of the next sample: a run resumed anywhere in an epoch, also on a data axis of
+    another size, reads exactly what it would have read. With ``streaming=True`` that needs the data itself to be
+    unchanged, which is not checked; resuming reads and tokenises the stream's first part again, every rank tokenises
+    all of it, and ``len`` is unknown (so limit validation with ``limit_val_batches``).
+
+    Args:
+        path: what to read, as in ``datasets.load_dataset``: a data set's name, a builder ("text", "json", ...) with
+            ``data_files``; or a folder or file of text (.txt, .md, .rst: a document each), .jsonl, .csv or .parquet; or
+            tokens that others have prepared, Megatron's .bin with .idx or datatrove's .ds, which are read as they lie.
+            None: the sources of the running Python's standard library, so that there is real text on every machine.
+        name: configuration of the data set.
+        data_files: files of a builder, also by split.
+        split: what to train on; slices such as "train[:10%]" are legal unless streaming.
+        validation_split: what to validate on. None: the split "validation", or held-out documents if there is none.
+        test_split: what to test on. None: the validation blocks.
+        validation_fraction: share of the documents held out, every n-th one.
+        streaming: do not download; tokenise and pack while reading.
+        shuffle_buffer: documents in the shuffle buffer of a stream; 0: in the stream's order.
+        text_column: column that holds the text.
+        tokenizer: a ``tokenizers`` JSON file, a folder with ``tokenizer.json``, or a repository of the Hugging Face hub
+            that has one, ``owner/name``. None: train a byte-level BPE.
+        vocab_size: tokens of the BPE (default 4096), or a size to which that of ``tokenizer`` is padded. Given for a
+            tokenizer of the hub, that is downloaded only when the data is prepared.
+        end_of_document: the token that ends a document. None: the first the tokenizer has of the usual ones.
+        sequence_length: tokens a sample predicts.
+        global_batch_size: sequences of one micro-step over the whole data axis.
+        seed: of the sample order.
+        num_workers: processes that read ahead.
+        max_bytes: size of the standard library's selection, bytes.
+        cache_dir: of prepared data. None: ``$LIGHTNING_TEX_CACHE``, else ``lightning_tex`` in ``$XDG_CACHE_HOME`` or
+            ``~/.cache``. Downloads go where ``datasets`` keeps them unless this is set.
+        document_mask: documents of one block do not see each other. A text that spells the end-of-document token out
+            ends a document there.
+        num_proc: processes that prepare the data, once; None: as many as there are processors.
+
+    Raises:
+        ValueError: options that contradict each other or the data, naming what is legal.
+        FileNotFoundError: no such tokenizer or data.
+    """
+
+    def __init__(
+        self,
+        path: str | None = None,
+        name: str | None = None,
+        data_files: str | list[str] | dict[str, str | list[str]] | None = None,
+        split: str = "train",
+        validation_split: str | None = None,
+        test_split: str | None = None,
+        validation_fraction: float = 0.05,
+        streaming: bool = False,
+        shuffle_buffer: int = 0,
+        text_column: str = "text",
+        tokenizer: str | None = None,
+        vocab_size: int | None = None,
+        end_of_document: str | None = None,
+        sequence_length: int = 128,
+        global_batch_size: int = 8,
+        seed: int = 0,
+        num_workers: int = 0,
+        max_bytes: int = 3_000_000,
+        cache_dir: str | None = None,
+        document_mask: bool = False,
+        num_proc: int | None = None,
+    ) -> None:
+        if shuffle_buffer and not streaming:
+            raise UserValueError(
+                f"shuffle_buffer={shuffle_buffer} needs streaming=True; other data is shuffled as a whole"
+            )
+        source = Source(
+            str(path) if path is not None else None, name, data_files, split, validation_split, test_split,
+            validation_fraction, text_column, streaming, max_bytes,
+        )  # fmt: skip
+        size = known_vocab_size(tokenizer, vocab_size, end_of_document)
+        preparation = kind_of(source, tokenizer)(
+            source, None if tokenizer is None else str(tokenizer), size, end_of_document, sequence_length
+        )
+        super().__init__(
+            preparation, size, sequence_length, global_batch_size, seed, num_workers, num_proc, cache_dir
+        )  # fmt: skip
+        self.shuffle_buffer = shuffle_buffer
+        self.document_mask = document_mask
+
+    @property
+    def streaming(self) -> bool:
+        """Whether the data is tokenised and packed while it is read."""
+        return self._preparation.source.streaming
+
+    def unigram_loss(self) -> float | None:
+        """Nats per token, on validation's labels, of a model that knows only token counts; None if streaming."""
+        data = self.prepared
+        if data.train is None or data.validation is None:
+            return None
+        train, validation = cast(Blocks, data.train), cast(Blocks, data.validation)
+        return unigram_loss(train, validation, self.vocab_size, self._collate)
+
+    def alike_on_all_ranks(self) -> dict[str, Any]:
+        """What every rank of a run must have alike, for the strategy's comparison; a module of your own may say it."""
+        return {
+            **super().alike_on_all_ranks(),
+            "shuffle_buffer": self.shuffle_buffer,
+            "streaming": self.streaming,
+            "document_mask": self.document_mask,
+        }
+
+    @property
+    def _collate(self) -> Callable[[Any], Batch]:
+        """What a loader makes of a data set's batch."""
+        if not self.document_mask:
+            return super()._collate
+        return partial(by_document, end_of_document_id=self.end_of_document_id)
+
+    def test_dataloader(self) -> DataLoader:
+        """Loader of the test split's blocks, or of the held-out ones if there is no ``test_split``."""
+        return self._evaluation_loader("test" if self._preparation.source.test_split else "validation")
+
+    def _train_loader(self, share: Share) -> ResumableLoader:
+        if not self.streaming:
+            return super()._train_loader(share)
+        workers = min(1, self.num_workers)
+        return ResumableLoader(
+            self._stream("train", share), None, workers, torch.cuda.is_available(), collate_fn=self._collate
+        )
+
+    def _evaluation_loader(self, part: str) -> DataLoader:
+        if not self.streaming:
+            return super()._evaluation_loader(part)
+        stream, workers = self._stream(part, self._share()), min(1, self.num_workers)
+        return DataLoader(stream, batch_size=None, num_workers=workers, collate_fn=self._collate)
+
+    def _stream(self, part: str, share: Share) -> StreamedBlocks:
+        cache_dir, hub_cache_dir = self._cache_dirs()
+        documents = getattr(self._preparation.source.load(cache_dir / "sources", hub_cache_dir), part)
+        training = part == "train"
+        if training and self.shuffle_buffer:
+            documents = documents.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
+        tokenizer, reading = self.prepared.tokenizer, self._preparation.source.reading
+        return StreamedBlocks(documents, tokenizer, self.sequence_length, share, not training, reading)
+
+    def _too_few(self, samples: int) -> str:
+        if samples == 0:
+            return (
+                f"the training documents of path={self._preparation.source.path!r} are shorter than one block of "
+                f"sequence_length + 1 = {self.sequence_length + 1} tokens; give more text, or a smaller "
+                "sequence_length"
+            )
+        return (
+            f"global_batch_size={self.global_batch_size} is more than the {samples} training blocks of "
+            f"sequence_length={self.sequence_length}; legal are 1 to {samples}, or more text"
+        )
+
+
+def kind_of(source: Source, tokenizer: str | None) -> type[Preparation]:
+    """How what a source names is prepared.
+
+    Raises:
+        ValueError: options that tokens of others do not have.
+    """
+    if source.path is None or source.data_files or not foreign_files(Path(source.path).expanduser()):
+        return Preparation
+    given = [name for name in ("name", "streaming", "validation_split", "test_split") if getattr(source, name)]
+    if given or tokenizer is None:
+        wrong = f"{given[0]}={getattr(source, given[0])!r}" if given else "tokenizer=None"
+        raise UserValueError(
+            f"{wrong}, and path={source.path!r} holds tokens that others have made; legal: the tokenizer that they "
+            "were made with, validation_fraction, and none of name, streaming, validation_split and test_split"
+        )
+    return TokenizedPreparation
+
+
+def known_vocab_size(tokenizer: str | None, wanted: int | None, end_of_document: str | None) -> int:
+    """The vocabulary's size before the data is read: what is wanted, or what the tokenizer has.
+
+    Raises:
+        ValueError: less is wanted than the tokenizer has.
+    """
+    if tokenizer is None:
+        smallest, size = SMALLEST_VOCABULARY, wanted or DEFAULT_VOCABULARY
+    elif wanted is not None and is_hub_name(tokenizer):
+        return wanted  # checked when the data is prepared
+    else:
+        smallest = TextTokenizer.load(tokenizer, end_of_document).size
+        size = wanted or smallest
+    if size < smallest:
+        raise UserValueError(f"vocab_size={size} is too small; legal are {smallest} and more")
+    return size
