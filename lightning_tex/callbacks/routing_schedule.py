@@ -30,8 +30,8 @@ class RoutingSchedule(Callback):
 
     Args:
         capacity_factor: of training.
-        load_balance_coefficient, sequence_balance_coefficient, step_balance_coefficient, z_loss_coefficient,
-            entropy_coefficient: of the routing's losses.
+        load_balance_coefficient, sequence_balance_coefficient, step_balance_coefficient: of losses of balance.
+        z_loss_coefficient, entropy_coefficient: of the routing's other losses.
         bias_update_rate: of routers that have one (DeepSeek-V3 ends with 0).
 
     Raises:

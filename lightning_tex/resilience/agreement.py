@@ -91,11 +91,12 @@ class Agreement:
         rank: this process's global rank.
         ranks: the global ranks that take part; the first one reads and judges.
         timeout: how long ranks that have not come are waited for.
-        name: of these ranks' comparisons; other ranks, or other reasons to compare, have other names.
+        name: of the reason to compare; ranks that meet for another reason have another name.
     """
 
     def __init__(self, store: dist.Store, rank: int, ranks: Sequence[int], timeout: timedelta, name: str) -> None:
-        self._store = dist.PrefixStore(f"lightning_tex/agreement/{name}", store)
+        # Arrivals are counted by the number of ranks: runs of one process may have other groups with the same first.
+        self._store = dist.PrefixStore(f"lightning_tex/agreement/{name}/{stable_hash(*ranks)}", store)
         self._rank, self._ranks, self._timeout = rank, tuple(ranks), timeout.total_seconds()
 
     def require(self, comparison: Comparison) -> str | None:

@@ -77,7 +77,7 @@ class StepStrategy(CheckpointingStrategy):
         """Compare the first batches of every stage over tensor and logged names over data, as at the start."""
         self._compared.clear()
         data = self.topology.data
-        self._logged_names = LoggedNames(self._agreement(data.ranks, f"logged/{data.ranks[0]}"))
+        self._logged_names = LoggedNames(self._agreement(data.ranks, "logged"))
 
     def process_dataloader(self, dataloader: object) -> object:
         """Seed workers by data rank, and leave signals to ranks."""

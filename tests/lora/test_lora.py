@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.published_folders import Rows, loaded, publish, require_equal_tensors, tensors, token_ids
-from helpers.ranks import on_ranks, together
+from helpers.ranks import together
 from helpers.trainers import quiet
 from torch import nn
 from torch.utils.data import DataLoader
@@ -100,8 +100,8 @@ def runs(sparse, tmp_path_factory):
         "four": (fit, sparse, out, "four", 2, None, TED),
         "resumed": (fit, sparse, out, "resumed", 2, "two", TED),
         "half": (fit, sparse, out, "half", 1, None, half),
+        "spread": (fit, sparse, out, "spread", 2, "two", spread),
     })  # fmt: skip
-    on_ranks(4, fit, sparse, out, "spread", 2, "two", spread)
     return out
 
 

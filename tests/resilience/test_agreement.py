@@ -50,6 +50,31 @@ def compare_some() -> list[str | None]:
     ]
 
 
+GROUPS = ((0, 2), (1, 3)), ((0, 1, 2, 3),), ((0, 1), (2, 3))
+
+
+def own(groups: tuple[tuple[int, ...], ...], rank: int) -> tuple[int, ...]:
+    return next(ranks for ranks in groups if rank in ranks)
+
+
+def compare_in_other_groups() -> list[str | None]:
+    """As fits of one process do whose layouts are not the same."""
+    over_all()
+    store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
+    found = []
+    for groups in GROUPS:
+        agreement = Agreement(store, rank, own(groups, rank), timedelta(seconds=10), "test")
+        found += [said(agreement, same="1"), said(agreement, other=str(rank))]
+    return found
+
+
+def test_groups_with_a_rank_in_common_compare_one_after_the_other() -> None:
+    for rank, found in enumerate(run_ranks(4, compare_in_other_groups)):
+        for groups, alike, different in zip(GROUPS, found[::2], found[1::2], strict=True):
+            told = " and ".join(f"{one} on rank {one}" for one in reversed(own(groups, rank)))
+            assert (alike, different) == (None, f"error: ranks do not agree: other is {told}. Do.")
+
+
 def test_what_differs_is_named_with_ranks_and_values_on_all_of_them() -> None:
     shown = "x" * 78 + ".."
     expected = [
