@@ -200,13 +200,13 @@ class _Walk:
             self.visit(child, prefix + own, around, block)
 
     def _add(self, module: nn.Module, name: str, own: str, parameter: nn.Parameter, layer: int) -> None:
+        if parameter.requires_grad and not isinstance(module, Adapter):
+            self._with_gradients.add(layer)
         if id(parameter) in self._tensors:
             ends = self._layers[self._tensors[id(parameter)]][0], self._layers[layer][0]
             self.tied |= isinstance(ends[0], Embedding) and isinstance(ends[1], Head)
             return
         self._tensors[id(parameter)] = layer
-        if parameter.requires_grad and not isinstance(module, Adapter):
-            self._with_gradients.add(layer)
         shard_dims = module.shard_dims.get(own, {}) if isinstance(module, TexModule) else {}
         shapes = module.full_shapes if isinstance(module, TexModule) else {}
         self.parameters.append(

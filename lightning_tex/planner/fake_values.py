@@ -49,8 +49,8 @@ class ShapesOnly(TorchDispatchMode):
     """Under it floating-point tensors take no memory and no time; integers and single numbers are computed.
 
     Token ids, choices of experts, counts and sizes are integers, so whatever decides about shapes is real. What cannot
-    be known is answered: a condition on values holds, a single floating-point value is 0, a router's top k are those
-    of ``routing``. In a collective every rank is taken to do, and to hold, what this one does.
+    be known is answered: a condition on values holds, a single floating-point value is 0, a router's top k, or its
+    largest, are those of ``routing``. In a collective every rank is taken to do, and to hold, what this one does.
 
     Args:
         routing: which experts are chosen.
@@ -83,6 +83,8 @@ class ShapesOnly(TorchDispatchMode):
         result = func(*args, **kwargs)
         if func is aten.topk.default and args[0].dim() == 2:
             return result[0], self.routing.choose(len(result[1]), result[1].shape[1], args[0].shape[-1])
+        if func is aten.argmax.default and args[0].dim() == 2 and tuple(args[1:2]) in ((1,), (-1,)):
+            return self.routing.choose(len(result), 1, args[0].shape[-1]).view(result.shape)
         if isinstance(result, FakeTensor) and args and isinstance(args[0], Tensor) and _in_place(func):
             return args[0]
         return result
