@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -58,6 +58,15 @@ class Capacity:
         if self.precedence not in get_args(Precedence):
             legal = ", ".join(map(repr, get_args(Precedence)))
             raise UserValueError(f"overflow_by={self.precedence!r}; legal: {legal}")
+
+    def alike_on_all_ranks(self) -> dict[str, Any]:
+        """The options of the layer that this is made of."""
+        return {
+            "capacity_factor": self.factor,
+            "eval_capacity_factor": self.eval_factor,
+            "min_capacity": self.least,
+            "overflow_by": self.precedence,
+        }
 
     def of(self, top_k: int, tokens: int, num_experts: int) -> int:
         """Choices that one expert takes of ``tokens`` tokens."""

@@ -49,8 +49,16 @@ def described(values: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
 
 
 def public(instance: object, prefix: str = "") -> dict[str, str]:
-    """The plain values among an object's own public attributes, in words."""
-    return described({name: v for name, v in vars(instance).items() if not name.startswith("_")}, prefix)
+    """The plain values among an object's own public attributes, in words.
+
+    Those that ``alike_on_all_ranks()`` of an attribute gives count as the object's own.
+    """
+    own = {name: value for name, value in vars(instance).items() if not name.startswith("_")}
+    words = described(own, prefix)
+    for value in own.values():
+        if callable(told := getattr(value, "alike_on_all_ranks", None)):
+            words |= described(told(), prefix)
+    return words
 
 
 def class_name(kind: type) -> str:
