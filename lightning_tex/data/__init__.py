@@ -5,8 +5,8 @@ Importing this needs neither ``datasets`` nor ``tokenizers``.
 
 from lightning_tex.data.finetuning import FineTuningDataModule
 from lightning_tex.data.mixture import MixtureDataModule, TextSource
-from lightning_tex.data.module import TokenDataModule
 from lightning_tex.data.text import TextDataModule
+from lightning_tex.data.token_data import TokenDataModule
 from lightning_tex.data.token_ids import require_token_ids
 
 __all__ = [

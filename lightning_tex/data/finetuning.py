@@ -10,9 +10,9 @@ from lightning_tex.data.chat.preparation import ConversationPreparation
 from lightning_tex.data.chat.rows import ConversationSource
 from lightning_tex.data.chat.samples import PaddedConversations
 from lightning_tex.data.loader import ResumableLoader
-from lightning_tex.data.module import TokenDataModule
 from lightning_tex.data.order import LengthGroupedSampler, Share
 from lightning_tex.data.text import known_vocab_size
+from lightning_tex.data.token_data import TokenDataModule
 from lightning_tex.parallel.errors import UserValueError
 
 

@@ -14,12 +14,12 @@ from torch.utils.data import DataLoader
 from lightning_tex.data.corpus import Source, fingerprint
 from lightning_tex.data.loader import ResumableLoader
 from lightning_tex.data.mixing import BySource, Mixture, MixtureSampler, NamedMixture, Weight, Weights
-from lightning_tex.data.module import TokenDataModule
 from lightning_tex.data.order import Share
 from lightning_tex.data.packing import Batch, by_document
 from lightning_tex.data.prepared import Notes, Preparation, Prepared, Preparing, build_once, mark_as_cache
 from lightning_tex.data.resume import Cursor
 from lightning_tex.data.text import kind_of, known_vocab_size
+from lightning_tex.data.token_data import TokenDataModule
 from lightning_tex.data.tokenizer import TRAINING_BYTES, TextTokenizer, texts_of, tokenizer_file, train_bpe
 from lightning_tex.parallel.errors import UserValueError
 

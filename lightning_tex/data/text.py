@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader
 
 from lightning_tex.data.corpus import Source
 from lightning_tex.data.loader import ResumableLoader
-from lightning_tex.data.module import TokenDataModule
 from lightning_tex.data.order import Share
 from lightning_tex.data.packing import Batch, Blocks, StreamedBlocks, by_document, unigram_loss
 from lightning_tex.data.prepared import Preparation, TokenizedPreparation
+from lightning_tex.data.token_data import TokenDataModule
 from lightning_tex.data.tokenizer import SMALLEST_VOCABULARY, TextTokenizer, is_hub_name
 from lightning_tex.data.tokens.foreign import foreign_files
 from lightning_tex.parallel.errors import UserValueError
