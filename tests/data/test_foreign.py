@@ -79,14 +79,18 @@ def test_training_on_them(tmp_path: Path, kind: str) -> None:
     labels = validation[list(range(len(validation)))]["labels"]
     assert labels[labels >= 0].tolist() == held_out[1:]
     assert len(list(data.train_dataloader())) == len(train) // 4
-    assert not (tmp_path.parent / "cache").exists()
+    assert not cache_of(tmp_path).exists()
+
+
+def cache_of(folder: Path) -> Path:
+    return folder.with_name(f"cache of {folder.name}")
 
 
 def module_of(folder: Path, **options: Any) -> TextDataModule:
-    tokenizer = folder.parent / "tokenizer.json"
+    tokenizer = folder.with_name(f"{folder.name}.json")
     train_bpe(["text"], 300).save(str(tokenizer))
     usual = {"tokenizer": str(tokenizer), "sequence_length": 8, "global_batch_size": 4}
-    return TextDataModule(str(folder), **{**usual, "cache_dir": str(folder.parent / "cache"), **options})
+    return TextDataModule(str(folder), **{**usual, "cache_dir": str(cache_of(folder)), **options})
 
 
 def test_what_is_not_to_be_predicted(tmp_path: Path) -> None:
