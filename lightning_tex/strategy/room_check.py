@@ -8,11 +8,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_tex.parallel.errors import UserRuntimeError
 from lightning_tex.resilience.finite_watch import of_all_ranks
+from lightning_tex.saving import at
 from lightning_tex.saving.global_tensor import GlobalTensor
 from lightning_tex.saving.model_state import model_state
 from lightning_tex.saving.optimizer_state import optimizer_state
@@ -91,9 +91,11 @@ def _global_tensors(tensors: Mapping[str, Any]) -> Iterator[GlobalTensor]:
 def _short_of_room(folders: Iterable[str], size: int) -> Iterator[tuple[str, int]]:
     """Folders that have no room for two checkpoints, and the bytes free there; those that cannot be asked are none."""
     for folder in folders:
-        place = Path(folder).absolute()
+        place = at(folder).absolute()
+        if not isinstance(place, Path):
+            continue
         existing = next((parent for parent in (place, *place.parents) if parent.exists()), None)
-        if existing is not None and _is_local_file_protocol(folder):
+        if existing is not None:
             with suppress(OSError):
                 free = shutil.disk_usage(existing).free
                 if free < 2 * size:
