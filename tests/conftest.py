@@ -43,7 +43,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """What is imported stays: no collection of garbage needs to walk it again, nor what a module has imported since."""
+    """What is imported stays: no collection of garbage needs to walk it again."""
     if session.items and not session.config.option.collectonly:
         fit_once()
     gc.collect()
@@ -52,4 +52,5 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _what_was_imported_for_it_stays_too() -> None:
+    """Likewise, what was imported since, before each module of tests."""
     gc.freeze()
