@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
@@ -317,10 +317,15 @@ def _become_a_session(output: int, folder: Path) -> None:
     os.setsid()
     os.dup2(output, 1)
     os.dup2(output, 2)
+    print_to_descriptors()
+    os.chdir(folder)
+
+
+def print_to_descriptors() -> None:
+    """As a new interpreter does, and not to where pytest has led it."""
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     sys.excepthook = sys.__excepthook__
-    os.chdir(folder)
 
 
 class _Forked:
@@ -373,7 +378,7 @@ def _supervise(world: int, port: int, launcher: str, function: Callable[..., Any
 
         RankLauncher._call_children_scripts = fork_children  # type: ignore[method-assign]
         _note(f"rank.{os.getpid()}", "0")
-        _to_the_end(lambda: function(*args))
+        to_the_end(lambda: function(*args))
     os.environ["WORLD_SIZE"] = str(world)
     ranks = [_Forked(rank, lambda: function(*args)) for rank in range(world)]
     while any(rank.poll() is None for rank in ranks):
@@ -383,10 +388,10 @@ def _supervise(world: int, port: int, launcher: str, function: Callable[..., Any
 
 def _as_rank(rank: int, run: Callable[[], None]) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-    _to_the_end(run)
+    to_the_end(run)
 
 
-def _to_the_end(run: Callable[[], None]) -> None:
+def to_the_end(run: Callable[[], Any]) -> NoReturn:
     """As an interpreter would: report what is uncaught, call what is registered for the end, go."""
     code = 0
     try:
@@ -400,5 +405,8 @@ def _to_the_end(run: Callable[[], None]) -> None:
     atexit._run_exitfuncs()
     if dist.is_initialized() and not code:
         dist.destroy_process_group()
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except OSError:
+        code = 120
     os._exit(code)
