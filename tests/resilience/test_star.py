@@ -56,8 +56,7 @@ def votes_without_one(gone: int) -> str | None:
         found.close()
         return None
     with pytest.raises(UserRuntimeError) as raised:
-        for _ in range(2):  # the first rank may have answered the others' first one before it looks
-            found.highest([0])
+        found.highest([0])
     assert is_consequence(raised.value)
     found.close()  # as the end of a process does
     return str(raised.value)
