@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.published_folders import CASES, Rows, loaded, publish, require_equal_tensors, stepped, tensors, token_ids
+from helpers.published_folders import (
+    CASES,
+    Rows,
+    changed_config,
+    loaded,
+    publish,
+    require_equal_tensors,
+    stepped,
+    tensors,
+    token_ids,
+)
 from helpers.ranks import together
 from helpers.trainers import quiet
 from safetensors.torch import save_file
@@ -147,6 +157,18 @@ def test_blocks_that_predict_further_tokens_are_left_out_with_a_warning(tmp_path
     model.configure_model()
     model.save_pretrained(tmp_path / "out")
     assert tensors(tmp_path / "out").keys() == content.keys()
+
+
+@torch.no_grad()
+def test_a_glm_that_does_not_say_which_part_of_a_head_turns_turns_half(tmp_path):
+    """As transformers reads it."""
+    folder = publish("glm-4-moe", tmp_path / "glm")
+    changed_config(folder, lambda config: config["rope_parameters"].pop("partial_rotary_factor"))
+    model = LanguageModel.from_pretrained(folder)
+    model.configure_model()
+    ids = token_ids(ROWS)[:, :-1]
+    assert model.config.partial_rotary_factor == 0.5
+    assert difference(model(ids), loaded(folder)(ids).logits) < 1e-5
 
 
 def test_every_family_is_tried():
