@@ -34,6 +34,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tensor 2 x expert 2": {"tensor_parallel_size": 2},
     "sequence parallelism": {"tensor_parallel_size": 2, "sequence_parallel": True},
     "folding": {"tensor_parallel_size": 2, "expert_tensor_parallel_size": 1},
+    "folding, sequence parallelism": {
+        "tensor_parallel_size": 2,
+        "expert_tensor_parallel_size": 1,
+        "sequence_parallel": True,
+    },
     "expert 4": {"zero_stage": 2},
 }
 
