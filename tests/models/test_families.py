@@ -141,7 +141,22 @@ def test_a_layout_has_the_logits_and_takes_the_step_of_transformers(case, layout
     folder, logits = trained[case, layout]
     with torch.no_grad():
         assert difference(logits, loaded(published[case])(token_ids(ROWS)[:, :-1]).logits) < 1e-5
-    before, ours, theirs = (tensors(published[case]), tensors(folder), stepped(published[case], token_ids(ROWS), RATE))
+    require_the_step_of_transformers(published[case], folder)
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[] if case in ("qwen2-moe", "glm-4-moe") else pytest.mark.full) for case in CASES]
+)
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`", "ignore:.*does not have many workers")
+def test_one_process_takes_the_step_of_transformers(case, published, tmp_path):
+    model = _Stepped.from_pretrained(published[case], load_balance_coefficient=0.0)
+    quiet(devices=1, max_steps=1).fit(model, DataLoader(Rows(token_ids(ROWS)), batch_size=ROWS))
+    model.save_pretrained(tmp_path / "out", dtype="float32")
+    require_the_step_of_transformers(published[case], tmp_path / "out")
+
+
+def require_the_step_of_transformers(published: Path, folder: Path) -> None:
+    before, ours, theirs = tensors(published), tensors(folder), stepped(published, token_ids(ROWS), RATE)
     assert ours.keys() == theirs.keys()
     for name in theirs:
         assert difference(ours[name], theirs[name]) < 1e-5, name
