@@ -197,7 +197,7 @@ class _Parts:
         self.dense.fill({path: GlobalTensor(tuple(self.dense.saved[path].shape), memory.dtype, [part])})
         return memory
 
-    def _expert(self, name: str, expert: int, sizes: tuple[int, ...]) -> Tensor:  # [1, H / g, D] or [1, D, H / g]
+    def _expert(self, name: str, expert: int, sizes: tuple[int, ...]) -> Tensor:  # [1, W, D] or [1, D, W]
         matrix = name.rpartition(".")[2]
         number, down = self.how.shared_experts + expert % self.how.granularity, matrix == "down"
         offsets = (0, number * sizes[1]) if down else (number * sizes[0], 0)
