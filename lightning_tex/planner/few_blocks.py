@@ -1,7 +1,8 @@
 """A decoder's micro-step from that of a few of its blocks: what blocks that repeat do alike is traced once.
 
 Three repetitions are traced. The second stands between its like, as all others but the first and the last do: what it
-allocates and lets go of, in the forward and in the backward, is put in once for each repetition that was left out.
+allocates and lets go of, in the forward and in the backward, is put in once for each repetition that was left out. Of
+four it is the third where parameters are frozen: if nothing before the blocks is trained, the first block keeps less.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ from torch import nn
 from lightning_tex.models import Decoder, LanguageModel
 from lightning_tex.planner.micro_step_trace import NOT_YET, MicroStepTrace
 
-_TRACED = 3
-
 
 @dataclass(frozen=True, eq=False)
 class FewBlocks:
@@ -27,12 +26,14 @@ class FewBlocks:
         module: of the few; it shares them with the whole one.
         first: blocks before the first repetition.
         period: blocks of a repetition.
+        traced: repetitions that are in it.
         left_out: repetitions that are not in it.
     """
 
     module: LightningModule
     first: int
     period: int
+    traced: int
     left_out: int
 
     @classmethod
@@ -42,22 +43,23 @@ class FewBlocks:
             return None
         blocks = module.decoder.blocks
         kinds = [*zip(module.config.block_kinds(), map(_parameters, blocks), strict=True)]
-        count = len(kinds)
+        count, traced = len(kinds), 3 if all(p.requires_grad for p in module.parameters()) else 4
         # The fewest blocks that show all.
         for first, period in sorted(
             ((first, period) for first in range(count) for period in range(1, count)),
-            key=lambda pair: pair[0] + _TRACED * pair[1],
+            key=lambda pair: pair[0] + traced * pair[1],
         ):
             times, rest = divmod(count - first, period)
-            if times > _TRACED and kinds[first : count - period] == kinds[first + period :]:
-                kept = [*range(first + _TRACED * period), *range(count - rest, count)]
-                return cls(_with_blocks(module, [blocks[layer] for layer in kept]), first, period, times - _TRACED)
+            if times > traced and kinds[first : count - period] == kinds[first + period :]:
+                kept = [*range(first + traced * period), *range(count - rest, count)]
+                few = _with_blocks(module, [blocks[layer] for layer in kept])
+                return cls(few, first, period, traced, times - traced)
         return None
 
     @property
     def marks(self) -> list[str]:
         """Names of the blocks that repetitions begin with."""
-        return [f"decoder.blocks.{self.first + number * self.period}" for number in range(_TRACED)]
+        return [f"decoder.blocks.{self.first + number * self.period}" for number in range(self.traced)]
 
     def extended(self, trace: MicroStepTrace) -> MicroStepTrace | None:
         """The whole model's trace, of that of the few blocks.
@@ -68,13 +70,13 @@ class FewBlocks:
         Returns:
             ``None``: by their gradients it cannot be seen where the backward passes from one repetition to another.
         """
-        _, before, after = trace.marks  # of the second repetition
+        *_, before, after = trace.marks  # of the last repetition but one
         places = self._first_trained()
         arrived = [np.flatnonzero(trace.reached == place) for place in places]
         if not all(map(len, arrived)):
             return None
-        # From the first gradient to be the last of the third repetition to that of the second.
-        last, middle = int(arrived[2][0]), int(arrived[1][0])
+        # From when the first parameter of the last repetition has its gradient to when that of the one before has it.
+        last, middle = int(arrived[-1][0]), int(arrived[-2][0])
         forward, backward = slice(before + 1, after + 1), slice(last + 1, middle + 1)
         # Operations, and of how many repetitions that were left out the gradients come after theirs.
         pieces = [

@@ -44,7 +44,7 @@ MODELS: dict[str, tuple[DecoderConfig, dict[str, Any], tuple[int, int, int]]] = 
     ),
     "every second": (DecoderConfig(num_layers=8, **{**SIZES, "moe_every": 2}, clip_qkv=2.0), {}, (0, 2, 1)),
     "adapters": (
-        DecoderConfig(num_layers=5, **SIZES), {"lora": LoRAConfig(rank=4, targets=("attention.*", "experts.*"))},
+        DecoderConfig(num_layers=6, **SIZES), {"lora": LoRAConfig(rank=4, targets=("attention.*", "experts.*"))},
         (0, 1, 2),
     ),
 }  # fmt: skip
