@@ -5,6 +5,8 @@ from lightning_tex.moe.expert_choice import ExpertChoiceRouter
 from lightning_tex.moe.hash_router import HashRouter
 from lightning_tex.moe.layer import MoE
 from lightning_tex.moe.losses import auxiliary_loss
+from lightning_tex.moe.own_experts import OwnExperts
+from lightning_tex.moe.residual import ResidualBranch
 from lightning_tex.moe.router import Route, Router
 from lightning_tex.moe.router_replay import RouterDecisions, RouterReplay
 from lightning_tex.moe.shared import SharedExpert
@@ -22,6 +24,8 @@ __all__ = [
     "GShardRouter",
     "HashRouter",
     "MoE",
+    "OwnExperts",
+    "ResidualBranch",
     "Route",
     "Router",
     "RouterDecisions",

@@ -30,6 +30,7 @@ from lightning_tex.moe import (
     SinkhornRouter,
     SoftmaxRouter,
 )
+from lightning_tex.moe.experts import Experts
 from lightning_tex.moe.softmax_routers import ForcedBalanceRouter
 
 
@@ -150,7 +151,7 @@ class Deciding:
 class Moe:
     """A :class:`MoE` layer; ``routing_losses``: whether it has any, ``z_loss``: whether one of them is of logits.
 
-    ``shared``: the expert that every token uses; ``shared_gate``: whether it scales its result, which is kept for that.
+    ``shared``: the MLP that every token uses; ``shared_gate``: whether its result is scaled, and kept for that.
     ``plain``: what it keeps has a formula. ``sequence_balance``: whether there is a loss of each sequence by itself;
     ``entropy_loss``: whether there is one of entropies.
     """
@@ -248,8 +249,10 @@ def known_layer(module: nn.Module) -> Layer | None:
             return _attention(module)
         case ParallelMLP():
             return _mlp(module)
-        case MoE():
-            shared = None if module.shared is None else _mlp(module.shared)
+        case MoE(experts=Experts()):
+            dense = module.shared or module.residual
+            shared = None if dense is None else _mlp(dense)
+            gated = module.shared is not None and module.shared.output_gate is not None
             losses, by_sequence = bool(module.loss_coefficients), bool(module.sequence_balance_coefficient)
             plain = shared is None and module.output_biases is None and _is_plain(module.router)
             by_score = module.capacity is not None and module.capacity.precedence == "score"
@@ -258,7 +261,7 @@ def known_layer(module: nn.Module) -> Layer | None:
                 module.router.dim, module.hidden_dim, module.experts.gate is not None, module.num_experts,
                 module.top_k, module.capacity_factor, module.router.norm_topk_prob, losses,
                 bool(module.z_loss_coefficient), module.round_factor, shared,
-                module.shared is not None and module.shared.output_gate is not None, plain,
+                gated or module.residual is not None, plain,
                 Deciding.of(module.router), by_sequence, bool(module.entropy_coefficient),
                 0 if module.capacity is None else module.capacity.least, by_score,
             )  # fmt: skip

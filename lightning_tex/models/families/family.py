@@ -190,6 +190,8 @@ _OF_EXPERTS: dict[str, Any] = {
     "shared_expert_hidden_dim": None,
     "shared_expert_gate": False,
     "expert_bias": False,
+    "expert_module": None,
+    "residual_hidden_dim": None,
 }
 
 
