@@ -15,7 +15,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_tex.callbacks.expert_history import ExpertHistory
-from lightning_tex.callbacks.expert_pictures import can_draw, load_figure, save
+from lightning_tex.callbacks.expert_pictures import load_figure
+from lightning_tex.callbacks.heat_maps import can_draw, save
 from lightning_tex.parallel.expert_load import ExpertLoad, LoadTotals
 from lightning_tex.parallel.host_copy import HostCopy
 from lightning_tex.parallel.sharding import TexModule, tex_modules

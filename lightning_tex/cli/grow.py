@@ -98,7 +98,7 @@ def _growth(options: GrowOptions) -> Growth:
 def _choices(path: Path) -> dict[int, list[float]]:
     """Choices of each expert, by block."""
     try:
-        return {int(layer["block"]): layer["choices"] for layer in json.loads(path.read_text())["layers"]}
+        return {int(layer["layer"]): layer["choices"] for layer in json.loads(path.read_text())["layers"]}
     except (ValueError, KeyError, TypeError) as error:
         raise UserValueError(
             f"{path} is no expert_usage.json ({error}); legal: that of `lightning-tex experts`"
