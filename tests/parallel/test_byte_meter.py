@@ -26,9 +26,10 @@ from lightning_tex.parallel.activation_checkpointing import recompute_blocks
 from lightning_tex.parallel.byte_meter import ByteMeter, Sent
 from lightning_tex.parallel.sharding import parameter_shardings, shard_module
 from lightning_tex.parallel.topology import AXES
+from lightning_tex.planner.collective import sent_bytes
 from lightning_tex.planner.describe import describe, describe_decoder
 from lightning_tex.planner.layouts import Candidate, Job
-from lightning_tex.planner.traffic import micro_step, sent_bytes, step_collectives
+from lightning_tex.planner.traffic import micro_step, step_collectives
 from lightning_tex.testing.ranks import run_ranks
 
 # B sequences x S positions = T tokens, D model width, E experts, k choices, F capacity factor; fp32, int64 indices

@@ -12,9 +12,10 @@ import pytest
 from lightning_tex.cli.plan_recipe import own_candidate, read_recipe
 from lightning_tex.parallel.byte_meter import Sent
 from lightning_tex.planner.cluster import CLUSTERS
+from lightning_tex.planner.collective import sent_bytes
 from lightning_tex.planner.layouts import Job
 from lightning_tex.planner.memory import memory
-from lightning_tex.planner.traffic import sent_bytes, step_collectives
+from lightning_tex.planner.traffic import step_collectives
 from lightning_tex.planner.work import computation
 from lightning_tex.planner_trace import trace
 from lightning_tex.recipe import Recipe
