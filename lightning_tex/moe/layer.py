@@ -292,6 +292,7 @@ class MoE(TexModule, ActsAfterStep):
         if torch.is_grad_enabled():
             with first_forward_only():  # a recomputation does not come here and must not miss what is saved here
                 for loss in self._losses(route, tokens, counts):
+                    self.load.look_at_loss(loss)
                     self.ledger.record(loss, y)
 
     def _losses(self, route: Route, tokens: Tokens, counts: Tensor) -> Iterator[Tensor]:
