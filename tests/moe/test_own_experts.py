@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from lightning_tex.parallel.topology import Layout
 from lightning_tex.testing import assert_trains_alike
 from lightning_tex.testing.ranks import run_ranks
 
+PAGE = Path(__file__).parents[2] / "docs" / "own-expert.md"
 DIM, HIDDEN, EXPERTS = 6, 10, 4
 # tensor, expert, expert_tensor, of four ranks
 LAYOUTS = [(1, 4, 1), (1, 2, 1), (1, 1, 1), (2, 2, 1), (2, 4, 1), (4, 4, 1)]
@@ -263,6 +265,22 @@ def test_what_cannot_be_is_refused_by_name(options: dict[str, Any], told: str) -
 def test_experts_that_would_be_sharded_are_refused_with_what_is_legal() -> None:
     with pytest.raises(UserError, match="legal: expert_tensor_parallel_size=1"):
         check_shardable(build(), Layout(4, tensor=2, expert=2, expert_tensor=2))
+
+
+def test_the_page_of_documentation_runs() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    page: dict[str, Any] = {}
+    exec(code, page)
+    layer, x = page["layer"], torch.randn(5, 16)
+    route = layer.router(x)
+    for t, row in enumerate(layer(x)):
+        expected = torch.zeros(16)
+        for weight, number in zip(route.weights[t], route.indices[t].tolist(), strict=True):
+            expert = page["NormedExpert"](16, 32)
+            for name, parameter in expert.named_parameters():
+                parameter.data = getattr(layer.experts, name.replace(".", "_")).data[number]
+            expected = expected + weight * expert(x[t])
+        torch.testing.assert_close(row, expected)
 
 
 def test_an_expert_that_gives_another_shape_is_told() -> None:
