@@ -118,11 +118,12 @@ class OwnExperts(HeldExperts):
         chunked = exchange if isinstance(exchange, ChunkedExchange) else ChunkedExchange([exchange])
         tokens = arrived.tokens.to(autocast_dtype(arrived.tokens))
         parts = chunked.split(tokens), chunked.split(arrived.weights)
-        sums = []
+        outputs = []
         for chunk, x, weights in zip(chunked.chunks, *parts, strict=True):
             rows, of_rows = _ToExperts.apply(x, chunk), _WeightsToExperts.apply(weights, chunk)
-            outputs = torch.cat([y for _, y in self._outputs(rows, of_rows, chunk.groups)])
-            sums.append(_FromExperts.apply(outputs.to(x.dtype), chunk))
+            outputs.append(torch.cat([y for _, y in self._outputs(rows, of_rows, chunk.groups)]).to(x.dtype))
+        # After all that is kept: a recomputation ends before.
+        sums = [_FromExperts.apply(rows, chunk) for rows, chunk in zip(outputs, chunked.chunks, strict=True)]
         if beside is not None:
             beside()
         return torch.cat(sums) if chunked.tokens is not None else torch.stack(sums).sum(0)

@@ -212,7 +212,7 @@ def known_layer(module: nn.Module) -> Layer | None:
             return _attention(module)
         case ParallelMLP():
             return _mlp(module)
-        case MoE(experts=Experts()):
+        case MoE():
             dense = module.shared or module.residual
             shared = None if dense is None else _mlp(dense)
             gated = module.shared is not None and module.shared.output_gate is not None
@@ -220,8 +220,10 @@ def known_layer(module: nn.Module) -> Layer | None:
             plain = shared is None and module.output_biases is None and _is_plain(module.router)
             by_score = module.capacity is not None and module.capacity.precedence == "score"
             plain = plain and not module.entropy_coefficient and not by_sequence and not by_score
+            hidden, has_gate = _expert_sizes(module)
+            plain = plain and isinstance(module.experts, Experts)
             return Moe(
-                module.router.dim, module.hidden_dim, module.experts.gate is not None, module.num_experts,
+                module.router.dim, hidden, has_gate, module.num_experts,
                 module.top_k, module.capacity_factor, module.router.norm_topk_prob, losses,
                 bool(module.z_loss_coefficient), module.round_factor, shared,
                 gated or module.residual is not None, plain,
@@ -273,6 +275,15 @@ def _is_plain(router: Router) -> bool:
     usual = all(getattr(type(router), name) is getattr(Router, name) for name in ("forward", "logits", "weigh"))
     softmax = isinstance(router, SoftmaxRouter) and usual
     return softmax and router.bias is None and router.routed_scaling_factor == 1
+
+
+def _expert_sizes(module: MoE) -> tuple[int, bool]:
+    """Hidden width of an expert, and whether it has a gate; of a user's own as if each parameter multiplied."""
+    experts = module.experts
+    if isinstance(experts, Experts):
+        return experts.hidden_dim, experts.gate is not None
+    of_one = sum(parameter[0].numel() for parameter in experts.parameters())
+    return max(1, of_one // (2 * experts.dim)), False
 
 
 def _mlp(module: ParallelMLP) -> Mlp:
