@@ -146,9 +146,11 @@ class ExpertMonitor(Callback):
             values["auxiliary_loss"] = each.losses / each.forwards.clamp(min=1)
             if label in self._shares:
                 values["expert_load_shift"] = (shares - self._shares[label]).abs().sum() / 2
-            ranks = self._layers[label].expert.size
+            layer = self._layers[label]
+            ranks, computing = layer.expert.size, shares[: getattr(layer, "num_experts", None)]
             if ranks > 1:
-                values["expert_rank_load"] = shares.view(ranks, -1).sum(-1).max() * ranks
+                by_rank = computing.view(ranks, -1).sum(-1)
+                values["expert_rank_load"] = by_rank.max() / by_rank.mean().clamp(min=1e-9)
             self._shares[label] = shares
             of_layers[label] = values
         for label, values in of_layers.items():

@@ -55,7 +55,7 @@ class UsageCounter(Callback):
         self._count = torch.zeros((), dtype=torch.int64, device=device)
         with_tokens = self._layers_with_tokens()
         for label, layer in self._modules.items():
-            experts = layer.num_experts
+            experts = layer.router.num_experts
             vocabulary = self.vocabulary if label in with_tokens else 0
             sizes = len(self.origins.sources), len(self.origins.documents)
             self.layers[label] = LayerUsage(experts, vocabulary, *sizes, before, device)
@@ -77,7 +77,7 @@ class UsageCounter(Callback):
                 )
             else:
                 ids, padding, sources, documents = self._own(label, whole, len(indices), batch)
-                indices = indices.masked_fill(padding[:, None], self._modules[label].num_experts)
+                indices = indices.masked_fill(padding[:, None], self._modules[label].router.num_experts)
                 self.layers[label].add(indices, ids, sources, documents, before)
                 if before is None:
                     self._count += (~padding).sum()
@@ -110,7 +110,7 @@ class UsageCounter(Callback):
     def _layers_with_tokens(self) -> set[str]:
         """Those whose choices are counted by token."""
         labels, left = list(self._modules), _TOKEN_BYTES
-        sizes = [4 * self.vocabulary * layer.num_experts for layer in self._modules.values()]
+        sizes = [4 * self.vocabulary * layer.router.num_experts for layer in self._modules.values()]
         most = max(1, left // max(max(sizes), 1))
         if len(labels) <= most:
             return set(labels)

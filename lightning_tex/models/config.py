@@ -105,6 +105,7 @@ class DecoderConfig:
             :class:`lightning_tex.moe.MoE`; or a class, which is kept as its path. ``None``: MLPs.
         residual_hidden_dim: hidden width of an MLP that is mixed with the experts, see :class:`lightning_tex.moe.MoE`;
             ``None``: there is none.
+        zero_experts, identity_experts: further experts that compute nothing, see :class:`lightning_tex.moe.MoE`.
         moe_layers: the blocks that have experts, from 0, in place of ``moe_every`` and ``first_dense_layers``.
 
     Raises:
@@ -172,6 +173,8 @@ class DecoderConfig:
     overflow_by: Precedence = "position"
     expert_module: str | dict[str, Any] | None = None
     residual_hidden_dim: int | None = None
+    zero_experts: int = 0
+    identity_experts: int = 0
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "dim", "num_layers", "num_heads", "max_sequence_length", "num_experts", "moe_every")

@@ -84,6 +84,11 @@ class Growth(ABC):
                 f"router={old.router!r} chooses by no weights, and other numbers of experts are other choices; "
                 "legal: a router that is learned"
             )
+        if old.zero_experts or old.identity_experts:
+            raise UserValueError(
+                f"zero_experts={old.zero_experts}, identity_experts={old.identity_experts}: rows of the router behind "
+                "those of experts that compute; legal: 0 and 0"
+            )
         experts, top_k, parts = self.sizes(old)
         new = replace(old, num_experts=experts, top_k=top_k)
         if parts > 1:

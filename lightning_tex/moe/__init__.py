@@ -2,6 +2,7 @@
 
 from lightning_tex.moe.dispatch import Arrived, Dispatcher, DispatchMetadata
 from lightning_tex.moe.expert_choice import ExpertChoiceRouter
+from lightning_tex.moe.free_experts import FreeExperts
 from lightning_tex.moe.hash_router import HashRouter
 from lightning_tex.moe.layer import MoE
 from lightning_tex.moe.losses import auxiliary_loss
@@ -21,6 +22,7 @@ __all__ = [
     "DispatchMetadata",
     "Dispatcher",
     "ExpertChoiceRouter",
+    "FreeExperts",
     "GShardRouter",
     "HashRouter",
     "MoE",

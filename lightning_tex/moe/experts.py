@@ -25,9 +25,11 @@ from lightning_tex.moe.products import LoopedProducts, Products
 from lightning_tex.moe.rounds import BlockInRounds
 from lightning_tex.parallel.autocast import autocast_dtype, autocast_off
 from lightning_tex.parallel.device import device_type
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.flight_record import TRAINING
 from lightning_tex.parallel.initialization import by_index, init_uniform_
 from lightning_tex.parallel.replay import outside_replay
+from lightning_tex.parallel.topology import Layout
 
 # N rows, D model width, H hidden width, E experts, e experts held here (per rank: H/expert_tensor), t own tokens
 
@@ -77,6 +79,15 @@ class Experts(HeldExperts):
         self.down = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
         self.adapters = None
         self.reset_parameters()
+
+    def require_shardable(self, layer: str, layout: Layout) -> None:
+        super().require_shardable(layer, layout)
+        if self.hidden_dim % layout.expert_tensor:
+            raise UserValueError(
+                f"{layer}: hidden_dim={self.hidden_dim} is not divisible by expert_tensor_parallel_size="
+                f"{layout.expert_tensor}; choose a tensor_parallel_size that divides it, or "
+                "expert_tensor_parallel_size=1"
+            )
 
     @property
     def matrices(self) -> Matrices:

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from torch import Tensor
 
 from lightning_tex.moe.dispatch import Arrived
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.sharding import TexModule
+from lightning_tex.parallel.topology import Layout
 
 # D model width, E experts, e experts held here, t own tokens
 
@@ -41,6 +43,15 @@ class HeldExperts(TexModule):
     @abstractmethod
     def own_outputs(self, arrived: Arrived) -> Iterator[Tensor]:
         """What the experts held here give by themselves, one after another: partial sums over expert_tensor."""
+
+    def require_shardable(self, layer: str, layout: Layout) -> None:
+        """Raise ``ValueError`` naming the layer, its option and legal values if a layout cannot have these experts."""
+        if self.num_experts % layout.expert:
+            legal = Layout.legal_expert_sizes(layout.world, layout.expert_tensor, [self.num_experts])
+            raise UserValueError(
+                f"{layer}: num_experts={self.num_experts} is not divisible by expert_parallel_size={layout.expert}; "
+                f"legal sizes on {layout.world} ranks: {', '.join(map(str, legal))}"
+            )
 
     @property
     def held(self) -> range:

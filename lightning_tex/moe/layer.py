@@ -14,6 +14,7 @@ from lightning_tex.moe.dispatch import Dispatcher, DispatchMetadata
 from lightning_tex.moe.dropless import DroplessDispatcher
 from lightning_tex.moe.expert_axes import ExpertAxes
 from lightning_tex.moe.experts import Experts
+from lightning_tex.moe.free_experts import FreeExperts
 from lightning_tex.moe.held_experts import HeldExperts
 from lightning_tex.moe.layer_options import require_together
 from lightning_tex.moe.losses import Coefficients, LossLedger, count_choices, routing_loss
@@ -79,6 +80,8 @@ class MoE(TexModule, ActsAfterStep):
             with arguments, ``{"name": .., "init_args": {..}}``. Experts are whole on their ranks then. ``None``: MLPs.
         residual_hidden_dim: hidden width of an MLP that is mixed with the experts by two learned shares of each token
             (:class:`.residual.ResidualBranch`); ``None``: there is none.
+        zero_experts, identity_experts: further experts, behind the E, that give nothing or the token itself, and for
+            which no token travels (:class:`.free_experts.FreeExperts`).
 
     Raises:
         ValueError: sizes or names that are not legal.
@@ -111,6 +114,8 @@ class MoE(TexModule, ActsAfterStep):
         overflow_by: Precedence = "position",
         expert_module: ExpertChoice | None = None,
         residual_hidden_dim: int | None = None,
+        zero_experts: int = 0,
+        identity_experts: int = 0,
     ) -> None:
         super().__init__()
         require_together(
@@ -123,7 +128,9 @@ class MoE(TexModule, ActsAfterStep):
         self.entropy_coefficient, self.step_balance_coefficient = entropy_coefficient, step_balance_coefficient
         self.sequence_balance_coefficient = sequence_balance_coefficient
         self._step_counts: Tensor | None = None
-        self.router = make_router(router, dim, num_experts, top_k, norm_topk_prob)
+        free = FreeExperts(num_experts, zero_experts, identity_experts)
+        self.free = free if free.count else None
+        self.router = make_router(router, dim, num_experts + free.count, top_k, norm_topk_prob)
         if capacity_factor is not None and self.router.experts_choose:
             raise UserValueError(
                 f"capacity_factor={capacity_factor} with {type(self.router).__name__}, whose experts take "
@@ -147,23 +154,7 @@ class MoE(TexModule, ActsAfterStep):
         self.dispatcher = self.make_dispatcher(Topology.single())
 
     def check(self, name: str, layout: Layout) -> None:
-        if self.num_experts % layout.expert:
-            legal = Layout.legal_expert_sizes(layout.world, layout.expert_tensor, [self.num_experts])
-            raise UserValueError(
-                f"{name}: num_experts={self.num_experts} is not divisible by expert_parallel_size={layout.expert}; "
-                f"legal sizes on {layout.world} ranks: {', '.join(map(str, legal))}"
-            )
-        if layout.expert_tensor > 1 and isinstance(self.experts, OwnExperts):
-            raise UserValueError(
-                f"{name}: experts of expert_module are whole, and not sharded over expert_tensor_parallel_size="
-                f"{layout.expert_tensor}; legal: expert_tensor_parallel_size=1"
-            )
-        if self.hidden_dim % layout.expert_tensor:
-            raise UserValueError(
-                f"{name}: hidden_dim={self.hidden_dim} is not divisible by expert_tensor_parallel_size="
-                f"{layout.expert_tensor}; choose a tensor_parallel_size that divides it, or "
-                "expert_tensor_parallel_size=1"
-            )
+        self.experts.require_shardable(name, layout)
 
     def bind(self, topology: Topology) -> None:
         super().bind(topology)
@@ -177,7 +168,7 @@ class MoE(TexModule, ActsAfterStep):
         Args:
             topology: all axes of the run; ``ExpertAxes.of(topology)`` are those that tokens pass.
         """
-        axes, sparse = ExpertAxes.of(topology), self.router.experts_choose
+        axes, sparse = ExpertAxes.of(topology), self.router.experts_choose or self.free is not None
         if self.round_factor is not None:
             return BoundedDroplessDispatcher(self.num_experts, axes, self.round_factor, sparse=sparse)
         if self.capacity is None:
@@ -216,11 +207,15 @@ class MoE(TexModule, ActsAfterStep):
             of_experts, own = self.residual.shares(x)
             route = self.residual.of_experts(route, of_experts)
             branches.append(partial(self.residual.scaled, share=own))
+        routed = route
+        if self.free is not None:
+            route, kept = self.free.taken_out(route)
+            branches.append(lambda x: (x.reshape(-1, x.shape[-1]) * kept).to(x.dtype).view_as(x))
         arrived, metadata = self.dispatcher.dispatch(x, route)
         self._arrived_rows, self._routed_choices = arrived.here, len(route.indices) * self.top_k
         between = (lambda: added.extend(branch(x) for branch in branches)) if branches else None
         y = self.dispatcher.combine(self.experts(arrived, between), metadata).view_as(x)
-        self._record(route, tokens, metadata, y)
+        self._record(routed, tokens, metadata, y)
         return sum(added, y)
 
     def _tokens(self, x: Tensor, mask: Tensor | None, ids: Tensor | None) -> Tokens:
@@ -285,7 +280,9 @@ class MoE(TexModule, ActsAfterStep):
     def _record(self, route: Route, tokens: Tokens, metadata: DispatchMetadata, y: Tensor) -> None:
         if not self.training or recomputing():
             return
-        counts = count_choices(route.indices, self.num_experts) if metadata.counts is None else metadata.counts
+        counts = None if self.free else metadata.counts  # the dispatcher's are of those that compute
+        if counts is None:
+            counts = count_choices(route.indices, self.router.num_experts)
         self.load.add(counts, metadata.overflowed)
         self.load.look(route.scores, tokens.mask)
         self.router.chose(counts)

@@ -21,6 +21,7 @@ from lightning_tex.parallel.hashing import stable_hash
 from lightning_tex.parallel.initialization import by_index, has_values
 from lightning_tex.parallel.replay import outside_replay
 from lightning_tex.parallel.started import UnderWay, started
+from lightning_tex.parallel.topology import Layout
 
 # N rows, D model width, E experts, e experts held here, t own tokens, k choices per token
 
@@ -88,6 +89,14 @@ class OwnExperts(HeldExperts):
             self.register_parameter(own, nn.Parameter(stacked, like.requires_grad))
         self.shard_dims = {own: {"expert": 0} for own in self._names}  # type: ignore[misc]
         self.reset_parameters()
+
+    def require_shardable(self, layer: str, layout: Layout) -> None:
+        super().require_shardable(layer, layout)
+        if layout.expert_tensor > 1:
+            raise UserValueError(
+                f"{layer}: experts of expert_module are whole, and not sharded over expert_tensor_parallel_size="
+                f"{layout.expert_tensor}; legal: expert_tensor_parallel_size=1"
+            )
 
     @by_index
     @torch.no_grad()

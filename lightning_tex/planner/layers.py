@@ -111,7 +111,8 @@ class Moe:
 
     ``shared``: the MLP that every token uses; ``shared_gate``: whether its result is scaled, and kept for that.
     ``plain``: what it keeps has a formula. ``sequence_balance``: whether there is a loss of each sequence by itself;
-    ``entropy_loss``: whether there is one of entropies.
+    ``entropy_loss``: whether there is one of entropies. ``free``: experts that compute nothing; every choice is taken
+    to be of one that does.
     """
 
     dim: int
@@ -132,6 +133,12 @@ class Moe:
     entropy_loss: bool
     min_capacity: int
     overflow_by_score: bool
+    free: int
+
+    @property
+    def scored(self) -> int:
+        """Experts that the router knows."""
+        return self.num_experts + self.free
 
     @property
     def matrices_up(self) -> int:
@@ -221,7 +228,7 @@ def known_layer(module: nn.Module) -> Layer | None:
             by_score = module.capacity is not None and module.capacity.precedence == "score"
             plain = plain and not module.entropy_coefficient and not by_sequence and not by_score
             hidden, has_gate = _expert_sizes(module)
-            plain = plain and isinstance(module.experts, Experts)
+            plain = plain and isinstance(module.experts, Experts) and module.free is None
             return Moe(
                 module.router.dim, hidden, has_gate, module.num_experts,
                 module.top_k, module.capacity_factor, module.router.norm_topk_prob, losses,
@@ -229,6 +236,7 @@ def known_layer(module: nn.Module) -> Layer | None:
                 gated or module.residual is not None, plain,
                 Deciding.of(module.router), by_sequence, bool(module.entropy_coefficient),
                 0 if module.capacity is None else module.capacity.least, by_score,
+                0 if module.free is None else module.free.count,
             )  # fmt: skip
         case VocabParallelHead():
             return Head(module.dim, module.size, module.gather_output, module.softcap is None and module.bias is None)

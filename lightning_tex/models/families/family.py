@@ -192,6 +192,8 @@ _OF_EXPERTS: dict[str, Any] = {
     "expert_bias": False,
     "expert_module": None,
     "residual_hidden_dim": None,
+    "zero_experts": 0,
+    "identity_experts": 0,
 }
 
 
