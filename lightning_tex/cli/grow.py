@@ -12,7 +12,8 @@ from lightning_tex.cli.options import Command
 from lightning_tex.cli.tables import tell_line
 from lightning_tex.models.exporting import SHARD_SIZE
 from lightning_tex.models.growing import grow
-from lightning_tex.models.growth import Add, Growth, Remove, Split, dead_experts
+from lightning_tex.models.growth import Add, Growth, Split
+from lightning_tex.models.removal import Remove, dead_experts
 from lightning_tex.parallel.errors import UserValueError
 
 # Options that say what becomes of the experts.

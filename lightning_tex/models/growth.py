@@ -155,7 +155,7 @@ class Split(Growth):
         router, top_k = router_of(old), self._top_k(old)
         together = top_k == self.into * old.top_k
         one_of_one = top_k == old.top_k == 1 and not router.experts_choose
-        yield from _of_router(router, "how it weighs experts that are alike is not known")
+        yield from router_differences(router, "how it weighs experts that are alike is not known")
         if not together and not one_of_one:
             yield f"top_k={top_k} of {self.into * old.num_experts}: copies of one expert take the places of others"
         if not together and old.capacity_factor is not None:
@@ -215,97 +215,31 @@ class Add(Growth):
 
     def differences(self, old: DecoderConfig) -> Iterator[str]:
         router = router_of(old)
-        yield from _of_router(router, "whether it chooses a copy is not known")
+        yield from router_differences(router, "whether it chooses a copy is not known")
         first_of_alike = old.top_k == 1 and router.norm_topk_prob
         if not isinstance(router, SigmoidRouter) and not (first_of_alike and not router.experts_choose):
             yield f"top_k={old.top_k}, norm_topk_prob={router.norm_topk_prob}: copies take a share"
-        yield from _of_capacity(old)
+        yield from capacity_differences(old)
         if self.noise and not isinstance(router, SigmoidRouter):
             yield f"noise={self.noise}"
 
 
-@dataclass(frozen=True)
-class Remove(Growth):
-    """Experts fewer.
-
-    Args:
-        gone: which, of every block; or by block, as many of each.
-    """
-
-    gone: Mapping[int, Sequence[int]] | Sequence[int]
-
-    def sizes(self, old: DecoderConfig) -> tuple[int, int, int]:
-        gone, groups = self._by_block(old), groups_of(old)
-        if wrong := [e for experts in gone.values() for e in experts if not 0 <= e < old.num_experts]:
-            raise UserValueError(
-                f"remove names expert {wrong[0]} of num_experts={old.num_experts}; legal: 0 to {old.num_experts - 1}"
-            )
-        if wrong := [block for block in gone if block not in _blocks(old)]:
-            legal = ", ".join(map(str, _blocks(old)))
-            raise UserValueError(f"remove names block {wrong[0]}; legal, those with experts: {legal}")
-        numbers = {
-            block: [sum(e in group for e in set(gone.get(block, ()))) for group in groups] for block in _blocks(old)
-        }
-        if len(set(chain.from_iterable(numbers.values()))) != 1:
-            told = "; ".join(f"block {block}: {', '.join(map(str, counts))}" for block, counts in numbers.items())
-            raise UserValueError(
-                f"remove takes these numbers of experts, by group: {told}; legal: as many of every block and group"
-            )
-        number = sum(next(iter(numbers.values())))
-        least = max(old.top_k, 2)
-        if old.num_experts - number < least:
-            raise UserValueError(
-                f"remove leaves {old.num_experts - number} of num_experts={old.num_experts}, with top_k={old.top_k}; "
-                f"legal: at most {old.num_experts - least} fewer"
-            )
-        return old.num_experts - number, old.top_k, 1
-
-    def change(self, old: DecoderConfig, block: int) -> Change:
-        gone = set(self._by_block(old)[block])
-        return Change([e for e in range(old.num_experts) if e not in gone])
-
-    def _by_block(self, old: DecoderConfig) -> Mapping[int, Sequence[int]]:
-        return self.gone if isinstance(self.gone, Mapping) else dict.fromkeys(_blocks(old), self.gone)
-
-    def differences(self, old: DecoderConfig) -> Iterator[str]:
-        router = router_of(old)
-        yield from _of_router(router, "whether it needs those that are gone is not known")
-        if router.experts_choose:
-            yield "experts choose more tokens each, as there are fewer"
-        elif not isinstance(router, SigmoidRouter) and not router.norm_topk_prob:
-            yield "norm_topk_prob=False: scores of those that are gone go to the others"
-        yield from _of_capacity(old)
-
-
-def dead_experts(counts: Mapping[int, Sequence[float]]) -> dict[int, list[int]]:
-    """By block, those that nobody chose: as many of each block as of the one with the fewest.
-
-    Args:
-        counts: by block, choices of each expert.
-
-    Raises:
-        ValueError: a block has none.
-    """
-    dead = {block: [e for e, n in enumerate(of_experts) if n == 0] for block, of_experts in counts.items()}
-    least = min(map(len, dead.values()), default=0)
-    if not least:
-        told = ", ".join(f"block {block}: {len(experts)}" for block, experts in dead.items())
-        raise UserValueError(
-            f"remove_dead finds no expert to remove in every block, and all blocks have as many ({told}); legal: "
-            "remove, which names experts"
-        )
-    return {block: experts[:least] for block, experts in dead.items()}
-
-
-def _blocks(config: DecoderConfig) -> list[int]:
+def blocks_with_experts(config: DecoderConfig) -> list[int]:
+    """Numbers of the blocks that have some."""
     return [layer for layer in range(config.num_layers) if config.has_experts(layer)]
 
 
-def _of_router(router: Router, unknown: str) -> Iterator[str]:
+def router_differences(router: Router, unknown: str) -> Iterator[str]:
+    """That of a router which is not known.
+
+    Args:
+        unknown: of it.
+    """
     if type(router) not in _KNOWN:
         yield f"router {type(router).__name__}: {unknown}"
 
 
-def _of_capacity(old: DecoderConfig) -> Iterator[str]:
+def capacity_differences(old: DecoderConfig) -> Iterator[str]:
+    """That of another number of experts, with a capacity."""
     if old.capacity_factor is not None:
         yield f"capacity_factor={old.capacity_factor}: an expert's capacity is another"

@@ -19,7 +19,8 @@ from lightning_tex import LanguageModel, TexMoEStrategy
 from lightning_tex.cli import main
 from lightning_tex.models import DecoderConfig
 from lightning_tex.models.growing import grow
-from lightning_tex.models.growth import Add, Growth, Remove, Split, dead_experts
+from lightning_tex.models.growth import Add, Growth, Split
+from lightning_tex.models.removal import Remove, dead_experts
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.saving import consolidated, load_from_checkpoint
 
