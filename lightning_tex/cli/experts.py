@@ -27,7 +27,12 @@ _DOCUMENTS = Count(40)
 # Of a table on a terminal.
 _EXPERTS, _TOKENS = 16, 8
 # In place of the recipe's layout, unless the command line has another one.
-_ONE_RANK = {"tensor_parallel_size": 1, "expert_parallel_size": 1, "expert_tensor_parallel_size": None}
+_ONE_RANK = {
+    "tensor_parallel_size": 1,
+    "expert_parallel_size": 1,
+    "expert_tensor_parallel_size": None,
+    "sequence_parallel": False,
+}
 
 
 @dataclass(frozen=True)

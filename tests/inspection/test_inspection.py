@@ -239,3 +239,14 @@ def test_a_model_without_experts_is_refused(folder: Path, tmp_path: Path) -> Non
     dense = [f"--model.init_args.config.{name}" for name in ("num_experts", "num_layers")]
     [told] = on_ranks(1, inspect, tmp_path, tmp_path / "out", dense[0], "1", dense[1], "2")
     assert "LanguageModel has no MoE layer" in told
+
+
+def test_a_published_folder_is_passed_through(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text((folder / "recipe.yaml").read_text())
+    sizes = {"dim": 16, "num_layers": 2, "num_heads": 2, "max_sequence_length": 32, "num_experts": 4, "top_k": 2}
+    model = LanguageModel(DecoderConfig(**sizes, vocab_size=280, moe_every=1, norm_topk_prob=True))
+    model.configure_model()
+    model.save_pretrained(tmp_path / "model.ckpt")
+    found = inspected(tmp_path, tmp_path / "out", "--max_batches", "2")
+    assert [layer["layer"] for layer in found["layers"]] == ["0", "1"]
+    assert sum(found["layers"][1]["choices"]) == 2 * found["tokens"] == 2 * 2 * 4 * 32
