@@ -15,13 +15,15 @@ import pytest
 import torch
 import yaml
 from helpers.ranks import on_ranks
+from helpers.trainers import quiet
 from torch import Tensor
 
 from lightning_tex import LanguageModel
 from lightning_tex.cli import main
-from lightning_tex.inspection import LayerUsage
+from lightning_tex.inspection import LayerUsage, Origins, UsageCounter
 from lightning_tex.inspection.measures import lift, spread, told, typical
 from lightning_tex.models import DecoderConfig
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.recipe import Recipe
 from lightning_tex.saving import load_from_checkpoint
 
@@ -156,7 +158,8 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", ["sequence", pytest.param("expert", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_counts_alike(name: str, folder: Path, usage: dict[str, Any], tmp_path: Path) -> None:
     words = ["--trainer.devices", "2", "--trainer.strategy", "lightning_tex.TexMoEStrategy"]
     for option in LAYOUTS[name]:
@@ -165,6 +168,7 @@ def test_every_layout_counts_alike(name: str, folder: Path, usage: dict[str, Any
     assert inspected(folder, tmp_path, *words, ranks=2) == usage
 
 
+@pytest.mark.full
 def test_training_data_and_fewer_batches(folder: Path, tmp_path: Path) -> None:
     found = inspected(folder, tmp_path, "--part", "train", "--max_batches", "3")
     assert found["tokens"] == 3 * 4 * 32 and sum(map(sum, found["layers"][0]["by_source"])) == 2 * found["tokens"]
@@ -230,17 +234,13 @@ def test_measures() -> None:
     assert measured.variation == pytest.approx((2 / 3) ** 0.5)
 
 
-def test_a_model_without_experts_is_refused(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text((folder / "recipe.yaml").read_text())
-    sizes = {"dim": 16, "num_layers": 2, "num_heads": 2, "max_sequence_length": 32, "vocab_size": 280}
-    model = LanguageModel(DecoderConfig(**sizes))
-    model.configure_model()
-    torch.save({"state_dict": model.state_dict(), "pytorch-lightning_version": "2.6.0"}, tmp_path / "model.ckpt")
-    dense = [f"--model.init_args.config.{name}" for name in ("num_experts", "num_layers")]
-    [told] = on_ranks(1, inspect, tmp_path, tmp_path / "out", dense[0], "1", dense[1], "2")
-    assert "LanguageModel has no MoE layer" in told
+def test_a_model_without_experts_is_refused() -> None:
+    counter = UsageCounter(Origins(None, "validation", 0), 61)
+    with pytest.raises(UserValueError, match="LanguageModel has no MoE layer"):
+        counter.on_validation_start(quiet(), LanguageModel(DecoderConfig()))
 
 
+@pytest.mark.full
 def test_a_published_folder_is_passed_through(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text((folder / "recipe.yaml").read_text())
     sizes = {"dim": 16, "num_layers": 2, "num_heads": 2, "max_sequence_length": 32, "num_experts": 4, "top_k": 2}

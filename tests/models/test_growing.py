@@ -91,12 +91,15 @@ EXACT = {
 }
 
 
+DEFAULT = ("copies", "parts, weights that sum to 1", "copies of sigmoids", "added to sigmoids", "removed from sigmoids")
+
+
 class Expert(torch.nn.Linear):
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__(dim, dim)
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in DEFAULT else pytest.mark.full) for n in EXACT])
 def test_logits_stay_equal_where_it_is_said(name: str, tmp_path: Path) -> None:
     growth, options = EXACT[name]
     if "expert_module" in options:
@@ -122,7 +125,7 @@ NEARLY = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NEARLY)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "noise" else pytest.mark.full) for n in NEARLY])
 def test_what_changes_logits_is_said(name: str, tmp_path: Path) -> None:
     growth, options, told = NEARLY[name]
     model = trained(**options)
@@ -226,6 +229,7 @@ def test_a_run_begins_with_it_on_another_layout(tmp_path: Path, capsys: pytest.C
     assert losses[0] == pytest.approx(float(expected), rel=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["mixtral", "qwen3-moe"])
 @torch.no_grad()
 def test_a_published_folder_becomes_one_that_transformers_loads(family: str, tmp_path: Path) -> None:

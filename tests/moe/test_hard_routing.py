@@ -123,7 +123,7 @@ def compare(world: int, every: int) -> None:
 
 
 def test_two_ranks_route_it_as_one_process_does() -> None:
-    run_ranks(2, compare, 2, 4)
+    run_ranks(2, compare, 2, 11)
 
 
 @pytest.mark.full
