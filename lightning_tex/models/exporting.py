@@ -216,7 +216,7 @@ def export(
         ValueError: it is damaged, or of no LanguageModel, or no family has such a decoder; or it has adapters alone
             and the folder of the published model is gone or has changed.
     """
-    source, top = _opened(find(Path(checkpoint)))
+    source, top = opened(find(Path(checkpoint)))
     config = top.get("hyper_parameters", {}).get("config")
     if not isinstance(config, Mapping):
         raise UserValueError(f"{checkpoint} is no checkpoint of a LanguageModel: it has no decoder's configuration")
@@ -245,7 +245,7 @@ def export(
     }
 
 
-def _opened(path: Path) -> tuple[Source, Mapping[str, Any]]:
+def opened(path: Path) -> tuple[Source, Mapping[str, Any]]:
     """A checkpoint's tensors, and the rest of it."""
     if path.is_dir():
         directory = Directory.verified(path)

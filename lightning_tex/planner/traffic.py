@@ -153,18 +153,18 @@ class MicroStepTraffic:
         else:
             yield from self._dropless(layer, forward, last)
         if layer.routing_losses:
-            totals = step.score_bytes * (2 * layer.num_experts + 2 + layer.entropy_loss)
+            totals = step.score_bytes * (2 * layer.scored + 2 + layer.entropy_loss)
             for axis in ("tensor", "data") if sequence else ("data",):
                 yield from self._over(axis, "all_reduce", totals, [FORWARD])
         if layer.sequence_balance:
             if sequence:
-                of_sequences = step.score_bytes * step.sequences * (2 * layer.num_experts + 1)
+                of_sequences = step.score_bytes * step.sequences * (2 * layer.scored + 1)
                 yield from self._over("tensor", "all_reduce", of_sequences, [FORWARD])
             yield from self._over("data", "all_reduce", 2 * step.score_bytes, [FORWARD])
 
     def _decision(self, layer: Moe) -> Iterator[Collective]:
         """Of the router; what is decided is not decided again."""
-        step, deciding, experts = self.step, layer.deciding, layer.num_experts
+        step, deciding, experts = self.step, layer.deciding, layer.scored
         sequence = step.communication.sequence_parallel
         if not sequence:
             agreed = ((deciding.agreed_choices, _INT64), (deciding.agreed_scores, step.score_bytes))
@@ -273,7 +273,7 @@ def optimizer_step(job: Job, candidate: Candidate) -> list[Collective]:
 def counted_choices(job: Job, candidate: Candidate) -> list[Collective]:
     """What biases of experts move by: whole numbers of all ranks' tokens."""
     return [
-        Collective("all_reduce", axis, candidate.layout.axis_size(axis), OPTIMIZER, _INT64 * layer.num_experts, times)
+        Collective("all_reduce", axis, candidate.layout.axis_size(axis), OPTIMIZER, _INT64 * layer.scored, times)
         for layer, times in ((placed.layer, times) for placed, times in job.model.layer_counts.items())
         if isinstance(layer, Moe) and layer.deciding.counts_steps
         for axis in (("tensor", "data") if candidate.sequence_parallel else ("data",))
