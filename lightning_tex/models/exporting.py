@@ -216,7 +216,7 @@ def export(
         ValueError: it is damaged, or of no LanguageModel, or no family has such a decoder; or it has adapters alone
             and the folder of the published model is gone or has changed.
     """
-    source, top = _opened(find(at(checkpoint)))
+    source, top = opened(find(at(checkpoint)))
     config = top.get("hyper_parameters", {}).get("config")
     if not isinstance(config, Mapping):
         raise UserValueError(f"{checkpoint} is no checkpoint of a LanguageModel: it has no decoder's configuration")
@@ -245,7 +245,7 @@ def export(
     }
 
 
-def _opened(path: Location) -> tuple[Source, Mapping[str, Any]]:
+def opened(path: Location) -> tuple[Source, Mapping[str, Any]]:
     """A checkpoint's tensors, and the rest of it."""
     if paths.is_directory(path):
         directory = Directory.verified(path)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_tex.moe.experts import Experts
+from lightning_tex.moe.held_experts import HeldExperts
 from lightning_tex.optim import TiledOptimizer
 from lightning_tex.parallel.errors import UserRuntimeError
 from lightning_tex.parallel.sharding import parameter_shardings
@@ -298,11 +298,10 @@ def _told(reports: list[RankReport]) -> str | None:
 
 def _each_expert(module: nn.Module, inputs: tuple[Any, ...]) -> Iterable[tuple[str, Tensor]]:
     """What the experts of this rank give for the rows that arrived, before it travels and is summed."""
-    if not isinstance(module, Experts):
+    if not isinstance(module, HeldExperts):
         return
-    first = module.boxes()["up"].extent.offsets[0]
-    for number, output in enumerate(module.own_outputs(inputs[0])):
-        yield f"output of expert {first + number}", output
+    for number, output in zip(module.held, module.own_outputs(inputs[0]), strict=True):
+        yield f"output of expert {number}", output
 
 
 def _sample_ids(batch: Any) -> list[int]:

@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_tex.resilience.processes import end_process, say
 from lightning_tex.resilience.signals import STOP_SIGNALS, StopSignals, exit_code
+from lightning_tex.resilience.star import current_star
 from lightning_tex.resilience.vote import Vote
 from lightning_tex.saving import Location, at, paths
 from lightning_tex.saving.newest import STOPPED
@@ -86,7 +87,7 @@ class Stopping:
     def begin(self) -> None:
         """A stage begins: note signals, and vote about them."""
         if self._ballot is None:
-            self._ballot = Ballot(self.trainer, Vote(self._strategy.topology.host), self._asked)
+            self._ballot = Ballot(self.trainer, Vote(self._strategy.topology.host, current_star()), self._asked)
         self._limits = TimeLimits(self.trainer)
         self._in_stage = True
         loop: Any = self.trainer.fit_loop.epoch_loop
