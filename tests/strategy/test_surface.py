@@ -29,6 +29,9 @@ DEFAULT = (
 )
 
 
+assert set(DEFAULT) <= RUN.keys(), "a row has another name now"
+
+
 def missing(row: Row) -> list[str]:
     return [package for package in row.needs if importlib.util.find_spec(package) is None]
 
