@@ -43,7 +43,8 @@ def plain(layer: MoE, x: Tensor, mask: Tensor) -> tuple[Tensor, list[int]]:
         for e in best[t].tolist() if mask[t] else []:
             counts[e] += 1
             if e < EXPERTS:
-                rows[t] = rows[t] + scores[t, e] * expert(layer.experts, e, x[t])
+                bias = 0 if layer.output_biases is None else layer.output_biases.weight[e]
+                rows[t] = rows[t] + scores[t, e] * (expert(layer.experts, e, x[t]) + bias)
             elif e >= EXPERTS + ZERO:
                 rows[t] = rows[t] + scores[t, e] * x[t]
     return torch.stack(rows), counts
@@ -54,8 +55,12 @@ def batch(rank: int = 0) -> tuple[Tensor, Tensor]:
     return torch.randn(2, 8, DIM, generator=generator, dtype=torch.float64), torch.arange(16).view(2, 8) % 5 > 0
 
 
-def test_it_is_the_plain_loop_forward_and_backward() -> None:
-    layer = build()
+@pytest.mark.parametrize("bias", [False, True])
+def test_it_is_the_plain_loop_forward_and_backward(bias: bool) -> None:
+    layer = build(bias=bias)
+    if layer.experts.up_bias is not None:
+        layer.experts.up_bias.data.zero_()
+        layer.experts.up_bias.requires_grad_(False)
     reference = copy.deepcopy(layer)
     x, mask = batch()
     given, expected = x.clone().requires_grad_(), x.clone().requires_grad_()

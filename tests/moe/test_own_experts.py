@@ -118,6 +118,16 @@ def test_it_is_the_plain_loop_over_modules_forward_and_backward(options: dict[st
         torch.testing.assert_close(of_experts[name.replace(".", "_")], wanted, rtol=1e-11, atol=1e-12)
 
 
+def test_an_mlp_is_mixed_with_experts_that_have_biases() -> None:
+    torch.manual_seed(0)
+    layer = MoE(DIM, HIDDEN, EXPERTS, 2, bias=True, residual_hidden_dim=8, load_balance_coefficient=0.0)
+    x = torch.randn(7, DIM)
+    c = layer.residual.mix(x).softmax(-1)
+    dense = F.gelu(x @ layer.residual.up.weight.T) @ layer.residual.down.weight.T
+    mixed, layer.residual = layer(x), None
+    torch.testing.assert_close(mixed, c[:, :1] * layer(x) + c[:, 1:] * dense)
+
+
 def compare(layouts: list[tuple[int, ...]]) -> None:
     for sizes in layouts:
         for options in ({}, {"capacity_factor": 0.7}, {"residual_hidden_dim": 8}):
@@ -228,6 +238,18 @@ def test_a_checkpoint_goes_from_layout_to_layout(tmp_path: Path) -> None:
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]), name
+
+
+def test_what_each_gives_can_be_looked_at() -> None:
+    layer, seen = build(), []
+    layer.experts.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    x = torch.randn(9, DIM, dtype=torch.float64)
+    layer(x)
+    route = layer.router(x)
+    outputs = list(layer.experts.own_outputs(seen[0]))
+    for number, (expert, output) in enumerate(zip(modules_of(layer), outputs, strict=True)):
+        tokens, choice = (route.indices == number).nonzero(as_tuple=True)
+        torch.testing.assert_close(output, expert(x[tokens]) * route.weights[tokens, choice][:, None])
 
 
 def test_experts_begin_as_modules_that_are_made_one_by_one() -> None:
