@@ -31,6 +31,9 @@ from lightning_tex.planner.micro_step import MicroStep
 from lightning_tex.planner.model import PlacedLayer
 from lightning_tex.planner.states import Buffer, FlatBuffers
 
+# A step's norm, and whether gradients and losses are finite, over all ranks.
+NORM_BYTES = 3 * 8
+
 _INT64 = 8
 
 # T tokens of a data rank's micro-batch
@@ -263,7 +266,7 @@ def optimizer_step(job: Job, candidate: Candidate) -> list[Collective]:
         found += collection(buffer)
     found += counted_choices(job, candidate)
     if job.world > 1:
-        found.append(Collective("all_reduce", "world", job.world, OPTIMIZER, 2 * 8))  # norm, and whether all is finite
+        found.append(Collective("all_reduce", "world", job.world, OPTIMIZER, NORM_BYTES))
     return found
 
 

@@ -17,6 +17,7 @@ from lightning_tex.optim import TiledOptimizer
 from lightning_tex.parallel.errors import UserRuntimeError
 from lightning_tex.parallel.sharding import parameter_shardings
 from lightning_tex.resilience.finite_watch import FiniteWatch, Seen, of_all_ranks, tensors_in
+from lightning_tex.saving import at
 from lightning_tex.saving.random_streams import random_streams
 from lightning_tex.strategy.step_dump import DUMPED, KeptBatch, KeptStep, write_dump
 from lightning_tex.strategy.stopping import checkpoint_folder
@@ -244,7 +245,9 @@ class SkippedSteps:
         folder = checkpoint_folder(trainer)
         if folder is None or not note.kept.batches:
             return None
-        path = folder / f"{DUMPED}{note.step}"
+        # A dump is files to look at: where checkpoints are elsewhere, it lies here.
+        mounted = next(place for place in (folder, at(trainer.default_root_dir), Path.cwd()) if isinstance(place, Path))
+        path = mounted / f"{DUMPED}{note.step}"
         write_dump(strategy, trainer, path, note.kept, said, note.step)
         return path
 

@@ -23,7 +23,7 @@ from lightning_tex.testing.ranks import run_ranks
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 # Few blocks: the trace of all takes a minute.
-FEWER = ["--trainer.accumulate_grad_batches", "2", "--model.config.num_layers", "4"]
+FEWER = ["--trainer.accumulate_grad_batches", "2", "--model.config.num_layers", "2"]
 CASES = {
     "ted-40b-128xa100": [{}, {"zero_stage": 2, "activation_checkpointing": None}, {"duplicate_token_dropping": False}],
     "mixtral-8x7b-64xh100": [{}, {"optimizer_state_format": "int8", "activation_checkpointing": "full"}],

@@ -177,6 +177,7 @@ def test_the_largest_base_model_fits_and_the_next_does_not() -> None:
     assert min(memory(larger, candidate).peak for candidate in candidates(larger, choices)) > 4e9
 
 
+@pytest.mark.full
 def test_planning_for_16384_ranks_is_a_matter_of_seconds() -> None:
     job = Job(small(vocab_size=51200, dim=4096, num_layers=32, num_heads=32, num_experts=16), 16384, 2048, 16384)
     plans = plan_all(job, H100, Choices(zero_stage=(0, 1), optimizer_state_format=("fp32",)))
