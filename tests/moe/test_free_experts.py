@@ -18,6 +18,7 @@ from lightning_tex import LanguageModel
 from lightning_tex.models import DecoderConfig
 from lightning_tex.moe import MoE
 from lightning_tex.parallel.collectives import all_reduce
+from lightning_tex.parallel.device import pretend_device
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.sharding import parameter_shardings, shard_module
 from lightning_tex.testing import assert_trains_alike
@@ -56,7 +57,8 @@ def batch(rank: int = 0) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_it_is_the_plain_loop_forward_and_backward(bias: bool) -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda"])  # whose code it is, on a CPU
+def test_it_is_the_plain_loop_forward_and_backward(bias: bool, device: str) -> None:
     layer = build(bias=bias)
     if layer.experts.up_bias is not None:
         layer.experts.up_bias.data.zero_()
@@ -64,11 +66,13 @@ def test_it_is_the_plain_loop_forward_and_backward(bias: bool) -> None:
     reference = copy.deepcopy(layer)
     x, mask = batch()
     given, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
-    y = layer(given, mask)
+    with pretend_device(device):
+        y = layer(given, mask)
     wanted, counts = plain(reference, expected.flatten(0, 1), mask.flatten())
     torch.testing.assert_close(y.flatten(0, 1), wanted)
     upstream = torch.cos(torch.arange(y.numel(), dtype=y.dtype)).view_as(y)
-    y.backward(upstream)
+    with pretend_device(device):
+        y.backward(upstream)
     wanted.backward(upstream.flatten(0, 1))
     torch.testing.assert_close(given.grad, expected.grad)
     for (name, p), q in zip(layer.named_parameters(), reference.parameters(), strict=True):

@@ -22,6 +22,7 @@ from lightning_tex import LanguageModel, TexMoEStrategy
 from lightning_tex.models import DecoderConfig
 from lightning_tex.moe import MoE
 from lightning_tex.parallel.collectives import all_reduce
+from lightning_tex.parallel.device import pretend_device
 from lightning_tex.parallel.errors import UserError
 from lightning_tex.parallel.sharding import check_shardable, parameter_shardings, shard_module
 from lightning_tex.parallel.topology import Layout
@@ -95,14 +96,17 @@ def plain(
 @pytest.mark.parametrize(
     "options", [{}, {"capacity_factor": 0.7}, {"residual_hidden_dim": 8}, {"masked": True}], ids=str
 )
-def test_it_is_the_plain_loop_over_modules_forward_and_backward(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda"])  # whose code it is, on a CPU
+def test_it_is_the_plain_loop_over_modules_forward_and_backward(options: dict[str, Any], device: str) -> None:
+    options = dict(options)
     masked = options.pop("masked", False)
     layer = build(**options)
     experts = modules_of(layer)
     x = torch.randn(13, DIM, dtype=torch.float64, requires_grad=True)
     mask = torch.arange(13) % 3 > 0 if masked else None
     factor = options.get("capacity_factor")
-    y = layer(x, mask)
+    with pretend_device(device):
+        y = layer(x, mask)
     expected = plain(layer, experts, x, factor and math.ceil(factor * 2 * 13 / EXPERTS), mask)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     upstream = torch.randn_like(y)
