@@ -195,6 +195,7 @@ def test_those_that_nobody_chose_are_removed(folder: Path, usage: dict[str, Any]
     [
         ([], "--config is needed"),
         (["out", "--split", "2", "--add", "1"], "--split and --add to do"),
+        (["out", "--add", "1", "--granular"], "--granular with --add; legal: with --split"),
         (["out", "--remove", "1:2", "3"], "--remove 1:2 3; legal"),
     ],
 )
