@@ -18,7 +18,6 @@ import yaml
 from helpers.ranks import on_ranks
 from helpers.trainers import quiet
 from torch import Tensor
-from torch.utils.data import IterableDataset
 
 from lightning_tex import LanguageModel
 from lightning_tex.cli import main
@@ -238,7 +237,7 @@ def test_measures() -> None:
 
 
 def test_data_that_is_streamed_is_one_source_without_documents() -> None:
-    data = SimpleNamespace(prepared=SimpleNamespace(train=IterableDataset[Any]()))
+    data = SimpleNamespace(prepared=SimpleNamespace(train=object()))
     origins, ids = Origins(data, "train", 5), torch.zeros(2, 3, dtype=torch.long)
     assert origins.sources == ["train"] and not origins.documents
     sources, documents = origins.of({"sample": torch.tensor([7, -1])}, ids)
