@@ -15,7 +15,8 @@ import pytest
 from helpers.cases import in_full, selected
 from helpers.ranks import together
 from helpers.surface import Row, Use, differences, outcome
-from helpers.surface_rows import ROWS, without_main_guard
+from helpers.surface_rows import ROWS
+from helpers.surface_uses import without_main_guard
 
 ROOT = Path(__file__).parents[2]
 RUN = {row.name: row for row in ROWS if row.use is not None}
