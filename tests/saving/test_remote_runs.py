@@ -149,6 +149,18 @@ def test_everything_works_in_memory_of_one_process(tmp_path: Path) -> None:
     assert found["steps"] > 3 * EPOCH
 
 
+def _by_file_url(folder: str) -> tuple[list[str], int]:
+    run(f"file://{folder}", 1, world=1)
+    resumed = run(f"file://{folder}", 2, f"file://{folder}/step=2.ckpt", world=1)
+    return visible(folder), resumed["seen"]
+
+
+def test_a_file_url_is_a_path(tmp_path: Path) -> None:
+    names, seen = run_ranks(1, _by_file_url, str(tmp_path))[0]
+    assert names[0] == "last.ckpt" and "step=3.ckpt" in names
+    assert seen > EPOCH
+
+
 # --- kill -9
 
 
