@@ -208,6 +208,11 @@ class TokenDataModule(LightningDataModule):
             return previous
         self._cursor_trainer = trainer
         epoch, batch = (state["epoch"], state["samples"] // self.global_batch_size) if state else (0, 0)
+        return self._new_cursor(loader, epoch, batch)
+
+    def _new_cursor(self, loader: ResumableLoader, epoch: int, batch: int) -> Cursor:
+        """A cursor that stands at a micro-step of an epoch."""
+        trainer = self.trainer
         return trainer_cursor(trainer, epoch, batch) if trainer is not None else loader_cursor(loader, epoch, batch)
 
     def _enough(self, train: Samples | None) -> Samples:

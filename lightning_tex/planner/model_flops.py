@@ -52,7 +52,7 @@ def _multiplications(layer: Layer, length: int) -> int:
         case Mlp():
             return (layer.matrices_up + 1) * layer.dim * layer.hidden
         case Moe():
-            chosen = (layer.matrices_up + 1) * layer.dim * layer.hidden * layer.top_k + layer.dim * layer.num_experts
+            chosen = (layer.matrices_up + 1) * layer.dim * layer.hidden * layer.top_k + layer.dim * layer.scored
             return chosen + (0 if layer.shared is None else _multiplications(layer.shared, length))
         case Head():
             return layer.dim * layer.vocab_size

@@ -31,6 +31,9 @@ from lightning_tex.planner.micro_step import MicroStep
 from lightning_tex.planner.model import PlacedLayer
 from lightning_tex.planner.states import Buffer, FlatBuffers
 
+# A step's norm, and whether gradients and losses are finite, over all ranks.
+NORM_BYTES = 3 * 8
+
 _INT64 = 8
 
 # T tokens of a data rank's micro-batch
@@ -150,18 +153,18 @@ class MicroStepTraffic:
         else:
             yield from self._dropless(layer, forward, last)
         if layer.routing_losses:
-            totals = step.score_bytes * (2 * layer.num_experts + 2 + layer.entropy_loss)
+            totals = step.score_bytes * (2 * layer.scored + 2 + layer.entropy_loss)
             for axis in ("tensor", "data") if sequence else ("data",):
                 yield from self._over(axis, "all_reduce", totals, [FORWARD])
         if layer.sequence_balance:
             if sequence:
-                of_sequences = step.score_bytes * step.sequences * (2 * layer.num_experts + 1)
+                of_sequences = step.score_bytes * step.sequences * (2 * layer.scored + 1)
                 yield from self._over("tensor", "all_reduce", of_sequences, [FORWARD])
             yield from self._over("data", "all_reduce", 2 * step.score_bytes, [FORWARD])
 
     def _decision(self, layer: Moe) -> Iterator[Collective]:
         """Of the router; what is decided is not decided again."""
-        step, deciding, experts = self.step, layer.deciding, layer.num_experts
+        step, deciding, experts = self.step, layer.deciding, layer.scored
         sequence = step.communication.sequence_parallel
         if not sequence:
             agreed = ((deciding.agreed_choices, _INT64), (deciding.agreed_scores, step.score_bytes))
@@ -263,14 +266,14 @@ def optimizer_step(job: Job, candidate: Candidate) -> list[Collective]:
         found += collection(buffer)
     found += counted_choices(job, candidate)
     if job.world > 1:
-        found.append(Collective("all_reduce", "world", job.world, OPTIMIZER, 2 * 8))  # norm, and whether all is finite
+        found.append(Collective("all_reduce", "world", job.world, OPTIMIZER, NORM_BYTES))
     return found
 
 
 def counted_choices(job: Job, candidate: Candidate) -> list[Collective]:
     """What biases of experts move by: whole numbers of all ranks' tokens."""
     return [
-        Collective("all_reduce", axis, candidate.layout.axis_size(axis), OPTIMIZER, _INT64 * layer.num_experts, times)
+        Collective("all_reduce", axis, candidate.layout.axis_size(axis), OPTIMIZER, _INT64 * layer.scored, times)
         for layer, times in ((placed.layer, times) for placed, times in job.model.layer_counts.items())
         if isinstance(layer, Moe) and layer.deciding.counts_steps
         for axis in (("tensor", "data") if candidate.sequence_parallel else ("data",))

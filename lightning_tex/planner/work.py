@@ -128,7 +128,7 @@ class Work:
         here = layer.num_experts / self.step.layout.expert
         hidden = layer.hidden / self.step.layout.expert_tensor
         rows = self.step.rows(layer) / here
-        yield Product(self.step.held, layer.num_experts, layer.dim, full_precision=True)
+        yield Product(self.step.held, layer.scored, layer.dim, full_precision=True)
         yield Product(rows, layer.matrices_up * hidden, layer.dim, here)
         yield Product(rows, layer.dim, hidden, here, recorded=self.step.moved(layer), last=True)
 
@@ -176,7 +176,7 @@ class Work:
     def _moe_bytes(self, layer: Moe) -> float:
         """Router, rows picked (and reordered where they travel), what stands between the products, the sum."""
         step, size, score, dim = self.step, self.step.element_bytes, self.step.score_bytes, layer.dim
-        router = step.held * (dim * (size + 2 * score) + 8 * layer.num_experts * score)
+        router = step.held * (dim * (size + 2 * score) + 8 * layer.scored * score)
         rows = step.rows(layer)
         own = step.own_tokens(layer) * layer.top_k
         reordered = 4 * rows if step.moved(layer) else 0

@@ -87,6 +87,24 @@ def test_one_rank_that_ends_the_training_ends_it_everywhere() -> None:
         assert len(set(found[hook])) == 1, hook
 
 
+class EndsItsEpoch(PublicNames):
+    """One rank alone answers -1, in the second batch of the first epoch."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        odd = self.trainer.global_rank == 1 and self.trainer.current_epoch == 0 and batch_idx == 1
+        return -1 if odd else None
+
+
+def ended_epoch() -> tuple[int, int, bool]:
+    module, trainer = EndsItsEpoch(), new_trainer({}, max_epochs=3)
+    trainer.fit(module, loader(own_slices(trainer, batches(3))))
+    return trainer.global_step, trainer.current_epoch, "on_train_batch_start" in vars(module)
+
+
+def test_an_epoch_that_one_rank_s_hook_ends_ends_everywhere() -> None:
+    assert on_ranks(2, ended_epoch) == [(1 + 3 + 3, 3, False)] * 2
+
+
 class Votes(L.Callback):
     """Shapes of what ranks voted about, from the end of a batch to that of the next one."""
 

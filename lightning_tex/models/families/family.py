@@ -194,6 +194,10 @@ _OF_EXPERTS: dict[str, Any] = {
     "shared_expert_hidden_dim": None,
     "shared_expert_gate": False,
     "expert_bias": False,
+    "expert_module": None,
+    "residual_hidden_dim": None,
+    "zero_experts": 0,
+    "identity_experts": 0,
 }
 
 
