@@ -134,6 +134,7 @@ class LanguageModel(LightningModule):
 
     def configure_model(self) -> None:
         if self.decoder is None:
+            require_own_tokens(self)  # of a subclass that has callbacks of its own
             self.build_on_meta()
             if self._device_mesh is None:  # no strategy that draws meta parameters
                 fill_whole(self)
