@@ -16,8 +16,9 @@ class SequenceLengthSchedule(Callback):
     """Train on shorter sequences first: by the optimizer step, rows are divided into such of a length that grows.
 
     A batch of ``input_ids`` [b, S] becomes one of [b S / s, s] with the same tokens, in the same order and with the
-    same labels: each step has as many tokens as ever, of which none is not learnt, but sees less before it. What else has a shape of [b, S, ..] is divided likewise, what has one of [b, ..] repeated. It is a
-    function of the step alone, the same on every layout, and a resumed run goes on as it would have. Plans are of S.
+    same labels: each step has as many tokens as ever, of which none is not learnt, but sees less before it. What else
+    has a shape of [b, S, ..] is divided likewise, what has one of [b, ..] repeated. It is a function of the step alone,
+    the same on every layout, and a resumed run goes on as it would have. Plans are of S.
 
     Args:
         lengths: pairs of an optimizer step and s, which holds from there on; S before the first.
