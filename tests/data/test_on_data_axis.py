@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from pathlib import Path
@@ -121,6 +122,29 @@ def test_going_on_from_a_state(kind: str, workers: int) -> None:
             rest = loader_of(kind, workers)
             rest.load_state_dict(state)
             assert first + steps(rest) == whole
+
+
+@pytest.mark.parametrize("kind", ["map", "stateful"])
+def test_twenty_stops_on_changing_axes(kind: str) -> None:
+    draw, state, seen = random.Random(kind), loader_of(kind).state_dict(), []
+    whole: list[list[float]] = []
+    plain = loader_of(kind)
+    while len(whole) < 70:
+        plain.order.set_epoch(len(whole) // (N // G))
+        whole += steps(plain)
+    for stop in range(20):
+        ranks, most = draw.choice([1, 2, 4, 8]), draw.randint(0, 4)
+        with case(stop=stop, ranks=ranks, most=most, at=len(seen)):
+            loaders = [placed(loader_of(kind), rank, ranks) for rank in range(ranks)]
+            for loader in loaders:
+                loader.load_state_dict(state)
+            parts = [steps(loader, most) for loader in loaders]
+            seen += [list(chain(*part)) for part in zip(*parts, strict=True)]
+            states = [loader.state_dict() for loader in loaders]
+            assert all(one == states[0] for one in states)
+            state = states[0]
+            assert seen == whole[: len(seen)]
+    assert len(seen) > 20
 
 
 def test_what_goes_on_by_its_state_is_not_read_again() -> None:
