@@ -15,7 +15,7 @@ from lightning_tex.optim import OptimizerStateConfig
 from lightning_tex.optim.engine import Engine, fastest
 from lightning_tex.optim.flat import FlatBuffer
 from lightning_tex.optim.formats import StateFormat, Window, per_element
-from lightning_tex.optim.probe import Probed, probe, temporary_bytes
+from lightning_tex.optim.probe import Probed, probe, try_steps
 from lightning_tex.optim.rounding import Rounding, RoundingSeed
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.sharding import parameter_shardings
@@ -113,4 +113,4 @@ def _temporaries(
         rounding = Rounding(RoundingSeed(), buffer.entries, buffer.own_start, own.device)
         return config.states(own, tile_size, probed, rounding)
 
-    return temporary_bytes(optimizer, group, buffer.parameters, trial)
+    return try_steps(optimizer, group, buffer.parameters, trial).temporary_bytes

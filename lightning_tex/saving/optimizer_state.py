@@ -62,6 +62,21 @@ def optimizer_state(optimizer: Stepped) -> dict[str, dict[str, GlobalTensor]]:
     return states
 
 
+def foreseen_bytes(optimizer: Stepped) -> int:
+    """What this rank writes of the states in a checkpoint; before the first step, too, when there are none yet."""
+    size = 0
+    for piece in optimizer.pieces():
+        if piece.sharding.counted and piece.writes:
+            saved = piece.shard.states.saved_size
+            elements = sum(part.extent.numel for part in held_parts(piece, _unread))
+            size += saved.per_element * elements + saved.per_parameter * holds_first_element(piece)
+    return size
+
+
+def _unread() -> Tensor:
+    raise AssertionError("only sizes are asked for")
+
+
 def held_parts(piece: Piece, read: Callable[[], Tensor]) -> Iterator[Part]:
     """The elements of a piece in its global tensor, as views of what ``read`` gives of its window."""
     return run_parts(piece.sharding.box, piece.stored, lambda: read()[piece.held.slices])
