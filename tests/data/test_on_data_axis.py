@@ -13,13 +13,14 @@ import lightning as L
 import pytest
 import torch
 from helpers.cases import case
-from helpers.ranks import together
+from helpers.ranks import on_ranks, together
 from helpers.trainers import quiet
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRandomSampler
 
 from lightning_tex import TexMoEStrategy
 from lightning_tex.data import on_data_axis
+from lightning_tex.data.order import Share
 from lightning_tex.errors import UserValueError
 
 N, G = 43, 8  # samples; of a micro-step
@@ -94,7 +95,7 @@ def steps(loader: Any, count: int = 99) -> list[list[float]]:
 
 
 def placed(loader: Any, rank: int, ranks: int) -> Any:
-    loader.order.share = type(loader.order.share)(G, ranks, rank)
+    loader.order.share, loader._placed = Share(G, ranks, rank), True
     return loader
 
 
@@ -236,7 +237,7 @@ class Own(L.LightningModule):
         self.validated.append(batch.tolist())
 
     def train_dataloader(self) -> Any:
-        return loader_of(self.kind, self.workers)
+        return loader_of(self.kind, self.workers, trainer=self.trainer)
 
     def val_dataloader(self) -> Any:
         return loader_of(self.kind, self.workers, evaluation=True)
@@ -268,10 +269,10 @@ def test_a_run_on_a_layout_goes_on_in_one_process(tmp_path: Path) -> None:
     }
     for kind, ranks in together(4, runs).items():
         with case(kind):
-            _, whole, validated = fit(kind, 2, 12, {}, tmp_path / "whole.ckpt")
+            ((_, whole, validated),) = on_ranks(1, fit, kind, 2, 12, {}, tmp_path / "whole.ckpt")
             assert by_step(ranks) == whole[:7]
             assert sorted(chain(*validated)) == sorted([float(i) for i in range(N)] * 2)
-            _, rest, _ = fit(kind, 0, 12, {}, tmp_path / f"{kind}.ckpt", resume=True)
+            ((_, rest, _),) = on_ranks(1, fit, kind, 0, 12, {}, tmp_path / f"{kind}.ckpt", True)
             assert rest == whole[7:]
 
 
@@ -280,6 +281,5 @@ def test_a_run_on_a_layout_goes_on_in_one_process(tmp_path: Path) -> None:
 def test_under_lightnings_own_strategy(tmp_path: Path, kind: str, workers: int) -> None:
     _, whole, _ = fit(kind, workers, 4, None, tmp_path / "whole.ckpt")
     assert whole == steps(loader_of(kind), 4)
-    if kind == "map":  # of others it must know the trainer
-        fit(kind, workers, 2, None, tmp_path / "stopped.ckpt")
-        assert fit(kind, 0, 4, None, tmp_path / "stopped.ckpt", resume=True)[1] == whole[2:]
+    fit(kind, workers, 2, None, tmp_path / "stopped.ckpt")
+    assert fit(kind, 0, 4, None, tmp_path / "stopped.ckpt", resume=True)[1] == whole[2:]
