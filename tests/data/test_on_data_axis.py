@@ -250,7 +250,7 @@ def fit(kind: str, workers: int, count: int, layout: Any, path: Path, resume: bo
     module = Own(kind, workers)
     strategy = TexMoEStrategy(**layout) if layout is not None else "auto"
     devices = 4 if layout else 1
-    trainer = quiet(max_steps=count, devices=devices, strategy=strategy, num_sanity_val_steps=0, limit_val_batches=7)
+    trainer = quiet(max_steps=count, devices=devices, strategy=strategy, num_sanity_val_steps=0)
     trainer.fit(module, ckpt_path=path if resume else None)
     if not resume:
         trainer.save_checkpoint(path)
