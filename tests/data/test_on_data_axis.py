@@ -100,7 +100,7 @@ def placed(loader: Any, rank: int, ranks: int) -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.full)])
 def test_an_epoch_on_every_data_axis(kind: str, workers: int) -> None:
     alone = steps(loader_of(kind))
     assert len(alone) == N // G
@@ -113,7 +113,7 @@ def test_an_epoch_on_every_data_axis(kind: str, workers: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.full)])
 def test_going_on_from_a_state(kind: str, workers: int) -> None:
     whole = steps(loader_of(kind))
     for stop in (1, 4) if workers else range(1, 5):

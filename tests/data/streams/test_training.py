@@ -45,7 +45,7 @@ def fit(ranks: Any, module: Any, steps: int, path: Path, ckpt_path: Any = None, 
     return seen
 
 
-@pytest.mark.parametrize("flags", [{}, {"num_workers": 2}, {"limit_train_batches": 3}], ids=str)
+@pytest.mark.parametrize("flags", [{}, {"num_workers": 2, "limit_train_batches": 3}], ids=str)
 def test_a_run_resumes_at_the_next_sample(ranks: Any, recorder: Any, tmp_path: Path, flags: Any) -> None:
     """Also where a limit makes Lightning's epochs short, none of which begins the stream anew."""
     whole = fit(ranks, recorder(), 10, tmp_path / "whole.ckpt", max_epochs=9, **flags)
