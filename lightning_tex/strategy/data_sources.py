@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from lightning import Trainer
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
@@ -83,6 +84,13 @@ class _AgreeingLoader(CombinedLoader):
             return super().__iter__()
         finally:
             self._flattened = users
+
+    def __len__(self) -> int:
+        """Batches of an evaluation; not known where a loader's are not, which may have fewer than it is limited to."""
+        # Where it is not known Lightning reads ahead, and so knows which batch is a rank's last.
+        if self._mode == "sequential" and any(sized_len(loader) is None for loader in self._flattened):
+            raise TypeError("a loader has no length")
+        return super().__len__()
 
     def _agreed_loaders(self) -> list[Any]:
         """Asked of the other ranks once for the same loaders; collective."""
