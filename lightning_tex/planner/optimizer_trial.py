@@ -12,16 +12,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_tex.optim import OptimizerStateConfig
+from lightning_tex.optim.combined import stepper_of
 from lightning_tex.optim.engine import Engine, fastest
 from lightning_tex.optim.flat import FlatBuffer
 from lightning_tex.optim.formats import StateFormat, Window, per_element
 from lightning_tex.optim.probe import Probed, probe, temporary_bytes
 from lightning_tex.optim.rounding import Rounding, RoundingSeed
+from lightning_tex.optim.stepping import AsMatrices, stepping
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.sharding import parameter_shardings
 from lightning_tex.parallel.topology import Axis, Topology
 from lightning_tex.planner.copies import undisturbed, without_values
 from lightning_tex.planner.fake_values import Routing, ShapesOnly
+from lightning_tex.planner.matrix_costs import MatrixCosts
 from lightning_tex.planner.model import ModelDescription
 from lightning_tex.planner.optimizers import Grouping, OptimizerDescription, StateCosts, Temporaries, assumed_adamw
 from lightning_tex.planner.pretended_trainer import PretendedTrainer
@@ -73,9 +76,9 @@ def describe_optimizer(optimizer: Optimizer, grouping: Grouping) -> OptimizerDes
         grouping: which of a model's parameters are in its groups.
 
     Raises:
-        ValueError: it is not elementwise.
+        ValueError: it can be stepped neither in tiles nor as whole matrices.
     """
-    costs = tuple(_costs(optimizer, group) for group in optimizer.param_groups)
+    costs = tuple(_costs(stepper_of(optimizer, group), group) for group in optimizer.param_groups)
     return OptimizerDescription(type(optimizer).__name__, grouping, costs)
 
 
@@ -89,7 +92,10 @@ class _Groups:
         return self.groups
 
 
-def _costs(optimizer: Optimizer, group: dict[str, Any]) -> StateCosts:
+def _costs(optimizer: Optimizer, group: dict[str, Any]) -> StateCosts | MatrixCosts:
+    made = stepping(OptimizerStateConfig(), optimizer, group, RoundingSeed())
+    if isinstance(made, AsMatrices):
+        return MatrixCosts(optimizer, group)
     probed, options = probe(optimizer, group), fastest(optimizer, group)
     window = Window(nn.Parameter(torch.linspace(-1, 1, 64)), {})
     with torch.no_grad():

@@ -57,7 +57,7 @@ class Collective(NamedTuple):
     axis: str
     size: int
     during: str
-    whole_bytes: int
+    whole_bytes: int | Fraction
     times: int = 1
     counted_as: str = ""
 
@@ -71,7 +71,7 @@ class Collective(NamedTuple):
         return Sent(self.counted_as or self.operation, self.axis, self.during)
 
 
-def ring(operation: str, ranks: int, whole_bytes: int) -> Fraction:
+def ring(operation: str, ranks: int, whole_bytes: int | Fraction) -> Fraction:
     """Bytes that a rank sends: (n-1)/n of the whole, twice that in an all-reduce."""
     return Fraction((2 if operation == "all_reduce" else 1) * (ranks - 1) * whole_bytes, ranks)
 
@@ -305,7 +305,9 @@ def micro_step(job: Job, candidate: Candidate) -> list[Collective]:
 def optimizer_step(job: Job, candidate: Candidate) -> list[Collective]:
     """Collectives of one optimizer step: gradients, their norm, parameters."""
     found: list[Collective] = []
-    for buffer in FlatBuffers.of(job, candidate).buffers:
+    flat = FlatBuffers.of(job, candidate)
+    found += matrices_and_back(flat, candidate)
+    for buffer in flat.buffers:
         found += reduction(buffer, candidate)
         found += combination(buffer, candidate)
         found += collection(buffer)
@@ -342,6 +344,14 @@ def combination(buffer: Buffer, candidate: Candidate) -> list[Collective]:
         return []
     element_bytes = max(4, buffer.element_bytes) if candidate.zero_stage == 2 else buffer.element_bytes
     return [Collective("all_reduce", "tensor", tensor, OPTIMIZER, element_bytes * buffer.part)]
+
+
+def matrices_and_back(flat: FlatBuffers, candidate: Candidate, device: str = "cuda") -> list[Collective]:
+    """Whole matrices to their owners and back, on the mean of all ranks."""
+    return [
+        Collective("all_to_all", axis.name, axis.size, OPTIMIZER, sent / times * axis.size / (axis.size - 1), times)
+        for axis, times, sent in flat.matrices.sent(flat.has_masters, candidate.zero_stage, device)
+    ]
 
 
 def collection(buffer: Buffer) -> list[Collective]:
