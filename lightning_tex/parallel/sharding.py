@@ -30,7 +30,8 @@ class TexModule(nn.Module):
         axes: names of the mesh axes it uses; each becomes an attribute, an :class:`Axis` of size 1 until sharded.
         shard_dims: parameter name -> {axis name: tensor dim sharded over that axis}.
         full_precision: mixed precision leaves its own parameters in fp32.
-        hidden: its matrices lie between embedding and head, as an optimizer for hidden matrices (Muon) steps them.
+        hidden: its own parameters of two dims are matrices between embedding and head, as an optimizer for hidden
+            matrices (Muon) steps them.
         partial_gradients: names of parameters, or of modules inside, that act between the borders of a region which is
             sharded over tensor and are whole there, such as a norm over a rank's heads: a rank's gradient of them is
             the part of it that comes from what the rank computes, and is summed over tensor. A plain module may declare
