@@ -22,6 +22,7 @@ from lightning_tex.data import require_token_ids
 from lightning_tex.parallel.flight_record import EVERY_RANK, TRAINING
 from lightning_tex.recipe import BARE_TRAINER, Recipe, quiet
 from lightning_tex.resilience.replicas import differing
+from lightning_tex.resilience.star import current_star
 from lightning_tex.resilience.vote import Vote
 from lightning_tex.strategy import TexMoEStrategy
 from lightning_tex.strategy.replica_checks import copies
@@ -75,7 +76,7 @@ class Costs(L.Callback):
 
     def _alone(self, strategy: TexMoEStrategy, module: Any, batch: Any) -> dict[str, Any]:
         steps = len(self.times) - 1
-        vote = Vote(strategy.topology.host)
+        vote = Vote(strategy.topology.host, current_star())
         optimizer = strategy.tiled_optimizer
         assert optimizer is not None
 

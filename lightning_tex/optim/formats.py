@@ -32,6 +32,20 @@ class SavedState(NamedTuple):
     shape: tuple[int, ...] | None = None
 
 
+class SavedSize(NamedTuple):
+    """What a checkpoint has of a shard's states: bytes for each element, and for each parameter besides."""
+
+    per_element: int
+    per_parameter: int
+
+    @classmethod
+    def of(cls, states: dict[str, Any]) -> SavedSize:
+        """Of what :meth:`StateFormat.saved_states` gives."""
+        each = [value.dtype.itemsize for value in states.values() if isinstance(value, SavedState)]
+        numbers = [torch.as_tensor(value).nbytes for value in states.values() if not isinstance(value, SavedState)]
+        return cls(sum(each), sum(numbers))
+
+
 class KeptStates(ABC):
     """The states of one shard, window by window, as checkpoints see them.
 
@@ -80,9 +94,11 @@ class StateFormat(KeptStates):
 
     Attributes:
         in_place: windows are what is kept.
+        saved_size: of its states once it has been stepped, as a trial showed.
     """
 
     in_place = False
+    saved_size = SavedSize(0, 0)
 
     def __init__(self, own: Tensor, tile_size: int) -> None:
         self.own, self.tile_size = own, tile_size

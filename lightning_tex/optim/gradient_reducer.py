@@ -73,6 +73,7 @@ class ReductionState:
         scale: what they are still to be multiplied by; a scalar where only the device knows it.
         norm: their norm before that, if it has been taken.
         finite: whether it was, on their device, if that has been looked at; clamping loses the norm and not this.
+        losses_finite: whether the losses of all ranks were, if that has been looked at.
         announced: the stage of a backward that had begun when ``zero_grad`` began the step anew, as in a hook before
             the backward; it may still be ended.
     """
@@ -81,6 +82,7 @@ class ReductionState:
     scale: float | Tensor = 1.0
     norm: Tensor | None = None
     finite: Tensor | None = None
+    losses_finite: Tensor | None = None
     announced: ReductionStage | None = None
 
 
@@ -274,6 +276,12 @@ class GradientReducer:
         assert self.state.finite is not None
         return self.state.finite
 
+    def losses_finite(self) -> Tensor:
+        """Whether no loss of any rank is infinite or NaN: a scalar on their device; collective."""
+        self.finite()
+        assert self.state.losses_finite is not None
+        return self.state.losses_finite
+
     @property
     def host_waits(self) -> bool:
         """Whether to look at a value would keep the host waiting for a device."""
@@ -291,13 +299,15 @@ class GradientReducer:
         """Take the norm, unless that is not asked for exactly, and whether it is finite."""
         self.combine()
         device = next(iter(self.shardings)).device
-        total = square_sums(self.buffers, device, exact)  # of what is counted, and of everything
+        sums = square_sums(self.buffers, device, exact)  # of what is counted, and of everything
+        own = sums.new_zeros(1)
         for loss in self._losses:  # without a collective of its own: 0 where it is finite, else NaN
-            total[1] += (loss * 0).sum()
+            own += (loss * 0).sum()
         with optimizer_pass(self.world):
-            counted, everything = collectives.all_reduce(total, self.world)
-        finite = everything.isfinite() if self.state.finite is None else self.state.finite
-        self.state = replace(self.state, norm=counted.sqrt() if exact else None, finite=finite)
+            counted, everything, losses = collectives.all_reduce(torch.cat([sums, own]), self.world)
+        self.state = replace(self.state, norm=counted.sqrt() if exact else None)
+        if self.state.finite is None:
+            self.state = replace(self.state, finite=(everything + losses).isfinite(), losses_finite=losses.isfinite())
 
     def clip_by_norm(self, max_norm: float) -> Tensor:
         """Scale all gradients so that their norm is at most ``max_norm``. Returns the norm before; collective."""

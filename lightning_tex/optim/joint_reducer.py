@@ -84,6 +84,10 @@ class JointReducer:
         """See :meth:`GradientReducer.finite`; collective."""
         return torch.stack([reducer.finite() for reducer in self.each]).all()
 
+    def losses_finite(self) -> Tensor:
+        """See :meth:`GradientReducer.losses_finite`; collective."""
+        return self.each[0].losses_finite()
+
     @property
     def host_waits(self) -> bool:
         """Whether to look at a value would keep the host waiting for a device."""

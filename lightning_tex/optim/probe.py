@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lightning_tex.optim.engine import Engine, Held, fastest
-from lightning_tex.optim.formats import StateFormat, Window, per_element
+from lightning_tex.optim.formats import SavedSize, StateFormat, Window, per_element
 from lightning_tex.optim.walk import Walk
 from lightning_tex.parallel.allocations import AllocationWatch
 from lightning_tex.parallel.errors import UserValueError
@@ -164,13 +164,25 @@ def _nonnegative(windows: list[Window]) -> frozenset[str]:
     return frozenset(key for key, never_below in signs.items() if never_below)
 
 
-def temporary_bytes(
+class TriedStep(NamedTuple):
+    """What steps of a window showed.
+
+    temporary_bytes: for each element, that a step allocates and frees again, at their peak: the optimizer's own and
+        ours.
+    saved: what a checkpoint has of the states.
+    """
+
+    temporary_bytes: float
+    saved: SavedSize
+
+
+def try_steps(
     optimizer: Optimizer,
     group: dict[str, Any],
     like: Tensor,
     make_states: Callable[[Tensor, int], StateFormat],
-) -> float:
-    """Bytes per element that a step allocates and frees again, at their peak: the optimizer's own and ours.
+) -> TriedStep:
+    """What a step by a format takes.
 
     Args:
         optimizer, group: the user's optimizer and the group's options.
@@ -178,16 +190,16 @@ def temporary_bytes(
         make_states: the state format, from own part and tile size.
     """
     with _disable_current_modes():
-        return _tried_bytes(optimizer, group, like.dtype, like.device, make_states)
+        return _steps_tried(optimizer, group, like.dtype, like.device, make_states)
 
 
-def _tried_bytes(
+def _steps_tried(
     optimizer: Optimizer,
     group: dict[str, Any],
     dtype: torch.dtype,
     like_device: torch.device,
     make_states: Callable[[Tensor, int], StateFormat],
-) -> float:
+) -> TriedStep:
     device = torch.device("cpu") if like_device.type == "meta" else like_device
     options = _on_cpu(optimizer, group) if device.type == "cpu" else fastest(optimizer, group)
     engine = Engine(optimizer)
@@ -199,7 +211,7 @@ def _tried_bytes(
             walk.inverse(1, device)  # a scalar for all windows
             with allocations:
                 engine.step_windows([Held(states, 0, gradient, 1)], walk, options)
-    return allocations.peak_bytes / _ELEMENTS
+    return TriedStep(allocations.peak_bytes / _ELEMENTS, SavedSize.of(states.saved_states(0)))
 
 
 class Allocations(AllocationWatch[int]):

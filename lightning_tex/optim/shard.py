@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple, Self
 
@@ -48,6 +47,11 @@ class Piece(ABC):
     @abstractmethod
     def holds_first_element(self) -> bool:
         """Of the parameter: true once over replicas and sharded axes."""
+
+    @property
+    @abstractmethod
+    def foreseen_bytes(self) -> int:
+        """What a checkpoint has of its states once it has been stepped."""
 
     @abstractmethod
     def whole_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -141,23 +145,16 @@ class TiledPiece(Piece):
     def holds_first_element(self) -> bool:
         return not any(self.stored.offsets) and not any(self.sharding.box.extent.offsets)
 
+    @property
+    def foreseen_bytes(self) -> int:
+        saved, elements = self.shard.states.saved_size, sum(extent.numel for extent, _ in self.extents(()))
+        return saved.per_element * elements + saved.per_parameter * self.holds_first_element
+
     def whole_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return self.sharding.box.full
 
     def extents(self, shape: tuple[int, ...]) -> Iterator[tuple[Extent, Callable[[Tensor], Tensor]]]:
-        box = self.sharding.box
-        unpadded = Extent.whole(box.extent.sizes)
-        position = self.held.offsets[0]
-        for extent in Extent.whole(box.stored).split(self.stored):
-            inside = extent.intersect(unpadded)
-            if inside.numel:
-                place = slice(position, position + extent.numel)
-                yield inside.shift(box.extent.offsets), partial(_view, place, extent.sizes, inside.sizes)
-            position += extent.numel
-
-
-def _view(place: slice, sizes: tuple[int, ...], unpadded: tuple[int, ...], values: Tensor) -> Tensor:
-    return values[place].view(sizes)[tuple(map(slice, unpadded))]
+        yield from self.sharding.box.of_run(self.stored, self.held.offsets[0])
 
 
 class TiledShard(Shard):

@@ -14,10 +14,10 @@ from lightning_tex.optim.compact import CompactStates, RoundedMaster, SplitMaste
 from lightning_tex.optim.engine import fastest
 from lightning_tex.optim.flat import FlatBuffer
 from lightning_tex.optim.flat_sizes import ALIGNMENT, most_elements
-from lightning_tex.optim.formats import LOW_PRECISION, PlainStates, StateFormat
+from lightning_tex.optim.formats import LOW_PRECISION, PlainStates, SavedSize, StateFormat
 from lightning_tex.optim.gradients import FullGradients, Gradients, ShardedGradients
 from lightning_tex.optim.moments import Fp32Moments, Int8Moments, RoundedMoments
-from lightning_tex.optim.probe import Probed, temporary_bytes
+from lightning_tex.optim.probe import Probed, try_steps
 from lightning_tex.optim.rounding import Rounding, RoundingSeed
 from lightning_tex.parallel.device import device_type
 from lightning_tex.parallel.errors import UserValueError
@@ -84,6 +84,7 @@ class OptimizerStateConfig:
         """
         name = type(optimizer).__name__
         tiles: dict[torch.dtype, int] = {}
+        saved: dict[torch.dtype, SavedSize] = {}
 
         def states(buffer: FlatBuffer) -> StateFormat:
             dtype = buffer.parameters.dtype
@@ -96,12 +97,15 @@ class OptimizerStateConfig:
                         own, tile_size, probed, Rounding(rounding_seed, [largest], largest.start, own.device)
                     )
 
-                needed = temporary_bytes(optimizer, group, buffer.parameters, trial)
-                tile = self.tile_size or most_elements(needed, device_type(buffer.parameters))
+                tried = try_steps(optimizer, group, buffer.parameters, trial)
+                saved[dtype] = tried.saved
+                tile = self.tile_size or most_elements(tried.temporary_bytes, device_type(buffer.parameters))
                 anywhere = self.optimizer_state_format != "int8" and not fastest(optimizer, group).get("fused")
                 tiles[dtype] = tile if anywhere else -(-tile // ALIGNMENT) * ALIGNMENT
             rounding = Rounding(rounding_seed, buffer.entries, buffer.own_start, buffer.parameters.device)
-            return self.states(buffer.own, tiles[dtype], probed, rounding)
+            made = self.states(buffer.own, tiles[dtype], probed, rounding)
+            made.saved_size = saved[dtype]
+            return made
 
         return states
 

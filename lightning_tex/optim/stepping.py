@@ -11,6 +11,7 @@ from lightning_tex.optim.engine import Engine
 from lightning_tex.optim.flat import FlatBuffer
 from lightning_tex.optim.formats import LOW_PRECISION
 from lightning_tex.optim.gradients import Gradients
+from lightning_tex.optim.matrices.costs import MatrixCosts
 from lightning_tex.optim.matrices.ownership import Loads
 from lightning_tex.optim.matrices.shard import MatrixShard
 from lightning_tex.optim.probe import NotElementwiseError, Probed, probe, require_separate
@@ -66,7 +67,7 @@ class AsMatrices(Stepping):
 
     def __init__(self, config: OptimizerStateConfig, optimizer: Optimizer, group: dict[str, Any]) -> None:
         super().__init__(config, optimizer, group)
-        self._loads = Loads()
+        self._costs, self._loads = MatrixCosts(optimizer, group), Loads()
 
     def shard(self, buffer: FlatBuffer, gradients: Gradients) -> Shard:
         if buffer.parameters.dtype in LOW_PRECISION and self.config.optimizer_state_format != "fp32":
@@ -75,7 +76,7 @@ class AsMatrices(Stepping):
                 f"optimizer_state_format={self.config.optimizer_state_format!r} is made for states that are updated in "
                 "tiles; legal: 'fp32'"
             )
-        return MatrixShard(buffer, gradients, self.group, self.engine, self._loads, self.config.masters)
+        return MatrixShard(buffer, gradients, self.group, self.engine, self._costs, self._loads, self.config.masters)
 
 
 def stepping(

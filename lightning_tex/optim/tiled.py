@@ -223,6 +223,10 @@ class TiledOptimizer(StandIn):
         """1 where a gradient or loss of any rank is infinite or NaN, else 0: an fp32 scalar; collective."""
         return self._reducer.finite().logical_not().float()
 
+    def losses_are_finite(self) -> Tensor:
+        """Whether no loss of any rank is infinite or NaN: a scalar on their device; collective."""
+        return self._reducer.losses_finite()
+
     @property
     def losses(self) -> list[Tensor]:
         """This rank's losses of the step, detached."""

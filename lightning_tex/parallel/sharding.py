@@ -5,8 +5,9 @@ A layer declares once, as data, how it is sharded; slicing, initialization, grad
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -106,6 +107,28 @@ class Box:
     def unpadded(self, stored: Tensor) -> Tensor:
         """The part of a stored tensor that is not padding, as a view."""
         return stored[tuple(slice(size) for size in self.extent.sizes)]
+
+    def of_run(self, run: Extent, start: int = 0) -> Iterator[tuple[Extent, Callable[[Tensor], Tensor]]]:
+        """Which elements of the whole tensor some consecutive ones of the flattened stored part are, without padding.
+
+        Args:
+            run: which elements of the flattened stored part.
+            start: where the first of them is in the flat tensor that views are of.
+
+        Yields:
+            extents of the whole tensor, each with what gives a view of its elements, in its shape, of such a tensor.
+        """
+        unpadded = Extent.whole(self.extent.sizes)
+        for extent in Extent.whole(self.stored).split(run):
+            inside = extent.intersect(unpadded)
+            if inside.numel:
+                place = slice(start, start + extent.numel)
+                yield inside.shift(self.extent.offsets), partial(_viewed, place, extent.sizes, inside.sizes)
+            start += extent.numel
+
+
+def _viewed(place: slice, sizes: tuple[int, ...], unpadded: tuple[int, ...], values: Tensor) -> Tensor:
+    return values[place].view(sizes)[tuple(map(slice, unpadded))]
 
 
 @dataclass(frozen=True)

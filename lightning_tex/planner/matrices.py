@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 
 from lightning_tex.optim.flat_sizes import aligned
+from lightning_tex.optim.matrices.costs import MatrixCosts
 from lightning_tex.optim.matrices.ownership import AT_ONCE, Loads, coordinates, rounds
 from lightning_tex.optim.matrices.units import Cut
 from lightning_tex.parallel.sharding import ParameterSharding
 from lightning_tex.parallel.topology import Axis, Layout
-from lightning_tex.planner.matrix_costs import MatrixCosts
 
 
 class _Travel(NamedTuple):

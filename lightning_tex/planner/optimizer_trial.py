@@ -16,7 +16,8 @@ from lightning_tex.optim.combined import stepper_of
 from lightning_tex.optim.engine import Engine, fastest
 from lightning_tex.optim.flat import FlatBuffer
 from lightning_tex.optim.formats import StateFormat, Window, per_element
-from lightning_tex.optim.probe import Probed, probe, temporary_bytes
+from lightning_tex.optim.matrices.costs import MatrixCosts
+from lightning_tex.optim.probe import Probed, probe, try_steps
 from lightning_tex.optim.rounding import Rounding, RoundingSeed
 from lightning_tex.optim.stepping import AsMatrices, stepping
 from lightning_tex.parallel.errors import UserValueError
@@ -24,7 +25,6 @@ from lightning_tex.parallel.sharding import parameter_shardings
 from lightning_tex.parallel.topology import Axis, Topology
 from lightning_tex.planner.copies import undisturbed, without_values
 from lightning_tex.planner.fake_values import Routing, ShapesOnly
-from lightning_tex.planner.matrix_costs import MatrixCosts
 from lightning_tex.planner.model import ModelDescription
 from lightning_tex.planner.optimizers import Grouping, OptimizerDescription, StateCosts, Temporaries, assumed_adamw
 from lightning_tex.planner.pretended_trainer import PretendedTrainer
@@ -119,4 +119,4 @@ def _temporaries(
         rounding = Rounding(RoundingSeed(), buffer.entries, buffer.own_start, own.device)
         return config.states(own, tile_size, probed, rounding)
 
-    return temporary_bytes(optimizer, group, buffer.parameters, trial)
+    return try_steps(optimizer, group, buffer.parameters, trial).temporary_bytes

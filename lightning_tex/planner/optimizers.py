@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lightning_tex.planner.matrix_costs import MatrixCosts
+from lightning_tex.optim.matrices.costs import MatrixCosts
 from lightning_tex.planner.model import ModelDescription
 
 # Places of parameters in a model, one tuple for each group.

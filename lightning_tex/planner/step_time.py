@@ -9,13 +9,15 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from lightning_tex.planner.cluster import Cluster
+from lightning_tex.planner.collective import Collective
 from lightning_tex.planner.expert_overlap import hidden_exchange
 from lightning_tex.planner.layouts import Candidate, Job
 from lightning_tex.planner.links import seconds
 from lightning_tex.planner.model import ModelDescription
+from lightning_tex.planner.model_flops import model_flops
 from lightning_tex.planner.states import Buffer, FlatBuffers, kept_format
-from lightning_tex.planner.traffic import Collective, collection, combination, micro_step, reduction
-from lightning_tex.planner.work import Computation, computation, model_flops
+from lightning_tex.planner.traffic import NORM_BYTES, collection, combination, micro_step, reduction
+from lightning_tex.planner.work import Computation, computation
 
 # Bytes that a step reads and writes for an element of the own part: AdamW's states, master, gradient, parameter, and
 # the temporaries of each format (docs/optimizer.md).
@@ -100,7 +102,7 @@ def step_time(job: Job, candidate: Candidate, cluster: Cluster, flat: FlatBuffer
     if hidden_beside_experts := hidden_exchange(job, candidate, cluster):
         communication["all_to_all", "expert"] -= steps * cluster.overlap * hidden_beside_experts
     if job.world > 1:
-        norm = Collective("all_reduce", "world", job.world, "optimizer", 16)
+        norm = Collective("all_reduce", "world", job.world, "optimizer", NORM_BYTES)
         communication["all_reduce", "world"] = seconds(norm, layout, cluster)
     flat = flat or FlatBuffers.of(job, candidate)
     once = replace(candidate, micro_batch=1, accumulation=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -82,6 +83,8 @@ class StopSignals:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
             return
+        if number == signal.SIGHUP:
+            _let_go_of_lost_terminals()
         if self.requested is None:
             self.requested = signal.Signals(number)
         if self._arrivals is None:
@@ -168,6 +171,19 @@ def _in_a_forked_child() -> None:
 
 
 os.register_at_fork(after_in_child=_in_a_forked_child)
+
+
+def _let_go_of_lost_terminals() -> None:
+    """Write nowhere what would go to a terminal that is gone: the next line of a progress bar would end the run by an
+    error, and Python ends by 120 where it cannot write what its buffers hold."""
+    for descriptor in (1, 2):
+        try:
+            os.write(descriptor, b"")
+        except OSError as error:
+            if error.errno == errno.EIO:
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, descriptor)
+                os.close(nowhere)
 
 
 def exit_code(number: int) -> int:

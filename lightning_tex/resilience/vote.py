@@ -6,9 +6,11 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from lightning_tex.parallel.flight_record import TRAINING
 from lightning_tex.parallel.topology import Axis
+from lightning_tex.resilience.star import Star
 
 
 class Highest(NamedTuple):
@@ -23,13 +25,15 @@ class Vote:
 
     Args:
         host: all ranks over the host's network, so that no device is waited for.
+        star: their connections to the first one; ``None``: they have none, and gloo has to do.
     """
 
-    def __init__(self, host: Axis) -> None:
-        self._host = host
+    def __init__(self, host: Axis, star: Star | None) -> None:
+        self._host, self._star = host, star
+        self._ballots: dict[int, Tensor] = {}
 
     def highest(self, *numbers: int) -> list[Highest]:
-        """Of each number (not negative) the highest of all ranks'; one collective of 8 bytes for each.
+        """Of each number (not negative) the highest of all ranks'; collective, 8 bytes for each.
 
         Raises:
             RuntimeError: a rank has gone.
@@ -37,7 +41,13 @@ class Vote:
         world, rank = self._host.size, self._host.rank
         if world == 1:
             return [Highest(number, rank) for number in numbers]
-        ballot = torch.tensor([number * world + rank for number in numbers])
+        ballot = self._ballots.setdefault(len(numbers), torch.empty(len(numbers), dtype=torch.int64))
+        given = [number * world + rank for number in numbers]
         with TRAINING.inside("vote", self._host, ballot):
-            dist.all_reduce(ballot, dist.ReduceOp.MAX, group=self._host.group)
-        return [Highest(*divmod(highest, world)) for highest in ballot.tolist()]
+            highest = self._by_gloo(given) if self._star is None else self._star.highest(given)
+        return [Highest(*divmod(each, world)) for each in highest]
+
+    def _by_gloo(self, given: list[int]) -> list[int]:
+        ballot = torch.tensor(given)
+        dist.all_reduce(ballot, dist.ReduceOp.MAX, group=self._host.group)
+        return ballot.tolist()

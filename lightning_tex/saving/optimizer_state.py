@@ -64,6 +64,11 @@ def optimizer_state(optimizer: Stepped) -> dict[str, dict[str, GlobalTensor]]:
     return states
 
 
+def foreseen_bytes(optimizer: Stepped) -> int:
+    """What this rank writes of the states in a checkpoint; before the first step, too, when there are none yet."""
+    return sum(piece.foreseen_bytes for piece in optimizer.pieces() if piece.sharding.counted and piece.writes)
+
+
 def held_parts(piece: Piece, read: Callable[[], Tensor], shape: tuple[int, ...]) -> Iterator[Part]:
     """The elements of a piece in its global tensor, as views of what ``read`` gives of its window, in that shape."""
     for extent, view in piece.extents(shape):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from lightning import Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_tex.resilience.vote import Highest, Vote
 
@@ -17,7 +18,8 @@ class Ballot:
 
     It is held wherever Lightning is about to look at ``should_stop``: after every batch, before the validation that
     whoever stops may run; after a validation; where an epoch or the run begins or ends. So its outcome is known when
-    the next batch begins, and a step has one vote.
+    the next batch begins, and a step has one vote. A module with an ``on_train_batch_start`` of its own, which may end
+    the epoch by -1, has another one there.
 
     Args:
         trainer: whose training it is.
@@ -28,31 +30,36 @@ class Ballot:
     def __init__(self, trainer: Trainer, vote: Vote, asked: Callable[[], int]) -> None:
         self._trainer, self._vote, self._asked = trainer, vote, asked
         self.outcome = Highest(0, 0)
-        self._before: list[Any] = []
-        fit: Any = trainer.fit_loop
+        self._before: list[tuple[Any, str, Any]] = []
+
+    def _around(self) -> Iterator[tuple[Any, str, Agrees]]:
+        """What ranks agree around: whose, its name, and how."""
+        fit: Any = self._trainer.fit_loop
         epoch = fit.epoch_loop
-        self._around: list[tuple[Any, str, Agrees]] = [
-            (fit, "on_run_start", self._then_hold),
-            (epoch, "on_run_start", self._then_hold),
-            (epoch, "on_advance_end", self._hold_first),
-            (epoch.val_loop, "run", self._then_hold),
-            (fit, "on_advance_end", self._then_hold),
-            (epoch, "_should_check_val_fx", self._by_all_clocks),
-        ]
+        yield fit, "on_run_start", self._then_hold
+        yield epoch, "on_run_start", self._then_hold
+        yield epoch, "on_advance_end", self._hold_first
+        yield epoch.val_loop, "run", self._then_hold
+        yield fit, "on_advance_end", self._then_hold
+        yield epoch, "_should_check_val_fx", self._by_all_clocks
+        module, hook = self._trainer.lightning_module, "on_train_batch_start"
+        if is_overridden(hook, module):
+            yield module, hook, self._ends_the_epoch_of_all
 
     def install(self) -> None:
         """A stage begins."""
         self.outcome = Highest(0, 0)
-        self._before = [vars(loop).get(name) for loop, name, _ in self._around]
-        for loop, name, agrees in self._around:
-            setattr(loop, name, agrees(getattr(loop, name)))
+        for owner, name, agrees in self._around():
+            self._before.append((owner, name, vars(owner).get(name)))
+            setattr(owner, name, agrees(getattr(owner, name)))
 
     def remove(self) -> None:
         """It has ended."""
-        for (loop, name, _), before in zip(self._around, self._before, strict=True):
-            vars(loop).pop(name, None)
+        for owner, name, before in self._before:
+            vars(owner).pop(name, None)
             if before is not None:  # somebody's own, in place of the class's
-                setattr(loop, name, before)
+                setattr(owner, name, before)
+        self._before = []
 
     def hold(self) -> Highest:
         """What the ranks ask for, and the last of those that do; collective."""
@@ -85,3 +92,12 @@ class Ballot:
             return bool(self._vote.highest(int(due))[0].number)
 
         return is_due_somewhere
+
+    def _ends_the_epoch_of_all(self, act: Callable[..., Any]) -> Callable[..., Any]:
+        """-1 of one rank would leave the others in a step without it."""
+
+        def answered_by_all(*args: Any) -> Any:
+            answer = act(*args)
+            return -1 if self._vote.highest(int(answer == -1))[0].number else answer
+
+        return answered_by_all

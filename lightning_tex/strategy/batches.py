@@ -16,6 +16,8 @@ from lightning_tex.parallel import collectives
 from lightning_tex.parallel.errors import UserRuntimeError
 from lightning_tex.parallel.topology import Axis
 from lightning_tex.resilience.agreement import rank_list
+from lightning_tex.resilience.star import current_star
+from lightning_tex.resilience.vote import Vote
 
 
 def gather_numbers(numbers: list[int], host: Axis) -> list[list[int]]:
@@ -151,17 +153,13 @@ class _Agreeing(_Wrapped):
         super().__init__(loader)
         self.host = host
 
-    def everywhere(self, found: bool) -> list[bool]:
-        """Whether each rank found a batch."""
-        return [bool(n) for (n,) in gather_numbers([found], self.host)]
-
 
 class _BeginTogether(_Agreeing):
     def __iter__(self) -> Iterator[Any]:
         nothing = object()
         batches = iter(self.loader)
         first = next(batches, nothing)
-        _require_batches(self.everywhere(first is not nothing))
+        _require_batches([bool(n) for (n,) in gather_numbers([first is not nothing], self.host)])
         if first is not nothing:
             yield first
             yield from batches
@@ -171,14 +169,13 @@ class _EndTogether(_Agreeing):
     def __iter__(self) -> Iterator[Any]:
         nothing = object()
         batches = iter(self.loader)
+        vote = Vote(self.host, current_star())
         while True:
             batch = next(batches, nothing)
-            more = self.everywhere(batch is not nothing)
-            if not all(more):
-                if any(more):
-                    rank_zero_warn(
-                        f"The training data of rank {more.index(False)} ended first; the epoch ends for all."
-                    )
+            ended, goes_on = vote.highest(batch is nothing, batch is not nothing)
+            if ended.number:
+                if goes_on.number:
+                    rank_zero_warn(f"The training data of rank {ended.rank} ended first; the epoch ends for all.")
                 return
             yield batch
 

@@ -38,6 +38,7 @@ from lightning_tex.resilience.agreement import Agreement, Comparison
 from lightning_tex.resilience.nccl import record_flights
 from lightning_tex.resilience.processes import stopped, through
 from lightning_tex.resilience.rendezvous import meet
+from lightning_tex.resilience.star import join_star
 from lightning_tex.strategy import agreement
 from lightning_tex.strategy.guarded_run import GuardedRun
 from lightning_tex.strategy.launcher import RankLauncher
@@ -170,13 +171,15 @@ class MeshStrategy(ParallelStrategy):
         if not dist.is_initialized():
             self._init_process_group(self.cluster_environment, backend)
         launcher = self._launcher
+        address, one_host = self.cluster_environment.main_address, self.num_nodes == 1
         self._guarded_run.connect(
-            self.cluster_environment.main_address,
-            self.num_nodes == 1,
+            address,
+            one_host,
             launcher.child_ending if isinstance(launcher, RankLauncher) else _unknown_ending,
             self.timeout,
             self._device_waits,
         )
+        join_star(address, one_host, self.group_timeout)
         self._require_agreement(agreement.start(self._arguments, trainer, self.root_device.type))
         if self._mesh is None:
             self._mesh = build_mesh(layout, self.root_device.type, self.group_timeout)

@@ -97,7 +97,8 @@ class TexMixedPrecision(TrainStep, MixedPrecision):  # type: ignore[misc]
 class ShardedGradScaler(torch.amp.GradScaler):
     """torch's dynamic loss scale for gradients of which a rank has its own part, scaled on their way to the step.
 
-    An infinity or NaN counts towards ``max_skipped_steps`` once the scale has fallen to 1: then it is not the scale's.
+    An infinity or NaN counts towards ``max_skipped_steps`` where no smaller scale would help: in the loss of any rank,
+    which is not scaled yet, and once the scale has fallen to 1.
     """
 
     @classmethod
@@ -118,7 +119,7 @@ class ShardedGradScaler(torch.amp.GradScaler):
         self, optimizer: TiledOptimizer, state: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         assert self._scale is not None
-        optimizer.guard.excused = self._scale > 1.0
+        optimizer.guard.excused = (self._scale > 1.0) & optimizer.losses_are_finite()
         return optimizer.step(*args, **kwargs)  # which leaves out what is not finite, without asking the device
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from lightning import Trainer
 from lightning.fabric.utilities.seed import pl_worker_init_function
 
+from lightning_tex.data.on_data_axis import DataAxisLoader
 from lightning_tex.data.workers import SparedWorker, named_worker_errors
 from lightning_tex.moe import auxiliary_loss
 from lightning_tex.parallel.errors import UserRuntimeError
@@ -24,7 +25,7 @@ from lightning_tex.strategy.loss_spikes import LossSpikes, OnSpike
 from lightning_tex.strategy.nonfinite_steps import SkippedSteps
 from lightning_tex.strategy.out_of_memory import named_out_of_memory
 from lightning_tex.strategy.replica_checks import ReplicaChecks
-from lightning_tex.strategy.room_check import RoomCheck
+from lightning_tex.strategy.room_check import require_room
 from lightning_tex.strategy.stopping import AgreedSignals, Stopping
 from lightning_tex.strategy.uneven_evaluation import run_until_all_are_done
 from lightning_tex.strategy.whole_summary import whole_summaries
@@ -47,7 +48,6 @@ class StepStrategy(CheckpointingStrategy):
     ) -> None:
         super().__init__(**options)
         self._replicas = ReplicaChecks(self, check_replicas_every_n_steps)
-        self._room = RoomCheck(self)
         self.skipped_steps = SkippedSteps(self)
         self.spikes = LossSpikes(self, on_spike, spike_rule)
         self._compared: Counter[Any] = Counter()
@@ -80,7 +80,9 @@ class StepStrategy(CheckpointingStrategy):
         self._logged_names = LoggedNames(self._agreement(data.ranks, "logged"))
 
     def process_dataloader(self, dataloader: object) -> object:
-        """Seed workers by data rank, and leave signals to ranks."""
+        """Give a loader on the data axis its place; seed workers by data rank, and leave signals to ranks."""
+        if isinstance(dataloader, DataAxisLoader) and self.lightning_module is not None:
+            dataloader.place(self.distributed_sampler_kwargs, self.lightning_module.trainer)
         begins: Any = getattr(dataloader, "worker_init_fn", False)
         if begins is not False and not isinstance(begins, SparedWorker):
             begins = begins or partial(_seed_worker, rank=self.distributed_sampler_kwargs["rank"])
@@ -94,7 +96,7 @@ class StepStrategy(CheckpointingStrategy):
         super().on_train_start()
         self._replicas.fit_begins()
         assert self.lightning_module is not None
-        self._room.fit_begins(self.lightning_module.trainer.global_step)
+        require_room(self, self.lightning_module.trainer)
         if self.tiled_optimizers:
             self.skipped_steps.attend(self.tiled_optimizers)
 
@@ -104,13 +106,11 @@ class StepStrategy(CheckpointingStrategy):
         Raises:
             NonFiniteSteps: too many steps were skipped in a row.
             ReplicasDiffer: ranks hold different values of what they must hold alike.
-            RuntimeError: there is no room for a checkpoint.
         """
         assert self.lightning_module is not None
         self.skipped_steps.step_boundary()
         self.spikes.step_boundary()
         self._replicas.step_boundary(self.lightning_module.trainer.global_step)
-        self._room.step_boundary(self.lightning_module.trainer.global_step)
 
     def on_train_end(self) -> None:
         for optimizer in self.tiled_optimizers:

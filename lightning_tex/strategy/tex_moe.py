@@ -85,7 +85,7 @@ class TexMoEStrategy(StepStrategy):
             wait for are named. A timedelta or seconds; ``None``: 30 minutes.
         max_skipped_steps: a step with an infinite or NaN gradient on any rank is skipped on all; this many in a row end
             the training with an error that names a parameter. ``None``: such steps are taken. With a loss scale
-            (16-mixed) that decides instead.
+            (16-mixed) infinite gradients count once it is 1, before that the loss alone does.
         background_saving: in a fit, a checkpoint directory is written beside training from a copy of the states in host
             memory; a failure is raised at the next step. False: training waits until it is written.
         check_replicas_every_n_steps: compare what ranks hold alike, such as norms, after steps 1, 2, 4, .., then every

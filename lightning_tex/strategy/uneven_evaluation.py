@@ -16,7 +16,12 @@ from torchmetrics import Metric
 
 from lightning_tex.parallel.errors import UserRuntimeError
 from lightning_tex.parallel.topology import Axis
+from lightning_tex.resilience.star import current_star
+from lightning_tex.resilience.vote import Vote
 from lightning_tex.strategy.batches import gather_numbers
+
+# Than any evaluation has.
+_MORE_LOADERS = 1 << 20
 
 
 def run_until_all_are_done(module: LightningModule, step: Callable[[], Any], loader: int, host: Axis) -> None:
@@ -36,14 +41,16 @@ def run_until_all_are_done(module: LightningModule, step: Callable[[], Any], loa
     trainer = module.trainer
     loop: Any = trainer.predict_loop if trainer.predicting else trainer._evaluation_loop
     last = bool(loop.batch_progress.is_last_batch)
+    vote = Vote(host, current_star())
     while True:
-        states = gather_numbers([int(last), loader], host)
-        if len({index for _, index in states}) > 1:
+        goes_on, latest, earliest = vote.highest(not last, loader, _MORE_LOADERS - loader)
+        if latest.number != _MORE_LOADERS - earliest.number:
+            by_rank = [index for (index,) in gather_numbers([loader], host)]
             raise UserRuntimeError(
                 "Ranks are in different evaluation data loaders because a loader has unequal numbers of batches: "
-                f"{[index for _, index in states]} by rank. Use one loader, or equal lengths"
+                f"{by_rank} by rank. Use one loader, or equal lengths"
             )
-        if not last or all(done for done, _ in states):
+        if not last or not goes_on.number:
             return
         with _leaving_no_trace(module):
             step()

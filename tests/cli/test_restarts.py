@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from helpers.forked import forked
+from helpers.stopwatch import Stopwatch
 
 from lightning_tex.cli import restarts
 from lightning_tex.cli.main import main
@@ -59,10 +60,12 @@ def test_a_signal_ends_the_attempt_and_all_of_it(number: int) -> None:
     with forked(attempts_that_wait) as (process, output):
         assert output.readline() == "waits\n"
         assert process.pid is not None
+        watch = Stopwatch()
         os.kill(process.pid, number)
         process.join(timeout=300)
         assert process.exitcode == 128 + number, "before the attempt would have ended by itself"
         assert output.read() == "", "all of it has closed its output"
+        assert watch.elapsed().is_within(10)
 
 
 def test_the_first_attempt_goes_on_from_what_is_there() -> None:

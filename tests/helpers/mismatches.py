@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 import lightning_tex as tex
 from helpers.behaviour_modules import batches, loader, own_slices
+from helpers.stopwatch import Elapsed, Stopwatch
 from helpers.trainers import quiet
 from lightning_tex.errors import UserError
 from lightning_tex.layers import (
@@ -166,8 +167,8 @@ def circumstances(run: Run) -> Any:
         os.environ.update(kept)
 
 
-def what_was_said(mismatches: dict[str, Mismatch]) -> dict[str, str]:
-    """Every error of this rank, by case."""
+def what_was_said(mismatches: dict[str, Mismatch]) -> dict[str, tuple[str, Elapsed]]:
+    """Every error of this rank, by case, and the time until it."""
     odd_one = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
     said = {}
     for name, mismatch in mismatches.items():
@@ -175,11 +176,12 @@ def what_was_said(mismatches: dict[str, Mismatch]) -> dict[str, str]:
         text = "nothing was raised"
         with circumstances(run):
             _, start = prepared(run)
+            watch = Stopwatch()
             try:
                 start()
             except UserError as error:
                 text = str(error)
-        said[name] = text
+            said[name] = text, watch.elapsed()
     return said
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
 from helpers.checkpoint_runs import Data, Model
@@ -57,16 +58,24 @@ class Spoilt(Model):
         return loss + float("nan") if self._acts("loss") else loss
 
 
-def spoilt_fit(folder: str, spoilt: tuple[Any, ...], steps: int, **options: Any) -> dict[str, Any]:
-    """A fit on this rank's world: what it ended with."""
+def spoilt_fit(
+    folder: str, spoilt: tuple[Any, ...], steps: int, scale: float | None = None, **options: Any
+) -> dict[str, Any]:
+    """A fit on this rank's world: what it ended with. ``scale``: of the loss, under 16-mixed; ``None``: 32-true."""
     silence()
     module = Spoilt(*spoilt)
     world = int(os.environ.get("WORLD_SIZE", 1))
-    layout = LAYOUT if world > 1 else {}
+    layout = LAYOUT if world == 4 else {}
+    scaled = [] if scale is None else [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))]
     strategy = TexMoEStrategy(**{**layout, "check_replicas_every_n_steps": 0, **options})
     callbacks = [ModelCheckpoint(folder, "{step}", every_n_train_steps=100, save_last=False)]
     trainer = quiet(
-        devices=world, strategy=strategy, max_steps=steps, use_distributed_sampler=False, callbacks=callbacks
+        devices=world,
+        strategy=strategy,
+        max_steps=steps,
+        use_distributed_sampler=False,
+        callbacks=callbacks,
+        plugins=scaled,
     )
     said = None
     try:

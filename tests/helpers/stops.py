@@ -23,12 +23,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
 import torch.distributed as dist
 
+from helpers.stopwatch import Elapsed, seconds_waited_for_a_cpu
 from lightning_tex.parallel import collectives
 from lightning_tex.strategy.launcher import RankLauncher
 from lightning_tex.strategy.tex_moe import TexMoEStrategy
@@ -158,24 +159,19 @@ class Ending:
 
     Args:
         text: what its processes printed, in the order in which they did.
-        seconds: from the incident until no process was left.
+        took: from the incident until no process was left.
         codes: exit codes by rank, negative for signals; of ranks whose end was seen.
         left: processes that had to be ended.
-        hindered: of the seconds, those in which a process of this machine waited for a CPU; 0 where it does not say.
     """
 
     text: str
-    seconds: float
+    took: Elapsed
     codes: dict[int, int]
     left: list[int] = field(default_factory=list)
-    hindered: float = 0.0
 
     def took_less_than(self, seconds: float) -> bool:
-        """Whether it did, or would have on a machine that has nothing else to do: never in twice the time or more.
-
-        Ranks that share processors wait for each other on an idle machine, too, which is no excuse for a stall.
-        """
-        return not self.left and self.seconds - min(self.hindered, seconds) < seconds
+        """Whether it ended by itself in so many seconds of a machine that has nothing else to do."""
+        return not self.left and self.took.is_within(seconds)
 
     @property
     def lines(self) -> list[str]:
@@ -249,9 +245,9 @@ def _watched(
     meanwhile: Callable[[dict[int, int]], None] | None,
 ) -> Ending:
     codes: dict[int, int] = {}
-    until, since, waited = time.time() + start, 0.0, _seconds_waited_for_a_cpu()
+    until, since, waited = time.time() + start, 0.0, seconds_waited_for_a_cpu()
     try:
-        while _alive(session) and time.time() < until + _MOST_PATIENCE * (_seconds_waited_for_a_cpu() - waited):
+        while _alive(session) and time.time() < until + _MOST_PATIENCE * (seconds_waited_for_a_cpu() - waited):
             _reap(codes)
             if not since and (times := [float(p.read_text()) for p in folder.glob("happened.*")]):
                 if meanwhile is not None:
@@ -260,9 +256,9 @@ def _watched(
                     times = [time.time()]
                 since = min(times)
                 until = since + within
-                waited = _seconds_waited_for_a_cpu()
+                waited = seconds_waited_for_a_cpu()
             time.sleep(0.02)
-        seconds, hindered = time.time() - since, _seconds_waited_for_a_cpu() - waited
+        took = Elapsed(time.time() - since, seconds_waited_for_a_cpu() - waited)
     finally:
         left = _alive(session)
         for pid in left:
@@ -273,20 +269,11 @@ def _watched(
     by_rank = {ranks[pid]: code for pid, code in codes.items() if pid in ranks}
     for path in folder.glob("code.*"):
         by_rank.setdefault(ranks[int(path.suffix[1:])], int(path.read_text()))
-    return Ending((folder / "output.txt").read_text(), seconds, by_rank, left, hindered)
+    return Ending((folder / "output.txt").read_text(), took, by_rank, left)
 
 
 # Of the time in which processes wait for a CPU, the share by which a run may take longer.
 _MOST_PATIENCE = 0.8
-
-
-def _seconds_waited_for_a_cpu() -> float:
-    """Since the machine's start, those in which some process could run and did not."""
-    try:
-        some = Path("/proc/pressure/cpu").read_text().splitlines()[0]
-    except OSError:
-        return 0.0
-    return int(some.rpartition("total=")[2]) / 1e6
 
 
 @contextmanager
@@ -330,10 +317,15 @@ def _become_a_session(output: int, folder: Path) -> None:
     os.setsid()
     os.dup2(output, 1)
     os.dup2(output, 2)
+    print_to_descriptors()
+    os.chdir(folder)
+
+
+def print_to_descriptors() -> None:
+    """As a new interpreter does, and not to where pytest has led it."""
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     sys.excepthook = sys.__excepthook__
-    os.chdir(folder)
 
 
 class _Forked:
@@ -386,7 +378,7 @@ def _supervise(world: int, port: int, launcher: str, function: Callable[..., Any
 
         RankLauncher._call_children_scripts = fork_children  # type: ignore[method-assign]
         _note(f"rank.{os.getpid()}", "0")
-        _to_the_end(lambda: function(*args))
+        to_the_end(lambda: function(*args))
     os.environ["WORLD_SIZE"] = str(world)
     ranks = [_Forked(rank, lambda: function(*args)) for rank in range(world)]
     while any(rank.poll() is None for rank in ranks):
@@ -396,10 +388,10 @@ def _supervise(world: int, port: int, launcher: str, function: Callable[..., Any
 
 def _as_rank(rank: int, run: Callable[[], None]) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-    _to_the_end(run)
+    to_the_end(run)
 
 
-def _to_the_end(run: Callable[[], None]) -> None:
+def to_the_end(run: Callable[[], Any]) -> NoReturn:
     """As an interpreter would: report what is uncaught, call what is registered for the end, go."""
     code = 0
     try:
@@ -413,5 +405,8 @@ def _to_the_end(run: Callable[[], None]) -> None:
     atexit._run_exitfuncs()
     if dist.is_initialized() and not code:
         dist.destroy_process_group()
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except OSError:
+        code = 120
     os._exit(code)

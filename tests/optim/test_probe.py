@@ -12,7 +12,7 @@ from lightning_tex.bench.memory import peak_bytes
 from lightning_tex.optim.flat_sizes import BUDGET_BYTES, most_elements
 from lightning_tex.optim.formats import PlainStates
 from lightning_tex.optim.matrices.shard import MatrixShard
-from lightning_tex.optim.probe import Allocations, NotElementwiseError, probe, temporary_bytes
+from lightning_tex.optim.probe import Allocations, NotElementwiseError, probe, try_steps
 
 
 def probe_all(optimizer):
@@ -143,7 +143,7 @@ def test_a_tile_is_the_budget_over_the_measured_temporaries(name, dtype, ours):
     optimizer = tiled(model, users, None)
     states = optimizer.shards[0].states
     plain = partial(PlainStates, master=dtype != torch.float32)
-    needed = temporary_bytes(users, users.param_groups[0], torch.empty(0, dtype=dtype), plain)
+    needed = try_steps(users, users.param_groups[0], torch.empty(0, dtype=dtype), plain).temporary_bytes
     assert needed == 4 * tensors + ours
     assert states.tile_size == most_elements(needed, "cpu")
     assert states.tile_size * needed <= BUDGET_BYTES["cpu"]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.stopwatch import Elapsed, Stopwatch
 
 from lightning_tex.errors import UserRuntimeError
 from lightning_tex.resilience.agreement import Agreement, Comparison, rank_list
@@ -95,22 +96,25 @@ def test_what_differs_is_named_with_ranks_and_values_on_all_of_them() -> None:
         assert texts == expected
 
 
-def wait_for_one(absent: int) -> str | None:
-    ranks, rank, store = over_all(seconds=2), dist.get_rank(), dist.distributed_c10d._get_default_store()
+def wait_for_one(absent: int) -> tuple[str | None, Elapsed]:
+    ranks, rank, store = over_all(seconds=1), dist.get_rank(), dist.distributed_c10d._get_default_store()
     others = [other for other in range(dist.get_world_size()) if other != absent]
     dist.barrier()  # the others come at once
+    watch, text = Stopwatch(), None
     if rank == absent:
         store.wait([f"told/{other}" for other in others], timedelta(seconds=100))
-        return None
-    text = said(ranks, "the start")
-    store.set(f"told/{rank}", "")
-    return text
+    else:
+        text = said(ranks, "the start")
+        store.set(f"told/{rank}", "")
+    return text, watch.elapsed()
 
 
 @pytest.mark.parametrize("absent", [2, pytest.param(0, marks=pytest.mark.full)])
 def test_a_rank_that_does_not_come_is_named_by_the_others(absent: int) -> None:
-    expected = f"error: rank {absent} has not come to the start within 2 s, where the other ranks wait"
-    assert run_ranks(3, wait_for_one, absent) == [None if rank == absent else expected for rank in range(3)]
+    expected = f"error: rank {absent} has not come to the start within 1 s, where the other ranks wait"
+    for rank, (text, took) in enumerate(run_ranks(3, wait_for_one, absent)):
+        assert text == (None if rank == absent else expected)
+        assert took.is_within(7), took
 
 
 def test_ranks_in_words() -> None:

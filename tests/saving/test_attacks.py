@@ -21,7 +21,9 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 import lightning_tex as tex
 from lightning_tex.cli import main
+from lightning_tex.errors import UserTypeError
 from lightning_tex.saving.manifest import MANIFEST, Manifest, file_record
+from lightning_tex.strategy.step_dump import Dump
 from lightning_tex.testing.ranks import run_ranks
 
 
@@ -229,3 +231,20 @@ def test_a_plain_file_runs_only_where_the_user_says_so(tmp_path: Path) -> None:
     said, before, after = run_ranks(1, plain_file, str(tmp_path))[0]
     assert "cannot be loaded safely" in said
     assert (before, after) == (False, True)
+
+
+@pytest.mark.parametrize("name", ["data-rank=0.pt", "hparams.pt"])
+def test_a_dumped_step_runs_nothing_unless_it_is_asked_to(tmp_path: Path, name: str) -> None:
+    mark = tmp_path / "mark"
+    (tmp_path / "about.json").write_text(json.dumps({"module": {"name": "Linear", "import": "torch.nn", "file": None}}))
+    (tmp_path / "state.ckpt").mkdir()
+    torch.save({"batches": [{"input_ids": torch.arange(3)}, (1.0, ["text"])]}, tmp_path / "data-rank=1.pt")
+    torch.save({"batches": [Payload(mark)]}, tmp_path / name)
+    dump = Dump.read(tmp_path)
+    first, second = dump.batches(1)
+    assert torch.equal(first["input_ids"], torch.arange(3)) and second == (1.0, ["text"])
+    with pytest.raises(UserTypeError, match="legal for a dump of your own: --unpickle"):
+        dump.batches(0) if name.startswith("data") else dump.module()
+    assert not mark.exists()
+    Dump.read(tmp_path, unpickles=True)._loaded(name)
+    assert mark.exists()

@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from helpers.checkpoint_runs import Data, Model, trainer
+from helpers.guarded_steps import CASES, made, step
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_tex as tex
@@ -21,6 +22,7 @@ from lightning_tex.saving import archive, consolidated
 from lightning_tex.saving.archive import NewFile, write_tensors
 from lightning_tex.saving.disk import require_writable
 from lightning_tex.saving.global_tensor import GlobalTensor
+from lightning_tex.saving.optimizer_state import foreseen_bytes, optimizer_state
 from lightning_tex.testing.ranks import run_ranks
 
 LEGAL = "a folder that all ranks see and may write to"
@@ -57,7 +59,7 @@ def test_a_full_disk_in_the_midst_of_a_tensor_is_named_with_bytes(tmp_path: Path
     path = tmp_path / "__0_0.distcp"
     whole = GlobalTensor.whole(torch.zeros(5000))
     with pytest.raises(OSError, match="No space left on device") as raised:
-        write_tensors(path, {("model", "weight"): whole})
+        write_tensors(NewFile(path, 20_000), {("model", "weight"): whole})
     assert raised.value.errno == errno.ENOSPC
     assert f"{path} needs 20,000 bytes, " in str(raised.value)
     assert "are free there" in str(raised.value)
@@ -152,10 +154,20 @@ def _fit_with_room(folder: str, free: int) -> tuple[str, int, int]:
     return "", module.taken, sum(tensor.nbytes for tensor in tensors)
 
 
-def test_a_disk_without_room_for_a_checkpoint_is_found_after_one_step(tmp_path: Path) -> None:
+def test_a_disk_without_room_for_a_checkpoint_is_found_before_the_first_step(tmp_path: Path) -> None:
     (_, taken, size), _ = run_ranks(2, _fit_with_room, str(tmp_path / "roomy"), 10**12)
     assert taken > 1
     for text, steps, _ in run_ranks(2, _fit_with_room, str(tmp_path / "full"), 1000):
         told = re.match(r"checkpoints cannot be saved: .* of this run takes ([\d,]+) bytes, and (\S+) has", text)
         assert told is not None and told[2] == str(tmp_path / "full"), text
-        assert steps == 1 and int(told[1].replace(",", "")) == size
+        assert steps == 0 and int(told[1].replace(",", "")) == size
+
+
+@pytest.mark.parametrize(("kind", "form"), CASES)
+def test_states_are_foreseen_to_the_byte(kind: str, form: str) -> None:
+    model, optimizer = made(kind, form, torch.device("cpu"))
+    foreseen = foreseen_bytes(optimizer)
+    step(model, optimizer, 0)
+    states = [tensor for named in optimizer_state(optimizer).values() for tensor in named.values()]
+    written = sum(part.extent.numel * tensor.dtype.itemsize for tensor in states for part in tensor.parts)
+    assert foreseen == foreseen_bytes(optimizer) == written

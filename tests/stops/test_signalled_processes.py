@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
 import sys
 import time
@@ -11,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import stopped_runs
-from helpers.signalled_runs import Slow
+import torch
+from helpers import checkpoint_runs, stopped_runs
+from helpers.signalled_runs import EPOCHS, LAYOUTS, VALIDATES, Slow, saves
 from helpers.stopped_runs import fit
-from helpers.stops import Ending, run_command, run_to_its_end
+from helpers.stops import Ending, print_to_descriptors, run_command, run_to_its_end, to_the_end
+from helpers.trainers import silence
 
 from lightning_tex.saving import latest
 
@@ -85,6 +88,28 @@ def test_the_whole_process_group_with_workers_of_loaders(tmp_path: Path, number:
     ending = run_to_its_end(4, run, folder=tmp_path, within=20, meanwhile=to_all)
     assert_stopped(ending, tmp_path, number)
     assert ending.text.count("all ranks stop after this step") == 4, ending.text
+
+
+def shown_fit(folder: Path) -> None:
+    print_to_descriptors()
+    silence()
+    torch.set_num_threads(1)
+    callbacks = [saves(str(folder)), Slow(0.2)]
+    checkpoint_runs.fit(LAYOUTS[1], 1, EPOCHS, callbacks=callbacks, enable_progress_bar=True, **VALIDATES)
+
+
+def test_a_terminal_that_hangs_up_while_a_progress_bar_is_drawn(tmp_path: Path) -> None:
+    process, terminal = pty.fork()
+    if process == 0:
+        to_the_end(lambda: shown_fit(tmp_path))
+    shown = b""
+    while b"2/6" not in shown:
+        shown += os.read(terminal, 1000)
+    os.close(terminal)
+    _, status = os.waitpid(process, 0)
+    newest = latest(tmp_path)
+    assert newest is not None and newest.name.startswith("stopped-step="), shown
+    assert os.waitstatus_to_exitcode(status) == CODES[HUP]
 
 
 @pytest.mark.parametrize(("rank", "busy"), [pytest.param(0, 0, marks=pytest.mark.faults), (2, 2), (1, 2)], ids=str)

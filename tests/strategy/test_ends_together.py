@@ -19,6 +19,7 @@ from helpers.behaviour_modules import (
     new_trainer,
     own_slices,
 )
+from helpers.cases import in_full
 from helpers.ranks import on_ranks, together
 from helpers.trainers import gathered
 from torch import Tensor
@@ -84,6 +85,24 @@ def test_one_rank_that_ends_the_training_ends_it_everywhere() -> None:
     for hook, steps in HOOKS.items():
         assert {ended[0] for ended in found[hook]} == {steps}, hook
         assert len(set(found[hook])) == 1, hook
+
+
+class EndsItsEpoch(PublicNames):
+    """One rank alone answers -1, in the second batch of the first epoch."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        odd = self.trainer.global_rank == 1 and self.trainer.current_epoch == 0 and batch_idx == 1
+        return -1 if odd else None
+
+
+def ended_epoch() -> tuple[int, int, bool]:
+    module, trainer = EndsItsEpoch(), new_trainer({}, max_epochs=3)
+    trainer.fit(module, loader(own_slices(trainer, batches(3))))
+    return trainer.global_step, trainer.current_epoch, "on_train_batch_start" in vars(module)
+
+
+def test_an_epoch_that_one_rank_s_hook_ends_ends_everywhere() -> None:
+    assert on_ranks(2, ended_epoch) == [(1 + 3 + 3, 3, False)] * 2
 
 
 class Votes(L.Callback):
@@ -226,7 +245,7 @@ def test_lightning_injects_a_sampler_over_the_data_axis() -> None:
     assert sorted(found[0]["indices"] + found[2]["indices"]) == list(range(16))
 
 
-@pytest.mark.parametrize("seeded", [False, True])
+@pytest.mark.parametrize("seeded", in_full([False, True], {True}))
 def test_workers_draw_alike_over_tensor_and_differently_over_data(seeded: bool) -> None:
     found = on_ranks(4, fit_numbers, TED, 2, seeded)
     assert found[0]["drawn"] == found[1]["drawn"]

@@ -28,8 +28,10 @@ class Jumps(Model):
     def __init__(self) -> None:
         super().__init__()
         self.after: list[Tensor] = []
+        self.batches: list[list[int]] = []
 
     def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+        self.batches.append(batch[0].flatten().tolist())
         loss = super().training_step(batch, index)
         return loss * 100 if self.trainer.global_step == SPIKE and self.trainer.global_rank == 1 else loss
 
@@ -45,8 +47,14 @@ def fit(folder: str, action: Any) -> dict[str, Any]:
     trainer = quiet(
         devices=2, strategy=strategy, max_steps=10, max_epochs=-1, use_distributed_sampler=False, callbacks=saves
     )
-    trainer.fit(module, Data())
-    return {"states": module.after, "lr": module.learning_rates, "seen": int(module.seen), "steps": trainer.global_step}
+    trainer.fit(module, Data(10))
+    return {
+        "states": module.after,
+        "batches": module.batches,
+        "lr": module.learning_rates,
+        "seen": int(module.seen),
+        "steps": trainer.global_step,
+    }
 
 
 def fits(folder: str) -> dict[str, Any]:
@@ -64,6 +72,7 @@ def test_the_step_is_left_out_or_taken_back_on_all_ranks_alike(
         warned, skipped, rewound = own.values()
         for run in (skipped, rewound):
             assert run["lr"] == warned["lr"] and run["steps"] == 10
+            assert run["batches"] == warned["batches"], "data go on"
             for before, after in zip(warned["states"][: SPIKE + 1], run["states"][: SPIKE + 1], strict=True):
                 assert torch.equal(before, after)
         assert not torch.equal(warned["states"][SPIKE], warned["states"][SPIKE + 1])

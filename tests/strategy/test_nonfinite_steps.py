@@ -71,6 +71,35 @@ def test_what_devices_have_decided_all_ranks_learn_in_the_next_step(
     assert report is not None and re.search(ORIGINS[what], report["found"]), report
 
 
+def stopped_under_a_loss_scale(folder: str, what: str, device: str) -> dict[str, Any]:
+    with pretend_device(device):
+        return spoilt_fit(folder, (what, 1, 2, 99), 9, scale=2.0**8, max_skipped_steps=2)
+
+
+@pytest.mark.parametrize(
+    ("world", "what", "device"),
+    [
+        (2, "loss", "cpu"),
+        pytest.param(4, "activation", "cpu", marks=pytest.mark.faults),
+        pytest.param(2, "loss", "cuda", marks=pytest.mark.faults),
+    ],
+)
+def test_a_loss_scale_is_not_to_blame_for_a_loss(
+    world: int, what: str, device: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of the ranks whose loss it is one is enough for all; a scale of 256 could fall eight times."""
+    ended = run_ranks(world, stopped_under_a_loss_scale, str(tmp_path), what, device)
+    said = {own["said"] for own in ended}
+    assert len(said) == 1 and [own["skipped"] for own in ended] == [2] * world
+    (text,) = said
+    origin = ORIGINS[what].replace("data rank 0", f"data rank {RANK if world == 2 else 0}")
+    assert "each of the last 2 steps" in text and "in step 4" in text and re.search(origin, text), text
+    messages = [line for line in capfd.readouterr().err.splitlines() if line.startswith("lightning_tex: step")]
+    assert [line.split()[2] for line in messages] == ["3", "4"]
+    report, *_ = run_ranks(world, replayed, str(tmp_path / "nonfinite-step=4"))
+    assert report is not None and re.search(origin, report["found"]), report
+
+
 def once(folder: str) -> dict[str, Any]:
     return spoilt_fit(folder, ("loss", 3, 1, 1), 4)
 

@@ -18,6 +18,7 @@ from lightning_tex.optim.engine import Engine
 from lightning_tex.optim.flat import Entry, FlatBuffer
 from lightning_tex.optim.formats import LOW_PRECISION, Window
 from lightning_tex.optim.gradients import Gradients
+from lightning_tex.optim.matrices.costs import MatrixCosts
 from lightning_tex.optim.matrices.exchange import Exchange
 from lightning_tex.optim.matrices.ownership import AT_ONCE, Loads, rounds
 from lightning_tex.optim.matrices.states import MatrixStates
@@ -49,6 +50,12 @@ class MatrixPiece(Piece):
     def holds_first_element(self) -> bool:
         return not self.unit.expert
 
+    @property
+    def foreseen_bytes(self) -> int:
+        states = self.shard.states
+        costs = self.shard.costs.of(self.unit.shape, states.dtype)
+        return costs.states + costs.numbers * self.holds_first_element + 4 * self.unit.numel * states.has_master
+
     def whole_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return self.unit.stacked(shape)
 
@@ -62,6 +69,7 @@ class MatrixShard(Shard):
 
     Args:
         buffer, gradients, group, engine: see :class:`Shard`.
+        costs: what the optimizer keeps of a matrix.
         loads: what the owners have of other buffers.
         masters: 16-bit parameters have fp32 masters.
     """
@@ -74,10 +82,12 @@ class MatrixShard(Shard):
         gradients: Gradients,
         group: dict[str, Any],
         engine: Engine,
+        costs: MatrixCosts,
         loads: Loads,
         masters: bool,
     ) -> None:
         super().__init__(buffer, gradients, group, engine)
+        self.costs = costs
         every = [unit for entry in buffer.entries for unit in units(entry)]
         (cut_axes,) = {tuple(axis for axis, _ in unit.cuts) for unit in every}  # as all are of one kind
         lengths = [unit.numel for unit in every]

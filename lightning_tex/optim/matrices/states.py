@@ -30,6 +30,11 @@ class MatrixStates(KeptStates):
         self.states: list[dict[str, Any]] = [{} for _ in units]
         self.read: dict[int, Tensor] = {}
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Matrices are updated in it."""
+        return self._like.dtype
+
     def clear(self) -> None:
         for state in self.states:
             state.clear()
