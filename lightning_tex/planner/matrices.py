@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import reduce
 from math import prod
@@ -49,19 +49,29 @@ class _Travel(NamedTuple):
         return max(cut, held + self.parts + self.run if self.over_replicas else 0)
 
 
-class KeptBytes(NamedTuple):
-    """What an owner keeps of its matrices: fp32 masters, states that are tensors, and those that are one number."""
+class Owned(NamedTuple):
+    """What an owner has of its matrices.
+
+    Args:
+        master, moments, scalars: bytes of fp32 masters, of states that are tensors, of those that are one number.
+        flops: of the products of a step.
+    """
 
     master: int
     moments: int
     scalars: int
+    flops: int
 
-    def plus(self, other: KeptBytes) -> KeptBytes:
+    @property
+    def bytes(self) -> int:
+        return self.master + self.moments + self.scalars
+
+    def plus(self, other: Owned) -> Owned:
         """Both."""
-        return KeptBytes(*map(sum, zip(self, other, strict=True)))
+        return Owned(*map(sum, zip(self, other, strict=True)))
 
 
-NOTHING = KeptBytes(0, 0, 0)
+NOTHING = Owned(0, 0, 0, 0)
 
 
 class _Unit(NamedTuple):
@@ -137,14 +147,16 @@ class MatrixBuffer(NamedTuple):
         """The dtype that matrices are updated in."""
         return torch.float32 if masters and self.dtype.itemsize == 2 else self.dtype
 
-    def kept(self, masters: bool) -> dict[tuple[int, ...], KeptBytes]:
+    def kept(self, masters: bool) -> dict[tuple[int, ...], Owned]:
         """By owner, its rank on each of the axes."""
         dtype = self.working(masters)
-        found: dict[tuple[int, ...], KeptBytes] = {}
+        found: dict[tuple[int, ...], Owned] = {}
         for unit in self.units:
             costs = self.costs.of(unit.cut.shape, dtype)
             master = 4 * unit.numel if dtype != self.dtype else 0
-            found[unit.owner] = found.get(unit.owner, NOTHING).plus(KeptBytes(master, costs.states, costs.numbers))
+            found[unit.owner] = found.get(unit.owner, NOTHING).plus(
+                Owned(master, costs.states, costs.numbers, costs.flops)
+            )
         return found
 
     def rounds(self, device: str) -> Iterator[list[_Unit]]:
@@ -207,21 +219,25 @@ class OwnedMatrices:
 
     layout: Layout
     buffers: tuple[MatrixBuffer, ...]
+    _known: dict[bool, Owned] = field(default_factory=dict)
 
-    def kept(self, masters: bool) -> KeptBytes:
+    def kept(self, masters: bool) -> Owned:
         """Of the rank that keeps the most."""
-        if not self.buffers:
-            return NOTHING
+        if masters not in self._known:
+            self._known[masters] = self._fullest(masters) if self.buffers else NOTHING
+        return self._known[masters]
+
+    def _fullest(self, masters: bool) -> Owned:
         by_owner = [(buffer.axes, buffer.kept(masters)) for buffer in self.buffers]
 
-        def of(rank: int) -> KeptBytes:
+        def of(rank: int) -> Owned:
             here = self.layout.coordinates(rank)
             each = (
                 kept.get(tuple(here[a.name] if a.size > 1 else 0 for a in axes), NOTHING) for axes, kept in by_owner
             )
-            return reduce(KeptBytes.plus, each)
+            return reduce(Owned.plus, each)
 
-        return max(map(of, range(self.layout.world)), key=sum)
+        return max(map(of, range(self.layout.world)), key=lambda owned: owned.bytes)
 
     def temporaries(self, masters: bool, zero_stage: int, device: str) -> int:
         """The most bytes that a step takes for a while."""

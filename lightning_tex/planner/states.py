@@ -231,7 +231,7 @@ def state_bytes(
         device: ``cuda`` or ``cpu``.
     """
     gradients = flat.loose_gradients
-    master, moments, scalars = flat.matrices.kept(flat.has_masters)
+    master, moments, scalars, _ = flat.matrices.kept(flat.has_masters)
     for buffer, times in flat.distinct.items():
         own = buffer.part * times
         gradients += own * max(4, buffer.element_bytes) if zero_stage == 2 else buffer.bytes * times

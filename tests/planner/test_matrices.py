@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_tex.models import Decoder, DecoderConfig
 from lightning_tex.optim import CombinedOptimizer, MuonAdamW, OptimizerStateConfig, TiledOptimizer, flat_sizes
+from lightning_tex.optim.matrices.costs import MatrixCosts
 from lightning_tex.optim.muon_adamw import hidden_matrices
 from lightning_tex.optim.probe import Allocations
 from lightning_tex.parallel.byte_meter import Sent
@@ -149,3 +150,11 @@ def test_what_matrices_take_is_what_is_planned() -> None:
 def test_formats_that_whole_matrices_do_not_have_are_not_planned() -> None:
     job = Job(describe_decoder(CONFIG), 4, 16, 4, "bf16-mixed", optimizer=description("MuonAdamW"))
     assert {candidate.optimizer_state_format for candidate in candidates(job)} == {"fp32"}
+
+
+def test_products_of_a_step_are_those_of_muon() -> None:
+    matrix = nn.Parameter(torch.zeros(24, 40))
+    optimizer = torch.optim.Muon([matrix])
+    costs = MatrixCosts(optimizer, optimizer.param_groups[0]).of((24, 40), torch.float32)
+    assert costs.flops == 5 * (2 * 2 * 24 * 24 * 40 + 2 * 24**3)
+    assert costs.states == 4 * 24 * 40 and not costs.numbers and not costs.further

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_tex.optim.engine import Engine, fastest
 from lightning_tex.optim.formats import Window
@@ -19,19 +20,21 @@ _SMALL = (53, 37, 29, 23)
 
 
 class UnitCosts(NamedTuple):
-    """Of one matrix, in bytes.
+    """Of one matrix.
 
     Args:
-        states: of states that are tensors.
-        numbers: of states that are one number.
-        temporaries: at their peak in a step.
+        states: bytes of states that are tensors.
+        numbers: bytes of states that are one number.
+        temporaries: bytes at their peak in a step.
         further: as many more, where one more such matrix is stepped in the same call.
+        flops: of the products of a step.
     """
 
     states: int
     numbers: int
     temporaries: int
     further: int
+    flops: int
 
 
 class MatrixCosts:
@@ -56,36 +59,39 @@ class MatrixCosts:
     def _without_values(self, shape: tuple[int, ...], dtype: torch.dtype) -> UnitCosts | None:
         """By a step of the matrix itself on the meta device; ``None``: the optimizer looks at values."""
         try:
-            state, *temporaries = self._step(torch.empty(shape, dtype=dtype, device="meta"))
+            state, *taken = self._step(torch.empty(shape, dtype=dtype, device="meta"))
         except Exception:
             return None
         kept = [value for value in state.values() if isinstance(value, Tensor)]
         return UnitCosts(
             sum(value.nbytes for value in kept if value.dim()),
             sum(value.nbytes for value in kept if not value.dim()),
-            *temporaries,
+            *taken,
         )
 
     def _scaled(self, shape: tuple[int, ...], dtype: torch.dtype) -> UnitCosts:
         """By a step of a small one."""
         small = _SMALL[: len(shape)]
         sizes = dict(zip(small, shape, strict=True))
-        state, *temporaries = self._step(torch.linspace(-1, 1, prod(small)).view(small).to(dtype))
+        state, one, further, flops = self._step(torch.linspace(-1, 1, prod(small)).view(small).to(dtype))
+        larger = prod(shape) / prod(small)
         kept = [value for value in state.values() if isinstance(value, Tensor)]
         return UnitCosts(
             sum(value.itemsize * prod(sizes.get(n, n) for n in value.shape) for value in kept if value.dim()),
             sum(value.nbytes for value in kept if not value.dim()),
-            *(int(taken * prod(shape) / prod(small)) for taken in temporaries),
+            int(one * larger),
+            int(further * larger),
+            int(flops * larger * min(shape, default=1) / min(small, default=1)),
         )
 
-    def _step(self, values: Tensor) -> tuple[dict[str, Any], int, int]:
-        """The states after a step, and the temporary bytes of the next one, which makes no states."""
+    def _step(self, values: Tensor) -> tuple[dict[str, Any], int, int, int]:
+        """The states after a step; temporary bytes, those of one more matrix, and FLOPs of one that makes no states."""
         windows = [Window(nn.Parameter(values.clone(), requires_grad=False), {}) for _ in range(2)]
         taken = []
         for some in (windows, windows, windows[:1]):
             gradients, allocations = [torch.ones_like(values) for _ in some], Allocations()
-            with allocations:
+            with FlopCounterMode(display=False) as products, allocations:
                 self._engine.step(some, gradients, self._options)
             taken.append(allocations.peak_bytes)
         _, both, one = taken
-        return windows[0].state, one, both - one
+        return windows[0].state, one, both - one, products.get_total_flops()
