@@ -68,7 +68,12 @@ class Owned(NamedTuple):
 
     def plus(self, other: Owned) -> Owned:
         """Both."""
-        return Owned(*map(sum, zip(self, other, strict=True)))
+        return Owned(
+            self.master + other.master,
+            self.moments + other.moments,
+            self.scalars + other.scalars,
+            self.flops + other.flops,
+        )
 
 
 NOTHING = Owned(0, 0, 0, 0)
@@ -228,13 +233,16 @@ class OwnedMatrices:
         return self._known[masters]
 
     def _fullest(self, masters: bool) -> Owned:
-        by_owner = [(buffer.axes, buffer.kept(masters)) for buffer in self.buffers]
+        by_axes: dict[tuple[Axis, ...], dict[tuple[int, ...], Owned]] = {}
+        for buffer in self.buffers:
+            found = by_axes.setdefault(buffer.axes, {})
+            for owner, owned in buffer.kept(masters).items():
+                found[owner] = found.get(owner, NOTHING).plus(owned)
 
         def of(rank: int) -> Owned:
             here = self.layout.coordinates(rank)
-            each = (
-                kept.get(tuple(here[a.name] if a.size > 1 else 0 for a in axes), NOTHING) for axes, kept in by_owner
-            )
+            owners = [tuple(here[axis.name] if axis.size > 1 else 0 for axis in axes) for axes in by_axes]
+            each = (found.get(owner, NOTHING) for owner, found in zip(owners, by_axes.values(), strict=True))
             return reduce(Owned.plus, each)
 
         return max(map(of, range(self.layout.world)), key=lambda owned: owned.bytes)
