@@ -182,6 +182,7 @@ def recipe(folder: Path) -> str:
     return said.getvalue()
 
 
+@pytest.mark.full
 def test_the_recipe_learns_and_saves(tmp_path: Path) -> None:
     (said,) = on_ranks(1, recipe, tmp_path)
     first, second = (float(line.split()[-1]) for line in said.splitlines() if line.startswith("step"))

@@ -68,7 +68,7 @@ def steps(layouts, stages):
 
 
 def test_steps_of_whole_matrices_are_those_of_one_process():
-    run_ranks(4, steps, LAYOUTS[:4], (1,))
+    run_ranks(4, steps, LAYOUTS[:2], (1,))
 
 
 @pytest.mark.full
@@ -80,7 +80,7 @@ def test_steps_of_whole_matrices_on_every_layout(stage):
 
 
 def masters():
-    for layout, stage in zip(LAYOUTS[:3], (0, 1, 2), strict=True):
+    for layout, stage in zip(LAYOUTS[:2], (1, 2), strict=True):
         with case(layout, stage=stage):
             pair = Pair(layout, KINDS["Polar"], torch.bfloat16, zero_stage=stage)
             parameters = {name: nn.Parameter(p.detach().float()) for name, p in pair.whole.named_parameters()}

@@ -6,9 +6,10 @@ import time
 from fractions import Fraction
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
-from helpers.cases import case
+from helpers.cases import case, in_full
 from helpers.topologies import join
 from torch import nn
 
@@ -52,6 +53,8 @@ CASES = [
     ((1, 2, 1), "bf16-true", 1, "MuonAdamW"), ((4, 1, 4), "bf16-mixed", 1, "Adafactor"),
     ((2, 1, 2), "32-true", 0, "Adafactor"), ((1, 1, 1), "bf16-mixed", 1, "MuonAdamW"),
 ]  # fmt: skip
+
+FEW = [CASES[1], CASES[4]]
 
 
 def description(kind: str) -> OptimizerDescription:
@@ -143,8 +146,9 @@ def compare(world: int, cases: list[Any]) -> None:
         flat_sizes.SMALLEST_BUCKET = before
 
 
-def test_what_matrices_take_is_what_is_planned() -> None:
-    compare(4, CASES)
+@pytest.mark.parametrize("cases", in_full([CASES, FEW], [FEW]), ids=len)
+def test_what_matrices_take_is_what_is_planned(cases: list[Any]) -> None:
+    compare(4, cases)
 
 
 def test_formats_that_whole_matrices_do_not_have_are_not_planned() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.cases import in_full
 from helpers.checkpoint_runs import largest_difference
 from helpers.layout_grid import layouts
 from helpers.muon_runs import fit
@@ -38,13 +39,12 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[Any, dic
     return folder, runs
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", in_full([1, 2, 4], [2]))
 def test_they_step_as_in_one_process(alone: Any, world: int) -> None:
+    own = [(name, layout) for name, (size, layout) in LAYOUTS.items() if size == world]
     cases = {
-        (name, kind, precision): (fit, kind, layout, world, precision)
-        for name, (size, layout) in LAYOUTS.items()
-        if size == world
-        for kind, precision in CASES
+        (name, *case): (fit, case[0], layout, world, case[1])
+        for (name, layout), case in zip(own, CASES, strict=False)  # the grid has all of all
     }
     for (_, kind, precision), by_rank in together(world, cases).items():
         for weights in by_rank:
@@ -71,36 +71,36 @@ def test_they_step_as_in_one_process_on_every_layout(alone: Any, world: int) -> 
 
 def test_accumulation_is_of_the_sums_of_gradients() -> None:
     expected = accumulated("one", None, 1, "64-true")
-    cases = {name: (accumulated, "one", LAYOUTS[name][1], 2, "64-true") for name in ("tensor", "expert, ZeRO 2")}
-    for by_rank in together(2, cases).values():
-        for weights in by_rank:
-            assert largest_difference(weights, expected) < 1e-10
+    layout = LAYOUTS["expert, ZeRO 2"][1]
+    for weights in together(2, {"accumulated": (accumulated, "one", layout, 2, "64-true")})["accumulated"]:
+        assert largest_difference(weights, expected) < 1e-10
 
 
 def accumulated(*arguments: Any) -> dict[str, Tensor]:
     return fit(*arguments, accumulate_grad_batches=2)
 
 
-def test_they_go_on_from_another_layout_and_form(alone: Any, tmp_path: Path) -> None:
+FEW = ["alone", "plain, ZeRO 0", "tensor"]
+ALL = ["alone", "TED", "plain, ZeRO 0", "expert, ZeRO 2", "tensor"]
+
+
+@pytest.mark.parametrize("names", in_full([ALL, FEW], [FEW]), ids=len)
+def test_they_go_on_from_another_layout_and_form(alone: Any, tmp_path: Path, names: list[str]) -> None:
     folder, _ = alone
-    expected = fit(
-        "one", None, 1, "64-true", 5
-    )  # at once: strategy="auto" reads weights into fp32 before they are fp64
-    sources = {"alone": f"{folder}/one 64-true.ckpt", **{name: f"{tmp_path}/{name}.ckpt" for name in LAYOUTS}}
-    names = ["alone", "TED", "plain, ZeRO 0", "expert, ZeRO 2", "tensor"]
+    # At once: strategy="auto" would read weights into fp32 before they are fp64.
+    expected = fit("one", None, 1, "64-true", 5)
+    sources = {"alone": folder / "one 64-true.ckpt", **{name: tmp_path / f"{name}.ckpt" for name in LAYOUTS}}
     for source, name in pairwise(names):
         world, layout = LAYOUTS[name]
         cases = {
-            "saved": (fit, "one", layout, world, "64-true", 3, None, sources[name]),
-            "resumed": (fit, "one", layout, world, "64-true", 5, sources[source]),
+            "saved": (fit, "one", layout, world, "64-true", 3, None, str(sources[name])),
+            "resumed": (fit, "one", layout, world, "64-true", 5, str(sources[source])),
         }
-        by_case = together(world, cases)
-        for weights in by_case["resumed"]:
+        for weights in together(world, cases)["resumed"]:
             assert largest_difference(weights, expected) < 1e-10
-    plain = torch.load(sources["plain, ZeRO 0"], weights_only=True)["optimizer_states"]
-    of_ranks = consolidated(Path(sources["TED"]))["optimizer_states"]
     first = torch.load(sources["alone"], weights_only=True)["optimizer_states"]
-    for found in (plain, of_ranks):
+    plain = torch.load(sources["plain, ZeRO 0"], weights_only=True)["optimizer_states"]
+    for found in (plain, consolidated(sources[names[-1]])["optimizer_states"]):
         assert_equal_states(found[0], first[0])
 
 
