@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from lightning.fabric.accelerators import Accelerator
-from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment, DoublePrecision, HalfPrecision, MixedPrecision
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.plugins import Precision as FabricPrecision
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.strategies import DDPStrategy
@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_tex.fabric import checkpoints
+from lightning_tex.fabric.precision import tex_precision
 from lightning_tex.layers.vocab import require_both_ends
 from lightning_tex.optim import (
     OptimizerStateConfig,
@@ -34,6 +35,7 @@ from lightning_tex.optim import (
 )
 from lightning_tex.optim.rounding import RoundingSeed
 from lightning_tex.parallel.activation_checkpointing import ActivationCheckpointing, recompute_blocks, require_legal
+from lightning_tex.parallel.allocator import use_growing_segments
 from lightning_tex.parallel.compiled import Compile, compile_leaves
 from lightning_tex.parallel.errors import UserRuntimeError, UserValueError
 from lightning_tex.parallel.expert_chunks import ExpertChunks, chunks_on, require_legal_chunks
@@ -41,7 +43,6 @@ from lightning_tex.parallel.requested_layout import RequestedLayout
 from lightning_tex.parallel.sharding import check_shardable
 from lightning_tex.parallel.topology import Communication, Topology
 from lightning_tex.saving import CheckpointFormat, DirectoryCheckpoint, PlainCheckpoint, ShardedRun
-from lightning_tex.strategy.precision import TexDoublePrecision, TexHalfPrecision, TexMixedPrecision, TexPrecision
 from lightning_tex.strategy.random_state import data_rank_random_state
 from lightning_tex.strategy.set_up import experts_of_layers, shard_model, sharded_optimizers
 from lightning_tex.strategy.train_step import TrainStep, reached
@@ -155,13 +156,18 @@ class TexMoEStrategy(DDPStrategy):
     @property
     def precision(self) -> TrainStep:
         plugin = self._precision
-        return plugin if isinstance(plugin, TrainStep) else _tex_precision(plugin or FabricPrecision())
+        return plugin if isinstance(plugin, TrainStep) else tex_precision(plugin or FabricPrecision())
 
     @precision.setter
     def precision(self, plugin: FabricPrecision | None) -> None:
-        self._precision = None if plugin is None else _tex_precision(plugin)
+        self._precision = None if plugin is None else tex_precision(plugin)
 
     # --- setting up
+
+    def setup_environment(self) -> None:
+        if self.root_device.type == "cuda":
+            use_growing_segments()
+        super().setup_environment()
 
     def module_to_device(self, module: nn.Module) -> None:
         """Nothing: :meth:`setup_module` moves a rank's part, which may fit where a whole model does not."""
@@ -313,25 +319,3 @@ class TexMoEStrategy(DDPStrategy):
         """The data axis in the place of all ranks, which Fabric names where its user names none."""
         everybody = asked is None or asked is dist.group.WORLD
         return self._topology.data.group if everybody and self._topology is not None else asked
-
-
-def _tex_precision(plugin: FabricPrecision) -> TrainStep:
-    """The plugin of ours that does what Fabric's would, on the train step.
-
-    Raises:
-        ValueError: a precision that is not supported, by name.
-    """
-    if isinstance(plugin, TrainStep):
-        return plugin
-    if type(plugin) is FabricPrecision:
-        return TexPrecision()
-    if type(plugin) is DoublePrecision:
-        return TexDoublePrecision()
-    if type(plugin) is MixedPrecision:
-        return TexMixedPrecision(plugin.precision, plugin.device, plugin.scaler)  # type: ignore[arg-type]
-    if type(plugin) is HalfPrecision:
-        return TexHalfPrecision(plugin.precision)
-    raise UserValueError(
-        f"precision={getattr(plugin, 'precision', type(plugin).__name__)!r} is not supported by TexMoEStrategy; legal: "
-        "'32-true', '64-true', 'bf16-mixed', '16-mixed', 'bf16-true'"
-    )

@@ -13,7 +13,7 @@ import torch
 
 from lightning_tex.optim.flat_sizes import aligned
 from lightning_tex.optim.matrices.costs import MatrixCosts
-from lightning_tex.optim.matrices.ownership import AT_ONCE, Loads, coordinates, rounds
+from lightning_tex.optim.matrices.ownership import Loads, at_once, coordinates, rounds
 from lightning_tex.optim.matrices.units import Cut
 from lightning_tex.parallel.sharding import ParameterSharding
 from lightning_tex.parallel.topology import Axis, Layout
@@ -168,7 +168,7 @@ class MatrixBuffer(NamedTuple):
         """Matrices that travel together."""
         sizes = [axis.size for axis in self.axes]
         owners = [_number(unit.owner, sizes) for unit in self.units]
-        for places in rounds([unit.numel for unit in self.units], owners, AT_ONCE[device]):
+        for places in rounds([unit.numel for unit in self.units], owners, at_once(device)):
             yield [self.units[place] for place in places]
 
     def temporaries(self, masters: bool, gradient_bytes: int, device: str) -> int:

@@ -69,7 +69,7 @@ class Exchange:
             [part[self._run(unit, rank)] for unit, part in zip(here, parts, strict=True)]
             for rank in range(self.replicas.size)
         ]
-        incoming = [self._of_replica(units, rank) for rank in range(self.replicas.size)]
+        incoming = self._of_replicas(units)
         lengths = [[_length(self._run(unit, self.replicas.rank)) for unit in theirs] for theirs in incoming]
         start = self.buffer.own_start
         for theirs, arrived in zip(incoming, _swapped(outgoing, lengths, self.replicas, own), strict=True):
@@ -79,11 +79,15 @@ class Exchange:
 
     # --- over the replicas
 
-    def _of_replica(self, units: Sequence[Unit], rank: int) -> list[Unit]:
-        return [unit for unit in units if self._ranks[unit][0] == rank]
+    def _of_replicas(self, units: Sequence[Unit]) -> list[list[Unit]]:
+        """The units that each replica owns."""
+        found: list[list[Unit]] = [[] for _ in range(self.replicas.size)]
+        for unit in units:
+            found[self._ranks[unit][0]].append(unit)
+        return found
 
     def _at_this_replica(self, units: Sequence[Unit]) -> list[Unit]:
-        return self._of_replica(units, self.replicas.rank)
+        return [unit for unit in units if self._ranks[unit][0] == self.replicas.rank]
 
     def _run(self, unit: Unit, rank: int) -> slice:
         """The elements of a unit's stored part that a replica has in its part of the buffer."""
@@ -102,9 +106,8 @@ class Exchange:
             run = self._run(unit, self.replicas.rank)
             return own[unit.start + run.start - start : unit.start + run.stop - start]
 
-        ranks = range(self.replicas.size)
-        outgoing = [[held(unit) for unit in self._of_replica(units, rank)] for rank in ranks]
-        lengths = [[_length(self._run(unit, rank)) for unit in here] for rank in ranks]
+        outgoing = [[held(unit) for unit in theirs] for theirs in self._of_replicas(units)]
+        lengths = [[_length(self._run(unit, rank)) for unit in here] for rank in range(self.replicas.size)]
         arrived = _swapped(outgoing, lengths, self.replicas, own)
         return [torch.cat(runs) for runs in zip(*arrived, strict=True)]
 
@@ -149,7 +152,10 @@ class Exchange:
 
     def _by_rank(self, units: Sequence[Unit], place: int, axis: Axis) -> list[list[int]]:
         """Places of the units that each rank of an axis owns."""
-        return [[i for i, u in enumerate(units) if self._ranks[u][place + 1] == rank] for rank in range(axis.size)]
+        found: list[list[int]] = [[] for _ in range(axis.size)]
+        for i, unit in enumerate(units):
+            found[self._ranks[unit][place + 1]].append(i)
+        return found
 
 
 def _length(run: slice) -> int:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from heapq import heapify, heapreplace
 from math import prod
 
 from lightning_tex.parallel.topology import Axis
 
-# Elements of the matrices that a rank gathers at once; one matrix may have more.
-AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 24}
+_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 24}
+
+
+def at_once(device: str) -> int:
+    """Elements of the matrices that a rank gathers at once; one matrix may have more."""
+    return _AT_ONCE.get(device, _AT_ONCE["cuda"])
 
 
 def assigned(lengths: Sequence[int], loads: list[int]) -> list[int]:
@@ -19,10 +24,12 @@ def assigned(lengths: Sequence[int], loads: list[int]) -> list[int]:
         loads: elements that each owner has already; what is assigned is added.
     """
     owners = [0] * len(lengths)
+    least = [(load, owner) for owner, load in enumerate(loads)]
+    heapify(least)
     for place in sorted(range(len(lengths)), key=lambda place: (-lengths[place], place)):
-        owner = min(range(len(loads)), key=lambda owner: (loads[owner], owner))
-        owners[place] = owner
-        loads[owner] += lengths[place]
+        load, owner = least[0]
+        owners[place], loads[owner] = owner, load + lengths[place]
+        heapreplace(least, (loads[owner], owner))
     return owners
 
 
