@@ -1,6 +1,7 @@
 """What is tried before training: whether an optimizer is elementwise, and the temporaries that its step takes."""
 
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -77,6 +78,14 @@ def test_others_are_refused(kind, message):
     model = network(torch.float32)
     with pytest.raises(ValueError, match=message):
         tiled(model, kind(model.parameters()))
+
+
+def test_a_class_whose_step_is_not_its_kernels_is_refused():
+    with (
+        patch.object(torch.optim.SGD, "step"),
+        pytest.raises(ValueError, match=r"optimizer SGD: .* its step\(\) leaves it as it is"),
+    ):
+        probe_all(torch.optim.SGD([nn.Parameter(torch.zeros(4))], lr=0.1))
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adafactor, TrustRatio, torch.optim.Muon])
