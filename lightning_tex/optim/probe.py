@@ -78,8 +78,8 @@ def _try(optimizer: Optimizer, group: dict[str, Any]) -> Probed:
     if not torch.allclose(windowed, whole.detach().flatten(), rtol=1e-5, atol=1e-7):
         if torch.equal(whole, start):
             raise UserValueError(
-                f"optimizer {name}: the class's kernel steps a random matrix, and its step() leaves it as it is; legal: "
-                "a step() that steps"
+                f"optimizer {name}: the class's kernel steps a random matrix, and its step() leaves it as it is; "
+                "legal: a step() that steps"
             )
         raise NotElementwiseError(
             f"optimizer {name} is not elementwise: a random matrix stepped whole and in windows differ by up to "
