@@ -44,7 +44,7 @@ def test_they_step_as_in_one_process(alone: Any, world: int) -> None:
     own = [(name, layout) for name, (size, layout) in LAYOUTS.items() if size == world]
     cases = {
         (name, *case): (fit, case[0], layout, world, case[1])
-        for (name, layout), case in zip(own, CASES, strict=False)  # the grid has all of all
+        for (name, layout), case in zip(own, CASES, strict=False)  # every combination is in the full grid
     }
     for (_, kind, precision), by_rank in together(world, cases).items():
         for weights in by_rank:
