@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from datetime import timedelta
 from typing import Any, NamedTuple
 
 from lightning.fabric.utilities.types import _Stateful
@@ -54,7 +53,7 @@ def save(
     known: list[TiledOptimizer],
     path: Any,
     state: Mapping[str, Any],
-    timeout: timedelta,
+    side_group: Callable[[], SideGroup],
 ) -> None:
     """Write a state; collective.
 
@@ -64,7 +63,7 @@ def save(
         known: all optimizers that were set up.
         path: where.
         state: as :meth:`lightning.fabric.Fabric.save` takes it, unwrapped: it has the module.
-        timeout: how long ranks may wait for one that writes.
+        side_group: gives the ranks as a group for what a directory's writers tell each other.
 
     Raises:
         ValueError: a state without the module, or with what cannot be saved.
@@ -81,7 +80,7 @@ def save(
         checkpoint[_STATES] = [form.optimizer_state(replace(run, optimizer=one)) for one in parts.optimizers]
     begun = form.begin(run, checkpoint, path, linked=False)
     if begun is not None:
-        begun.finish(SideGroup(run.topology.world, timeout))
+        begun.finish(side_group())
 
 
 def load(

@@ -42,7 +42,7 @@ from lightning_tex.parallel.expert_chunks import ExpertChunks, chunks_on, requir
 from lightning_tex.parallel.requested_layout import RequestedLayout
 from lightning_tex.parallel.sharding import check_shardable
 from lightning_tex.parallel.topology import Communication, Topology
-from lightning_tex.saving import CheckpointFormat, DirectoryCheckpoint, PlainCheckpoint, ShardedRun
+from lightning_tex.saving import CheckpointFormat, DirectoryCheckpoint, PlainCheckpoint, ShardedRun, SideGroup
 from lightning_tex.strategy.random_state import data_rank_random_state
 from lightning_tex.strategy.set_up import experts_of_layers, shard_model, sharded_optimizers
 from lightning_tex.strategy.train_step import TrainStep, reached
@@ -137,6 +137,7 @@ class TexMoEStrategy(DDPStrategy):
         self._module: nn.Module | None = None
         self._rounding_seed = RoundingSeed()
         self._optimizers: list[TiledOptimizer] = []
+        self._side_group: SideGroup | None = None
 
     # --- layout and precision
 
@@ -296,7 +297,12 @@ class TexMoEStrategy(DDPStrategy):
         """Write a state; collective. See :func:`lightning_tex.fabric.checkpoints.save`."""
         checkpoints.require_no_filter(filter)
         self._form.check_io(self.checkpoint_io)
-        checkpoints.save(self._form, self._run(), self._optimizers, path, state, self._timeout or default_pg_timeout)
+        checkpoints.save(self._form, self._run(), self._optimizers, path, state, self._writers)
+
+    def _writers(self) -> SideGroup:
+        if self._side_group is None:
+            self._side_group = SideGroup(self.topology.world, self._timeout or default_pg_timeout)
+        return self._side_group
 
     def load_checkpoint(
         self, path: Any, state: Any = None, strict: bool = True, weights_only: bool | None = None
