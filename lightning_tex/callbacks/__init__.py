@@ -5,6 +5,7 @@ from lightning_tex.callbacks.experts import ExpertMonitor
 from lightning_tex.callbacks.late_progress import LateProgress
 from lightning_tex.callbacks.predictions import PredictionWriter, read_predictions
 from lightning_tex.callbacks.routing_schedule import RoutingSchedule
+from lightning_tex.callbacks.sequence_length import SequenceLengthSchedule
 from lightning_tex.callbacks.source_losses import SourceLosses
 from lightning_tex.callbacks.summary import RunSummary
 from lightning_tex.callbacks.throughput import Throughput
@@ -16,6 +17,7 @@ __all__ = [
     "PredictionWriter",
     "RoutingSchedule",
     "RunSummary",
+    "SequenceLengthSchedule",
     "SourceLosses",
     "Throughput",
     "read_predictions",

@@ -4,13 +4,15 @@ Importing this needs neither ``datasets`` nor ``tokenizers``.
 """
 
 from lightning_tex.data.finetuning import FineTuningDataModule
-from lightning_tex.data.mixture import MixtureDataModule, TextSource
+from lightning_tex.data.mixture import MixtureDataModule
+from lightning_tex.data.mixture_sources import ChatSource, TextSource
 from lightning_tex.data.on_data_axis import on_data_axis
 from lightning_tex.data.text import TextDataModule
 from lightning_tex.data.token_data import TokenDataModule
 from lightning_tex.data.token_ids import require_token_ids
 
 __all__ = [
+    "ChatSource",
     "FineTuningDataModule",
     "MixtureDataModule",
     "TextDataModule",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import glob
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,12 @@ def reading(what: str, builder: str, data_files: Any) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise UserFileError(f"cannot read {what}: {error}") from error
-    except (DatasetsError, ValueError, StopIteration) as error:
-        reason = damage(builder, named_files(data_files)) or _innermost(error)
-        raise UserValueError(f"cannot read {what}: {reason}") from error
+    except (DatasetsError, ValueError, StopIteration, OSError, TypeError) as error:
+        files = named_files(data_files)
+        reason = damage(builder, files) or mixed_columns(builder, files)
+        if reason is None and isinstance(error, (OSError, TypeError)):  # of something else than the files
+            raise
+        raise UserValueError(f"cannot read {what}: {reason or _innermost(error)}") from error
 
 
 def named_files(data_files: Any) -> list[Path]:
@@ -57,6 +60,27 @@ def damage(builder: str, files: Iterable[Path]) -> str | None:
         if reason is not None:
             return f"{file} {reason}"
     return None
+
+
+def mixed_columns(builder: str, files: Sequence[Path]) -> str | None:
+    """Which file has other columns than the first, or of other types, where files are whole; None if none has."""
+    columns_of = _COLUMNS.get(builder)
+    first: dict[str, str] = {}
+    if columns_of is None:
+        return None
+    for file in files:
+        columns = columns_of(file)
+        first = first or columns
+        if columns and columns != first:
+            return (
+                f"{file} has the columns {_named(columns)}, and {files[0]} has {_named(first)}; legal: the same "
+                "ones in all files, or data_files that name those of one kind"
+            )
+    return None
+
+
+def _named(columns: dict[str, str]) -> str:
+    return ", ".join(f"{name} ({kind})" for name, kind in columns.items())
 
 
 def require_texts(texts: Iterable[Any], first_row: int = 0) -> None:
@@ -168,6 +192,28 @@ def _bad_csv(file: Path) -> str | None:
     return "is empty; leave it out" if width == 0 else None
 
 
+def _json_columns(file: Path) -> dict[str, str]:
+    with file.open(encoding="utf-8") as lines:
+        row = next((json.loads(line) for line in lines if line.strip()), None) if file.suffix == ".jsonl" else None
+    return {name: type(value).__name__ for name, value in row.items()} if isinstance(row, dict) else {}
+
+
+def _parquet_columns(file: Path) -> dict[str, str]:
+    from pyarrow.parquet import read_schema
+
+    return {field.name: str(field.type) for field in read_schema(file)}
+
+
+def _csv_columns(file: Path) -> dict[str, str]:
+    with file.open(encoding="utf-8", newline="") as lines:
+        return dict.fromkeys(next(csv.reader(lines), []), "of text")
+
+
+_COLUMNS: dict[str, Callable[[Path], dict[str, str]]] = {
+    "json": _json_columns,
+    "csv": _csv_columns,
+    "parquet": _parquet_columns,
+}
 _CHECKS: dict[str, Callable[[Path], str | None]] = {
     "text": _bad_encoding,
     "json": _bad_json,

@@ -1,4 +1,4 @@
-"""``MixtureDataModule``: text of several sources, mixed by weights."""
+"""``MixtureDataModule``: text and conversations of several sources, mixed by weights."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from typing import Any, cast
 
 from torch.utils.data import DataLoader
 
-from lightning_tex.data.corpus import Source, fingerprint
+from lightning_tex.data.chat.template import end_of_text, tokenizer_config
+from lightning_tex.data.corpus import fingerprint
 from lightning_tex.data.loader import ResumableLoader
-from lightning_tex.data.mixing import BySource, Mixture, MixtureSampler, NamedMixture, Weight, Weights
+from lightning_tex.data.mixing import BySource, Mixture, MixtureSampler, NamedMixture, Weights
+from lightning_tex.data.mixture_sources import ChatSource, DocumentsApart, MixtureSource, TextSource, weights_of
 from lightning_tex.data.order import Share
-from lightning_tex.data.packing import Batch, by_document
-from lightning_tex.data.prepared import Notes, Preparation, Prepared, Preparing, build_once, mark_as_cache
+from lightning_tex.data.packing import Batch, Samples, by_document
+from lightning_tex.data.prepared import Notes, Prepared, Preparing, build_once, mark_as_cache
 from lightning_tex.data.resume import Cursor
-from lightning_tex.data.text import kind_of, known_vocab_size
+from lightning_tex.data.text import known_vocab_size
 from lightning_tex.data.token_data import TokenDataModule
 from lightning_tex.data.tokenizer import TRAINING_BYTES, TextTokenizer, texts_of, tokenizer_file, train_bpe
 from lightning_tex.parallel.errors import UserValueError
@@ -26,35 +28,8 @@ from lightning_tex.parallel.errors import UserValueError
 _FORMAT = "1"  # raise it when the same settings no longer give the same files
 
 
-@dataclass(frozen=True)
-class TextSource:
-    """One source of a mixture; all but the weight as of :class:`~lightning_tex.data.TextDataModule`.
-
-    Args:
-        path, name, data_files, split, validation_split, validation_fraction, text_column: what to read.
-        weight: share of the samples, relative to that of the others; or such by micro-step, as ``{0: 1, 1000: 0.2}``,
-            interpolated between.
-    """
-
-    path: str | None = None
-    name: str | None = None
-    data_files: str | list[str] | dict[str, str | list[str]] | None = None
-    split: str = "train"
-    validation_split: str | None = None
-    validation_fraction: float = 0.05
-    text_column: str = "text"
-    weight: float | dict[int, float] = 1.0
-
-    def source(self) -> Source:
-        """What to read, without the weight."""
-        return Source(
-            self.path, self.name, self.data_files, self.split, self.validation_split, None,
-            self.validation_fraction, self.text_column,
-        )  # fmt: skip
-
-
 class MixtureDataModule(TokenDataModule):
-    """Text of several sources: of every micro-step each source has its share, by weights that are constant or change.
+    """Sources of text and of conversations: of every micro-step each has its share, by weights, constant or not.
 
     Which samples a micro-step holds is a function of the seed and the micro-step, counted from the beginning of the
     run, on every layout. Of each source the samples come in the order of its own epochs: it begins anew when it has
@@ -65,7 +40,7 @@ class MixtureDataModule(TokenDataModule):
     Batches are as of :class:`TextDataModule`; the ``sample`` of a source is counted from the end of the one before.
 
     Args:
-        sources: by name.
+        sources: by name, text or conversations, which need a tokenizer and document_mask.
         tokenizer: as of :class:`TextDataModule`. None: train a byte-level BPE on equal parts of the sources.
         vocab_size: as there.
         end_of_document: as there.
@@ -84,7 +59,7 @@ class MixtureDataModule(TokenDataModule):
 
     def __init__(
         self,
-        sources: dict[str, TextSource],
+        sources: dict[str, TextSource | ChatSource],
         tokenizer: str | None = None,
         vocab_size: int | None = None,
         end_of_document: str | None = None,
@@ -98,13 +73,17 @@ class MixtureDataModule(TokenDataModule):
     ) -> None:
         if not sources:
             raise UserValueError("sources={} has none; legal: at least one")
-        self.weights = Weights({name: source.weight for name, source in sources.items()})
+        chats = [name for name, source in sources.items() if isinstance(source, ChatSource)]
+        if chats and (tokenizer is None or not document_mask):
+            raise UserValueError(
+                f"source {chats[0]!r} is of conversations, tokenizer={tokenizer!r} and document_mask={document_mask}; "
+                "legal: a tokenizer, and document_mask=True"
+            )
+        self.weights = Weights(weights_of(sources))
         size = known_vocab_size(tokenizer, vocab_size, end_of_document)
         preparation = MixturePreparation(
-            {name: source.source() for name, source in sources.items()},
-            {name: source.weight for name, source in sources.items()},
-            None if tokenizer is None else str(tokenizer), size, end_of_document, sequence_length,
-        )  # fmt: skip
+            dict(sources), None if tokenizer is None else str(tokenizer), size, end_of_document, sequence_length
+        )
         super().__init__(
             preparation, size, sequence_length, global_batch_size, seed, num_workers, num_proc, cache_dir
         )  # fmt: skip
@@ -143,7 +122,7 @@ class MixtureDataModule(TokenDataModule):
 
     @property
     def _collate(self) -> Callable[[Any], Batch]:
-        if not self.document_mask:
+        if not self.document_mask or cast(PreparedMixture, self.prepared).apart:
             return super()._collate
         return partial(by_document, end_of_document_id=self.end_of_document_id)
 
@@ -185,8 +164,7 @@ class MixtureDataModule(TokenDataModule):
 class MixturePreparation(Preparing):
     """All that decides what a mixture is of."""
 
-    sources: dict[str, Source]
-    weights: dict[str, Weight]
+    sources: dict[str, MixtureSource]
     tokenizer: str | None
     vocab_size: int
     end_of_document: str | None
@@ -209,25 +187,32 @@ class MixturePreparation(Preparing):
         there = {name: one for name, one in opened.items() if one is not None}
         return PreparedMixture(self, there) if len(there) == len(opened) else None
 
-    def _preparations(self, tokenizer: str) -> dict[str, Preparation]:
+    @property
+    def has_conversations(self) -> bool:
+        """Whether some source is of conversations."""
+        return any(isinstance(source, ChatSource) for source in self.sources.values())
+
+    def _preparations(self, tokenizer: str) -> dict[str, Preparing]:
+        end = self.end_of_document
+        if end is None and self.has_conversations:  # the same one in all sources
+            end = end_of_text(tokenizer_config(self.tokenizer))
         return {
-            name: kind_of(source, tokenizer)(
-                source, tokenizer, self.vocab_size, self.end_of_document, self.sequence_length
-            )
+            name: source.preparing(tokenizer, self.vocab_size, end, self.sequence_length)
             for name, source in self.sources.items()
         }
 
     def _tokenizer_dir(self, cache_dir: Path, hub_cache_dir: Path | None) -> Path:
         if self.tokenizer is not None:
             return tokenizer_file(self.tokenizer).resolve()
-        loaded = {name: source.load(cache_dir / "sources", hub_cache_dir) for name, source in self.sources.items()}
+        sources = {name: source.source() for name, source in self.sources.items()}
+        loaded = {name: source.load(cache_dir / "sources", hub_cache_dir) for name, source in sources.items()}
 
         def build(folder: Path) -> None:
             texts = (text for one in loaded.values() for text in _some_of(texts_of(one.train), len(loaded)))
             train_bpe(texts, self.vocab_size).save(str(folder / "tokenizer.json"))
 
         keys = [one.key for one in loaded.values()]
-        key = fingerprint([_FORMAT, "mixture", *keys, str(self.vocab_size), repr(self.sources)])
+        key = fingerprint([_FORMAT, "mixture", *keys, str(self.vocab_size), repr(sources)])
         return build_once(cache_dir / "tokenizers" / key, build)
 
 
@@ -241,15 +226,26 @@ def _some_of(texts: Iterator[str], sources: int) -> Iterator[str]:
 
 
 class PreparedMixture(Prepared):
-    """Prepared sources; the fingerprint is of theirs and of the weights."""
+    """Prepared sources; the fingerprint is of theirs and of the weights.
+
+    Attributes:
+        apart: whether samples tell documents apart, since some are conversations.
+    """
 
     def __init__(self, preparation: MixturePreparation, sources: dict[str, Any]) -> None:
         self.sources = sources
         self.tokenizer: TextTokenizer = next(iter(sources.values())).tokenizer
-        named = {name: (one.fingerprint, preparation.weights[name]) for name, one in sources.items()}
+        self.apart = preparation.has_conversations
+        weights = weights_of(preparation.sources)
+        named = {name: (one.fingerprint, weights[name]) for name, one in sources.items()}
         self.fingerprint = fingerprint([json.dumps(named)])
-        self.train = Mixture({name: one.train for name, one in sources.items()})
-        self.validation = Mixture({name: one.validation for name, one in sources.items()})
+        of_text = {name for name, source in preparation.sources.items() if isinstance(source, TextSource)}
+
+        def samples(name: str, part: Samples) -> Samples:
+            return DocumentsApart(part, self.tokenizer.end_of_document_id) if self.apart and name in of_text else part
+
+        self.train = Mixture({name: samples(name, one.train) for name, one in sources.items()})
+        self.validation = Mixture({name: samples(name, one.validation) for name, one in sources.items()})
 
     def describe(self) -> list[str]:
         return [f"{name}, {line}" for name, one in self.sources.items() for line in one.describe()]

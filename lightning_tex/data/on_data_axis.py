@@ -39,7 +39,7 @@ def on_data_axis(
     A micro-step has G samples over the whole data axis, of which every data rank gets a contiguous part. With
     ``TexMoEStrategy`` the loader is told its rank and what has been trained on; so return it from a module's
     ``train_dataloader`` or ``val_dataloader``, or give it to ``Trainer.fit``. Elsewhere ranks are those of
-    ``torch.distributed``, and ``trainer`` tells what has been trained on; without, that is all that was fetched.
+    ``torch.distributed``, and ``trainer`` tells what has been trained on; a loop without one trains on what it fetches.
 
     A data set with ``len`` is read in an order of its own for each epoch, a function of the seed and the epoch. An
     iterable one is read as it is, by every data rank, of which each keeps its samples; its ``set_epoch``, if it has
@@ -55,7 +55,7 @@ def on_data_axis(
         seed: of the shuffle.
         evaluation: read every sample, in the same order always; a rank whose part of the last micro-step is empty ends
             before it. False: an epoch's last micro-step is left out where there are too few samples for it.
-        trainer: needed to resume under another strategy than ``TexMoEStrategy``.
+        trainer: the module's, without which only ``TexMoEStrategy`` resumes exactly.
         options: of a ``DataLoader``, where the source is a data set.
 
     Raises:
@@ -70,9 +70,7 @@ def on_data_axis(
     if global_batch_size is None:
         raise UserValueError("global_batch_size is needed with a data set: samples of one micro-step over all ranks")
     shuffle = not evaluation if shuffle is None else shuffle
-    loader = DataAxisLoader(source, Share(global_batch_size), shuffle, seed, evaluation, options)
-    loader.trainer = trainer
-    return loader
+    return DataAxisLoader(source, Share(global_batch_size), shuffle, seed, evaluation, options, trainer)
 
 
 def _batch_size(loader: DataLoader) -> int:
@@ -98,15 +96,21 @@ class DataAxisLoader(ResumableLoader):
     Args:
         dataset: the user's.
         share: G and the place on the data axis.
-        shuffle, seed, evaluation, options: as there.
+        shuffle, seed, evaluation, options, trainer: as there.
     """
 
     def __init__(
-        self, dataset: Any, share: Share, shuffle: bool, seed: int, evaluation: bool, options: dict[str, Any]
+        self,
+        dataset: Any,
+        share: Share,
+        shuffle: bool,
+        seed: int,
+        evaluation: bool,
+        options: dict[str, Any],
+        trainer: Trainer | None = None,
     ) -> None:
         collate = options.pop("collate_fn", None) or default_collate
-        self.evaluation, self._placed = evaluation, False
-        self.trainer: Trainer | None = None
+        self.evaluation, self.trainer, self._placed = evaluation, trainer, False
         self._facts: dict[str, Any] = {"global_batch_size": share.global_batch_size}
         if isinstance(dataset, IterableDataset):
             options["num_workers"] = min(1, options.get("num_workers") or 0)

@@ -8,12 +8,14 @@ import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning_tex.data.corpus import CACHE_TAG, Documents, Source, fingerprint
 from lightning_tex.data.documents import TextEncoder, TextRows
+from lightning_tex.data.fitted import fit, fit_key, open_fitted
 from lightning_tex.data.packing import Blocks, Samples, stream_fingerprint
 from lightning_tex.data.tokenizer import TextTokenizer, quiet_forks, texts_of, tokenizer_file, train_bpe
 from lightning_tex.data.tokens import Tokens
@@ -23,6 +25,9 @@ from lightning_tex.data.tokens.writing import write_tokens
 
 _FORMAT = "1"  # of tokenizers; raise it when the same settings no longer give the same files
 _TOKENS = "2"  # the same, of tokens
+
+
+Packing = Literal["cut", "fit"]
 
 
 def default_cache_dir() -> Path:
@@ -150,6 +155,7 @@ class Preparation(Preparing):
         vocab_size: of the tokenizer to be trained.
         end_of_document: the token of that name, see :class:`~lightning_tex.data.tokenizer.TextTokenizer`.
         sequence_length: S.
+        packing: "cut" documents at the borders of blocks, or "fit" whole ones into rows.
     """
 
     source: Source
@@ -157,6 +163,7 @@ class Preparation(Preparing):
     vocab_size: int
     end_of_document: str | None
     sequence_length: int
+    packing: Packing = field(default="cut", repr=False)  # a stream's fingerprint is of the rest
 
     def run(self, cache_dir: Path, hub_cache_dir: Path | None, processes: int | None = None) -> PreparedText:
         mark_as_cache(cache_dir)
@@ -169,11 +176,11 @@ class Preparation(Preparing):
             note |= {"tokens": str(folder), "fingerprint": self._fingerprint(folder)}
         quiet_forks()
         self._notes(cache_dir).write(note)
-        return PreparedText(self, note)
+        return PreparedText(self, note, cache_dir)
 
     def open(self, cache_dir: Path) -> PreparedText | None:
         note = self._notes(cache_dir).read()
-        return None if note is None else PreparedText(self, note)
+        return None if note is None else PreparedText(self, note, cache_dir)
 
     def _tokenizer_dir(self, documents: Documents, cache_dir: Path) -> Path:
         if self.tokenizer is not None:
@@ -209,16 +216,27 @@ class PreparedText(Prepared):
     The fingerprint is that of the training tokens and S (of the settings where the data is streamed).
     """
 
-    def __init__(self, preparation: Preparation, note: dict[str, Any]) -> None:
+    def __init__(self, preparation: Preparation, note: dict[str, Any], cache_dir: Path) -> None:
         self.tokenizer = TextTokenizer.from_file(note["tokenizer"], preparation.end_of_document)
         self.fingerprint = note.get("fingerprint") or fingerprint([repr(preparation), self.tokenizer.fingerprint])
         if "tokens" in note:
-            folder, length = Path(note["tokens"]), preparation.sequence_length
-            end, size = self.tokenizer.end_of_document_id, self.tokenizer.size
-            self.train = Blocks(_opened(folder, "train"), length, end, size)
-            self.validation = Blocks(_opened(folder, "validation"), length, end, size, keep_tail=True)
-            if (folder / "test").exists():
-                self.test = Blocks(_opened(folder, "test"), length, end, size, keep_tail=True)
+            folder = Path(note["tokens"])
+            parts = {
+                name: _opened(folder, name) for name in ("train", "validation", "test") if (folder / name).exists()
+            }
+            self._take(parts, preparation, cache_dir)
+
+    def _take(self, parts: dict[str, Tokens], preparation: Preparation, cache_dir: Path) -> None:
+        """Samples of streams of tokens, by the names of their parts."""
+        length, end, size = preparation.sequence_length, self.tokenizer.end_of_document_id, self.tokenizer.size
+        if preparation.packing == "cut":
+            for name, stream in parts.items():
+                setattr(self, name, Blocks(stream, length, end, size, keep_tail=name != "train"))
+            return
+        self.fingerprint = fingerprint([self.fingerprint, preparation.packing])
+        for name, stream in parts.items():
+            folder = build_once(cache_dir / "fits" / fit_key(stream, length), partial(fit, stream, length))
+            setattr(self, name, open_fitted(stream, folder, length, size, end))
 
 
 class TokenizedPreparation(Preparation):
@@ -234,22 +252,20 @@ class TokenizedPreparation(Preparation):
 
     def open(self, cache_dir: Path) -> PreparedText | None:
         assert self.tokenizer is not None
-        return PreparedTokens(self, {"tokenizer": str(tokenizer_file(self.tokenizer).resolve())})
+        return PreparedTokens(self, {"tokenizer": str(tokenizer_file(self.tokenizer).resolve())}, cache_dir)
 
 
 class PreparedTokens(PreparedText):
     """Blocks of tokens that others have made; the fingerprint is of samples of them."""
 
-    def __init__(self, preparation: Preparation, note: dict[str, Any]) -> None:
-        super().__init__(preparation, note)
+    def __init__(self, preparation: Preparation, note: dict[str, Any], cache_dir: Path) -> None:
+        super().__init__(preparation, note, cache_dir)
         source, length = preparation.source, preparation.sequence_length
         stream = open_foreign(foreign_files(Path(str(source.path)).expanduser()))
         held_out = max(1, round(stream.documents * source.validation_fraction))
         train, validation = stream.divided(stream.documents - held_out)
-        end, size = self.tokenizer.end_of_document_id, self.tokenizer.size
         self.fingerprint = sampled_fingerprint(train, length)
-        self.train = Blocks(train, length, end, size)
-        self.validation = Blocks(validation, length, end, size, keep_tail=True)
+        self._take({"train": train, "validation": validation}, preparation, cache_dir)
 
 
 def _opened(folder: Path, part: str) -> Tokens:

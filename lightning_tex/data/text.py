@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -14,7 +14,7 @@ from lightning_tex.data.corpus import Source
 from lightning_tex.data.loader import ResumableLoader
 from lightning_tex.data.order import Share
 from lightning_tex.data.packing import Batch, Blocks, StreamedBlocks, by_document, unigram_loss
-from lightning_tex.data.prepared import Preparation, TokenizedPreparation
+from lightning_tex.data.prepared import Packing, Preparation, TokenizedPreparation
 from lightning_tex.data.resume import Cursor, steps_done
 from lightning_tex.data.streams.loader import StreamLoader, endless_cursor
 from lightning_tex.data.streams.order import require_parts
@@ -83,6 +83,8 @@ class TextDataModule(TokenDataModule):
         num_proc: processes that prepare the data, once; None: as many as there are processors.
         stream_parts: P, a divisor of global_batch_size: read a stream in so many parts, best a multiple of data ranks
             times workers. None: as a whole.
+        packing: "cut": one stream of tokens, in blocks. "fit": whole documents in rows, by best fit, which do not see
+            each other; those that are too long are divided. A batch then has ``attention_mask [b, S]`` besides.
 
     Raises:
         ValueError: options that contradict each other or the data, naming what is legal.
@@ -113,10 +115,13 @@ class TextDataModule(TokenDataModule):
         document_mask: bool = False,
         num_proc: int | None = None,
         stream_parts: int | None = None,
+        packing: Packing = "cut",
     ) -> None:
         for option, given in (("shuffle_buffer", shuffle_buffer), ("stream_parts", stream_parts)):
             if given and not streaming:
                 raise UserValueError(f"{option}={given} needs streaming=True; other data is shuffled as a whole")
+        if packing == "fit" and streaming:
+            raise UserValueError("packing='fit' with streaming=True; legal: packing='cut', or streaming=False")
         if stream_parts is not None:
             require_parts(stream_parts, global_batch_size)
         source = Source(
@@ -125,13 +130,13 @@ class TextDataModule(TokenDataModule):
         )  # fmt: skip
         size = known_vocab_size(tokenizer, vocab_size, end_of_document)
         preparation = kind_of(source, tokenizer)(
-            source, None if tokenizer is None else str(tokenizer), size, end_of_document, sequence_length
+            source, None if tokenizer is None else str(tokenizer), size, end_of_document, sequence_length, packing
         )
         super().__init__(
             preparation, size, sequence_length, global_batch_size, seed, num_workers, num_proc, cache_dir
         )  # fmt: skip
         self.shuffle_buffer = shuffle_buffer
-        self.document_mask = document_mask
+        self.document_mask = document_mask or packing == "fit"
         self.stream_parts = stream_parts
         self._stream_in_parts: StreamInParts | None = None
 
@@ -141,12 +146,11 @@ class TextDataModule(TokenDataModule):
         return self._preparation.source.streaming
 
     def unigram_loss(self) -> float | None:
-        """Nats per token, on validation's labels, of a model that knows only token counts; None if streaming."""
+        """Nats per token, on validation's labels, of a model that knows only token counts; None but of blocks."""
         data = self.prepared
-        if data.train is None or data.validation is None:
+        if not isinstance(data.train, Blocks) or not isinstance(data.validation, Blocks):
             return None
-        train, validation = cast(Blocks, data.train), cast(Blocks, data.validation)
-        return unigram_loss(train, validation, self.vocab_size, self._collate)
+        return unigram_loss(data.train, data.validation, self.vocab_size, self._collate)
 
     def alike_on_all_ranks(self) -> dict[str, Any]:
         """What every rank of a run must have alike, for the strategy's comparison; a module of your own may say it."""
@@ -155,6 +159,7 @@ class TextDataModule(TokenDataModule):
             "shuffle_buffer": self.shuffle_buffer,
             "streaming": self.streaming,
             "document_mask": self.document_mask,
+            "packing": self._preparation.packing,
             "stream": None if self.stream_parts is None else self._in_parts().facts(),
         }
 
@@ -179,7 +184,7 @@ class TextDataModule(TokenDataModule):
     @property
     def _collate(self) -> Callable[[Any], Batch]:
         """What a loader makes of a data set's batch."""
-        if not self.document_mask:
+        if not self.document_mask or self._preparation.packing == "fit":
             return super()._collate
         return partial(by_document, end_of_document_id=self.end_of_document_id)
 

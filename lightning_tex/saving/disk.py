@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,8 +40,7 @@ def require_writable(folders: Sequence[Location], writes: bool, world: Axis, bro
         problems = _failures(folders, world, lambda folder: marks.append(store_of(folder).put_mark(folder)))
     of_first = [at(mark) for mark in broadcast(list(map(str, marks)))]
     if writes and not problems:
-        unseen = [mark.parent for mark in of_first if not mark.exists()]
-        problems = [f"rank {world.rank} does not see what rank 0 writes to {folder}" for folder in unseen]
+        problems = _failures(of_first, world, _require_seen)
     problems = all_problems(problems, world)
     for mark in marks:
         store_of(mark).remove_mark(mark)
@@ -53,13 +53,18 @@ def require_writable(folders: Sequence[Location], writes: bool, world: Axis, bro
         )
 
 
-def _failures(folders: Sequence[Location], world: Axis, act: Callable[[Location], Any]) -> list[str]:
-    """What this rank cannot do in which folder."""
+def _require_seen(mark: Location) -> None:
+    if not mark.exists():
+        raise FileNotFoundError(errno.ENOENT, "rank 0 has written it, and it is not seen here")
+
+
+def _failures(places: Sequence[Location], world: Axis, act: Callable[[Location], Any]) -> list[str]:
+    """What this rank cannot do where."""
     problems = []
-    for folder in folders:
+    for place in places:
         try:
-            act(folder)
+            act(place)
         except Exception as error:  # of any client of a file system
             said = error.strerror if isinstance(error, OSError) else None
-            problems.append(f"rank {world.rank}: {folder}: {said or f'{type(error).__name__}: {error}'}")
+            problems.append(f"rank {world.rank}: {place}: {said or f'{type(error).__name__}: {error}'}")
     return problems

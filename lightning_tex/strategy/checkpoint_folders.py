@@ -14,6 +14,7 @@ from lightning_tex.saving import Location, Place, at, exactly
 
 # What Lightning adds to a folder of its own choice.
 _CHECKPOINTS = "checkpoints"
+_FILE_URL = re.compile(r"/file:(/.*)")
 _VERSION = re.compile(r"version_(\d+)")
 
 
@@ -21,6 +22,13 @@ def model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
     """The callbacks that save."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
+
+
+def take_file_urls_for_paths(trainer: Trainer) -> None:
+    """``dirpath="file:///data"`` is ``/data``: Lightning makes of it a folder ``file:`` where the run was started."""
+    for callback in model_checkpoints(trainer):
+        if match := _FILE_URL.search(str(callback.dirpath or "")):
+            callback.dirpath = match[1]
 
 
 def saving_folders(trainer: Trainer) -> list[str]:

@@ -42,7 +42,7 @@ from lightning_tex.saving import (
 from lightning_tex.saving.checkpoint_format import Finish
 from lightning_tex.saving.random_streams import restore_random_streams
 from lightning_tex.strategy import agreement
-from lightning_tex.strategy.checkpoint_folders import model_checkpoints, saving_folders
+from lightning_tex.strategy.checkpoint_folders import model_checkpoints, saving_folders, take_file_urls_for_paths
 from lightning_tex.strategy.ckpt_path import CheckpointConnector
 from lightning_tex.strategy.initial_weights import InitialWeights
 from lightning_tex.strategy.mesh import MeshStrategy
@@ -109,6 +109,7 @@ class CheckpointingStrategy(MeshStrategy):
     @contextmanager
     def run_frame(self, trainer: Trainer) -> Iterator[None]:
         CheckpointConnector.take_over(trainer, self)
+        take_file_urls_for_paths(trainer)
         with super().run_frame(trainer):
             yield
 

@@ -14,6 +14,7 @@ from lightning import Trainer
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.trainer.states import TrainerFn
@@ -248,6 +249,12 @@ class TexMoEStrategy(StepStrategy):
         self.precision_plugin.state_config(self._state_config)
         if self._layer_sync is not None:
             raise MisconfigurationException("Trainer(sync_batchnorm=True) is not supported by TexMoEStrategy")
+        if any(isinstance(callback, ModelPruning) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            raise MisconfigurationException(
+                "callback ModelPruning is not supported by TexMoEStrategy: it puts masked tensors in the place of "
+                "parameters and chooses masks in each rank's part alone; legal: prune a whole model after training, as "
+                "`lightning-tex checkpoint consolidate` gives it"
+            )
         self.check_checkpoint_io()
         AveragedWeights.require_legal(trainer, str(self.precision_plugin.precision))
 

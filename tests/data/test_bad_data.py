@@ -119,6 +119,35 @@ def test_parquet_cut_short(corpus: Path) -> None:
     assert f"{file} is no whole parquet file" in refused(lambda: data_of(corpus))
 
 
+def parquet_of(corpus: Path, name: str, **columns: Any) -> Path:
+    parquet.write_table(pyarrow.table(columns), corpus / name, row_group_size=5)
+    return corpus / name
+
+
+@pytest.mark.parametrize("streams", [{}, {"streaming": True}, {"streaming": True, "stream_parts": 2}], ids=str)
+def test_files_of_several_schemas(corpus: Path, streams: dict[str, Any]) -> None:
+    parquet_of(corpus, "a.parquet", text=[TEXT] * 20)
+    parquet_of(corpus, "b.parquet", text=[[1]] * 20)
+    text = refused(lambda: data_of(corpus, **streams))
+    assert f"{corpus}/b.parquet has the columns text (list<element: int64>), and {corpus}/a.parquet has text (" in text
+    assert "legal: the same ones in all files" in text
+
+
+def test_lines_of_several_schemas(corpus: Path) -> None:
+    json_lines(corpus)
+    (corpus / "b.jsonl").write_text('{"body": "other"}\n')
+    words = f"{corpus}/b.jsonl has the columns body (str), and {corpus}/a.jsonl has text (str); legal"
+    assert words in refused(lambda: data_of(corpus))
+
+
+@pytest.mark.parametrize("streams", [{}, {"streaming": True}, {"streaming": True, "stream_parts": 2}], ids=str)
+def test_parquet_damaged_in_the_middle(corpus: Path, streams: dict[str, Any]) -> None:
+    parquet_of(corpus, "a.parquet", text=[TEXT + str(i) for i in range(200)])
+    file = parquet_of(corpus, "b.parquet", text=[TEXT + str(i) for i in range(200)])
+    overwrite(file, file.stat().st_size // 3, b"\0" * 200)
+    assert f"{file} is no whole parquet file" in refused(lambda: data_of(corpus, **streams))
+
+
 def test_files_that_are_not_there(corpus: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"cannot read path='.*nowhere', split='train'"):
         read(data_of(corpus / "nowhere"))

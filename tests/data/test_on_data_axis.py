@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from pathlib import Path
@@ -12,13 +13,14 @@ import lightning as L
 import pytest
 import torch
 from helpers.cases import case
-from helpers.ranks import together
+from helpers.ranks import on_ranks, together
 from helpers.trainers import quiet
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRandomSampler
 
 from lightning_tex import TexMoEStrategy
 from lightning_tex.data import on_data_axis
+from lightning_tex.data.order import Share
 from lightning_tex.errors import UserValueError
 
 N, G = 43, 8  # samples; of a micro-step
@@ -93,12 +95,12 @@ def steps(loader: Any, count: int = 99) -> list[list[float]]:
 
 
 def placed(loader: Any, rank: int, ranks: int) -> Any:
-    loader.order.share = type(loader.order.share)(G, ranks, rank)
+    loader.order.share, loader._placed = Share(G, ranks, rank), True
     return loader
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.full)])
 def test_an_epoch_on_every_data_axis(kind: str, workers: int) -> None:
     alone = steps(loader_of(kind))
     assert len(alone) == N // G
@@ -111,7 +113,7 @@ def test_an_epoch_on_every_data_axis(kind: str, workers: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.full)])
 def test_going_on_from_a_state(kind: str, workers: int) -> None:
     whole = steps(loader_of(kind))
     for stop in (1, 4) if workers else range(1, 5):
@@ -121,6 +123,29 @@ def test_going_on_from_a_state(kind: str, workers: int) -> None:
             rest = loader_of(kind, workers)
             rest.load_state_dict(state)
             assert first + steps(rest) == whole
+
+
+@pytest.mark.parametrize("kind", ["map", "stateful"])
+def test_twenty_stops_on_changing_axes(kind: str) -> None:
+    draw, state, seen = random.Random(kind), loader_of(kind).state_dict(), []
+    whole: list[list[float]] = []
+    plain = loader_of(kind)
+    while len(whole) < 70:
+        plain.order.set_epoch(len(whole) // (N // G))
+        whole += steps(plain)
+    for stop in range(20):
+        ranks, most = draw.choice([1, 2, 4, 8]), draw.randint(0, 4)
+        with case(stop=stop, ranks=ranks, most=most, at=len(seen)):
+            loaders = [placed(loader_of(kind), rank, ranks) for rank in range(ranks)]
+            for loader in loaders:
+                loader.load_state_dict(state)
+            parts = [steps(loader, most) for loader in loaders]
+            seen += [list(chain(*part)) for part in zip(*parts, strict=True)]
+            states = [loader.state_dict() for loader in loaders]
+            assert all(one == states[0] for one in states)
+            state = states[0]
+            assert seen == whole[: len(seen)]
+    assert len(seen) > 20
 
 
 def test_what_goes_on_by_its_state_is_not_read_again() -> None:
@@ -212,7 +237,7 @@ class Own(L.LightningModule):
         self.validated.append(batch.tolist())
 
     def train_dataloader(self) -> Any:
-        return loader_of(self.kind, self.workers)
+        return loader_of(self.kind, self.workers, trainer=self.trainer)
 
     def val_dataloader(self) -> Any:
         return loader_of(self.kind, self.workers, evaluation=True)
@@ -225,7 +250,7 @@ def fit(kind: str, workers: int, count: int, layout: Any, path: Path, resume: bo
     module = Own(kind, workers)
     strategy = TexMoEStrategy(**layout) if layout is not None else "auto"
     devices = 4 if layout else 1
-    trainer = quiet(max_steps=count, devices=devices, strategy=strategy, num_sanity_val_steps=0, limit_val_batches=7)
+    trainer = quiet(max_steps=count, devices=devices, strategy=strategy, num_sanity_val_steps=0)
     trainer.fit(module, ckpt_path=path if resume else None)
     if not resume:
         trainer.save_checkpoint(path)
@@ -244,10 +269,10 @@ def test_a_run_on_a_layout_goes_on_in_one_process(tmp_path: Path) -> None:
     }
     for kind, ranks in together(4, runs).items():
         with case(kind):
-            _, whole, validated = fit(kind, 2, 12, {}, tmp_path / "whole.ckpt")
+            ((_, whole, validated),) = on_ranks(1, fit, kind, 2, 12, {}, tmp_path / "whole.ckpt")
             assert by_step(ranks) == whole[:7]
             assert sorted(chain(*validated)) == sorted([float(i) for i in range(N)] * 2)
-            _, rest, _ = fit(kind, 0, 12, {}, tmp_path / f"{kind}.ckpt", resume=True)
+            ((_, rest, _),) = on_ranks(1, fit, kind, 0, 12, {}, tmp_path / f"{kind}.ckpt", True)
             assert rest == whole[7:]
 
 
@@ -256,6 +281,5 @@ def test_a_run_on_a_layout_goes_on_in_one_process(tmp_path: Path) -> None:
 def test_under_lightnings_own_strategy(tmp_path: Path, kind: str, workers: int) -> None:
     _, whole, _ = fit(kind, workers, 4, None, tmp_path / "whole.ckpt")
     assert whole == steps(loader_of(kind), 4)
-    if kind == "map":  # of others it must know the trainer
-        fit(kind, workers, 2, None, tmp_path / "stopped.ckpt")
-        assert fit(kind, 0, 4, None, tmp_path / "stopped.ckpt", resume=True)[1] == whole[2:]
+    fit(kind, workers, 2, None, tmp_path / "stopped.ckpt")
+    assert fit(kind, 0, 4, None, tmp_path / "stopped.ckpt", resume=True)[1] == whole[2:]

@@ -6,7 +6,9 @@ Its objects are files of a local folder, named by their quoted keys, so a prefix
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,7 +35,11 @@ class ObjectStore(AbstractFileSystem):
         return Path(os.environ[_ROOT], quote(self._strip_protocol(path), safe=""))
 
     def _sizes(self) -> dict[str, int]:
-        return {unquote(file.name): file.stat().st_size for file in Path(os.environ[_ROOT]).iterdir()}
+        sizes = {}
+        for file in Path(os.environ[_ROOT]).iterdir():
+            with suppress(FileNotFoundError):  # another rank has removed it
+                sizes[unquote(file.name)] = file.stat().st_size
+        return sizes
 
     def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
         prefix, found = self._strip_protocol(path), {}
@@ -66,9 +72,9 @@ class ObjectStore(AbstractFileSystem):
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **_: Any) -> None:
         self.before("put", self._strip_protocol(path))
         file = self._file(path)
-        new = file.with_name(f"{os.getpid()}-{id(value)}")
-        new.write_bytes(value)
-        new.rename(file)
+        with tempfile.NamedTemporaryFile(dir=file.parent.parent, delete=False) as new:  # not among the objects
+            new.write(value)
+        os.rename(new.name, file)
 
     def rm_file(self, path: str) -> None:
         self.before("remove", self._strip_protocol(path))

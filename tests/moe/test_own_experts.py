@@ -286,7 +286,7 @@ def test_a_class_is_named_with_its_arguments() -> None:
         ({"round_factor": 2.0}, "round_factor=2.0"),
         ({"residual_hidden_dim": 8, "shared_hidden_dim": 8}, "shared_hidden_dim=8 with residual_hidden_dim=8"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_cannot_be_is_refused_by_name(options: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):

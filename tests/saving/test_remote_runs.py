@@ -24,7 +24,10 @@ RANDOM = {"dropout": 0.1, "noise": True}
 FOLDER = "objects://bucket/run"
 NEWEST_TWO: dict[str, Any] = {"monitor": "step", "mode": "max", "save_top_k": 2}
 
-pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+]
 
 
 def saves(folder: str) -> ModelCheckpoint:
@@ -41,9 +44,13 @@ def visible(folder: str) -> list[str]:
     return sorted(path.name for path in at(folder).iterdir() if not path.name.startswith("."))
 
 
+def both(folder: str) -> tuple[str, str]:
+    return f"{folder}/both.ckpt", "objects://bucket/both/both.ckpt"
+
+
 def _on_two_ranks(folder: str) -> dict[str, Any]:
     unbroken = run(None, 3)
-    begun = run(FOLDER, 2, "auto", save=f"{folder}/disk.ckpt")
+    begun = run(FOLDER, 2, "auto", then=lambda run, _: [run.save_checkpoint(path) for path in both(folder)])
     names = visible(FOLDER)
     resumed = run(FOLDER, 3, "auto", seed=6)
     return {"unbroken": unbroken, "begun": begun, "resumed": resumed, "names": names}
@@ -70,14 +77,15 @@ def test_a_run_goes_on_bit_equal(two_ranks: list[dict[str, Any]]) -> None:
 
 def test_what_was_pruned_is_gone(two_ranks: object) -> None:
     assert visible(FOLDER) == ["last.ckpt", "step=5.ckpt", "step=6.ckpt"]
-    folders = {key.rpartition("/")[0] for key in ObjectStore()._sizes()}
+    folders = {key.rpartition("/")[0] for key in ObjectStore()._sizes() if key.startswith("bucket/run/")}
     assert len(folders) == 1 + 3
     assert latest(FOLDER) == at(f"{FOLDER}/last.ckpt")  # of equal steps what was written last
 
 
 def test_memory_is_shared_by_no_two_processes(objects: Path) -> None:
     for text in run_ranks(2, _memory_on_two, detail=False):
-        assert "rank 1 does not see what rank 0 writes to memory://run" in text
+        assert "rank 1: memory://run/.mark." in text
+        assert "rank 0 has written it, and it is not seen here" in text
         assert "Legal: a folder that all ranks see" in text
 
 
@@ -141,6 +149,18 @@ def test_everything_works_in_memory_of_one_process(tmp_path: Path) -> None:
     assert found["steps"] > 3 * EPOCH
 
 
+def _by_file_url(folder: str) -> tuple[list[str], int]:
+    run(f"file://{folder}", 1, world=1)
+    resumed = run(f"file://{folder}", 2, f"file://{folder}/step=2.ckpt", world=1)
+    return visible(folder), resumed["seen"]
+
+
+def test_a_file_url_is_a_path(tmp_path: Path) -> None:
+    names, seen = run_ranks(1, _by_file_url, str(tmp_path))[0]
+    assert names[0] == "last.ckpt" and "step=3.ckpt" in names
+    assert seen > EPOCH
+
+
 # --- kill -9
 
 
@@ -173,42 +193,43 @@ def _unreferenced() -> list[str]:
     return sorted(folders - {at(f"{FOLDER}/{name}").resolve().name for name in visible(FOLDER)})
 
 
-def _killed_and_resumed(folder: Path, rank: int, number: int) -> None:
+def _killed_and_resumed(folder: Path, undisturbed: list[dict[str, Any]], rank: int, number: int) -> None:
     use_folder(folder)
     with pytest.raises(AssertionError, match="ended without a result"):
         run_ranks(2, _killed, rank, number, detail=False, timeout=60)
-    whole = run_ranks(2, run, None, 2, detail=False)
-    for own, unbroken in zip(run_ranks(2, _goes_on, detail=False), whole, strict=True):
+    for own, unbroken in zip(run_ranks(2, _goes_on, detail=False), undisturbed, strict=True):
         begun = len(unbroken["losses"]) - len(own["losses"])
         assert own["losses"] == unbroken["losses"][begun:]
         assert torch.equal(own["own"], unbroken["own"])
         assert not own["hidden"], "what the killed run left behind is still there"
 
 
-def test_a_rank_that_is_killed_in_a_save_leaves_the_one_before(tmp_path: Path) -> None:
-    _killed_and_resumed(tmp_path / "objects", rank=1, number=4)  # of two files of elements a step, the second step's
+@pytest.fixture
+def undisturbed(two_ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [rank["begun"] for rank in two_ranks]
+
+
+def test_a_rank_that_is_killed_in_a_save_leaves_the_one_before(
+    tmp_path: Path, undisturbed: list[dict[str, Any]]
+) -> None:
+    _killed_and_resumed(tmp_path / "objects", undisturbed, rank=1, number=4)
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("number", range(1, 40, 2))
-def test_a_first_rank_that_is_killed_anywhere_in_saves(tmp_path: Path, number: int) -> None:
-    _killed_and_resumed(tmp_path / "objects", rank=0, number=number)
+def test_a_first_rank_that_is_killed_anywhere_in_saves(
+    tmp_path: Path, undisturbed: list[dict[str, Any]], number: int
+) -> None:
+    _killed_and_resumed(tmp_path / "objects", undisturbed, rank=0, number=number)
 
 
 def test_another_layout_goes_on_as_from_disk(objects: Path, two_ranks: object) -> None:
     use_folder(objects / "objects")
-    run_ranks(2, _saved_both_ways, str(objects), detail=False)
     one, other = run_ranks(1, _resumed_both_ways, str(objects), detail=False)[0]
+    assert len(one["losses"]) == EPOCH
     assert one["losses"] == other["losses"]
     assert torch.equal(one["own"], other["own"])
 
 
-def _saved_both_ways(folder: str) -> None:
-    run_ = trainer(tex.TexMoEStrategy(**TENSOR), 2)
-    run_.fit(Model(), Data())
-    for path in (f"{folder}/both.ckpt", f"{FOLDER}/both.ckpt"):
-        run_.save_checkpoint(path)
-
-
 def _resumed_both_ways(folder: str) -> Any:
-    return [fit({}, 1, 2, path) for path in (f"{FOLDER}/both.ckpt", f"{folder}/both.ckpt")]
+    return [fit({}, 1, 3, path, callbacks=[saves(f"{folder}/more")]) for path in both(folder)]

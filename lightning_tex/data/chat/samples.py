@@ -37,9 +37,13 @@ class Conversations:
         """[N], the inputs of each."""
         return np.diff(self.ends, prepend=0) - 1
 
+    def start(self, number: int) -> int:
+        """Where one begins in the stream."""
+        return int(self.ends[number - 1]) if number else 0
+
     def read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and labels of one, [n - 1] each."""
-        start, stop = int(self.ends[number - 1]) if number else 0, int(self.ends[number])
+        start, stop = self.start(number), int(self.ends[number])
         tokens = self.stream.read(start, stop)
         require_own(self.stream, tokens, start, self.vocab_size)
         learnt = self.stream.trained(start, stop)[1:] != 0
@@ -57,7 +61,7 @@ class _Rows:
 
     def __init__(self, samples: Sequence[int], width: int, fill: int) -> None:
         shape = (len(samples), width)
-        self.samples = samples
+        self.samples, self.fill = samples, fill
         self.inputs, self.labels = np.full(shape, fill, np.int64), np.full(shape, IGNORE_INDEX, np.int64)
         self.mask, self.segments = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
 
@@ -66,6 +70,8 @@ class _Rows:
         end = at + len(inputs)
         self.inputs[row, at:end], self.labels[row, at:end] = inputs, labels
         self.mask[row, at:end] = 1
+        # Models take a label that repeats the padding behind it for padding, too, and this one is to be learnt.
+        self.inputs[row, end:] = int(self.fill == 0) if len(labels) and labels[-1] == self.fill else self.fill
         self.segments[row, at:] = segment  # padding behind the last one belongs to it, and is seen by nobody
         return end
 

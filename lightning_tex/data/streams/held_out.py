@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_tex.data.streams.shards import Place, Shards
+from lightning_tex.data.streams.shards import Place, Row, Shards
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class SomeShards(Shards):
         self.shards, self.numbers = shards, numbers
         self.count = len(numbers)
 
-    def read(self, shard: int, place: Place = None) -> Iterator[tuple[Any, Place]]:
+    def read(self, shard: int, place: Place = None) -> Iterator[tuple[Row, Place]]:
         return self.shards.read(self.numbers[shard], place)
 
     def name_of(self, shard: int) -> str:
@@ -64,9 +64,9 @@ class HeldOutDocuments:
         """Up to so many at a time."""
         texts: list[Any] = []
         for shard in range(self.shards.count):
-            for row, (text, _) in enumerate(self.shards.read(shard)):
-                if self.rows is None or self.rows.has(row):
-                    texts.append(text)
+            for number, (row, _) in enumerate(self.shards.read(shard)):
+                if self.rows is None or self.rows.has(number):
+                    texts.append(row())
                 if len(texts) == batch_size:
                     yield {"text": texts}
                     texts = []

@@ -20,7 +20,7 @@ from lightning_tex.data.streams.shards import Place, Shards
 from lightning_tex.data.tokenizer import TextTokenizer
 from lightning_tex.parallel.errors import UserValueError
 
-_AT_ONCE = 16  # documents that are tokenised
+_AT_ONCE = 1 << 15  # characters that are tokenised, and the rest of the last document of these
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,10 @@ class PartDocuments:
         while empty <= 2 * self.order.units:
             shard, remainder = self.order.unit(position)
             empty += 1
-            for text, behind in self.shards.read(shard, place):
+            for text_of, behind in self.shards.read(shard, place):
                 if self.order.is_in(remainder, row):
                     empty = 0
-                    yield self._required(text, shard, row), PartState(position, row + 1, behind)
+                    yield self._required(text_of(), shard, row), PartState(position, row + 1, behind)
                 row += 1
             position, row, place = position + self.order.parts, 0, None
         raise UserValueError(
@@ -136,9 +136,10 @@ class PartBlocks:
                     f"{self._shard_of(window)} is not what the run read that the checkpoint is of; resume with the "
                     "checkpoint's data, or start a new run from its weights"
                 )
-            for first in range(done, len(states), _AT_ONCE):
-                texts = window.texts[first : first + _AT_ONCE]
-                yield from zip(states[first:], self.tokenizer.encode_documents(texts), strict=False)
+            while done < len(states):
+                texts = _some_of(window.texts, done)
+                yield from zip(states[done:], self.tokenizer.encode_documents(texts), strict=False)
+                done += len(texts)
             done, expected = 0, ""
 
     def _states(self, window: _Window) -> list[PartState]:
@@ -152,6 +153,14 @@ class PartBlocks:
     def _shard_of(self, window: _Window) -> str:
         shard, _ = self.documents.order.unit(window.start.position)
         return self.documents.shards.name_of(shard)
+
+
+def _some_of(texts: list[str], first: int) -> list[str]:
+    """From the first of them on, as many as are tokenised at once."""
+    stop, size = first, 0
+    while stop < len(texts) and size < _AT_ONCE:
+        size, stop = size + len(texts[stop]), stop + 1
+    return texts[first:stop]
 
 
 class _Held:

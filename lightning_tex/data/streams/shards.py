@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 _AT_ONCE = 64  # rows
 
 Place = Any  # in a shard, of plain values; None: its beginning
+Row = Callable[[], Any]  # gives its text, which takes reading only then
 
 
 class Shards(ABC):
@@ -29,8 +31,8 @@ class Shards(ABC):
     count: int
 
     @abstractmethod
-    def read(self, shard: int, place: Place = None) -> Iterator[tuple[Any, Place]]:
-        """The texts of a shard from a place on, each with the place behind it."""
+    def read(self, shard: int, place: Place = None) -> Iterator[tuple[Row, Place]]:
+        """The rows of a shard from a place on, each with the place behind it."""
 
     @abstractmethod
     def name_of(self, shard: int) -> str:
@@ -49,7 +51,7 @@ class DatasetShards(Shards):
         self.documents, self.name = documents, name
         self.count = max(1, documents.num_shards)
 
-    def read(self, shard: int, place: Place = None) -> Iterator[tuple[Any, Place]]:
+    def read(self, shard: int, place: Place = None) -> Iterator[tuple[Row, Place]]:
         from datasets.distributed import split_dataset_by_node
 
         documents = split_dataset_by_node(self.documents, shard, self.count)
@@ -58,8 +60,9 @@ class DatasetShards(Shards):
             documents.load_state_dict(state)
         # By batches, since a single row is divided once more in a worker of a DataLoader.
         for batch in documents.iter(batch_size=_AT_ONCE):
-            for number, text in enumerate(batch["text"][done:], start=done + 1):
-                yield text, (state, number)
+            texts = batch["text"]
+            for number in range(done, len(texts)):
+                yield partial(texts.__getitem__, number), (state, number + 1)
             state, done = documents.state_dict(), 0
 
     def name_of(self, shard: int) -> str:
@@ -78,16 +81,17 @@ class LineShards(Shards):
         self.files, self.column = files, column
         self.count = len(files)
 
-    def read(self, shard: int, place: Place = None) -> Iterator[tuple[Any, Place]]:
+    def read(self, shard: int, place: Place = None) -> Iterator[tuple[Row, Place]]:
         offset, number = place or (0, 0)
         with self.files[shard].open("rb") as lines:
             lines.seek(offset)
             for line in lines:
                 begin, offset, number = offset, offset + len(line), number + 1
                 if line.strip():
-                    yield self._text(line, f"{self.files[shard]}, line {number}", begin), (offset, number)
+                    yield partial(self._text, line, shard, number, begin), (offset, number)
 
-    def _text(self, line: bytes, where: str, begin: int) -> Any:
+    def _text(self, line: bytes, shard: int, number: int, begin: int) -> Any:
+        where = f"{self.files[shard]}, line {number}"
         row = json_object(line, where, begin)
         if self.column not in row:
             raise UserValueError(f"{where} has no {self.column!r}; it has: {', '.join(row)}")

@@ -21,6 +21,7 @@ from lightning_tex.data.streams.parts import PartBlocks, PartDocuments, PartStat
 from lightning_tex.data.streams.shards import shards_of
 from lightning_tex.data.tokenizer import TextTokenizer
 from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.parallel.flight_record import TRAINING
 
 
 class StreamInParts:
@@ -42,6 +43,8 @@ class StreamInParts:
         self, source: Source, parts: int, seed: int, buffer: int, cache_dir: Path, hub_cache_dir: Path | None
     ) -> None:
         self.source = source
+        files = named_files(builder_of(source)[1])
+        self._files = fingerprint([f"{file.name}:{file.stat().st_size}" for file in files])
         documents, self.validation = source.undivided(cache_dir, hub_cache_dir)
         self.shards, held_out = shards_of(source, documents), NOTHING
         if self.validation is None:
@@ -104,16 +107,20 @@ class StreamInParts:
 
     def facts(self) -> dict[str, Any]:
         """What a state is of. Files are local ones; where there are none, documents are compared as they are read."""
-        _, data_files, _ = builder_of(self.source)
-        files = fingerprint([f"{file.name}:{file.stat().st_size}" for file in named_files(data_files)])
         order = self.order
-        return {"files": files, "stream_parts": order.parts, "shuffle_buffer": order.buffer, "shards": order.shards}
+        parts = {"stream_parts": order.parts, "shuffle_buffer": order.buffer, "shards": order.shards}
+        return {"files": self._files, **parts}
 
 
 def _of_all_ranks(states: States, trainer: Any) -> Sequence[States]:
     if trainer is None or trainer.world_size == 1 or not dist.is_initialized():
         return [states]
     every: list[Any] = [None] * trainer.world_size
-    host = getattr(trainer.strategy, "host_axis", None)
-    dist.all_gather_object(every, states, group=host().group if host is not None else None)
+    host_of = getattr(trainer.strategy, "host_axis", None)
+    if host_of is None:  # a strategy of Lightning's own
+        dist.all_gather_object(every, states)
+        return every
+    host = host_of()
+    with TRAINING.inside("all_gather of an object", host):
+        dist.all_gather_object(every, states, group=host.group)
     return every

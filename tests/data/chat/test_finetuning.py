@@ -23,6 +23,7 @@ from lightning_tex import FineTuningDataModule
 from lightning_tex.data.chat.preparation import summary
 from lightning_tex.data.order import Share
 from lightning_tex.errors import UserError
+from lightning_tex.models.language_model import predicts_nothing
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -353,3 +354,16 @@ def test_a_tokenizer_of_more_tokens_than_the_vocabulary(make: Any, tokenizer: Pa
     size = Tokenizer.from_file(str(tokenizer / "tokenizer.json")).get_vocab_size()
     assert make().vocab_size == size
     assert f"vocab_size=8 is too small; legal are {size}" in refused(lambda: make(vocab_size=8))
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_end_of_a_completion_is_learnt_before_padding(make: Any, packing: bool) -> None:
+    """A model leaves out a label that repeats the padding behind it."""
+    data = make([{"prompt": f"{i} and {i}?", "completion": f" {2 * i}"} for i in range(200)], packing=packing)
+    ends = 0
+    for batch in data.train_dataloader():
+        nothing = predicts_nothing(batch["input_ids"], batch["labels"], batch["attention_mask"].bool())
+        ends += int(((batch["labels"] == data.end_of_document_id) & ~nothing).sum())
+        assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
+        assert not (nothing & (batch["labels"] != -100)).any()
+    assert ends > 8

@@ -197,7 +197,7 @@ def test_parts_that_are_not_legal(ranks: Any, options: Any, words: str) -> None:
     ],
     ids=["cut in the middle", "another schema", "no text", "not UTF-8"],
 )
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.full)])
 def test_a_bad_line_is_named(copied: Any, line: bytes, words: str, workers: int) -> None:
     tokenizer = copied.module().prepared.tokenizer.tokenizer
     tokenizer.save(str(copied.path.parent / "tokenizer.json"))
