@@ -21,6 +21,7 @@ from lightning_tex.layers import ParallelAttention
 from lightning_tex.moe import MoE
 from lightning_tex.optim import OptimizerStateConfig, TiledOptimizer
 from lightning_tex.optim.flat_sizes import UNBOUNDED
+from lightning_tex.optim.shard import TiledShard
 from lightning_tex.optim.state_config import OptimizerStateFormat
 from lightning_tex.parallel.sharding import check_shardable, parameter_shardings, shard_module
 from lightning_tex.parallel.topology import Topology
@@ -159,7 +160,8 @@ class Tiled(Candidate):
     @property
     def tile_size(self) -> int:
         """Elements in the largest tile."""
-        spans = (span for shard in self.optimizer.shards for span in shard.states.spans)
+        tiled = (shard for shard in self.optimizer.shards if isinstance(shard, TiledShard))
+        spans = (span for shard in tiled for span in shard.states.spans)
         return max(span.stop - span.start for span in spans)
 
     def _draw(self) -> None:

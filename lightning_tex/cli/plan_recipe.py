@@ -19,6 +19,7 @@ from lightning_tex.lora import LoRAConfig
 from lightning_tex.models import DecoderConfig, LanguageModel
 from lightning_tex.models.pretrained_model import read_config
 from lightning_tex.optim import optimized_parameters
+from lightning_tex.optim.by_pattern import own_groups
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.expert_chunks import chunks_on
 from lightning_tex.parallel.topology import Axis, Communication, Layout
@@ -99,7 +100,7 @@ def read_recipe(path: str, more: Sequence[str] = (), sizes: Mapping[str, Any] | 
     numbers: dict[str, Any] = {
         "sequence_length": data.get("sequence_length") or length,
         "precision": str(trainer.get("precision") or "32-true"),
-        "optimizer": _optimizer(module, config.get("optimizer")),
+        "optimizer": _optimizer(module, config.get("optimizer"), model.config),
         "document_mask": bool(data.get("document_mask")),
         "activations": None if model.declared else _traced(module or language_model_on_meta(model), recipe),
     }
@@ -142,12 +143,14 @@ def _on_meta(config: DecoderConfig, **trained: Any) -> LanguageModel:
     return module
 
 
-def _optimizer(module: LightningModule | None, given: Any) -> OptimizerDescription:
-    """The recipe's optimizer, over all parameters, or its model's own."""
+def _optimizer(module: LightningModule | None, given: Any, decoder: DecoderConfig | None) -> OptimizerDescription:
+    """The recipe's optimizer, over all parameters, or its model's own; without a module, the decoder's."""
 
     def named(own: LightningModule) -> Any:
-        return instantiate_class(optimized_parameters(own, given.get("init_args", {}).get("lr")), given)
+        return instantiate_class(optimized_parameters(own, given), given)
 
+    if module is None and decoder is not None and given and own_groups(given):
+        module = _on_meta(decoder)
     if module is not None:
         return read_optimizer(module, named if given else None)
     if not given:

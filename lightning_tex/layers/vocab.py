@@ -24,6 +24,7 @@ Reduction = Literal["mean", "sum", "none"]
 
 class _Vocabulary(TexModule):
     shard_dims = {"weight": {"tensor": 0}, "bias": {"tensor": 0}}
+    hidden = False
     bias: nn.Parameter | None
 
     def __init__(self, size: int, dim: int, std: float, bias: bool = False) -> None:

@@ -25,6 +25,8 @@ class OutputBiases(TexModule):
         hidden_dim: H, by which they are drawn.
     """
 
+    hidden = False  # rows are vectors, one of each expert
+
     def __init__(self, num_experts: int, dim: int, hidden_dim: int) -> None:
         super().__init__()
         self.hidden_dim = hidden_dim

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from pydoc import locate
 from typing import Any
 
 from torch import nn
@@ -92,12 +93,26 @@ def scaled_groups(
     return divided
 
 
-def optimized_parameters(module: nn.Module, lr: float | None) -> Iterable[nn.Parameter] | list[dict[str, Any]]:
-    """What an optimizer that a recipe names is given: the module's parameters, in groups if it has an ``lr_scale``."""
+def optimized_parameters(module: nn.Module, optimizer: Mapping[str, Any]) -> Iterable[Any]:
+    """What an optimizer that a recipe names is given: the module's parameters, in groups if it has an ``lr_scale``.
+
+    Args:
+        module: the model.
+        optimizer: its ``class_path`` and ``init_args``.
+    """
     lr_scale: Mapping[str, float] | None = getattr(module, "lr_scale", None)
-    if not lr_scale:
+    groups_of = own_groups(optimizer)
+    if groups_of is None and not lr_scale:
         return module.parameters()
-    return scaled_groups(module, [{"params": list(module.parameters())}], lr, lr_scale)
+    groups = [{"params": list(module.parameters())}] if groups_of is None else groups_of(module)
+    if not lr_scale:
+        return groups
+    return scaled_groups(module, groups, optimizer.get("init_args", {}).get("lr"), lr_scale)
+
+
+def own_groups(optimizer: Mapping[str, Any]) -> Callable[[nn.Module], list[dict[str, Any]]] | None:
+    """What an optimizer's class makes its groups of a model by, its ``groups_of``; ``None``: it has none."""
+    return getattr(locate(optimizer["class_path"]), "groups_of", None)
 
 
 def _names(root: nn.Module) -> dict[int, list[str]]:

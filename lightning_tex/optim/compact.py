@@ -147,7 +147,7 @@ class CompactStates(StateFormat):
             states[MASTER] = SavedState(torch.float32, partial(self.master.read, span))
         return states
 
-    def memory_for(self, i: int, key: str, dtype: torch.dtype) -> Tensor:
+    def memory_for(self, i: int, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         span = self.spans[i]
         return torch.zeros(span.stop - span.start, dtype=torch.float32, device=self.own.device)
 

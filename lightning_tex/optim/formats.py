@@ -25,10 +25,11 @@ class Window(NamedTuple):
 
 
 class SavedState(NamedTuple):
-    """A state with one value per element of a window: its dtype, and how to get it. [n]"""
+    """A state that is a tensor: its dtype, and how to get it. [n], one value per element, or of the ``shape``"""
 
     dtype: torch.dtype
     read: Callable[[], Tensor]
+    shape: tuple[int, ...] | None = None
 
 
 class SavedSize(NamedTuple):
@@ -45,20 +46,57 @@ class SavedSize(NamedTuple):
         return cls(sum(each), sum(numbers))
 
 
-class StateFormat(ABC):
-    """The values and states of one shard, window by window.
+class KeptStates(ABC):
+    """The states of one shard, window by window, as checkpoints see them.
+
+    Attributes:
+        has_master: whether values of more precision than the parameters' are kept.
+    """
+
+    has_master: bool
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Drop the optimizer's states."""
+
+    @abstractmethod
+    def memory(self) -> Iterator[tuple[Literal["master", "moments"], Tensor]]:
+        """Every tensor that is kept between steps, with what it is for."""
+
+    @abstractmethod
+    def saved_states(self, i: int) -> dict[str, Any]:
+        """States of window ``i``: :class:`SavedState` or, where there is one for all elements, a number."""
+
+    @abstractmethod
+    def memory_for(self, i: int, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        """Memory to read the values of a saved state into; :meth:`filled` follows.
+
+        Args:
+            i, key: which.
+            dtype, shape: as saved, of the whole parameter.
+        """
+
+    @abstractmethod
+    def filled(self, i: int, key: str, values: Tensor) -> None:
+        """What :meth:`memory_for` gave has the values now."""
+
+    @abstractmethod
+    def set_number(self, i: int, key: str, value: Any) -> None:
+        """Set a state that all elements of window ``i`` share."""
+
+
+class StateFormat(KeptStates):
+    """The values and states of one shard, in windows that cut through parameters.
 
     Args:
         own: the shard's parameters, in the dtype the model computes with. [n]
         tile_size: elements of a window, but for the last one.
 
     Attributes:
-        has_master: whether values of more precision than the parameters' are kept.
         in_place: windows are what is kept.
         saved_size: of its states once it has been stepped, as a trial showed.
     """
 
-    has_master: bool
     in_place = False
     saved_size = SavedSize(0, 0)
 
@@ -78,30 +116,6 @@ class StateFormat(ABC):
     @abstractmethod
     def adopt_parameters(self) -> None:
         """Take the parameters for the truth: somebody else wrote them."""
-
-    @abstractmethod
-    def clear(self) -> None:
-        """Drop the optimizer's states."""
-
-    @abstractmethod
-    def memory(self) -> Iterator[tuple[Literal["master", "moments"], Tensor]]:
-        """Every tensor that is kept between steps, with what it is for."""
-
-    @abstractmethod
-    def saved_states(self, i: int) -> dict[str, Any]:
-        """States of window ``i``: :class:`SavedState` or, where there is one for all elements, a number."""
-
-    @abstractmethod
-    def memory_for(self, i: int, key: str, dtype: torch.dtype) -> Tensor:
-        """Memory to read the values of a saved state into; :meth:`filled` follows. [n]"""
-
-    @abstractmethod
-    def filled(self, i: int, key: str, values: Tensor) -> None:
-        """What :meth:`memory_for` gave has the values now."""
-
-    @abstractmethod
-    def set_number(self, i: int, key: str, value: Any) -> None:
-        """Set a state that all elements of window ``i`` share."""
 
 
 class PlainStates(StateFormat):
@@ -147,7 +161,7 @@ class PlainStates(StateFormat):
         states = {key: _saved_state(value, window.tile) for key, value in window.state.items() if value is not None}
         return {**states, MASTER: _saved_state(window.tile.detach(), window.tile)} if self.has_master else states
 
-    def memory_for(self, i: int, key: str, dtype: torch.dtype) -> Tensor:
+    def memory_for(self, i: int, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         window = self.windows[i]
         if key == MASTER:
             return window.tile.detach()

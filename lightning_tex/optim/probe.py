@@ -19,6 +19,10 @@ from lightning_tex.parallel.errors import UserValueError
 _ELEMENTS = 4096
 
 
+class NotElementwiseError(UserValueError):
+    """An optimizer cannot be driven window by window."""
+
+
 class Probed(NamedTuple):
     """What a trial showed.
 
@@ -37,7 +41,8 @@ def probe(optimizer: Optimizer, group: dict[str, Any]) -> Probed:
     agree.
 
     Raises:
-        ValueError: naming the optimizer and the reason.
+        NotElementwiseError: it is not elementwise, with the reason.
+        ValueError: it cannot be stepped at all.
     """
     with _disable_current_modes():  # a trial is of real numbers, whatever a trace makes of the others
         return _try(optimizer, group)
@@ -45,7 +50,6 @@ def probe(optimizer: Optimizer, group: dict[str, Any]) -> Probed:
 
 def _try(optimizer: Optimizer, group: dict[str, Any]) -> Probed:
     name = type(optimizer).__name__
-    need = "the sharded step updates windows of flat buffers and needs an elementwise one (Adam, AdamW, SGD, ..)"
     generator = torch.Generator().manual_seed(0)
     start, *gradients = torch.randn(4, 16, 16, generator=generator)
     options = _on_cpu(optimizer, group)
@@ -66,19 +70,54 @@ def _try(optimizer: Optimizer, group: dict[str, Any]) -> Probed:
             reference.step()
     except Exception as error:
         _refuse_line_search(optimizer, options, calls)
-        raise UserValueError(
-            f"optimizer {name} cannot be driven window by window ({type(error).__name__}: {error}); {need}"
+        raise NotElementwiseError(
+            f"optimizer {name} cannot be driven window by window ({type(error).__name__}: {error})"
         ) from error
     _refuse_line_search(optimizer, options, calls)
     windowed = torch.cat([window.tile.detach() for window in windows])
     if not torch.allclose(windowed, whole.detach().flatten(), rtol=1e-5, atol=1e-7):
-        raise UserValueError(
+        if torch.equal(whole, start):
+            raise UserValueError(
+                f"optimizer {name}: the class's kernel steps a random matrix, and its step() leaves it as it is; "
+                "legal: a step() that steps"
+            )
+        raise NotElementwiseError(
             f"optimizer {name} is not elementwise: a random matrix stepped whole and in windows differ by up to "
-            f"{(windowed - whole.detach().flatten()).abs().max():.1e}; {need}"
+            f"{(windowed - whole.detach().flatten()).abs().max():.1e}"
         )
     state, tile = windows[0].state, windows[0].tile
     odd = {key: v.dtype for key, v in state.items() if per_element(v, tile) and not v.is_floating_point()}
     return Probed(_nonnegative(windows), odd)
+
+
+def require_separate(optimizer: Optimizer, group: dict[str, Any], reason: NotElementwiseError) -> None:
+    """Refuse an optimizer, which is not elementwise, whose update of a matrix depends on others.
+
+    Two random matrices stepped together, and each alone, must agree.
+
+    Args:
+        optimizer, group: the user's.
+        reason: why it is not elementwise.
+
+    Raises:
+        ValueError: naming the optimizer and both reasons.
+    """
+    need = "legal: an optimizer whose update of a matrix depends on nothing but that matrix (AdamW, SGD, Muon, ..)"
+    with _disable_current_modes():
+        options, engine = _on_cpu(optimizer, group), Engine(optimizer)
+        generator = torch.Generator().manual_seed(1)
+        start, *gradients = torch.randn(4, 2, 16, 24, generator=generator)
+        together, alone = ([Window(nn.Parameter(matrix.clone()), {}) for matrix in start] for _ in range(2))
+        try:
+            for gradient in gradients:
+                engine.step(together, list(gradient.clone()), options)
+                for window, part in zip(alone, gradient.clone(), strict=True):
+                    engine.step([window], [part], options)
+        except Exception as error:
+            raise UserValueError(f"{reason}, nor matrix by matrix ({type(error).__name__}: {error}); {need}") from error
+    for one, other in zip(together, alone, strict=True):
+        if not torch.allclose(one.tile, other.tile, rtol=1e-5, atol=1e-7):
+            raise UserValueError(f"{reason}, and its update of a matrix depends on others; {need}")
 
 
 class _CountedClosure:
@@ -107,7 +146,7 @@ def _refuse_line_search(optimizer: Optimizer, options: dict[str, Any], closure: 
         raise UserValueError(
             f"optimizer {type(optimizer).__name__} calls its closure {closure.count} times in one step, that is, it "
             "computes the loss again at other parameters; a step here has one forward and backward. Legal: an "
-            "elementwise optimizer that calls it at most once (Adam, AdamW, SGD, ..)"
+            "optimizer that calls it at most once (Adam, AdamW, SGD, Muon, ..)"
         )
 
 

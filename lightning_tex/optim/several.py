@@ -65,10 +65,6 @@ class TiledOptimizers:
         for optimizer in self.each:
             optimizer.keep_states()
 
-    def options_of(self, shard: Shard) -> dict[str, Any]:
-        """See :meth:`TiledOptimizer.options_of`."""
-        return next(optimizer for optimizer in self.each if shard in optimizer.shards).options_of(shard)
-
 
 Stepped = TiledOptimizer | TiledOptimizers
 

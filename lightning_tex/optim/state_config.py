@@ -17,7 +17,7 @@ from lightning_tex.optim.flat_sizes import ALIGNMENT, most_elements
 from lightning_tex.optim.formats import LOW_PRECISION, PlainStates, SavedSize, StateFormat
 from lightning_tex.optim.gradients import FullGradients, Gradients, ShardedGradients
 from lightning_tex.optim.moments import Fp32Moments, Int8Moments, RoundedMoments
-from lightning_tex.optim.probe import Probed, probe, try_steps
+from lightning_tex.optim.probe import Probed, try_steps
 from lightning_tex.optim.rounding import Rounding, RoundingSeed
 from lightning_tex.parallel.device import device_type
 from lightning_tex.parallel.errors import UserValueError
@@ -69,20 +69,19 @@ class OptimizerStateConfig:
         """Gradients for a buffer's parameters."""
         return ShardedGradients(buffer) if self.zero_stage == 2 else FullGradients(buffer)
 
-    def for_group(
-        self, optimizer: Optimizer, group: dict[str, Any], rounding_seed: RoundingSeed
+    def tiled_states(
+        self, optimizer: Optimizer, group: dict[str, Any], probed: Probed, rounding_seed: RoundingSeed
     ) -> Callable[[FlatBuffer], StateFormat]:
-        """How to make states for buffers of a group.
+        """How to make states, in tiles, for buffers of a group.
 
         Args:
             optimizer, group: the user's.
+            probed: of the optimizer.
             rounding_seed: for formats that round at random.
 
         Raises:
-            ValueError: an optimizer that is not elementwise, by name; a format for parameters or states that it is not
-                made for.
+            ValueError: a format for parameters or states that it is not made for.
         """
-        probed = probe(optimizer, group)
         name = type(optimizer).__name__
         tiles: dict[torch.dtype, int] = {}
         saved: dict[torch.dtype, SavedSize] = {}

@@ -4,13 +4,14 @@ How one step is tiled, from the whole to the tile:
 
 - :class:`TiledOptimizer` (here) has one :class:`~lightning_tex.optim.shard.Shard` for every flat buffer of parameters
   (``flat.py``): the part of it that this rank owns. A step walks the tiles of all shards, many small ones at once
-  (``batches`` in ``shard.py``), by what was decided of it (``walk.py``).
+  (``batches`` in ``shard.py``), by what was decided of it (``walk.py``). Groups of an optimizer that needs whole
+  matrices are stepped otherwise (``matrices``): ``stepping.py`` decides.
 - The tiles are ``StateFormat.spans`` (``formats.py``), windows of ``tile_size`` consecutive elements that cut through
   parameters; ``StateFormat.window`` puts one together and takes it apart: in place (``PlainStates``), or from what
   less is kept (``compact.py``, ``moments.py``).
 - ``Engine.step_windows`` (``engine.py``) upcasts gradients, scales and runs the user's own ``step`` on some of them;
   ``probe.py`` has tried first whether it may, and how many temporary bytes an element costs.
-- ``OptimizerStateConfig.for_group`` (``state_config.py``) decides: format and size of the tiles, from the user's
+- ``OptimizerStateConfig.tiled_states`` (``state_config.py``) decides: format and size of the tiles, from the user's
   ``tile_size`` or the budget of ``flat_sizes.py``. An option of the tile begins there, is handed to a ``StateFormat``
   and is an argument of :class:`~lightning_tex.TexMoEStrategy`.
 
@@ -27,17 +28,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_tex.optim.engine import Engine, fastest
-from lightning_tex.optim.flat import FlatBuffer
-from lightning_tex.optim.formats import StateFormat
+from lightning_tex.optim.combined import stepper_of
 from lightning_tex.optim.gradient_reducer import ReductionStage
 from lightning_tex.optim.overlap import optimizer_pass
 from lightning_tex.optim.rounding import RoundingSeed
 from lightning_tex.optim.run_buffers import RunBuffers
-from lightning_tex.optim.shard import Piece, Shard, batches, regroup
+from lightning_tex.optim.shard import Piece, Shard, by_kind, regroup
 from lightning_tex.optim.skipping import Skipped, StepGuard
 from lightning_tex.optim.stand_in import StandIn
 from lightning_tex.optim.state_config import OptimizerStateConfig
+from lightning_tex.optim.stepping import Stepping, stepping
 from lightning_tex.optim.walk import Walk
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.sharding import ParameterSharding
@@ -45,7 +45,8 @@ from lightning_tex.parallel.topology import Axis, Communication
 
 
 class TiledOptimizer(StandIn):
-    """An elementwise torch optimizer, with its states sharded over replicas and stepped tile by tile.
+    """A torch optimizer, with its states sharded over replicas and stepped tile by tile or, where it must be, matrix
+    by matrix.
 
     Non-expert states are sharded over the data axis, expert states over expert_data (paper section 2). Group dicts
     are those of the user's optimizer, so schedulers and whoever reads learning rates act on what is used. A parameter
@@ -77,7 +78,8 @@ class TiledOptimizer(StandIn):
         guard: counts steps that are not taken, and tells its watcher.
 
     Raises:
-        ValueError: the optimizer is not elementwise, or holds a parameter that is not the model's.
+        ValueError: the optimizer's update of a matrix depends on others, or it holds a parameter that is not the
+            model's.
     """
 
     def __init__(
@@ -94,10 +96,9 @@ class TiledOptimizer(StandIn):
         self.buffers = buffers or RunBuffers([optimizer], shardings, world, state_config, communication)
         self.state_config = self.buffers.state_config
         self.rounding_seed = rounding_seed or RoundingSeed(self.state_config.seed)
-        self.engine = Engine(optimizer)
         self.shards: list[Shard] = []
         self.frozen: list[nn.Parameter] = []
-        self._states: dict[int, Callable[[FlatBuffer], StateFormat]] = {}
+        self._steppings: dict[int, Stepping] = {}
         self.guard = StepGuard(self.state_config.max_skipped_steps, self.culprit)
         self._reducer = self.buffers.reducer(optimizer)
         super().__init__(optimizer)
@@ -116,19 +117,20 @@ class TiledOptimizer(StandIn):
                     f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not a parameter of the "
                     "LightningModule; register it there, so that it is sharded and saved"
                 )
-        self._states_of(param_group)
+        self._stepping_of(param_group)
         self.frozen += [parameter for parameter in param_group["params"] if not parameter.requires_grad]
         self._lay_out(param_group, [parameter for parameter in param_group["params"] if parameter.requires_grad])
 
-    def _states_of(self, group: dict[str, Any]) -> Callable[[FlatBuffer], StateFormat]:
-        if id(group) not in self._states:
-            self._states[id(group)] = self.state_config.for_group(self.inner, group, self.rounding_seed)
-        return self._states[id(group)]
+    def _stepping_of(self, group: dict[str, Any]) -> Stepping:
+        if id(group) not in self._steppings:
+            own = stepper_of(self.inner, group)
+            self._steppings[id(group)] = stepping(self.state_config, own, group, self.rounding_seed)
+        return self._steppings[id(group)]
 
     def _lay_out(self, group: dict[str, Any], parameters: Sequence[nn.Parameter]) -> None:
         members = [(parameter, self.shardings[parameter]) for parameter in parameters]
         for buffer, gradients in self.buffers.lay_out(self.inner, members):
-            self.shards.append(Shard(buffer, gradients, self._states_of(group)(buffer), group))
+            self.shards.append(self._stepping_of(group).shard(buffer, gradients))
 
     def take_up_groups(self) -> None:
         """Take up groups that somebody has put in the place of the optimizer's, as ``BaseFinetuning`` does, and
@@ -290,13 +292,12 @@ class TiledOptimizer(StandIn):
             self.guard.taken()
 
     def _walk(self, walk: Walk) -> None:
-        """Step all windows, and gather the parameters of every shard as soon as it is through; collective."""
+        """Step all shards, and gather the parameters of every shard as soon as it is through; collective."""
         under_way = []
-        for group, windows, complete in batches(self.shards):
-            if windows:
-                self.engine.step_windows(windows, walk, fastest(self.engine.optimizer, group))
-            with optimizer_pass(self.world):
-                under_way += [shard.buffer.gather() for shard in complete]
+        with optimizer_pass(self.world):
+            for alike in by_kind(self.shards):
+                for complete in alike[0].step_together(alike, walk):
+                    under_way += [shard.buffer.gather() for shard in complete]
         for gathering in under_way:
             gathering.wait()
         self.rounding_seed.step += 1
@@ -314,7 +315,7 @@ class TiledOptimizer(StandIn):
 
     def _device_decides(self) -> bool:
         """Whether a step can be left out without the host's knowing."""
-        return self._reducer.host_waits and all(self.engine.leaves_out(s.states, s.group) for s in self.shards)
+        return self._reducer.host_waits and all(shard.leaves_out for shard in self.shards)
 
     def refresh(self) -> None:
         """Take up parameters that were written from outside since the last step."""
@@ -326,10 +327,6 @@ class TiledOptimizer(StandIn):
         for shard in self.shards:
             shard.keep()
             shard.buffer.gather().wait()
-
-    def options_of(self, shard: Shard) -> dict[str, Any]:
-        """What a shard is stepped with: its group's options, with the kernel that is chosen."""
-        return fastest(self.engine.optimizer, shard.group)
 
     def pieces(self) -> Iterator[Piece]:
         """Every piece of every parameter that this rank's windows hold."""

@@ -5,8 +5,9 @@ A layer declares once, as data, how it is sharded; slicing, initialization, grad
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -30,6 +31,8 @@ class TexModule(nn.Module):
         axes: names of the mesh axes it uses; each becomes an attribute, an :class:`Axis` of size 1 until sharded.
         shard_dims: parameter name -> {axis name: tensor dim sharded over that axis}.
         full_precision: mixed precision leaves its own parameters in fp32.
+        hidden: its own parameters of two dims are matrices between embedding and head, as an optimizer for hidden
+            matrices (Muon) steps them.
         partial_gradients: names of parameters, or of modules inside, that act between the borders of a region which is
             sharded over tensor and are whole there, such as a norm over a rank's heads: a rank's gradient of them is
             the part of it that comes from what the rank computes, and is summed over tensor. A plain module may declare
@@ -40,6 +43,7 @@ class TexModule(nn.Module):
     shard_dims: ClassVar[Mapping[str, Mapping[str, int]]] = {}
     partial_gradients: ClassVar[tuple[str, ...]] = ()
     full_precision: ClassVar[bool] = False
+    hidden: ClassVar[bool] = True
     tensor: Axis
     data: Axis
     expert: Axis
@@ -103,6 +107,28 @@ class Box:
     def unpadded(self, stored: Tensor) -> Tensor:
         """The part of a stored tensor that is not padding, as a view."""
         return stored[tuple(slice(size) for size in self.extent.sizes)]
+
+    def of_run(self, run: Extent, start: int = 0) -> Iterator[tuple[Extent, Callable[[Tensor], Tensor]]]:
+        """Which elements of the whole tensor some consecutive ones of the flattened stored part are, without padding.
+
+        Args:
+            run: which elements of the flattened stored part.
+            start: where the first of them is in the flat tensor that views are of.
+
+        Yields:
+            extents of the whole tensor, each with what gives a view of its elements, in its shape, of such a tensor.
+        """
+        unpadded = Extent.whole(self.extent.sizes)
+        for extent in Extent.whole(self.stored).split(run):
+            inside = extent.intersect(unpadded)
+            if inside.numel:
+                place = slice(start, start + extent.numel)
+                yield inside.shift(self.extent.offsets), partial(_viewed, place, extent.sizes, inside.sizes)
+            start += extent.numel
+
+
+def _viewed(place: slice, sizes: tuple[int, ...], unpadded: tuple[int, ...], values: Tensor) -> Tensor:
+    return values[place].view(sizes)[tuple(map(slice, unpadded))]
 
 
 @dataclass(frozen=True)

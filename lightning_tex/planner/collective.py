@@ -29,7 +29,7 @@ class Collective(NamedTuple):
     axis: str
     size: int
     during: str
-    whole_bytes: int
+    whole_bytes: int | Fraction
     times: int = 1
     counted_as: str = ""
 
@@ -43,7 +43,7 @@ class Collective(NamedTuple):
         return Sent(self.counted_as or self.operation, self.axis, self.during)
 
 
-def ring(operation: str, ranks: int, whole_bytes: int) -> Fraction:
+def ring(operation: str, ranks: int, whole_bytes: int | Fraction) -> Fraction:
     """Bytes that a rank sends: (n-1)/n of the whole, twice that in an all-reduce."""
     return Fraction((2 if operation == "all_reduce" else 1) * (ranks - 1) * whole_bytes, ranks)
 

@@ -237,7 +237,8 @@ def _micro_batches(job: Job, layout: Layout, choices: Choices) -> Iterator[tuple
 def _options(
     job: Job, layout: Layout, choices: Choices
 ) -> Iterator[tuple[int, ActivationCheckpointing, str, Communication]]:
-    formats = [f for f in choices.optimizer_state_format if f == "fp32" or job.precision.startswith("bf16")]
+    only_plain = not job.precision.startswith("bf16") or job.optimizer.steps_matrices
+    formats = [f for f in choices.optimizer_state_format if f == "fp32" or not only_plain]
     replicated = layout.data > 1
     chunks = chunks_on(layout, choices.expert_chunks, choices.ranks_per_node or layout.world)
     recomputations = choices.activation_checkpointing if job.model.blocks.order else (None,)

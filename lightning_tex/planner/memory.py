@@ -74,7 +74,7 @@ def memory(
     flat = flat or FlatBuffers.of(job, candidate)
     states = state_bytes(flat, candidate.zero_stage, candidate.optimizer_state_format, tile_size, device)
     gradients, source = GradientBuffers(flat, candidate, device), activation_source(job)
-    tile = tile_bytes(flat, candidate.optimizer_state_format, tile_size, device)
+    tile = tile_bytes(flat, candidate.optimizer_state_format, tile_size, device, candidate.zero_stage)
     fullest = max(
         Instant("end of the backward", gradient_buffers=gradients.begun(0)),
         Instant("step", gradient_buffers=gradients.received, tile=tile),

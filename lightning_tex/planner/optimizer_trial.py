@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_tex.optim import OptimizerStateConfig
+from lightning_tex.optim.combined import stepper_of
 from lightning_tex.optim.engine import Engine, fastest
 from lightning_tex.optim.flat import FlatBuffer
 from lightning_tex.optim.formats import StateFormat, Window, per_element
+from lightning_tex.optim.matrices.costs import MatrixCosts
 from lightning_tex.optim.probe import Probed, probe, try_steps
 from lightning_tex.optim.rounding import Rounding, RoundingSeed
+from lightning_tex.optim.stepping import AsMatrices, stepping
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.sharding import parameter_shardings
 from lightning_tex.parallel.topology import Axis, Topology
@@ -73,9 +76,9 @@ def describe_optimizer(optimizer: Optimizer, grouping: Grouping) -> OptimizerDes
         grouping: which of a model's parameters are in its groups.
 
     Raises:
-        ValueError: it is not elementwise.
+        ValueError: it can be stepped neither in tiles nor as whole matrices.
     """
-    costs = tuple(_costs(optimizer, group) for group in optimizer.param_groups)
+    costs = tuple(_costs(stepper_of(optimizer, group), group) for group in optimizer.param_groups)
     return OptimizerDescription(type(optimizer).__name__, grouping, costs)
 
 
@@ -89,7 +92,10 @@ class _Groups:
         return self.groups
 
 
-def _costs(optimizer: Optimizer, group: dict[str, Any]) -> StateCosts:
+def _costs(optimizer: Optimizer, group: dict[str, Any]) -> StateCosts | MatrixCosts:
+    made = stepping(OptimizerStateConfig(), optimizer, group, RoundingSeed())
+    if isinstance(made, AsMatrices):
+        return MatrixCosts(optimizer, group)
     probed, options = probe(optimizer, group), fastest(optimizer, group)
     window = Window(nn.Parameter(torch.linspace(-1, 1, 64)), {})
     with torch.no_grad():

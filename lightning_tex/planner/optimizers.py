@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lightning_tex.optim.matrices.costs import MatrixCosts
 from lightning_tex.planner.model import ModelDescription
 
 # Places of parameters in a model, one tuple for each group.
@@ -60,10 +61,15 @@ class OptimizerDescription:
 
     name: str
     grouping: Grouping
-    costs: tuple[StateCosts, ...] = (ADAMW,)
+    costs: tuple[StateCosts | MatrixCosts, ...] = (ADAMW,)
     assumed: str = ""
 
-    def costs_of(self, group: int) -> StateCosts:
+    @property
+    def steps_matrices(self) -> bool:
+        """Whether some group is stepped as whole matrices."""
+        return any(isinstance(costs, MatrixCosts) for costs in self.costs)
+
+    def costs_of(self, group: int) -> StateCosts | MatrixCosts:
         """Those of a group, by its place."""
         return self.costs[group if len(self.costs) > 1 else 0]
 

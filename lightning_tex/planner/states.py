@@ -13,10 +13,13 @@ from typing import NamedTuple
 import torch
 
 from lightning_tex.optim.flat_sizes import ALIGNMENT, batched, bucketed, most_elements, part_length
+from lightning_tex.optim.matrices.costs import MatrixCosts
+from lightning_tex.optim.matrices.ownership import Loads
 from lightning_tex.parallel.precision import PRECISIONS
 from lightning_tex.parallel.sharding import ParameterSharding
-from lightning_tex.parallel.topology import Layout
+from lightning_tex.parallel.topology import Axis, Layout
 from lightning_tex.planner.layouts import Candidate, Job
+from lightning_tex.planner.matrices import MatrixBuffer, OwnedMatrices
 from lightning_tex.planner.model import ModelDescription, Parameter
 from lightning_tex.planner.optimizers import ADAMW, OptimizerDescription, StateCosts
 
@@ -34,7 +37,7 @@ class Buffer:
         part: elements of one owner's part.
         used: elements of the buffer that are parameters'.
         element_bytes: of its parameters.
-        costs: what the optimizer keeps and takes of its elements.
+        costs: what the optimizer keeps and takes of its elements; of :class:`MatrixCosts`, of whole matrices.
         group: of the optimizer, its number.
     """
 
@@ -45,7 +48,7 @@ class Buffer:
     part: int
     used: int
     element_bytes: int
-    costs: StateCosts
+    costs: StateCosts | MatrixCosts
     declared_partial: bool = False
     group: int = 0
 
@@ -70,6 +73,7 @@ class FlatBuffers:
         precision: the Trainer's.
         frozen_dense, frozen_expert: bytes of parameters that are in no buffer.
         loose_gradients: bytes of gradients of such parameters, which are trained, but by no optimizer.
+        matrices: of the buffers that are stepped as whole matrices.
     """
 
     buffers: tuple[Buffer, ...]
@@ -79,6 +83,7 @@ class FlatBuffers:
     frozen_dense: int
     frozen_expert: int
     loose_gradients: int
+    matrices: OwnedMatrices
 
     @classmethod
     def of(cls, job: Job, candidate: Candidate) -> FlatBuffers:
@@ -99,9 +104,10 @@ class FlatBuffers:
         first: list[int] = []
         last: list[int] = []
         same: dict[Buffer, Buffer] = {}  # blocks repeat their buffers: one object for all
+        shardings, matrices = model.shardings(layout), list[MatrixBuffer]()
         groups = optimizer.grouping(model)
         for number, places in enumerate(groups):
-            costs = optimizer.costs_of(number)
+            costs, loads = optimizer.costs_of(number), Loads()
             kinds: dict[_Kind, list[int]] = {}
             for place in places:
                 if model.parameters[place].requires_grad:
@@ -116,6 +122,10 @@ class FlatBuffers:
                         costs, kind.declared_partial, number,
                     )  # fmt: skip
                     buffers.append(same.setdefault(buffer, buffer))
+                    if isinstance(costs, MatrixCosts):
+                        inside = [shardings[place] for place in of_kind[span]]
+                        shared = inside[0].replicas if sharded else Axis(inside[0].replicas.name)
+                        matrices.append(MatrixBuffer.of(inside, shared, part, kind.dtype, loads, costs))
                     first.append(of_kind[span.start])
                     last.append(of_kind[span.stop - 1])
         kept = set().union(*groups)
@@ -125,7 +135,13 @@ class FlatBuffers:
                 size = member.elements * member.kind.element_bytes
                 frozen[member.kind.expert] += size
                 loose += size * parameter.requires_grad
-        return cls(tuple(buffers), tuple(first), tuple(last), precision, frozen[False], frozen[True], loose)
+        owned = OwnedMatrices(layout, tuple(matrices))
+        return cls(tuple(buffers), tuple(first), tuple(last), precision, frozen[False], frozen[True], loose, owned)
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether 16-bit matrices have fp32 masters."""
+        return kept_format(self.precision, "fp32", 2) == "fp32"
 
     @cached_property
     def distinct(self) -> Mapping[Buffer, int]:
@@ -206,7 +222,7 @@ def state_bytes(
     tile_size: int | None = None,
     device: str = "cuda",
 ) -> StateBytes:
-    """What the tiled optimizer allocates, exactly.
+    """What the optimizer allocates, exactly; of whole matrices, on the rank that has the most of them.
 
     Args:
         flat: the flat buffers.
@@ -214,10 +230,13 @@ def state_bytes(
         tile_size: elements, as the strategy's; ``None``: the device's budget over the temporaries.
         device: ``cuda`` or ``cpu``.
     """
-    gradients, master, moments, scalars = flat.loose_gradients, 0, 0, 0
+    gradients = flat.loose_gradients
+    master, moments, scalars, _ = flat.matrices.kept(flat.has_masters)
     for buffer, times in flat.distinct.items():
         own = buffer.part * times
         gradients += own * max(4, buffer.element_bytes) if zero_stage == 2 else buffer.bytes * times
+        if isinstance(buffer.costs, MatrixCosts):
+            continue
         kept = kept_format(flat.precision, optimizer_state_format, buffer.element_bytes)
         per_master, per_moment = {
             "plain": (0, buffer.element_bytes),
@@ -253,13 +272,19 @@ def tile_elements(kept: str, tile_size: int | None, device: str, costs: StateCos
 
 
 def tile_bytes(
-    flat: FlatBuffers, optimizer_state_format: str, tile_size: int | None = None, device: str = "cuda"
+    flat: FlatBuffers,
+    optimizer_state_format: str,
+    tile_size: int | None = None,
+    device: str = "cuda",
+    zero_stage: int = 1,
 ) -> int:
-    """The most temporary memory of an optimizer step."""
-    most = 0
+    """The most temporary memory of an optimizer step: of its tiles or, where whole matrices travel, of these."""
+    most = flat.matrices.temporaries(flat.has_masters, zero_stage, device)
     for (_, element_bytes), alike in groupby(flat.buffers, lambda buffer: (buffer.group, buffer.element_bytes)):
         buffers = list(alike)
         costs, parts = buffers[0].costs, [buffer.part for buffer in buffers]
+        if isinstance(costs, MatrixCosts):
+            continue
         kept = kept_format(flat.precision, optimizer_state_format, element_bytes)
         tile = tile_elements(kept, tile_size, device, costs)
         at_once = tile if max(parts) >= tile else max(sum(parts[span]) for span in batched(parts, tile))

@@ -16,7 +16,14 @@ from lightning_tex.planner.links import seconds
 from lightning_tex.planner.model import ModelDescription
 from lightning_tex.planner.model_flops import model_flops
 from lightning_tex.planner.states import Buffer, FlatBuffers, kept_format
-from lightning_tex.planner.traffic import NORM_BYTES, collection, combination, micro_step, reduction
+from lightning_tex.planner.traffic import (
+    NORM_BYTES,
+    collection,
+    combination,
+    matrices_and_back,
+    micro_step,
+    reduction,
+)
 from lightning_tex.planner.work import Computation, computation
 
 # Bytes that a step reads and writes for an element of the own part: AdamW's states, master, gradient, parameter, and
@@ -110,6 +117,11 @@ def step_time(job: Job, candidate: Candidate, cluster: Cluster, flat: FlatBuffer
     if flat_times.combination:
         before = communication.get(("all_reduce", "tensor"), 0.0)
         communication["all_reduce", "tensor"] = before + flat_times.combination
+    for collective in matrices_and_back(flat, candidate, cluster.device):
+        key = collective.operation, collective.axis
+        taken = collective.times * seconds(collective, layout, cluster)
+        communication[key] = communication.get(key, 0.0) + taken
+    of_matrices = flat.matrices.kept(flat.has_masters).flops / cluster.peak(job.precision)
     windows = steps if candidate.zero_stage == 2 else 1
     hidden = 0.0
     if candidate.communication.overlap:
@@ -121,7 +133,7 @@ def step_time(job: Job, candidate: Candidate, cluster: Cluster, flat: FlatBuffer
         computed.recompute * steps,
         computed.backward * steps,
         communication,
-        flat_times.update,
+        flat_times.update + of_matrices,
         windows * sum(flat_times.reductions),
         flat_times.collection,
         hidden,

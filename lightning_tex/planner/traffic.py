@@ -260,7 +260,9 @@ def micro_step(job: Job, candidate: Candidate) -> list[Collective]:
 def optimizer_step(job: Job, candidate: Candidate) -> list[Collective]:
     """Collectives of one optimizer step: gradients, their norm, parameters."""
     found: list[Collective] = []
-    for buffer in FlatBuffers.of(job, candidate).buffers:
+    flat = FlatBuffers.of(job, candidate)
+    found += matrices_and_back(flat, candidate)
+    for buffer in flat.buffers:
         found += reduction(buffer, candidate)
         found += combination(buffer, candidate)
         found += collection(buffer)
@@ -297,6 +299,14 @@ def combination(buffer: Buffer, candidate: Candidate) -> list[Collective]:
         return []
     element_bytes = max(4, buffer.element_bytes) if candidate.zero_stage == 2 else buffer.element_bytes
     return [Collective("all_reduce", "tensor", tensor, OPTIMIZER, element_bytes * buffer.part)]
+
+
+def matrices_and_back(flat: FlatBuffers, candidate: Candidate, device: str = "cuda") -> list[Collective]:
+    """Whole matrices to their owners and back, on the mean of all ranks."""
+    return [
+        Collective("all_to_all", axis.name, axis.size, OPTIMIZER, sent / times * axis.size / (axis.size - 1), times)
+        for axis, times, sent in flat.matrices.sent(flat.has_masters, candidate.zero_stage, device)
+    ]
 
 
 def collection(buffer: Buffer) -> list[Collective]:

@@ -146,7 +146,7 @@ def _check_devices(trainer: Namespace) -> None:
 
 
 def _configure_optimizers(module: LightningModule, optimizer: Any, scheduler: Any) -> Any:
-    built = instantiate_class(optimized_parameters(module, optimizer.get("init_args", {}).get("lr")), optimizer)
+    built = instantiate_class(optimized_parameters(module, optimizer), optimizer)
     if not scheduler:
         return built
     schedule = instantiate_class(built, scheduler)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable
 from math import prod
 from typing import NamedTuple
 
@@ -58,25 +57,3 @@ class GlobalTensor:
 def stored_part(box: Box, stored: Tensor) -> Part:
     """A stored tensor without its padding, as a view."""
     return Part.of(box.extent.offsets, box.unpadded(stored))
-
-
-def run_parts(box: Box, run: Extent, read: Callable[[], Tensor]) -> Iterator[Part]:
-    """Some consecutive elements of a rank's stored, flattened part, without padding, as views.
-
-    Args:
-        box: the rank's part.
-        run: which elements of the flattened stored part, n.
-        read: gives them. [n]
-    """
-    unpadded = Extent.whole(box.extent.sizes)
-    position = 0
-    for extent in Extent.whole(box.stored).split(run):
-        inside = extent.intersect(unpadded)
-        if inside.numel:
-            place = slice(position, position + extent.numel)
-            yield Part(inside.shift(box.extent.offsets), partial(_view, read, place, extent.sizes, inside.sizes))
-        position += extent.numel
-
-
-def _view(read: Callable[[], Tensor], place: slice, sizes: tuple[int, ...], unpadded: tuple[int, ...]) -> Tensor:
-    return read()[place].view(sizes)[tuple(map(slice, unpadded))]

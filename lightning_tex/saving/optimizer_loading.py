@@ -147,29 +147,33 @@ def require_same_groups(saved: list[dict[str, Any]], optimizer: Stepped) -> None
 
 
 def _load_elements(shard: Shard, source: Source, saved: StatesByName, scalars: set[str]) -> None:
-    wanted: dict[tuple[int, str], torch.dtype] = {}
+    wanted: dict[tuple[int, str], Described] = {}
     for piece in shard.pieces():
         for key, tensor in saved.get(piece.sharding.name, {}).items():
             if key not in scalars:
-                wanted[piece.window, key] = tensor.dtype
+                wanted[piece.window, key] = tensor
     _read_windows(shard, source, wanted, lambda piece, key: (OPTIMIZER, "state", piece.sharding.name, key))
 
 
 def _read_windows(
     shard: Shard,
     source: Source,
-    wanted: Mapping[tuple[int, str], torch.dtype],
+    wanted: Mapping[tuple[int, str], Described],
     path_of: Callable[[Piece, str], TensorPath],
 ) -> None:
     """Read states of a shard's windows, by (window, key), from where ``path_of`` says."""
-    targets = {(window, key): shard.states.memory_for(window, key, dtype) for (window, key), dtype in wanted.items()}
+    targets = {
+        (window, key): shard.states.memory_for(window, key, saved.dtype, tuple(saved.shape))
+        for (window, key), saved in wanted.items()
+    }
     request: dict[TensorPath, GlobalTensor] = {}
     for piece in shard.pieces():
         for (window, key), target in targets.items():
             path = path_of(piece, key)
             if window == piece.window and path in source.saved:
-                requested = request.setdefault(path, GlobalTensor(piece.sharding.box.full, target.dtype))
-                requested.parts += held_parts(piece, lambda target=target: target)  # type: ignore[misc]
+                shape = tuple(target.shape)
+                requested = request.setdefault(path, GlobalTensor(piece.whole_shape(shape), target.dtype))
+                requested.parts += held_parts(piece, lambda target=target: target, shape)  # type: ignore[misc]
     source.fill(request)
     for (window, key), target in targets.items():
         shard.states.filled(window, key, target)
@@ -207,7 +211,7 @@ def _load_scalars(optimizer: Stepped, states: OptimizerStates, saved: StatesByNa
             for key in scalars & saved.get(piece.sharding.name, {}).keys():
                 number = numbers[OPTIMIZER, "state", piece.sharding.name, key]
                 shared.setdefault((piece.window, key), _WindowNumber(number)).join(number)
-        device = _scalar_device(optimizer, shard)
+        device = _scalar_device(shard)
         for (window, key), scalar in shared.items():
             plain = key in states.number_keys
             shard.states.set_number(window, key, scalar.value.item() if plain else scalar.value.to(device, copy=True))
@@ -233,9 +237,9 @@ def _read_scalars(
     return numbers
 
 
-def _scalar_device(optimizer: Stepped, shard: Shard) -> torch.device:
+def _scalar_device(shard: Shard) -> torch.device:
     """Where torch keeps a step count: beside the parameter only where the kernel reads it there."""
-    options = optimizer.options_of(shard)
+    options = shard.options
     on_device = options.get("fused") or options.get("capturable")
     return shard.buffer.parameters.device if on_device else torch.device("cpu")
 
@@ -262,12 +266,12 @@ def load_masters(optimizer: Stepped, source: Source) -> None:
     a parameter of higher precision as well.
     """
     for shard in optimizer.shards:
-        wanted: dict[tuple[int, str], torch.dtype] = {}
+        wanted: dict[tuple[int, str], Described] = {}
         low = shard.buffer.parameters.dtype in LOW_PRECISION
         for piece in shard.pieces():
             master, weight = _master_paths(piece)
             if (master in source.saved and not low) or (shard.states.has_master and weight in source.saved):
-                wanted[piece.window, MASTER] = torch.float32
+                wanted[piece.window, MASTER] = GlobalTensor(piece.sharding.box.full, torch.float32)
 
         def path_of(piece: Piece, key: str) -> TensorPath:
             master, weight = _master_paths(piece)

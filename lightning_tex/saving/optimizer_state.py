@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from lightning_tex.optim.formats import SavedState
 from lightning_tex.optim.shard import Piece
 from lightning_tex.optim.tiled import parameter_names
 from lightning_tex.parallel.errors import UserTypeError
-from lightning_tex.saving.global_tensor import GlobalTensor, Part, run_parts
+from lightning_tex.saving.global_tensor import GlobalTensor, Part
 from lightning_tex.saving.model_state import OPTIMIZERS
 
 # The name that the rounding seed has in a directory of format 1, and in a plain file of 0.1.
@@ -55,36 +56,27 @@ def optimizer_state(optimizer: Stepped) -> dict[str, dict[str, GlobalTensor]]:
         for key, value in window_states(piece).items():
             described = states.setdefault(sharding.name, {})
             if isinstance(value, SavedState):
-                tensor = described.setdefault(key, GlobalTensor(sharding.box.full, value.dtype, writes=writes))
-                tensor.parts += held_parts(piece, value.read)
-            elif holds_first_element(piece):
+                shape = piece.whole_shape(value.shape or ())
+                tensor = described.setdefault(key, GlobalTensor(shape, value.dtype, writes=writes))
+                tensor.parts += held_parts(piece, value.read, value.shape or ())
+            elif piece.holds_first_element:
                 described[key] = GlobalTensor.whole(torch.as_tensor(value), writes)
     return states
 
 
 def foreseen_bytes(optimizer: Stepped) -> int:
     """What this rank writes of the states in a checkpoint; before the first step, too, when there are none yet."""
-    size = 0
-    for piece in optimizer.pieces():
-        if piece.sharding.counted and piece.writes:
-            saved = piece.shard.states.saved_size
-            elements = sum(part.extent.numel for part in held_parts(piece, _unread))
-            size += saved.per_element * elements + saved.per_parameter * holds_first_element(piece)
-    return size
+    return sum(piece.foreseen_bytes for piece in optimizer.pieces() if piece.sharding.counted and piece.writes)
 
 
-def _unread() -> Tensor:
-    raise AssertionError("only sizes are asked for")
+def held_parts(piece: Piece, read: Callable[[], Tensor], shape: tuple[int, ...]) -> Iterator[Part]:
+    """The elements of a piece in its global tensor, as views of what ``read`` gives of its window, in that shape."""
+    for extent, view in piece.extents(shape):
+        yield Part(extent, partial(_viewed, read, view))
 
 
-def held_parts(piece: Piece, read: Callable[[], Tensor]) -> Iterator[Part]:
-    """The elements of a piece in its global tensor, as views of what ``read`` gives of its window."""
-    return run_parts(piece.sharding.box, piece.stored, lambda: read()[piece.held.slices])
-
-
-def holds_first_element(piece: Piece) -> bool:
-    """Whether the piece has the parameter's first element: true once over replicas and sharded axes."""
-    return not any(piece.stored.offsets) and not any(piece.sharding.box.extent.offsets)
+def _viewed(read: Callable[[], Tensor], view: Callable[[Tensor], Tensor]) -> Tensor:
+    return view(read())
 
 
 def number_keys(optimizer: Stepped) -> list[str]:

@@ -64,6 +64,9 @@ class TexMixedPrecision(TrainStep, MixedPrecision):  # type: ignore[misc]
     def state_config(self, wanted: OptimizerStateConfig) -> OptimizerStateConfig:
         return wanted if self.scaler is None else super().state_config(wanted)
 
+    def scaled(self, loss: Tensor) -> Tensor:
+        return loss if self.scaler is None else self.scaler.scale(loss)
+
     def _unscale(self, optimizer: TiledOptimizer) -> None:
         if self.scaler is not None and optimizer.reduction_stage is not ReductionStage.UNSCALED:
             self.scaler.unscale_(optimizer)

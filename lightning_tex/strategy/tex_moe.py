@@ -20,38 +20,32 @@ from lightning.pytorch.plugins import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor, nn
+from torch import nn
 from torchmetrics import Metric
 
 from lightning_tex.layers.vocab import require_both_ends
-from lightning_tex.moe import MoE
 from lightning_tex.optim import (
     OptimizerStateConfig,
     OptimizerStateFormat,
-    RunBuffers,
-    TiledOptimizer,
     ZeroStage,
-    require_sharable,
     users_own,
 )
 from lightning_tex.optim.rounding import RoundingSeed
-from lightning_tex.parallel import initialization
 from lightning_tex.parallel.activation_checkpointing import ActivationCheckpointing, recompute_blocks, require_legal
 from lightning_tex.parallel.compiled import Compile, compile_leaves
 from lightning_tex.parallel.expert_chunks import ExpertChunks, chunks_on, require_legal_chunks
-from lightning_tex.parallel.flight_record import name_layers
 from lightning_tex.parallel.requested_layout import RequestedLayout
-from lightning_tex.parallel.sharding import TexModule, check_shardable, parameter_shardings, shard_module, synchronise
+from lightning_tex.parallel.sharding import check_shardable
 from lightning_tex.parallel.topology import Communication, Layout, Topology
 from lightning_tex.resilience.spikes import SpikeRule
 from lightning_tex.saving import ShardedRun
-from lightning_tex.saving.plain import states_in_torch_form
 from lightning_tex.strategy import agreement
 from lightning_tex.strategy.averaging import AveragedWeights
 from lightning_tex.strategy.loss_spikes import OnSpike
 from lightning_tex.strategy.memory_check import require_memory
 from lightning_tex.strategy.precision import tex_precision
-from lightning_tex.strategy.random_state import data_rank_random_state, shared_seed
+from lightning_tex.strategy.random_state import data_rank_random_state
+from lightning_tex.strategy.set_up import experts_of_layers, shard_model, sharded_optimizers
 from lightning_tex.strategy.steps import StepStrategy
 from lightning_tex.strategy.train_step import TrainStep
 from lightning_tex.strategy.training_flops import TrainingFlops
@@ -225,7 +219,7 @@ class TexMoEStrategy(StepStrategy):
         return {"num_replicas": layout.data, "rank": layout.coordinates(self.global_rank)["data"]}
 
     def resolve_layout(self) -> Layout:
-        return self._requested.resolve(self.world_size, self._num_experts())
+        return self._requested.resolve(self.world_size, experts_of_layers(self.model))
 
     @property
     def precision_plugin(self) -> TrainStep:
@@ -272,7 +266,7 @@ class TexMoEStrategy(StepStrategy):
         self.accelerator.setup(trainer)
         layout = self.resolve_layout()
         if self._requested.expert_parallel_size != "auto":
-            layout.require_experts(self._num_experts())
+            layout.require_experts(experts_of_layers(self.model))
         if departures := self._requested.departures(layout):
             rank_zero_info(f"elastic: the world has {self.world_size} ranks; {', '.join(departures)}")
         check_shardable(self.model, layout)
@@ -286,15 +280,15 @@ class TexMoEStrategy(StepStrategy):
             self._topology = Topology.build(
                 layout, self.root_device.type, self._mesh, self.communication, self.group_timeout
             )
-        seed = self._seed = shared_seed(self.topology.world, self.root_device)
-        synchronise(self.model, self.topology.world, self.root_device)
-        shard_module(self.model, self.topology)
-        self._recompute(self.model)
-        name_layers((name, layer) for name, layer in self.model.named_modules() if isinstance(layer, TexModule))
-        self.model = self.precision_plugin.convert_module(self.model)
-        self._move_to_device()
-        given = self.initial_weights.expect(self.lightning_module)
-        initialization.materialise(self.model, self.root_device, seed, given)
+        self.model, seed = shard_model(
+            self.model,
+            self.topology,
+            self.root_device,
+            self.precision_plugin.convert_module,
+            self._recompute,
+            partial(self.initial_weights.expect, self.lightning_module),
+        )
+        self._seed = seed
         self._averages.attend(trainer, self.model, self.topology, self.root_device, seed)
         self._sync_metrics_over_data()
         data_rank_random_state(seed, self.topology.data)
@@ -371,17 +365,10 @@ class TexMoEStrategy(StepStrategy):
         assert self.model is not None
         parameters = dict(self.model.named_parameters())
         self._require_agreement(agreement.optimization(self.optimizers, self.lr_scheduler_configs, parameters, trainer))
-        by_name = parameter_shardings(self.model, self.topology)
-        shardings = {parameters[name]: sharding for name, sharding in by_name.items()}
         if not isinstance(self.optimizers[0], _MockOptimizer):  # configure_optimizers returned None
             state_config = self.precision_plugin.state_config(replace(self._state_config, seed=self._seed))
-            require_sharable(self.optimizers, {one: name for name, one in parameters.items()}, state_config)
-            world, seed = self.topology.world, RoundingSeed(self._seed)
-            buffers = RunBuffers(self.optimizers, shardings, world, state_config, self.communication)
-            tiled = {one: TiledOptimizer(one, shardings, world, None, None, seed, buffers) for one in self.optimizers}
-            if world.size == 1:
-                for one in tiled.values():
-                    one.whole_states = states_in_torch_form(one, self.topology)
+            seed = RoundingSeed(self._seed)
+            tiled = sharded_optimizers(self.optimizers, self.model, self.topology, state_config, seed)
             self.optimizers = list(tiled.values())
             for config in self.lr_scheduler_configs:  # or a learning-rate monitor would find two optimizers
                 config.scheduler.optimizer = tiled[users_own(config.scheduler.optimizer)]
@@ -393,14 +380,3 @@ class TexMoEStrategy(StepStrategy):
 
     def model_to_device(self) -> None:
         """Nothing: ``setup`` moves what exists and draws the rest where it belongs."""
-
-    def _move_to_device(self) -> None:
-        def move(tensor: Tensor) -> Tensor:
-            return tensor if tensor.is_meta else tensor.to(self.root_device)
-
-        assert self.model is not None
-        self.model._apply(move)
-
-    def _num_experts(self) -> list[int]:
-        modules = [] if self.model is None else self.model.modules()
-        return [module.num_experts for module in modules if isinstance(module, MoE)]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from lightning import Callback, LightningModule
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_tex.moe import auxiliary_loss, step_is_over
@@ -50,7 +51,7 @@ class TrainStep(Precision):
         if _strategy(module).tiled_optimizers:
             _strategy(module).spikes.add(tensor)
             TRAINING.layer = "the backward"
-        self._told = _reached(_strategy(module).tiled_optimizers)
+        self._told = reached(_strategy(module).tiled_optimizers)
         for optimizer in self._told:
             optimizer.backward_begins(tensor, self._step_follows, undisturbed=self._may_overlap(module))
         return super().pre_backward(tensor, module)
@@ -73,14 +74,43 @@ class TrainStep(Precision):
             step_is_over(model, taken=False)
             return result
         TRAINING.layer = "the optimizer's step"
-        optimizer.reduce_gradients(whole=self._looked_at(model))
+        hooks = partial(self._after_closure, model, optimizer)
+        self.take_step(optimizer, model, hooks, whole=self._looked_at(model), **kwargs)
+        TRAINING.layer = ""
+        return result
+
+    def take_step(
+        self,
+        optimizer: TiledOptimizer,
+        model: nn.Module,
+        hooks: Callable[[], None] | None = None,
+        whole: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Step, once the backwards are over; collective.
+
+        Args:
+            optimizer, model: what is stepped, and whose routers act after it.
+            hooks: what happens between reduction and step, such as clipping.
+            whole: hooks see the combined gradients, not only a rank's shard of them.
+            kwargs: of the step.
+        """
+        optimizer.reduce_gradients(whole=whole)
         self._unscale(optimizer)
-        self._after_closure(model, optimizer)
+        if hooks is not None:
+            hooks()
         self._step(optimizer, **kwargs)
         with optimizer_pass(optimizer.world):
             step_is_over(model)
-        TRAINING.layer = ""
-        return result
+
+    def clipped_by_norm(self, optimizer: TiledOptimizer, max_norm: float) -> Tensor:
+        """Clip, once the backwards are over. Returns the norm before; collective."""
+        self._unscale(optimizer)
+        return optimizer.clip_by_norm(max_norm)
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """A loss as its backward begins with it."""
+        return loss
 
     @contextmanager
     def _last_backward_of_a_step(self, model: LightningModule) -> Iterator[None]:
@@ -119,7 +149,7 @@ class TrainStep(Precision):
         return overridden or any(is_overridden(hook, c, Callback) for c in _callbacks(model))
 
 
-def _reached(optimizers: Sequence[TiledOptimizer]) -> list[TiledOptimizer]:
+def reached(optimizers: Sequence[TiledOptimizer]) -> list[TiledOptimizer]:
     """Whose parameters a backward may reach: of several not those that ``toggle_optimizer`` has switched off."""
     if len(optimizers) == 1:
         return list(optimizers)

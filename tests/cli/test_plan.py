@@ -221,9 +221,10 @@ data:
   init_args: {vocab_size: 61, sequence_length: 8, global_batch_size: 4}
 """
 SGD = "optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.1}}"
+MUON = "optimizer: {class_path: lightning_tex.optim.MuonAdamW, init_args: {lr: 0.1}}"
 
 
-@pytest.mark.parametrize(("optimizer", "groups"), [("", 4), (SGD, 3)])
+@pytest.mark.parametrize(("optimizer", "groups"), [("", 4), (SGD, 3), (MUON, 4)])
 def test_a_recipe_that_freezes_and_scales_by_pattern(optimizer: str, groups: int, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(PARTLY + optimizer)
     planned = read_recipe(str(tmp_path / "recipe.yaml"))

@@ -36,7 +36,7 @@ def optimizer_of(elements, replicas, dtype, form="fp32"):
         for window in range(len(states.spans)):
             states.set_number(window, "step", torch.empty((), device="meta"))
             for key in ("exp_avg", "exp_avg_sq"):
-                states.filled(window, key, states.memory_for(window, key, torch.float32))
+                states.filled(window, key, states.memory_for(window, key, torch.float32, ()))
     return optimizer
 
 

@@ -1,6 +1,7 @@
 """What is tried before training: whether an optimizer is elementwise, and the temporaries that its step takes."""
 
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch.optim import Optimizer
 from lightning_tex.bench.memory import peak_bytes
 from lightning_tex.optim.flat_sizes import BUDGET_BYTES, most_elements
 from lightning_tex.optim.formats import PlainStates
-from lightning_tex.optim.probe import Allocations, probe, try_steps
+from lightning_tex.optim.matrices.shard import MatrixShard
+from lightning_tex.optim.probe import Allocations, NotElementwiseError, probe, try_steps
 
 
 def probe_all(optimizer):
@@ -37,18 +39,59 @@ def test_elementwise_optimizers_pass_the_probe(kind):
     probe_all(KINDS[kind]([nn.Parameter(torch.zeros(4))]))
 
 
+class GlobalNorm(Optimizer):
+    """Clips by the norm of all gradients, inside the step."""
+
+    def __init__(self, params, lr=0.01):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            norm = torch.stack([p.grad.norm() for p in group["params"]]).norm()
+            for p in group["params"]:
+                p.sub_(p.grad / norm * group["lr"])
+
+
+class OfCubes(Optimizer):
+    """Refuses everything that is stepped here."""
+
+    def __init__(self, params, lr=0.01):
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure=None):
+        raise ValueError("three dims, please")
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
         (torch.optim.LBFGS, "optimizer LBFGS calls its closure 2 times in one step"),
-        (torch.optim.Adafactor, "optimizer Adafactor is not elementwise"),
-        (TrustRatio, "optimizer TrustRatio is not elementwise: a random matrix stepped whole and in windows differ by"),
+        (
+            GlobalNorm,
+            "GlobalNorm is not elementwise: .*, and its update of a matrix depends on others; legal: an",
+        ),
+        (OfCubes, r"OfCubes cannot be driven window by window \(.*\), nor matrix by matrix \(ValueError: three dims"),
     ],
 )
 def test_others_are_refused(kind, message):
     model = network(torch.float32)
     with pytest.raises(ValueError, match=message):
         tiled(model, kind(model.parameters()))
+
+
+def test_a_class_whose_step_is_not_its_kernels_is_refused():
+    with (
+        patch.object(torch.optim.SGD, "step"),
+        pytest.raises(ValueError, match=r"optimizer SGD: .* its step\(\) leaves it as it is"),
+    ):
+        probe_all(torch.optim.SGD([nn.Parameter(torch.zeros(4))], lr=0.1))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adafactor, TrustRatio, torch.optim.Muon])
+def test_those_that_need_whole_matrices_get_them(kind):
+    whole = nn.Linear(8, 8, bias=False)
+    assert all(isinstance(shard, MatrixShard) for shard in tiled(whole, kind(whole.parameters())).shards)
 
 
 def test_the_probe_looks_at_every_groups_options():
@@ -59,13 +102,13 @@ def test_the_probe_looks_at_every_groups_options():
 
     first, second = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))
     probe_all(Sometimes([first, second]))
-    with pytest.raises(ValueError, match="Sometimes is not elementwise"):
+    with pytest.raises(NotElementwiseError, match="Sometimes is not elementwise"):
         probe_all(Sometimes([{"params": [first]}, {"params": [second], "trust": True}]))
 
 
 @pytest.mark.parametrize("lr", [0.0, 1e-9, torch.tensor(0.0)])
 def test_a_warm_up_from_nothing_does_not_hide_from_the_probe(lr):
-    with pytest.raises(ValueError, match="TrustRatio is not elementwise"):
+    with pytest.raises(NotElementwiseError, match="TrustRatio is not elementwise"):
         probe_all(TrustRatio([nn.Parameter(torch.zeros(4))], lr=lr))
     probe_all(torch.optim.AdamW([nn.Parameter(torch.zeros(4))], lr=0.0))
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from lightning_tex.models import Decoder, DecoderConfig
 from lightning_tex.optim import OptimizerStateConfig, TiledOptimizer, flat_sizes
-from lightning_tex.optim.shard import batches
+from lightning_tex.optim.shard import batches, by_kind
 from lightning_tex.parallel.sharding import check_shardable, parameter_shardings, shard_module
 from lightning_tex.parallel.topology import Axis, Layout, Topology
 from lightning_tex.planner.describe import describe, describe_decoder
@@ -131,7 +131,7 @@ def one_group(model: nn.Module) -> list[dict[str, object]]:
 def most_at_once(optimizer: TiledOptimizer) -> dict[int, int]:
     """Elements of the largest call, by bytes of a parameter's element."""
     most: dict[int, int] = defaultdict(int)
-    for batch in batches(optimizer.shards):
+    for batch in (batch for alike in by_kind(optimizer.shards) for batch in batches(alike)):
         size = batch.windows[0].states.own.itemsize
         most[size] = max(most[size], sum(len(window.gradient) for window in batch.windows))
     return most

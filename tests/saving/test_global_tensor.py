@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from lightning_tex.parallel.extent import Extent
 from lightning_tex.parallel.sharding import Box
 from lightning_tex.parallel.topology import Axis
-from lightning_tex.saving.global_tensor import run_parts
 
 
 @st.composite
@@ -38,8 +37,8 @@ def test_windows_of_all_ranks_make_the_whole_without_padding(
         for start in range(0, len(flat), window):
             values_here = flat[start : start + window]
             run = Extent.run(start, start + len(values_here))
-            for part in run_parts(box, run, lambda values_here=values_here: values_here):
-                written[part.extent.slices] = part.read()
-                times[part.extent.slices] += 1
+            for extent, view in box.of_run(run):
+                written[extent.slices] = view(values_here)
+                times[extent.slices] += 1
     assert torch.equal(written, values)
     assert bool((times == 1).all())
