@@ -1,7 +1,8 @@
 """A pytest plugin: Lightning's tests run under another strategy than the single CPU device they would choose.
 
 ``LIGHTNING_SUITE_STRATEGY`` names it (a key of ``STRATEGIES``), ``LIGHTNING_SUITE_RESULTS`` is the file that every
-test's outcome is written to as a line, as soon as it is known. Strategies that a test names itself stay.
+test's outcome is written to as a line, as soon as it is known, ``LIGHTNING_SUITE_KNOWN`` one that names tests not to be
+run. Strategies that a test names itself stay.
 """
 
 from __future__ import annotations
@@ -41,6 +42,11 @@ def pytest_configure(config: pytest.Config) -> None:
         return make() if single else chosen
 
     _AcceleratorConnector._choose_strategy = placed  # type: ignore[method-assign]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    known = set(json.loads(Path(os.environ["LIGHTNING_SUITE_KNOWN"]).read_text()))
+    items[:] = [item for item in items if item.nodeid not in known]
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:

@@ -3,9 +3,10 @@
     git clone --depth 1 --branch 2.6.5 https://github.com/Lightning-AI/pytorch-lightning
     python benchmarks/lightning_suite/run.py pytorch-lightning/tests models core --json before.json
 
-Folders and files are of ``tests_pytorch``. Each file runs in a process of its own, in a copy of the tests, under every
-strategy, at most ``--limit`` seconds at a time: the test that ran when it ended has failed, and the others go on. Under
-DDP run those tests alone that have failed before.
+Folders and files are of ``tests_pytorch``. ``--together`` files share a process, in a copy of the tests, under every
+strategy; a test that takes more than ``--limit`` seconds, or ends its process, has failed, and the others go on. Under
+DDP run those tests alone that have failed before. ``--seconds`` cuts a run into pieces: what has an outcome in
+``--json`` is not run again by ``--resume``.
 ``--compare before.json`` says what has changed since, ``--table table.md`` writes what fails with the reasons of
 ``reasons.py``; ``docs/lightning.md`` has such a table. The tests need some packages of their own
 (``requirements/pytorch/test.txt`` there); a test that misses one fails under every strategy and is not counted.
@@ -20,10 +21,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -32,11 +35,22 @@ from reasons import WANTS_A_FILE, reason
 HERE = Path(__file__).resolve().parent
 REFERENCE = "ddp"
 OURS = ("tex_moe_plain", "tex_moe")
-# Of one file, until it is given up.
-_ATTEMPTS = 6
+# Processes of a few files, until these are given up.
+_ATTEMPTS = 12
 
+PREFIX = "tests/tests_pytorch/"
 # test -> (outcome, first line of the error)
 Outcomes = dict[str, tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Lightning's tests: the folder that they lie in, pytest's ``-k``, seconds of one, monotonic time of the end."""
+
+    tests: Path
+    select: str
+    limit: float
+    deadline: float
 
 
 def main() -> None:
@@ -44,24 +58,34 @@ def main() -> None:
     parser.add_argument("tests", type=Path, help="the folder that tests_pytorch lies in")
     parser.add_argument("chosen", nargs="+", help="folders and files of tests_pytorch")
     parser.add_argument("--strategies", nargs="+", default=[REFERENCE, *OURS], help="see placed_strategy.py")
-    parser.add_argument("--jobs", type=int, default=1, help="files at a time")
-    parser.add_argument("--limit", type=float, default=300, help="seconds of one process")
+    parser.add_argument("--together", type=int, default=1, help="files of one process")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    parser.add_argument("--limit", type=float, default=120, help="seconds of one test")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="of the whole run, which then stops")
     parser.add_argument("--select", default="", help="only tests that this matches, as pytest's -k")
-    parser.add_argument("--json", type=Path, help="write all outcomes here; what it holds of other files is kept")
+    parser.add_argument("--json", type=Path, help="write all outcomes here; what it holds of other tests is kept")
+    parser.add_argument("--resume", action="store_true", help="leave out what has an outcome there")
     parser.add_argument("--table", type=Path, help="write what fails, and why, as a table of Markdown")
     parser.add_argument("--compare", type=Path, help="a file written so: list what has changed since")
     options = parser.parse_args()
     held: dict[str, Outcomes] = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
     files = list(_files(options.tests / "tests_pytorch", options.chosen))
-    run = partial(_of_strategies, options.tests, options.strategies, limit=options.limit, select=options.select)
+    parts = [files[start : start + options.together] for start in range(0, len(files), options.together)]
+    suite = Suite(options.tests, options.select, options.limit, time.monotonic() + options.seconds)
+    run = partial(_of_strategies, suite, options.strategies, held if options.resume else {})
     with ThreadPoolExecutor(options.jobs) as pool:
-        for file, of_strategies in zip(files, pool.map(run, files), strict=True):
+        for part, of_strategies in zip(parts, pool.map(run, parts), strict=True):
             for strategy, outcomes in of_strategies.items():
                 counts = Counter(outcome for outcome, _ in outcomes.values())
-                print(f"{strategy:14} {file}: {', '.join(f'{n} {o}' for o, n in sorted(counts.items()))}", flush=True)
+                print(
+                    f"{strategy:14} {', '.join(f'{n} {o}' for o, n in sorted(counts.items()))}: {' '.join(part)}",
+                    flush=True,
+                )
                 held.setdefault(strategy, {}).update(outcomes)
             if options.json:
                 options.json.write_text(json.dumps(held, indent=1))
+    if time.monotonic() > suite.deadline:
+        print(f"stopped after {options.seconds:.0f} s: what has no outcome yet is left to another run")
     before = json.loads(options.compare.read_text()) if options.compare else {}
     for strategy in options.strategies:
         if strategy != REFERENCE and REFERENCE in held:
@@ -80,72 +104,98 @@ def _files(root: Path, chosen: list[str]) -> Iterator[str]:
         yield from (str(file.relative_to(root)) for file in found)
 
 
-def _of_strategies(tests: Path, strategies: list[str], file: str, *, limit: float, select: str) -> dict[str, Outcomes]:
-    """Outcomes of one file; the reference's are of what has failed under the others, if there are others."""
+def _of_strategies(
+    suite: Suite, strategies: list[str], held: Mapping[str, Outcomes], files: list[str]
+) -> dict[str, Outcomes]:
+    """Outcomes of some files, without those that are held.
+
+    The reference's are of what has failed under the others, if there are others.
+    """
     ours = [strategy for strategy in strategies if strategy != REFERENCE]
-    held = {strategy: _outcomes(tests, strategy, [file], limit, select) for strategy in ours}
+    found = {strategy: _outcomes(suite, strategy, files, held.get(strategy, {})) for strategy in ours}
     if REFERENCE in strategies:
-        failed = sorted({test for outcomes in held.values() for test, (o, _) in outcomes.items() if o == "failed"})
-        chosen = [test.removeprefix("tests/tests_pytorch/") for test in failed] if ours else [file]
-        held[REFERENCE] = _outcomes(tests, REFERENCE, chosen, limit, select) if chosen else {}
-    return held
+        known = held.get(REFERENCE, {})
+        of_files = [test for strategy in ours for test in _failed(files, held.get(strategy, {}), found[strategy])]
+        chosen = sorted(set(of_files) - known.keys()) if ours else files
+        found[REFERENCE] = _outcomes(suite, REFERENCE, chosen, known) if chosen else {}
+    return found
 
 
-def _outcomes(tests: Path, strategy: str, chosen: list[str], limit: float, select: str) -> Outcomes:
-    """Run a file, or tests of it, until all have an outcome."""
+def _failed(files: list[str], *outcomes: Outcomes) -> Iterator[str]:
+    """Names, below ``tests_pytorch``, of the tests of some files that have failed."""
+    for test, (outcome, _) in ((test, found) for some in outcomes for test, found in some.items()):
+        short = test.removeprefix(PREFIX)
+        if outcome == "failed" and short.split("::")[0] in files:
+            yield short
+
+
+def _outcomes(suite: Suite, strategy: str, chosen: list[str], known: Outcomes) -> Outcomes:
+    """Run files, or tests of them, until all have an outcome, or the time is over."""
     outcomes: Outcomes = {}
     with tempfile.TemporaryDirectory(prefix="lightning_suite_") as folder:
         copy = Path(folder) / "project" / "tests"
-        shutil.copytree(tests / "tests_pytorch", copy / "tests_pytorch")
-        shutil.copytree(tests / "legacy", copy / "legacy") if (tests / "legacy").is_dir() else None
-        shutil.copy(tests.parent / "pyproject.toml", copy.parent)
+        shutil.copytree(suite.tests / "tests_pytorch", copy / "tests_pytorch")
+        shutil.copytree(suite.tests / "legacy", copy / "legacy") if (suite.tests / "legacy").is_dir() else None
+        shutil.copy(suite.tests.parent / "pyproject.toml", copy.parent)
         for attempt in range(_ATTEMPTS):
-            through = _attempt(copy, strategy, chosen, outcomes, limit, select, Path(folder) / f"attempt{attempt}")
-            if through:
+            scratch = Path(folder) / f"attempt{attempt}"
+            if time.monotonic() > suite.deadline or _attempt(suite, copy, strategy, chosen, known, outcomes, scratch):
                 break
     return outcomes
 
 
 def _attempt(
-    tests: Path, strategy: str, chosen: list[str], outcomes: Outcomes, limit: float, select: str, scratch: Path
+    suite: Suite, tests: Path, strategy: str, chosen: list[str], known: Outcomes, outcomes: Outcomes, scratch: Path
 ) -> bool:
     """Run what has no outcome yet; whether all is through."""
     scratch.mkdir()
     results = scratch / "results"
     results.touch()
-    command = [sys.executable, "-m", "pytest", *(f"tests/tests_pytorch/{test}" for test in chosen), "-q"]
+    (scratch / "known").write_text(json.dumps([*known, *outcomes]))
+    command = [sys.executable, "-m", "pytest", *(f"{PREFIX}{test}" for test in chosen), "-q"]
     command += ["-p", "placed_strategy", "-p", "no:cacheprovider", "--tb=short", f"--basetemp={scratch / 'pytest'}"]
-    command += ["-k", select] if select else []
-    command += [word for test in outcomes for word in ("--deselect", test)]
+    command += ["--continue-on-collection-errors"]
+    command += ["-k", suite.select] if suite.select else []
     with (scratch / "output").open("w") as output:
         process = subprocess.Popen(
-            command, cwd=tests.parent, env=_environment(tests, strategy, results, scratch), start_new_session=True,
+            command, cwd=tests.parent, env=_environment(tests, strategy, scratch), start_new_session=True,
             stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         try:
-            ended = process.wait(limit) >= 0
-        except subprocess.TimeoutExpired:
-            ended = False
+            ended = _ends(process, results, suite)
         finally:
             _end_session(process)
     for line in results.read_text().splitlines():
         entry = json.loads(line)
         if outcomes.get(entry["test"], ("running", ""))[0] != "failed":  # in its body, and torn down well
             outcomes[entry["test"]] = (entry["outcome"], entry["error"])
-    for test, (outcome, _) in outcomes.items():
-        if outcome == "running":
-            outcomes[test] = (
-                "failed",
-                f"did not end within {limit:.0f} s, or ended its process ({process.returncode})",
-            )
-            ended = False
+    for test in [test for test, (outcome, _) in outcomes.items() if outcome == "running"]:
+        ended = False
+        if time.monotonic() > suite.deadline:
+            del outcomes[test]
+        else:
+            why = f"did not end within {suite.limit:.0f} s, or ended its process ({process.returncode})"
+            outcomes[test] = ("failed", why)
     return ended
 
 
-def _environment(tests: Path, strategy: str, results: Path, scratch: Path) -> dict[str, str]:
+def _ends(process: subprocess.Popen[bytes], results: Path, suite: Suite) -> bool:
+    """Whether a process ends by itself, before a test takes too long and before the time is over."""
+    written, since = -1, 0.0
+    while process.poll() is None:
+        now, size = time.monotonic(), results.stat().st_size
+        written, since = (written, since) if size == written else (size, now)
+        if now > min(since + suite.limit, suite.deadline):
+            return False
+        time.sleep(0.2)
+    return process.returncode >= 0
+
+
+def _environment(tests: Path, strategy: str, scratch: Path) -> dict[str, str]:
     paths = [tests, HERE, HERE.parent.parent, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     ours = {"PYTHONPATH": os.pathsep.join(map(str, paths)), "TMPDIR": str(scratch), "OMP_NUM_THREADS": "1"}
-    return {**os.environ, **ours, "LIGHTNING_SUITE_STRATEGY": strategy, "LIGHTNING_SUITE_RESULTS": str(results)}
+    files = {f"LIGHTNING_SUITE_{name.upper()}": str(scratch / name) for name in ("results", "known")}
+    return {**os.environ, **ours, **files, "LIGHTNING_SUITE_STRATEGY": strategy}
 
 
 def _end_session(process: subprocess.Popen[bytes]) -> None:
@@ -165,7 +215,7 @@ def _report(strategy: str, held: Mapping[str, Outcomes], before: Mapping[str, Ou
     for line, tests in sorted(groups.items(), key=lambda group: -len(group[1])):
         print(f"\n{len(tests):4}  {line}")
         for test in tests:
-            print(f"        {test.removeprefix('tests/tests_pytorch/')}")
+            print(f"        {test.removeprefix(PREFIX)}")
     if before:
         earlier = {test: line for test, line in _failures(strategy, before).items() if test in held[strategy]}
         print(f"\n--- since then: {len(earlier.keys() - failing.keys())} mended, new ones:")
@@ -190,7 +240,7 @@ def _table(held: Mapping[str, Outcomes]) -> Iterator[str]:
     yield f"| of Lightning's tests | {' | '.join(ours)} | why |\n|---|{'---|' * len(ours)}---|\n"
     rows: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0] * len(ours))
     for test in sorted({test for tests in failing for test in tests}):
-        short = test.removeprefix("tests/tests_pytorch/")
+        short = test.removeprefix(PREFIX)
         for column, tests in enumerate(failing):
             if test in tests:
                 why = reason(short, tests[test])
@@ -201,7 +251,7 @@ def _table(held: Mapping[str, Outcomes]) -> Iterator[str]:
 
 
 def _folder(test: str) -> str:
-    return test.removeprefix("tests/tests_pytorch/").split("/")[0]
+    return test.removeprefix(PREFIX).split("/")[0]
 
 
 if __name__ == "__main__":

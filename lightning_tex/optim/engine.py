@@ -54,6 +54,9 @@ class Engine:
         step = type(optimizer).step
         # torch wraps it to call hooks, the global ones too, which belong to the whole step.
         self._step = step.__wrapped__ if getattr(step, "hooked", None) is True else step  # type: ignore[attr-defined]
+        _, *arguments = inspect.signature(self._step).parameters.values()
+        # What `step` is called with, which calls no closure: some classes have no default for it.
+        self.no_closure = (None,) * sum(argument.default is argument.empty for argument in arguments[:1])
 
     def step(
         self,
@@ -86,7 +89,7 @@ class Engine:
         optimizer.grad_scale, optimizer.found_inf = grad_scale, found_inf  # type: ignore[attr-defined]
         optimizer.state = defaultdict(dict, {window.tile: window.state for window in windows})
         optimizer.param_groups = [{**options, "params": tiles}]
-        self._step(optimizer)
+        self._step(optimizer, *self.no_closure)
         for tile, state in windows:
             tile.grad = None
             if (left := optimizer.state[tile]) is not state:

@@ -67,7 +67,7 @@ def _try(optimizer: Optimizer, group: dict[str, Any]) -> Probed:
         reference.param_groups = [{**options, "params": [whole]}]
         for gradient in gradients:
             whole.grad = gradient.clone()
-            reference.step()
+            reference.step(*engine.no_closure)
     except Exception as error:
         _refuse_line_search(optimizer, options, calls)
         raise NotElementwiseError(

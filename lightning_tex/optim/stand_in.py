@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import cache
+from types import new_class
 from typing import Any, NamedTuple, NoReturn, Self
 
 from torch.optim import Optimizer
 
 from lightning_tex.parallel.errors import UserRuntimeError
+
+# Python's own, of a class rather than of its instances.
+_OF_EVERY_CLASS = {
+    "__abstractmethods__", "__annotate_func__", "__annotations__", "__annotations_cache__", "__dict__", "__doc__",
+    "__firstlineno__", "__module__", "__orig_bases__", "__parameters__", "__slots__", "__static_attributes__",
+    "__weakref__", "_abc_impl",
+}  # fmt: skip
 
 
 class WholeStates(NamedTuple):
@@ -21,21 +30,21 @@ class WholeStates(NamedTuple):
 class StandIn(Optimizer):
     """The user's optimizer to schedulers, monitors and hooks, though its states are sharded over ranks.
 
-    The class of an instance is a subclass that goes by the name of the user's, because monitors and messages name an
-    optimizer by its class: ``TiledOptimizer(AdamW(..), ..)`` logs ``lr-AdamW``.
+    The class of an instance is a subclass of the user's class, too, and goes by its name, because monitors and messages
+    name an optimizer by its class, and callbacks ask for it: ``TiledOptimizer(AdamW(..), ..)`` logs ``lr-AdamW`` and is
+    an instance of ``AdamW``. It has nothing else of that class, whose methods would find states that are not whole.
 
     Args:
         optimizer: the user's, whose groups and hooks are this one's.
     """
 
     def __new__(cls, optimizer: Optimizer, *arguments: Any, **options: Any) -> Self:
-        named = _named_after(type(optimizer).__name__, cls) if cls.__base__ is StandIn else cls  # type: ignore[arg-type]
-        return object.__new__(named)
+        return object.__new__(_standing_for(type(optimizer), cls) if cls.__base__ is StandIn else cls)  # type: ignore[arg-type]
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.inner = optimizer
         self.whole_states: WholeStates | None = None
-        super().__init__(optimizer.param_groups, optimizer.defaults)
+        Optimizer.__init__(self, optimizer.param_groups, optimizer.defaults)  # not the user's, which comes before it
         self.param_groups = optimizer.param_groups
         for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
             setattr(self, hooks, getattr(optimizer, hooks))
@@ -86,12 +95,26 @@ def users_own(optimizer: Optimizer) -> Optimizer:
 
 
 @cache
-def _named_after(name: str, stand_in: type[StandIn]) -> type[Any]:
-    """The class of those stand-ins that go by a name."""
-    members = {
+def _standing_for(users: type[Optimizer], stand_in: type[StandIn]) -> type[Any]:
+    """The class of the stand-ins for instances of a class: that one's name and bases, and the stand-in's members."""
+    theirs = {name for base in users.__mro__ if base not in Optimizer.__mro__ for name in vars(base)} - _OF_EVERY_CLASS
+    members = {name: inspect.getattr_static(stand_in, name, _Missing(name)) for name in theirs} | {
         "__module__": stand_in.__module__,
         "__doc__": stand_in.__doc__,
         # As that of a local class: command lines that look for optimizers by name must find the user's alone.
-        "__qualname__": f"{_named_after.__name__}.<locals>.{name}",
+        "__qualname__": f"{_standing_for.__name__}.<locals>.{users.__name__}",
     }
-    return type(name, (stand_in,), members)
+    return new_class(users.__name__, (stand_in, users), exec_body=lambda namespace: namespace.update(members))
+
+
+class _Missing:
+    """An attribute of the user's class that stand-ins have not."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type) -> NoReturn:
+        raise AttributeError(
+            f"{owner.__name__}.{self.name}: the Trainer's optimizer holds a part of the states and has no more methods "
+            "than torch.optim.Optimizer; the optimizer that configure_optimizers made is its attribute `inner`"
+        )

@@ -56,6 +56,21 @@ class Resuming(Protocol):
         """Called when nothing was loaded; collective."""
 
 
+class WeightsOnlyError(UserValueError, KeyError):
+    """A fit would go on from weights alone, which Lightning says by a ``KeyError``."""
+
+    def __init__(self, path: Any) -> None:
+        super().__init__(path)
+        self.path = path
+
+    def __str__(self) -> str:
+        return (
+            f"the checkpoint contains only the model's weights: {self.path} has no optimizer states, so no fit can go "
+            f"on from it; legal: TexMoEStrategy(init_from={str(self.path)!r}) (--trainer.strategy.init_from), which "
+            "begins a new run from its weights; it can be ckpt_path of validate, test and predict"
+        )
+
+
 class CheckpointConnector(_CheckpointConnector):
     """Lightning's, but for what is resumed from: rank 0 looks, and all ranks take its answer.
 
@@ -72,16 +87,18 @@ class CheckpointConnector(_CheckpointConnector):
     def __init__(self, trainer: Trainer, strategy: Resuming) -> None:
         super().__init__(trainer)
         self._strategy = strategy
+        self._puts_off = False
         self._put_off: tuple[Any, bool | None] = (None, None)
 
     @classmethod
     def take_over(cls, trainer: Trainer, strategy: Resuming) -> None:
-        """Put one into the place of the Trainer's, with the state of that."""
-        replaced = trainer._checkpoint_connector
-        if not isinstance(replaced, cls):
-            connector = cls(trainer, strategy)
+        """Before a run: put one into the place of the Trainer's, with the state of that."""
+        connector = trainer._checkpoint_connector
+        if not isinstance(connector, cls):
+            replaced, connector = connector, cls(trainer, strategy)
             vars(connector).update(vars(replaced))
             trainer._checkpoint_connector = connector
+        connector._puts_off = True
 
     @property
     def _fitting(self) -> bool:
@@ -118,11 +135,15 @@ class CheckpointConnector(_CheckpointConnector):
             self._strategy.begin_from_weights()
 
     def _restore_modules_and_callbacks(self, checkpoint_path: Any = None, weights_only: bool | None = None) -> None:
-        """Put off until the strategy has sharded the model."""
-        self._put_off = (checkpoint_path, weights_only)
+        """Put off until the strategy has sharded the model; once it has, at once."""
+        if self._puts_off:
+            self._put_off = (checkpoint_path, weights_only)
+        else:
+            super()._restore_modules_and_callbacks(checkpoint_path, weights_only)
 
     def restore_what_was_put_off(self) -> None:
         """Load what was asked for, and restore the model, data module and callbacks from it; collective."""
+        self._puts_off = False
         super()._restore_modules_and_callbacks(*self._put_off)
 
     def restore_training_state(self) -> None:
@@ -217,7 +238,7 @@ class CheckpointConnector(_CheckpointConnector):
             self._decided(lambda: _require(at(path), whole=self._fitting))
         super().resume_start(path, weights_only)
         if not known and self._fitting and not holds_whole_state(self._loaded_checkpoint, directory=False):
-            raise UserValueError(_weights_only(path))
+            raise WeightsOnlyError(path)
 
     # --- together
 
@@ -250,12 +271,4 @@ def _require(path: Location, whole: bool) -> None:
         hint = f"\nThe newest complete whole state there is {other}" if other else ""
         raise CorruptCheckpointError(f"the checkpoint {path} is refused: {error}{hint}") from None
     if whole and not is_whole:
-        raise UserValueError(_weights_only(path))
-
-
-def _weights_only(path: Any) -> str:
-    return (
-        f"{path} holds weights only, no optimizer states, so no fit can go on from it; legal: "
-        f"TexMoEStrategy(init_from={str(path)!r}) (--trainer.strategy.init_from), which begins a new run from its "
-        "weights; it can be ckpt_path of validate, test and predict"
-    )
+        raise WeightsOnlyError(path)

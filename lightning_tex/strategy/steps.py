@@ -144,9 +144,12 @@ class StepStrategy(CheckpointingStrategy):
         try:
             return step(*args, **kwargs)
         except StopIteration as error:
+            if self.topology.world.size == 1:
+                raise
             raise UserRuntimeError(
                 f"training_step raised StopIteration on rank {self.global_rank}: most likely by next() of an iterator "
-                "of your own that has run out. Legal: next(iterator, default), or begin the iterator again"
+                "of your own that has run out. Legal: next(iterator, default), or begin the iterator again; in a run "
+                "of one process it ends the epoch"
             ) from error
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:

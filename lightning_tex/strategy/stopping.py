@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_tex.resilience.processes import end_process, say
 from lightning_tex.resilience.signals import STOP_SIGNALS, StopSignals, exit_code
@@ -188,6 +189,7 @@ class Stopping:
         if self._requeues:
             self._save_and_leave(self._environment.requeue_signal, "the end of the job's time")
         self._save(f"the time is up on rank {rank}")
+        rank_zero_info("Time limit reached. Signaling Trainer to stop.")  # as Lightning's Timer, which is late then
         self.trainer.should_stop = True
 
     def _save_and_leave(self, number: int, why: str) -> None:

@@ -19,6 +19,20 @@ def test_a_third_partys_elementwise_optimizer_is_driven():
         equal(ours, theirs)
 
 
+class ClosureRequired(torch.optim.AdamW):
+    def step(self, closure):
+        return super().step() if closure is None else closure()
+
+
+def test_a_step_that_requires_a_closure_is_driven():
+    ours, optimizer, theirs, plain = pair(lambda parameters: ClosureRequired(parameters, lr=0.01))
+    backward(ours, 0)
+    optimizer.step()
+    backward(theirs, 0)
+    plain.step(None)
+    equal(ours, theirs)
+
+
 def test_engine_leaves_the_users_optimizer_untouched():
     p = nn.Parameter(torch.ones(4))
     users = torch.optim.AdamW([p], lr=0.1)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers.optimizer_alone import KINDS, backward, network, pair, tiled
 from jsonargparse import ArgumentParser
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -41,3 +42,32 @@ def test_command_lines_find_the_users_optimizer_by_its_name_and_not_the_tiled_on
     parser = ArgumentParser()
     parser.add_subclass_arguments(Optimizer, "optimizer", skip={"params"})
     assert parser.parse_args(["--optimizer", "AdamW"]).optimizer.class_path == "torch.optim.AdamW"
+
+
+def test_it_is_of_the_users_class_and_has_nothing_of_it():
+    class Averaging(torch.optim.SGD):
+        averages = True
+
+        def __getattr__(self, name):
+            if name != "other":
+                raise AttributeError(name)
+            return 1
+
+        def eval(self):
+            self.param_groups.clear()
+
+        def add_param_group(self, group):
+            super().add_param_group({**group, "averaged": True})
+
+    model = network()
+    users = Averaging(model.parameters(), lr=0.1)
+    optimizer = tiled(model, users)
+    assert isinstance(optimizer, Averaging) and isinstance(optimizer, TiledOptimizer)
+    assert type(optimizer).add_param_group is TiledOptimizer.add_param_group
+    assert type(optimizer).__setstate__ is Optimizer.__setstate__
+    assert not hasattr(optimizer, "averages") and not hasattr(optimizer, "other")
+    with pytest.raises(AttributeError, match="its attribute `inner`"):
+        optimizer.eval()
+    assert optimizer.param_groups[0]["averaged"] and optimizer.inner is users
+    wrapped = LightningOptimizer(optimizer)
+    assert isinstance(wrapped, Averaging) and type(wrapped).zero_grad is TiledOptimizer.zero_grad

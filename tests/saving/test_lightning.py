@@ -213,7 +213,10 @@ def test_hooks_see_the_whole_checkpoint_without_a_trainer(folder: Path, ranks: o
     ("case", "words"),
     [
         ("async", "MisconfigurationException: AsyncCheckpointIO writes single files"),
-        ("weights only", "weights.ckpt holds weights only, no optimizer states, so no fit can go on from it"),
+        (
+            "weights only",
+            "weights.ckpt has no optimizer states, so no fit can go on from it",
+        ),
         ("storage options", "TypeError: TexMoEStrategy.save_checkpoint(storage_options=...)"),
         ("remote", "nosuch://bucket/a.ckpt cannot be reached: Protocol not known: nosuch"),
         ("shapes", "missing from the checkpoint: more; of another shape: scale (saved [], model [3])"),

@@ -215,6 +215,49 @@ def test_modules_callbacks_and_strategies_are_copied_and_pickled(world: int) -> 
         assert not found["threads"]
 
 
+class Counting(L.LightningDataModule):
+    """Has a state."""
+
+    def train_dataloader(self) -> DataLoader:
+        return rows(2)
+
+    val_dataloader = train_dataloader
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": 7}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.count = state_dict["count"]
+
+
+def test_what_a_trainer_has_saved_is_restored_after_its_fit(tmp_path: Path) -> None:
+    fit = quiet(strategy=tex.TexMoEStrategy(save_distributed_checkpoint=False), devices=1, max_steps=2)
+    data = Counting()
+    fit.fit(Small(), data)
+    fit.save_checkpoint(tmp_path / "after.ckpt")
+    fit._checkpoint_connector._restore_modules_and_callbacks(tmp_path / "after.ckpt")
+    assert data.count == 7
+    fit.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    with pytest.raises(KeyError, match=r"contains only the model's weights: .*weights.ckpt has no optimizer states"):
+        fit._checkpoint_connector.restore(tmp_path / "weights.ckpt")
+
+
+class Ending(Small):
+    """Its second step has nothing left."""
+
+    def training_step(self, batch: Any, _: int) -> Tensor:
+        if self.batches == 1:
+            raise StopIteration
+        return super().training_step(batch, _)
+
+
+def test_a_step_of_one_process_may_end_the_epoch() -> None:
+    module = Ending()
+    fit = quiet(strategy="tex_moe", devices=1, max_epochs=1, max_steps=-1)
+    fit.fit(module, rows(4), rows(1))
+    assert fit.global_step == module.batches == 1
+
+
 def test_a_checkpoint_is_saved_before_a_fit(tmp_path: Path) -> None:
     module = Small()
     fit = quiet(strategy=tex.TexMoEStrategy(save_distributed_checkpoint=False), devices=1)
