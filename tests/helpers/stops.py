@@ -393,6 +393,17 @@ def _as_rank(rank: int, run: Callable[[], None]) -> None:
 
 def to_the_end(run: Callable[[], Any]) -> NoReturn:
     """As an interpreter would: report what is uncaught, call what is registered for the end, go."""
+    code = 1
+    try:
+        code = _ended(run)
+        sys.stdout.flush()
+    except OSError:  # where nobody reads
+        code = 120
+    finally:
+        os._exit(code)
+
+
+def _ended(run: Callable[[], Any]) -> int:
     code = 0
     try:
         run()
@@ -405,8 +416,4 @@ def to_the_end(run: Callable[[], Any]) -> NoReturn:
     atexit._run_exitfuncs()
     if dist.is_initialized() and not code:
         dist.destroy_process_group()
-    try:
-        sys.stdout.flush()
-    except OSError:
-        code = 120
-    os._exit(code)
+    return code
