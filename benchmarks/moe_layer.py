@@ -3,9 +3,10 @@
     python benchmarks/moe_layer.py [--turns 7] [--cases "8 large" "64 small"] [--precisions fp32 bf16] [--transformers]
 
 All run in turns on the same tokens and weights, and must give the same output and gradients. Times are of the
-processor, medians over the turns; a ratio is another layer's time by this one's. ``--transformers`` adds Qwen3's block
-of an installed transformers, with the grouped and the eager form of its experts. It routes in bf16 where its tokens
-are, so that in bf16 some of its choices are others.
+processor, medians over the turns; a ratio is another layer's time by this one's. The least that any of them could take
+is what the nine products of each expert's rows take alone, each into a place that is there. ``--transformers`` adds
+Qwen3's block of an installed transformers, with the grouped and the eager form of its experts. It routes in bf16 where
+its tokens are, so that in bf16 some of its choices are others.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,7 @@ from lightning_tex.moe import MoE
 # T tokens, D model width, H hidden width, E experts, k choices per token, N = T k rows, n rows of one expert
 
 OURS = "lightning_tex"
+PRODUCTS = "products alone"
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,43 @@ def contestants(shape: Shape, dtype: torch.dtype, transformers: bool) -> dict[st
     return found
 
 
+class Products:
+    """The products of a forward and a backward, of operands that are there, into places that are there."""
+
+    def __init__(self, layer: SortAndLoop, x: Tensor) -> None:
+        chosen = F.linear(x.float(), layer.router).topk(layer.top_k)[1]
+        self.sizes = chosen.flatten().bincount(minlength=len(layer.up)).tolist()
+        self.matrices = [p.detach() for p in (layer.gate, layer.up, layer.down)]
+        self.gradients = [torch.empty_like(matrix) for matrix in self.matrices]
+        hidden = layer.up.shape[1]
+        # Rows and gradients of them, [n, D], and of hidden units, [n, H]
+        self.rows, self.out = ([x.new_ones(n, x.shape[1]) for n in self.sizes] for _ in range(2))
+        self.inner, self.made, self.also_made = ([x.new_ones(n, hidden) for n in self.sizes] for _ in range(3))
+
+    def seconds(self) -> float:
+        """Of the processor."""
+        begun = time.process_time()
+        for gate, up, down, row, inner, out, made, also in self._experts():
+            torch.mm(row, gate.t(), out=made)
+            torch.mm(row, up.t(), out=also)
+            torch.mm(inner, down.t(), out=out)
+        of_matrices = zip(*(matrix.unbind() for matrix in self.gradients), strict=True)
+        for (gate, up, down, row, inner, out, made, _), (d_gate, d_up, d_down) in zip(
+            self._experts(), of_matrices, strict=True
+        ):
+            torch.mm(row, down, out=made)
+            torch.mm(row.t(), inner, out=d_down)
+            torch.mm(inner.t(), row, out=d_gate)
+            torch.mm(inner.t(), row, out=d_up)
+            torch.mm(inner, up, out=out)
+            out.addmm_(inner, gate)
+        return time.process_time() - begun
+
+    def _experts(self) -> Iterator[tuple[Tensor, ...]]:
+        matrices = (matrix.unbind() for matrix in self.matrices)
+        return zip(*matrices, self.rows, self.inner, self.out, self.made, self.also_made, strict=True)
+
+
 def turn(module: nn.Module, x: Tensor, upstream: Tensor) -> tuple[float, list[Tensor]]:
     """Seconds of the processor for one forward and backward; output and gradients."""
     x = x.detach().requires_grad_()
@@ -121,8 +160,12 @@ def compare(shape: Shape, dtype: torch.dtype, turns: int, transformers: bool = F
         for ours, theirs in zip(results[OURS], result, strict=True):
             alike = (ours - theirs).norm() <= tolerance * theirs.norm()
             assert alike or ("transformers" in name and not exact), f"{name} does not compute the same"
-    seconds: dict[str, list[float]] = {name: [] for name in modules}
+    plain = modules["sort and loop"]
+    assert isinstance(plain, SortAndLoop)
+    products = Products(plain, x)
+    seconds: dict[str, list[float]] = {name: [] for name in (*modules, PRODUCTS)}
     for _ in range(turns):
+        seconds[PRODUCTS].append(products.seconds())
         for name, module in modules.items():
             seconds[name].append(turn(module, x, upstream)[0])
     return {name: statistics.median(times) for name, times in seconds.items()}

@@ -3,7 +3,7 @@
     python benchmarks/pretrained_memory.py
     python benchmarks/pretrained_memory.py --format fp8       # or mxfp4
 
-makes a folder of random weights (a Mixtral of more than 1 GB in bf16 or fp8, or as large a gpt-oss in MXFP4), reads it
+makes a folder of random weights (more than 1 GB in files: a Mixtral in bf16 or fp8, or a gpt-oss in MXFP4), reads it
 on tensor 2 x expert 2 x data 2, and writes it again in 16 bits. Memory is what the kernel counts as resident, libraries
 and the Python of before taken off.
 """
@@ -31,10 +31,12 @@ from lightning_tex.recipe import BARE_TRAINER
 from lightning_tex.testing import run_ranks
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 32000, "dim": 1024, "num_layers": 6, "num_heads": 16, "num_kv_heads": 4, "hidden_dim": 3072,
+    "vocab_size": 32000, "dim": 1024, "num_heads": 16, "num_kv_heads": 4, "hidden_dim": 3072,
     "max_sequence_length": 256, "num_experts": 8, "top_k": 2, "moe_every": 1, "norm_topk_prob": True,
     "tie_embeddings": False,
 }  # fmt: skip
+
+LAYERS = {"bf16": 6, "fp8": 12, "mxfp4": 22}  # of more than 1 GB in files
 
 GPT_OSS: dict[str, Any] = {
     "activation": "clamped_swiglu", "attention_sinks": True, "attention_bias": True, "attention_out_bias": True,
@@ -69,10 +71,11 @@ class Measured(Callback):
 
 def publish(folder: Path, kind: str) -> int:
     """Write the model; bytes of its files."""
-    model = LanguageModel(DecoderConfig(**SIZES, **(GPT_OSS if kind == "mxfp4" else {})))
+    config = DecoderConfig(num_layers=LAYERS[kind], **SIZES, **(GPT_OSS if kind == "mxfp4" else {}))
+    model = LanguageModel(config)
     with torch.device("meta"):
         model.decoder = Decoder(model.config)
-    model.decoder.to_empty(device="cpu")
+    model.decoder.to(torch.bfloat16).to_empty(device="cpu")
     for parameter in model.decoder.parameters():
         torch.nn.init.normal_(parameter, 0.0, 0.02)
     model.save_pretrained(folder, dtype="bfloat16", max_shard_size="300MB")

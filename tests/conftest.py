@@ -48,3 +48,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         fit_once()
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _what_was_imported_for_it_stays_too() -> None:
+    """Likewise, what was imported since, before each module of tests."""
+    gc.freeze()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_tex.bench.layer_shapes import Shape
 from lightning_tex.moe import MoE
+from lightning_tex.moe.experts import Experts
 from lightning_tex.parallel.precision import keeps_full_precision
 
 # T tokens, D model width, H hidden width, E experts, k choices per token
@@ -61,7 +62,7 @@ class PlainLoop(nn.Module):
     def __init__(self, ours: Ours, shape: Shape) -> None:
         super().__init__()
         self.shape, experts = shape, ours.moe.experts
-        assert experts.gate is not None
+        assert isinstance(experts, Experts) and experts.gate is not None
         self.router = nn.Parameter(ours.moe.router.weight.detach().clone())
         self.gate = nn.Parameter(experts.gate.detach().clone())
         self.up = nn.Parameter(experts.up.detach().clone())
@@ -111,7 +112,7 @@ class Transformers(nn.Module):
             experts_implementation="grouped_mm",
         )
         experts = ours.moe.experts
-        assert experts.gate is not None
+        assert isinstance(experts, Experts) and experts.gate is not None
         with torch.device("meta"):
             self.block = Qwen3MoeSparseMoeBlock(config)
         self.block.gate.weight = nn.Parameter(ours.moe.router.weight.detach().to(ours.dtype))
@@ -142,7 +143,7 @@ class Sonic(nn.Module):
         if ours.dtype is not torch.bfloat16 or not shape.norm_topk_prob:
             raise ValueError("it computes in bf16, with weights rescaled to sum to 1")
         experts = ours.moe.experts
-        assert experts.gate is not None
+        assert isinstance(experts, Experts) and experts.gate is not None
         self.layer = SonicMoE(
             shape.experts, shape.top_k, shape.dim, shape.hidden, ActivationType.SWIGLU, add_bias=False, std=0.02
         ).to(experts.up.device, ours.dtype)

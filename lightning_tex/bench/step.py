@@ -12,7 +12,7 @@ from lightning_tex.bench.part_timeline import COMMUNICATION
 from lightning_tex.bench.step_parts import BETWEEN, OPTIMIZER, REST, StepParts, Timed, part_of
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.precision import PRECISIONS
-from lightning_tex.planner.work import layer_flops
+from lightning_tex.planner.model_flops import layer_flops
 from lightning_tex.recipe import BARE_TRAINER, Recipe, quiet
 from lightning_tex.strategy import TexMoEStrategy
 

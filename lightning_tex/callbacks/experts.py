@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_tex.callbacks.expert_history import ExpertHistory
-from lightning_tex.callbacks.expert_pictures import can_draw, load_figure, save
+from lightning_tex.callbacks.expert_pictures import load_figure
+from lightning_tex.callbacks.heat_maps import can_draw, save
 from lightning_tex.parallel.expert_load import ExpertLoad, LoadTotals
 from lightning_tex.parallel.host_copy import HostCopy
 from lightning_tex.parallel.sharding import TexModule, tex_modules
@@ -24,6 +26,18 @@ from lightning_tex.parallel.sharding import TexModule, tex_modules
 
 _HARDLY = 0.1  # of the mean load: an expert below it is hardly used
 _SECONDS_BETWEEN_PICTURES = 60.0
+# Of measures of layers, what is logged of all layers together, and as what.
+_TOTALS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "expert_load": ("worst", torch.amax),
+    "expert_load_min": ("worst", torch.amin),
+    "expert_rank_load": ("worst", torch.amax),
+    "expert_load_cv": ("mean", torch.mean),
+    "expert_load_shift": ("mean", torch.mean),
+    "router_entropy": ("mean", torch.mean),
+    "router_confidence": ("mean", torch.mean),
+    "dead_experts": ("total", torch.sum),
+    "auxiliary_loss": ("total", torch.sum),
+}
 
 
 class ExpertMonitor(Callback):
@@ -41,11 +55,14 @@ class ExpertMonitor(Callback):
     ``router_entropy/{layer}``           of the scores, by that of even ones: 1 is undecided, 0 sure
     ``router_confidence/{layer}``        the first choice's mean share of the scores
     ``expert_rank_load/{layer}``         the fullest rank of an expert axis, relative to the mean: others wait for it
+    ``auxiliary_loss/{layer}``           the layer's routing losses, weighted, as they enter the loss
     ===================================  ===============================================================================
 
-    Over all layers there are ``expert_load/worst``, ``expert_load_cv/mean``, ``dead_experts/total`` and
-    ``expert_overflow/total``. Entropy and confidence are of the logged step's last micro-step. Only training counts,
-    not recomputation. Ranks reduce once per logged step, and nothing waits for a device.
+    Over all layers there are ``expert_load/worst``, ``expert_load_min/worst``, ``expert_rank_load/worst``,
+    ``expert_load_cv/mean``, ``expert_load_shift/mean``, ``router_entropy/mean``, ``router_confidence/mean``,
+    ``dead_experts/total``, ``expert_overflow/total`` and ``auxiliary_loss/total``. Entropy, confidence and losses are
+    of the logged step's last micro-step. Only training counts, not recomputation. Ranks reduce once per logged step,
+    and nothing waits for a device.
 
     At the end, and after a validation a minute or more since the last time, rank 0 writes ``expert_load.csv`` (choices
     by step, layer and expert, in at most 128 rows a layer) and, where matplotlib is installed, ``expert_load.png`` with
@@ -64,6 +81,7 @@ class ExpertMonitor(Callback):
         self._collapsed: Counter[str] = Counter()
         self._warned: set[str] = set()
         self._layers: dict[str, TexModule] | None = None
+        self._names: dict[int, str] = {}
         self._shares: dict[str, Tensor] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -75,7 +93,8 @@ class ExpertMonitor(Callback):
         folder = trainer.log_dir if trainer.loggers and self.folder is None else self.folder
         self._folder = None if folder is None else Path(folder)
         self._drawn = time.monotonic()
-        self._layers = labelled({name: layer for name, layer in tex_modules(pl_module) if _load(layer) is not None})
+        found = {name: layer for name, layer in tex_modules(pl_module) if _load(layer) is not None}
+        self._layers, self._names = labelled(found), {id(layer): name for name, layer in found.items()}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         for layer in (self._layers or {}).values():
@@ -124,11 +143,14 @@ class ExpertMonitor(Callback):
             shares = each.counts / each.counts.sum().clamp(min=1)
             values = {**_spread_of(shares), **_sureness(each)}
             values["expert_overflow"] = each.overflowed / each.counts.sum().clamp(min=1)
+            values["auxiliary_loss"] = each.losses / each.forwards.clamp(min=1)
             if label in self._shares:
                 values["expert_load_shift"] = (shares - self._shares[label]).abs().sum() / 2
-            ranks = self._layers[label].expert.size
+            layer = self._layers[label]
+            ranks, computing = layer.expert.size, shares[: getattr(layer, "num_experts", None)]
             if ranks > 1:
-                values["expert_rank_load"] = shares.view(ranks, -1).sum(-1).max() * ranks
+                by_rank = computing.view(ranks, -1).sum(-1)
+                values["expert_rank_load"] = by_rank.max() / by_rank.mean().clamp(min=1e-9)
             self._shares[label] = shares
             of_layers[label] = values
         for label, values in of_layers.items():
@@ -137,9 +159,10 @@ class ExpertMonitor(Callback):
         if len(totals) > 1:
             overflowed = torch.stack([each.overflowed for each in totals.values()]).sum()
             choices = torch.stack([each.counts.sum() for each in totals.values()]).sum()
-            pl_module.log("expert_load/worst", _all_of("expert_load", of_layers).max())
-            pl_module.log("expert_load_cv/mean", _all_of("expert_load_cv", of_layers).mean())
-            pl_module.log("dead_experts/total", _all_of("dead_experts", of_layers).sum())
+            for name, (word, over_layers) in _TOTALS.items():
+                of_each = [values[name] for values in of_layers.values() if name in values]
+                if of_each:
+                    pl_module.log(f"{name}/{word}", over_layers(torch.stack(of_each)))
             pl_module.log("expert_overflow/total", overflowed / choices.clamp(min=1))
 
     # --- late, on the host
@@ -164,14 +187,15 @@ class ExpertMonitor(Callback):
             self._collapsed[label] = self._collapsed[label] + 1 if 2 * hardly >= len(loads) else 0
             if self._collapsed[label] >= self.warn_after and label not in self._warned:
                 self._warned.add(label)
-                rank_zero_warn(self._advice(self._layers[label], label, hardly, loads))
+                rank_zero_warn(self._advice(self._layers[label], hardly, loads))
 
-    def _advice(self, layer: TexModule, label: str, hardly: int, loads: Tensor) -> str:
+    def _advice(self, layer: TexModule, hardly: int, loads: Tensor) -> str:
         balance = getattr(layer, "load_balance_coefficient", None)
         now = "" if balance is None else f" (load_balance_coefficient={balance:g})"
+        name, many = self._names[id(layer)], f"{hardly} of its {len(loads)} experts"
         return (
-            f"MoE layer {label} collapses: {hardly} of its {len(loads)} experts got less than a tenth of their even "
-            f"share in each of the last {self.warn_after} logged steps, the fullest {float(loads.max()):.1f} times its "
+            f"MoE layer {name} collapses: {many} got less than a tenth of their even share in "
+            f"each of the last {self.warn_after} logged steps, the fullest {float(loads.max()):.1f} times its "
             f"own{now}. Raise load_balance_coefficient (0.01 is usual), set z_loss_coefficient=0.001, or lower the "
             "learning rate or warm it up longer; ExpertMonitor(warn_after=None) does not watch"
         )
@@ -215,10 +239,6 @@ def _sureness(totals: LoadTotals) -> dict[str, Tensor]:
     tokens = totals.tokens.clamp(min=1)
     most = math.log(max(len(totals.counts), 2))
     return {"router_entropy": totals.entropy / tokens / most, "router_confidence": totals.confidence / tokens}
-
-
-def _all_of(name: str, of_layers: dict[str, dict[str, Tensor]]) -> Tensor:
-    return torch.stack([values[name] for values in of_layers.values()])
 
 
 def _load(layer: TexModule) -> ExpertLoad | None:

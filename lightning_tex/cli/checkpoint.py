@@ -7,13 +7,12 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 from lightning_tex.cli.options import Command, run_one_of
 from lightning_tex.cli.tables import console, table, tell_line
 from lightning_tex.parallel.errors import UserValueError
-from lightning_tex.saving import CorruptCheckpointError, paths
+from lightning_tex.saving import CorruptCheckpointError, Location, at, paths
 from lightning_tex.saving.checkpoint_format import OWN_ENTRY
 from lightning_tex.saving.consolidate import checkpoints_in, consolidate, default_output
 from lightning_tex.saving.model_state import MODEL, OPTIMIZERS, TIES
@@ -26,10 +25,10 @@ class CheckpointOptions:
     """Which checkpoint.
 
     Args:
-        path: a checkpoint directory, or a link to one.
+        path: a checkpoint directory, or a link to one; or its URL.
     """
 
-    path: Path
+    path: str
 
 
 @dataclass(frozen=True)
@@ -52,13 +51,13 @@ class ConsolidateOptions(CheckpointOptions):
         weights_only: leave optimizer states out.
     """
 
-    output: Path | None = None
+    output: str | None = None
     weights_only: bool = False
 
 
 def inspect(options: InspectOptions) -> dict[str, Any]:
     """Show what a checkpoint holds, or which checkpoints a folder holds."""
-    path = find(options.path)
+    path = find(at(options.path))
     if path.is_dir() and not paths.has_manifest(path) and (checkpoints := checkpoints_in(path)):
         return _inspect_folder(path, checkpoints)
     manifest = paths.manifest_of(path)
@@ -103,7 +102,7 @@ def _further_names(directory: Directory) -> Collection[str]:
     return ()
 
 
-def _inspect_folder(folder: Path, checkpoints: Sequence[tuple[Path, str | None]]) -> dict[str, Any]:
+def _inspect_folder(folder: Location, checkpoints: Sequence[tuple[Location, str | None]]) -> dict[str, Any]:
     listed = table("checkpoint", "step", "complete", title=str(folder), left=["checkpoint", "complete"])
     facts = []
     for path, problem in checkpoints:
@@ -117,8 +116,8 @@ def _inspect_folder(folder: Path, checkpoints: Sequence[tuple[Path, str | None]]
 
 def verify(options: CheckpointOptions) -> dict[str, Any]:
     """Compare every file with the digest in the manifest."""
-    path = find(options.path)
-    if not path.is_dir():
+    path = find(at(options.path))
+    if not paths.is_directory(path):
         raise CorruptCheckpointError(f"{path} is a plain file, which has no digests; legal: a checkpoint directory")
     manifest = Directory.verified(path).manifest
     size = sum(record.bytes for record in manifest.files.values())
@@ -130,9 +129,9 @@ def verify(options: CheckpointOptions) -> dict[str, Any]:
 
 def consolidate_to_file(options: ConsolidateOptions) -> dict[str, Any]:
     """Write one file that torch.load and strategy='auto' read."""
-    output = options.output or default_output(options.path, options.weights_only)
+    output = at(options.output) if options.output else default_output(at(options.path), options.weights_only)
     consolidate(options.path, output, options.weights_only)
-    size = output.stat().st_size
+    size = paths.size(output)
     tell_line(f"{output}: {size:,} bytes")
     return {"path": str(output), "bytes": size}
 

@@ -24,7 +24,7 @@ class ExportOptions:
         tokenizer: a folder or file whose tokenizer goes along; left out: that of the published model.
     """
 
-    checkpoint: Path
+    checkpoint: str
     folder: Path
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     max_shard_size: str = SHARD_SIZE

@@ -35,6 +35,7 @@ COMMANDS = {
     "checkpoint": "lightning_tex.cli.checkpoint",
     "export": "lightning_tex.cli.export",
     "upcycle": "lightning_tex.cli.upcycle",
+    "experts": "lightning_tex.cli.experts",
     "verify": "lightning_tex.cli.verify",
     "replay": "lightning_tex.cli.replay",
 }

@@ -14,6 +14,7 @@ from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import takewhile
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -96,7 +97,7 @@ class Command:
             The first paragraph of its docstring is what ``--help`` says.
         options: the dataclasses.
         takes_recipe: whether words that are no options of its own are the recipe's; otherwise they are refused.
-        takes_path: whether what the dataclasses have no default for is given as plain words.
+        takes_path: whether what the dataclasses have no default for is given as plain words, before the recipe's.
     """
 
     name: str
@@ -145,13 +146,16 @@ class Command:
         given, rest = _split(words, hints)
         if HELP & set(rest):
             parser.parse_args(["--help"])
+        plain: list[str] = []
+        if self.takes_path:
+            plain = list(takewhile(lambda word: not word.startswith("-"), rest)) if self.takes_recipe else rest
+            rest = rest[len(plain) :]
         if self.takes_recipe:  # whose options have dots: a word without is nearly one of these, or one of few
             unknown = [word for word in rest if _is_nearly_one_of(word, hints)]
         else:
-            unknown = [word for word in rest if word.startswith("-") or not self.takes_path]
+            unknown = [word for word in (*plain, *rest) if word.startswith("-") or not self.takes_path]
         if unknown:
             raise UserValueError(self.unknown(unknown))
-        plain = rest if self.takes_path else []
         try:
             parsed = parser.parse_args([*plain, *(_word(name, values, hints[name]) for name, values in given)])
         except ArgumentError as error:

@@ -10,6 +10,7 @@ from typing import Any
 from lightning_tex.cli.tables import console, figure, parts_in, save, seconds, stack, table
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.planner.cluster import GIB, Cluster
+from lightning_tex.planner.collective import sent_bytes
 from lightning_tex.planner.declared import DeclaredFormulas
 from lightning_tex.planner.describe import describe_decoder
 from lightning_tex.planner.layouts import Job
@@ -17,7 +18,7 @@ from lightning_tex.planner.memory import activation_source, size
 from lightning_tex.planner.search import LargestBase, Planned, Plans, decoder_config
 from lightning_tex.planner.states_only import StatesOnly
 from lightning_tex.planner.traced import TracedActivations
-from lightning_tex.planner.traffic import sent_bytes, step_collectives
+from lightning_tex.planner.traffic import step_collectives
 
 FLOPS = (
     "MFU: model FLOPs over peak; model FLOPs are 3 x 2mnk of every product on whole matrices (a backward is twice), "

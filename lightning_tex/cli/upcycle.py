@@ -23,7 +23,9 @@ class UpcycleOptions:
         num_experts: copies of each MLP.
         top_k: copies that a token uses.
         granularity: each copy is cut into so many experts, of which a token uses as many times more.
-        noise: standard deviation of what is added to each expert's weights, relative to theirs.
+        shared_experts: the MLP is cut into so many parts more, which are in no copy, but one expert that every token
+            uses.
+        noise: standard deviation of what is added to each routed expert's weights, relative to theirs.
         seed: of noise and routers.
         revision: of a repository.
         max_shard_size: of one file.
@@ -34,6 +36,7 @@ class UpcycleOptions:
     num_experts: int = 8
     top_k: int = 2
     granularity: int = 1
+    shared_experts: int = 0
     noise: float = 0.0
     seed: int = 0
     revision: str | None = None
@@ -44,11 +47,12 @@ def make_experts(options: UpcycleOptions) -> dict[str, Any]:
     """Write a folder of a model whose experts are copies of a dense published model's MLPs."""
     o = options
     made = upcycle(
-        o.dense, o.folder, o.num_experts, o.top_k, o.granularity, o.noise, o.seed, o.revision, o.max_shard_size
+        o.dense, o.folder, o.num_experts, o.top_k, o.granularity, o.noise, o.seed, o.revision, o.max_shard_size,
+        o.shared_experts,
     )  # fmt: skip
     tell_line(
         f"{o.folder}: {made['family']}, {made['parameters']:,} parameters, {made['num_experts']} experts in every "
-        f"block, {made['top_k']} for each token, from {o.dense}"
+        f"block, {made['top_k']} for each token{' and a shared one' if o.shared_experts else ''}, from {o.dense}"
     )
     return {"folder": str(o.folder), **made}
 

@@ -5,6 +5,7 @@ Importing this needs neither ``datasets`` nor ``tokenizers``.
 
 from lightning_tex.data.finetuning import FineTuningDataModule
 from lightning_tex.data.mixture import MixtureDataModule, TextSource
+from lightning_tex.data.on_data_axis import on_data_axis
 from lightning_tex.data.text import TextDataModule
 from lightning_tex.data.token_data import TokenDataModule
 from lightning_tex.data.token_ids import require_token_ids
@@ -15,5 +16,6 @@ __all__ = [
     "TextDataModule",
     "TextSource",
     "TokenDataModule",
+    "on_data_axis",
     "require_token_ids",
 ]

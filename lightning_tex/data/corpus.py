@@ -74,6 +74,16 @@ class Source:
         with self.reading():
             return _load_dataset(self, cache_dir, hub_cache_dir)
 
+    def undivided(self, cache_dir: Path, hub_cache_dir: Path | None = None) -> tuple[Any, Any]:
+        """Training documents with those that are held out of them, and validation's own, or None; raises as above."""
+        with self.reading():
+            train, validation, _, _ = _parts(self, cache_dir, hub_cache_dir)
+            return train, validation
+
+    def held_out_stride(self) -> int:
+        """Every so many documents one is held out."""
+        return _stride(self.validation_fraction)
+
     def select(self, documents: Any) -> Any:
         """Of the columns of a ``datasets`` object those that are wanted."""
         return _text_only(documents, self.text_column)
@@ -179,6 +189,15 @@ def cut_at_lines(text: str, pieces: int) -> list[str]:
 
 
 def _load_dataset(source: Source, cache_dir: Path, hub_cache_dir: Path | None) -> Documents:
+    train, validation, test, key = _parts(source, cache_dir, hub_cache_dir)
+    if validation is not None:
+        return Documents(train, validation, test, key)
+    divide = _divide_stream if source.streaming else _divide
+    return Documents(*divide(train, source), test, key)
+
+
+def _parts(source: Source, cache_dir: Path, hub_cache_dir: Path | None) -> tuple[Any, Any, Any, str]:
+    """Training, validation and test documents, None where there are none of their own, and the key."""
     path, data_files, options = builder_of(source)
     local = path in _BUILDERS
     options |= {"streaming": source.streaming, "cache_dir": str(cache_dir if local else hub_cache_dir or "") or None}
@@ -192,10 +211,7 @@ def _load_dataset(source: Source, cache_dir: Path, hub_cache_dir: Path | None) -
     key = fingerprint([str(getattr(train, "_fingerprint", "")), path, repr(data_files), *file_stamps(data_files)])
     test = split(source.test_split) if source.test_split else None
     validation_split = source.validation_split or ("validation" if "validation" in splits else None)
-    if validation_split:
-        return Documents(train, split(validation_split), test, key)
-    divide = _divide_stream if source.streaming else _divide
-    return Documents(*divide(train, source), test, key)
+    return train, split(validation_split) if validation_split else None, test, key
 
 
 def _call(path: str, name: str | None, data_files: Any, split: str | None, options: dict[str, Any]) -> Any:

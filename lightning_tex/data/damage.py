@@ -73,6 +73,31 @@ def require_texts(texts: Iterable[Any], first_row: int = 0) -> None:
             )
 
 
+def json_object(line: bytes, place: str, offset: int) -> dict[str, Any]:
+    """The object of a line of a file.
+
+    Args:
+        line: its bytes.
+        place: the line in the user's words.
+        offset: of the line in its file, bytes.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserValueError(
+            f"{place} is not UTF-8: byte 0x{line[error.start]:02x} at offset {offset + error.start}; convert the "
+            "file (iconv -f latin1 -t utf-8), or leave the line out"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise UserValueError(f"{place} is no JSON: {error}; legal: one object a line (was it cut short?)") from error
+    if not isinstance(row, dict):
+        raise UserValueError(f"{place} is {type(row).__name__}; legal: an object")
+    return row
+
+
 def _innermost(error: BaseException) -> str:
     if isinstance(error, StopIteration):
         return "it holds no documents; legal: at least one"

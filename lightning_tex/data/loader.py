@@ -18,7 +18,7 @@ class ResumableLoader(DataLoader):
     Args:
         dataset: samples on disk or of a stream.
         sampler: of those on disk; None for a stream.
-        num_workers: processes that read ahead; the order does not depend on them. A stream uses at most one.
+        num_workers: processes that read ahead; the order does not depend on them. A whole stream uses at most one.
         pin_memory: copy batches to page-locked memory.
     """
 

@@ -78,10 +78,37 @@ class SamplerCursor(Cursor):
 
 def trainer_cursor(trainer: Any, epoch: int, batch: int) -> Cursor:
     """A cursor that reads from a Lightning Trainer's loops how many micro-steps are done."""
-    return Cursor(functools.partial(_steps_done, trainer), lambda: trainer.num_training_batches, epoch, batch)
+    return Cursor(functools.partial(steps_done, trainer), lambda: trainer.num_training_batches, epoch, batch)
 
 
-def _steps_done(trainer: Any) -> int:
+class Positions:
+    """What is to be known of a position before each micro-step that has been fetched and may still be gone back to.
+
+    Args:
+        step: a micro-step.
+        state: before it.
+    """
+
+    def __init__(self, step: int, state: Any) -> None:
+        self._before = {step: state}
+
+    def has(self, step: int) -> bool:
+        """Whether a micro-step is one of them."""
+        return step in self._before
+
+    def before(self, step: int) -> Any:
+        """The state before a micro-step."""
+        return self._before[step]
+
+    def add(self, step: int, state: Any, done: int) -> None:
+        """One more micro-step that has been fetched, where ``done`` have been trained on."""
+        self._before[step] = state
+        for old in [old for old in self._before if old < done]:
+            del self._before[old]
+
+
+def steps_done(trainer: Any) -> int:
+    """Micro-steps that a Trainer has finished, of all its fits."""
     # `total` also survives a restart; `current` is reset late, and `fetched` runs ahead of what was trained on.
     return trainer.fit_loop.epoch_loop.batch_progress.total.processed
 

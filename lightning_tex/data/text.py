@@ -15,6 +15,10 @@ from lightning_tex.data.loader import ResumableLoader
 from lightning_tex.data.order import Share
 from lightning_tex.data.packing import Batch, Blocks, StreamedBlocks, by_document, unigram_loss
 from lightning_tex.data.prepared import Preparation, TokenizedPreparation
+from lightning_tex.data.resume import Cursor, steps_done
+from lightning_tex.data.streams.loader import StreamLoader, endless_cursor
+from lightning_tex.data.streams.order import require_parts
+from lightning_tex.data.streams.stream import StreamInParts
 from lightning_tex.data.token_data import TokenDataModule
 from lightning_tex.data.tokenizer import SMALLEST_VOCABULARY, TextTokenizer, is_hub_name
 from lightning_tex.data.tokens.foreign import foreign_files
@@ -42,9 +46,11 @@ class TextDataModule(TokenDataModule):
     in two each part is one. Blocks and their order remain the same.
 
     A checkpoint holds the position of the next sample: a run resumed anywhere in an epoch, also on a data axis of
-    another size, reads exactly what it would have read. With ``streaming=True`` that needs the data itself to be
-    unchanged, which is not checked; resuming reads and tokenises the stream's first part again, every rank tokenises
-    all of it, and ``len`` is unknown (so limit validation with ``limit_val_batches``).
+    another size, reads exactly what it would have read. With ``streaming=True`` ``len`` is unknown, so limit training
+    by ``max_steps`` and validation by ``limit_val_batches``. With ``stream_parts=P`` as well, data ranks read different
+    shards, which are tokenised once in all, resuming opens the shards that were being read, and a part begins its
+    next epoch when it has been read: the stream does not end. Without, every rank reads and tokenises all of a stream,
+    a resumed run does so from its start, and that the data is unchanged is not checked.
 
     Args:
         path: what to read, as in ``datasets.load_dataset``: a data set's name, a builder ("text", "json", ...) with
@@ -58,7 +64,7 @@ class TextDataModule(TokenDataModule):
         test_split: what to test on. None: the validation blocks.
         validation_fraction: share of the documents held out, every n-th one.
         streaming: do not download; tokenise and pack while reading.
-        shuffle_buffer: documents in the shuffle buffer of a stream; 0: in the stream's order.
+        shuffle_buffer: documents in the shuffle buffer of a stream, in parts of each; 0: in the stream's order.
         text_column: column that holds the text.
         tokenizer: a ``tokenizers`` JSON file, a folder with ``tokenizer.json``, or a repository of the Hugging Face hub
             that has one, ``owner/name``. None: train a byte-level BPE.
@@ -75,6 +81,8 @@ class TextDataModule(TokenDataModule):
         document_mask: documents of one block do not see each other. A text that spells the end-of-document token out
             ends a document there.
         num_proc: processes that prepare the data, once; None: as many as there are processors.
+        stream_parts: P, a divisor of global_batch_size: read a stream in so many parts, best a multiple of data ranks
+            times workers. None: as a whole.
 
     Raises:
         ValueError: options that contradict each other or the data, naming what is legal.
@@ -104,11 +112,13 @@ class TextDataModule(TokenDataModule):
         cache_dir: str | None = None,
         document_mask: bool = False,
         num_proc: int | None = None,
+        stream_parts: int | None = None,
     ) -> None:
-        if shuffle_buffer and not streaming:
-            raise UserValueError(
-                f"shuffle_buffer={shuffle_buffer} needs streaming=True; other data is shuffled as a whole"
-            )
+        for option, given in (("shuffle_buffer", shuffle_buffer), ("stream_parts", stream_parts)):
+            if given and not streaming:
+                raise UserValueError(f"{option}={given} needs streaming=True; other data is shuffled as a whole")
+        if stream_parts is not None:
+            require_parts(stream_parts, global_batch_size)
         source = Source(
             str(path) if path is not None else None, name, data_files, split, validation_split, test_split,
             validation_fraction, text_column, streaming, max_bytes,
@@ -122,6 +132,8 @@ class TextDataModule(TokenDataModule):
         )  # fmt: skip
         self.shuffle_buffer = shuffle_buffer
         self.document_mask = document_mask
+        self.stream_parts = stream_parts
+        self._stream_in_parts: StreamInParts | None = None
 
     @property
     def streaming(self) -> bool:
@@ -143,7 +155,26 @@ class TextDataModule(TokenDataModule):
             "shuffle_buffer": self.shuffle_buffer,
             "streaming": self.streaming,
             "document_mask": self.document_mask,
+            "stream": None if self.stream_parts is None else self._in_parts().facts(),
         }
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Loader of this data rank's training batches."""
+        state = self._loaded or {}
+        if state.get("samples") and ("stream" in state) != (self.stream_parts is not None):
+            before = state["stream"]["stream_parts"] if "stream" in state else None
+            raise UserValueError(
+                f"stream_parts={self.stream_parts} but the checkpoint was trained with stream_parts={before}; only the "
+                "latter continues with the next sample"
+            )
+        return super().train_dataloader()
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        if self._loaded is None and self._cursor is not None and self._stream_in_parts is not None:
+            step = state["samples"] // self.global_batch_size
+            state["stream"] = self._stream_in_parts.state(step, self.trainer)
+        return state
 
     @property
     def _collate(self) -> Callable[[Any], Batch]:
@@ -159,6 +190,8 @@ class TextDataModule(TokenDataModule):
     def _train_loader(self, share: Share) -> ResumableLoader:
         if not self.streaming:
             return super()._train_loader(share)
+        if self.stream_parts is not None:
+            return self._loader_of_parts(share)
         workers = min(1, self.num_workers)
         return ResumableLoader(
             self._stream("train", share), None, workers, torch.cuda.is_available(), collate_fn=self._collate
@@ -170,10 +203,40 @@ class TextDataModule(TokenDataModule):
         stream, workers = self._stream(part, self._share()), min(1, self.num_workers)
         return DataLoader(stream, batch_size=None, num_workers=workers, collate_fn=self._collate)
 
+    def _loader_of_parts(self, share: Share) -> ResumableLoader:
+        if self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
+            raise UserValueError(f"overfit_batches with stream_parts={self.stream_parts}; legal: stream_parts=None")
+        stream = self._in_parts()
+        if self._loaded is not None and "stream" in self._loaded:
+            stream.load(self._loaded["stream"])
+        return stream.loader(
+            self.prepared.tokenizer, self.sequence_length, share, self._collate, self.num_workers,
+            torch.cuda.is_available(),
+        )  # fmt: skip
+
+    def _new_cursor(self, loader: ResumableLoader, epoch: int, batch: int) -> Cursor:
+        if not isinstance(loader, StreamLoader):
+            return super()._new_cursor(loader, epoch, batch)
+        loader.positions = self._in_parts().begin(batch)
+        done = (lambda: loader.batches_fetched) if self.trainer is None else partial(steps_done, self.trainer)
+        return endless_cursor(done, batch)
+
+    def _in_parts(self) -> StreamInParts:
+        if self._stream_in_parts is None:
+            cache_dir, hub_cache_dir = self._cache_dirs()
+            self._stream_in_parts = StreamInParts(
+                self._preparation.source, int(self.stream_parts or 1), self.seed, self.shuffle_buffer,
+                cache_dir / "sources", hub_cache_dir,
+            )  # fmt: skip
+        return self._stream_in_parts
+
     def _stream(self, part: str, share: Share) -> StreamedBlocks:
-        cache_dir, hub_cache_dir = self._cache_dirs()
-        documents = getattr(self._preparation.source.load(cache_dir / "sources", hub_cache_dir), part)
         training = part == "train"
+        if part == "validation" and self.stream_parts is not None:
+            documents = self._in_parts().validation
+        else:
+            cache_dir, hub_cache_dir = self._cache_dirs()
+            documents = getattr(self._preparation.source.load(cache_dir / "sources", hub_cache_dir), part)
         if training and self.shuffle_buffer:
             documents = documents.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
         tokenizer, reading = self.prepared.tokenizer, self._preparation.source.reading

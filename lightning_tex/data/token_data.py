@@ -16,6 +16,7 @@ from lightning_tex.data.order import FixedBatchSampler, GlobalBatchSampler, Shar
 from lightning_tex.data.packing import Batch, Samples
 from lightning_tex.data.prepared import Prepared, Preparing, default_cache_dir
 from lightning_tex.data.resume import Cursor, check_same, check_tokenizer, trainer_cursor
+from lightning_tex.data.tokenizer import tokenizer_file, vocabulary
 from lightning_tex.parallel.errors import UserValueError
 
 
@@ -93,6 +94,13 @@ class TokenDataModule(LightningDataModule):
             self.setup()
         prepared: Prepared = self._prepared
         return prepared
+
+    def vocabulary(self) -> dict[str, int] | None:
+        """Every token with its number, before the data is prepared; ``None``: a tokenizer is still to be trained."""
+        if self._preparation.tokenizer is not None:
+            return vocabulary(tokenizer_file(self._preparation.tokenizer))
+        prepared: Prepared | None = self._prepared or self._preparation.open(self._cache_dirs()[0])
+        return None if prepared is None else prepared.tokenizer.tokenizer.get_vocab(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text."""
@@ -200,6 +208,11 @@ class TokenDataModule(LightningDataModule):
             return previous
         self._cursor_trainer = trainer
         epoch, batch = (state["epoch"], state["samples"] // self.global_batch_size) if state else (0, 0)
+        return self._new_cursor(loader, epoch, batch)
+
+    def _new_cursor(self, loader: ResumableLoader, epoch: int, batch: int) -> Cursor:
+        """A cursor that stands at a micro-step of an epoch."""
+        trainer = self.trainer
         return trainer_cursor(trainer, epoch, batch) if trainer is not None else loader_cursor(loader, epoch, batch)
 
     def _enough(self, train: Samples | None) -> Samples:

@@ -73,6 +73,13 @@ def _end_workers() -> None:
     _ending.of_this_process()[0] = 1
 
 
+def end_workers(batches: Any) -> None:
+    """End the workers of a loader's iterator now: after an error, torch waits for them when it is collected."""
+    end = getattr(batches, "_shutdown_workers", None)
+    if end is not None:
+        end()
+
+
 @contextmanager
 def named_worker_errors(rank: int) -> Iterator[None]:
     """Around a run: a worker that died is named with its likely reason, and what one raised is told by its last line.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lightning_tex.layers.head_gradients import HeadGradients, HeadMatrix
 from lightning_tex.layers.vocab import Reduction, VocabParallelHead, require_reduction, require_targets
 from lightning_tex.parallel.collectives import all_gather
 from lightning_tex.parallel.compiled import leaf
@@ -25,8 +26,6 @@ from lightning_tex.parallel.topology import Axis
 # Bytes of a chunk's logits. A GPU adds up the gradient of the head's matrix once a chunk: chunks of about a thousand
 # tokens keep that below what the products take. A CPU is fastest where memory is used again before it is cold.
 CHUNK_BYTES = {"cuda": 256 * 2**20, "cpu": 32 * 2**20}
-# Bytes of what is added to that gradient at once, where a product cannot add to what is there.
-SLICE_BYTES = 32 * 2**20
 
 
 def chunk_sizes(tokens: int, columns: int, element_bytes: int, device: str) -> list[int]:
@@ -98,16 +97,6 @@ class VocabParallelLinearCrossEntropy(TexModule):
         return loss if self.reduction == "sum" else loss / counted.sum().clamp(min=1)
 
 
-class _Matrix(NamedTuple):
-    """The head's: [v, D], [v]."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def to(self, dtype: torch.dtype) -> _Matrix:
-        return _Matrix(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
-
-
 @dataclass(frozen=True)
 class _Scores:
     """What a chunk's logits are computed by, and what becomes of them.
@@ -130,7 +119,7 @@ class _Scores:
     trained: bool
     softcap: float | None
 
-    def logits(self, x: Tensor, matrix: _Matrix) -> tuple[Tensor, Tensor | None]:  # [t, D] -> [t, v] twice
+    def logits(self, x: Tensor, matrix: HeadMatrix) -> tuple[Tensor, Tensor | None]:  # [t, D] -> [t, v] twice
         """Logits, and where they are capped their derivative by what was capped."""
         weight, (logits, slope) = matrix.weight, (F.linear(x, matrix.weight, matrix.bias), None)
         if self.softcap is not None:
@@ -168,7 +157,7 @@ class _Chunk:
         matrix: the head's.
     """
 
-    def __init__(self, scores: _Scores, x: Tensor, matrix: _Matrix, target: Tensor) -> None:
+    def __init__(self, scores: _Scores, x: Tensor, matrix: HeadMatrix, target: Tensor) -> None:
         self.scores, self.target = scores, target
         self.logits, self.slope = scores.logits(x, matrix)
         self.local, self.present = scores.place(target, len(matrix.weight))
@@ -219,59 +208,6 @@ def _multiplied(exp: Tensor, factor: Tensor, logits: Tensor) -> Tensor:
     return exp if exp.dtype == logits.dtype else logits.copy_(exp)
 
 
-class _Gradients:
-    """Gradients of x and of the head's matrix and bias, added up chunk by chunk.
-
-    Args:
-        x: [T, D]
-        matrix: in the dtype of x.
-        needed: whether each of the three is.
-        chunks: how many there are.
-    """
-
-    def __init__(self, x: Tensor, matrix: _Matrix, needed: tuple[bool, bool, bool], chunks: int) -> None:
-        weight = matrix.weight
-        self.x = torch.empty_like(x) if needed[0] else None
-        self.bias = None
-        if needed[2] and matrix.bias is not None:
-            self.bias = torch.zeros_like(matrix.bias, dtype=torch.promote_types(weight.dtype, torch.float32))
-        wide = weight.dtype if chunks == 1 else torch.promote_types(weight.dtype, torch.float32)
-        self.weight = torch.empty_like(weight, dtype=wide) if needed[1] else None
-
-    def add(self, chunk: slice, logits: Tensor, x: Tensor, weight: Tensor) -> None:
-        """A chunk's part, by the gradient of its logits."""
-        if self.x is not None:
-            torch.mm(logits, weight, out=self.x[chunk])
-        if self.bias is not None:
-            self.bias += logits.sum(0, dtype=self.bias.dtype)
-        if self.weight is None:
-            return
-        beta = 0 if chunk.start == 0 else 1  # 0: what is there does not count, not even where it is NaN
-        if logits.dtype == self.weight.dtype:
-            torch.addmm(self.weight, logits.mT, x, beta=beta, out=self.weight)
-        elif logits.is_cuda:
-            torch.addmm(self.weight, logits.mT, x, self.weight.dtype, beta=beta, out=self.weight)
-        else:
-            rows = max(1, SLICE_BYTES // (x.shape[-1] * x.element_size()))
-            for part, columns in zip(self.weight.split(rows), logits.mT.split(rows), strict=True):
-                part.copy_(columns @ x) if beta == 0 else part.add_(columns @ x)
-
-    def scale(self, factor: Tensor) -> None:
-        """Times one number."""
-        for gradient in (self.x, self.weight, self.bias):
-            if gradient is not None:
-                gradient.mul_(factor) if gradient.dtype == factor.dtype else _scale(gradient, factor)
-
-
-@leaf
-def _scale(x: Tensor, factor: Tensor) -> None:
-    """In place, in the factor's precision: a GPU would take a single number in the dtype of x, a CPU does not."""
-    if x.is_cuda:
-        x.copy_(x.to(factor.dtype).mul_(factor))
-    else:
-        x.mul_(factor)
-
-
 class _LinearCrossEntropy(torch.autograd.Function):
     """Losses of [T, D] tokens, or their sum."""
 
@@ -284,9 +220,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         log_sums, losses = x.new_empty(len(x), dtype=wide), x.new_empty(len(x), dtype=wide)
         at_once = scores.trained and scores.summed and dtype != torch.float16 and any(needed)
         with torch.autocast(x.device.type, enabled=False):
-            rows, matrix, upstream = x.to(dtype), _Matrix(weight, bias).to(dtype), counted.to(wide)
+            rows, matrix, upstream = x.to(dtype), HeadMatrix(weight, bias).to(dtype), counted.to(wide)
             chunks = _chunks(rows, matrix.weight)
-            gradients = _Gradients(rows, matrix, needed, len(chunks)) if at_once else None
+            gradients = HeadGradients(rows, matrix, needed, len(chunks)) if at_once else None
             for part in chunks:
                 chunk = _Chunk(scores, rows[part], matrix, target[part])
                 log_sum, at_target = chunk.statistics()
@@ -308,9 +244,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             gradients.scale(grad)
         else:
             with torch.autocast(x.device.type, enabled=False):
-                rows, matrix, upstream = x.to(ctx.dtype), _Matrix(weight, bias).to(ctx.dtype), counted * grad
+                rows, matrix, upstream = x.to(ctx.dtype), HeadMatrix(weight, bias).to(ctx.dtype), counted * grad
                 chunks = _chunks(rows, matrix.weight)
-                gradients = _Gradients(rows, matrix, ctx.needs_input_grad[:3], len(chunks))
+                gradients = HeadGradients(rows, matrix, ctx.needs_input_grad[:3], len(chunks))
                 for part in chunks:
                     chunk = _Chunk(ctx.scores, rows[part], matrix, target[part])
                     gradients.add(part, chunk.gradient(log_sums[part], upstream[part]), rows[part], matrix.weight)

@@ -134,4 +134,8 @@ def make_feed_forward(config: DecoderConfig, layer: int) -> nn.Module:
         eval_capacity_factor=c.eval_capacity_factor,
         min_capacity=c.min_capacity,
         overflow_by=c.overflow_by,
+        expert_module=c.expert_module,
+        residual_hidden_dim=c.residual_hidden_dim,
+        zero_experts=c.zero_experts,
+        identity_experts=c.identity_experts,
     )

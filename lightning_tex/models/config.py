@@ -12,7 +12,8 @@ from lightning_tex.layers.qk_norm import QKNorm
 from lightning_tex.layers.rotary import Rotary
 from lightning_tex.layers.rotary_scaling import make_scaling
 from lightning_tex.moe.capacity import Precedence
-from lightning_tex.moe.routers import plain_choice
+from lightning_tex.moe.named import plain_choice
+from lightning_tex.moe.routers import plain_router
 from lightning_tex.parallel.errors import UserValueError
 
 # V vocabulary, D model width
@@ -100,6 +101,11 @@ class DecoderConfig:
         sequence_balance_coefficient, step_balance_coefficient, entropy_coefficient: weights of further losses of the
             routers, see :class:`lightning_tex.moe.MoE`.
         eval_capacity_factor, min_capacity, overflow_by: with ``capacity_factor``, see :class:`lightning_tex.moe.MoE`.
+        expert_module: an import path of the experts' class, alone or with arguments, see
+            :class:`lightning_tex.moe.MoE`; or a class, which is kept as its path. ``None``: MLPs.
+        residual_hidden_dim: hidden width of an MLP that is mixed with the experts, see :class:`lightning_tex.moe.MoE`;
+            ``None``: there is none.
+        zero_experts, identity_experts: further experts that compute nothing, see :class:`lightning_tex.moe.MoE`.
         moe_layers: the blocks that have experts, from 0, in place of ``moe_every`` and ``first_dense_layers``.
 
     Raises:
@@ -165,12 +171,16 @@ class DecoderConfig:
     eval_capacity_factor: float | None = None
     min_capacity: int = 0
     overflow_by: Precedence = "position"
+    expert_module: str | dict[str, Any] | None = None
+    residual_hidden_dim: int | None = None
+    zero_experts: int = 0
+    identity_experts: int = 0
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "dim", "num_layers", "num_heads", "max_sequence_length", "num_experts", "moe_every")
         optional = (
-            "num_kv_heads", "hidden_dim", "head_dim", "expert_hidden_dim", "shared_expert_hidden_dim", "sliding_window",
-            *_LATENT, "q_lora_rank",
+            "num_kv_heads", "hidden_dim", "head_dim", "expert_hidden_dim", "shared_expert_hidden_dim",
+            "residual_hidden_dim", "sliding_window", *_LATENT, "q_lora_rank",
         )  # fmt: skip
         for name in (*sizes, *optional):
             if (size := getattr(self, name)) is not None and size < 1:
@@ -187,7 +197,9 @@ class DecoderConfig:
         if not 0 < self.partial_rotary_factor <= 1:
             raise UserValueError(f"partial_rotary_factor={self.partial_rotary_factor}; legal: above 0, at most 1")
         make_scaling(self.rope_scaling)
-        self.router = plain_choice(self.router)
+        self.router = plain_router(self.router)
+        if self.expert_module is not None:
+            self.expert_module = plain_choice(self.expert_module, "expert_module")
         if self.layer_types is not None and len(self.layer_types) != self.num_layers:
             raise UserValueError(
                 f"layer_types has {len(self.layer_types)} entries; legal with num_layers={self.num_layers}: as many"

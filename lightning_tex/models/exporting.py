@@ -31,12 +31,12 @@ from lightning_tex.pretrained.folder import CONFIG, GENERATION_CONFIG, TOKENIZER
 from lightning_tex.pretrained.quantised import CONFIG_KEY as QUANTISED
 from lightning_tex.pretrained.tensor_file import slabs
 from lightning_tex.pretrained.writing import Weights, as_json, write_folder
-from lightning_tex.saving import find
+from lightning_tex.saving import Location, at, find, paths
 from lightning_tex.saving.global_tensor import GlobalTensor, Part
 from lightning_tex.saving.model_state import MODEL, OPTIMIZER, Source, TensorPath
 from lightning_tex.saving.plain_form import version_of
 from lightning_tex.saving.reading import Directory
-from lightning_tex.saving.trainer_state import restricted_load
+from lightning_tex.saving.trainer_state import load_file
 from lightning_tex.saving.whole_tensors import WholeTensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -216,7 +216,7 @@ def export(
         ValueError: it is damaged, or of no LanguageModel, or no family has such a decoder; or it has adapters alone
             and the folder of the published model is gone or has changed.
     """
-    source, top = _opened(find(Path(checkpoint)))
+    source, top = opened(find(at(checkpoint)))
     config = top.get("hyper_parameters", {}).get("config")
     if not isinstance(config, Mapping):
         raise UserValueError(f"{checkpoint} is no checkpoint of a LanguageModel: it has no decoder's configuration")
@@ -245,12 +245,12 @@ def export(
     }
 
 
-def _opened(path: Path) -> tuple[Source, Mapping[str, Any]]:
+def opened(path: Location) -> tuple[Source, Mapping[str, Any]]:
     """A checkpoint's tensors, and the rest of it."""
-    if path.is_dir():
+    if paths.is_directory(path):
         directory = Directory.verified(path)
         return directory, directory.trainer_state()
-    content = restricted_load(path, path, mmap=True)
+    content = load_file(path)
     version_of(content)
     if not isinstance(content.get("state_dict"), Mapping):
         raise UserTypeError(f"{path} has no 'state_dict': it is no checkpoint of a Trainer")

@@ -134,7 +134,6 @@ class LanguageModel(LightningModule):
 
     def configure_model(self) -> None:
         if self.decoder is None:
-            require_own_tokens(self)
             self.build_on_meta()
             if self._device_mesh is None:  # no strategy that draws meta parameters
                 fill_whole(self)
@@ -286,6 +285,7 @@ class LanguageModel(LightningModule):
             step_is_over(self)
 
     def configure_callbacks(self) -> list[Callback]:
+        require_own_tokens(self)  # the first hook of all, before data is prepared and anything is logged
         own = [Throughput(), ExpertMonitor(), SourceLosses(), LateProgress(["train_loss"])]
         # Else the Trainer's of the same class would be left out.
         given = {type(callback) for callback in getattr(self._trainer, "callbacks", [])}

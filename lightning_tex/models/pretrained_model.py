@@ -155,7 +155,7 @@ def fill_whole(module: LightningModule) -> None:
 
 
 def require_own_tokens(module: LightningModule) -> None:
-    """Refuse data whose tokens mean nothing to a model.
+    """Refuse data whose tokens mean nothing to a model, before they are prepared.
 
     Raises:
         ValueError: more tokens than the model's vocabulary has, or another tokenizer than that of the published model
@@ -171,7 +171,11 @@ def require_own_tokens(module: LightningModule) -> None:
         raise UserValueError(f"the data's tokenizer has {size} tokens, and the model {most}; legal: {fitting}")
     if file is None or not file.is_file() or not isinstance(data, TokenDataModule):
         return
-    theirs = data.prepared.tokenizer.tokenizer.get_vocab(with_added_tokens=True)
+    if (theirs := data.vocabulary()) is None:
+        raise UserValueError(
+            f"the data trains a tokenizer of its own (tokenizer=None), and the model has that of {own}; legal: "
+            f"data.tokenizer={str(own)!r}"
+        )
     ours = vocabulary(file)
     differing = sorted(token for token in theirs.keys() | ours.keys() if theirs.get(token) != ours.get(token))
     if differing:

@@ -27,7 +27,8 @@ from lightning_tex.pretrained.writing import Weights, write_folder
 from lightning_tex.saving.global_tensor import GlobalTensor, Part
 from lightning_tex.saving.model_state import MODEL
 
-# D model width, H hidden width of the dense model's MLPs, E experts, g parts of each
+# D model width, H hidden width of the dense model's MLPs, n copies, g parts of each, s parts that all share,
+# W = H / (s + g) hidden width of a part, E = g n experts
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,13 @@ class Upcycling:
     """How experts are made of an MLP.
 
     Args:
-        num_experts: copies of the MLP.
+        num_experts: n, copies of the MLP.
         top_k: copies that a token uses.
-        granularity: g; each copy is cut into so many experts of H / g hidden units, of which a token uses g * top_k.
+        granularity: g; each copy is cut into so many experts of W hidden units, of which a token uses g * top_k.
             Experts of one copy begin with the same row of the router, and outputs are multiplied by g.
-        noise: standard deviation of what is added to each expert's weights, relative to theirs.
+        shared_experts: s; the MLP's first s W hidden units are no part of the copies, but one expert that every token
+            uses.
+        noise: standard deviation of what is added to each routed expert's weights, relative to theirs.
         seed: of noise and routers.
 
     Raises:
@@ -51,13 +54,43 @@ class Upcycling:
     granularity: int = 1
     noise: float = 0.0
     seed: int = 0
+    shared_experts: int = 0
 
     def __post_init__(self) -> None:
-        if self.num_experts < 2 or not 1 <= self.top_k <= self.num_experts or self.granularity < 1 or self.noise < 0:
+        some = self.num_experts >= 2 and 1 <= self.top_k <= self.num_experts and self.granularity >= 1
+        if not some or self.noise < 0 or self.shared_experts < 0:
             raise UserValueError(
                 f"num_experts={self.num_experts}, top_k={self.top_k}, granularity={self.granularity}, "
-                f"noise={self.noise}; legal: at least 2, 1 to num_experts, at least 1, at least 0"
+                f"noise={self.noise}, shared_experts={self.shared_experts}; legal: at least 2, 1 to num_experts, at "
+                "least 1, at least 0, at least 0"
             )
+
+    def families(self, dense: Family) -> tuple[str, ...]:
+        """Those that may have such a decoder."""
+        return dense.with_shared_expert if self.shared_experts else dense.with_experts
+
+    def made(self, dense: PretrainedModel) -> tuple[Family, DecoderConfig]:
+        """The family and the configuration of the model with experts.
+
+        Raises:
+            ValueError: the model is not dense, its MLPs cannot be cut so, or no family has such a decoder.
+        """
+        names = self.families(dense.family)
+        if not names:
+            legal = ", ".join(name for name, family in FAMILIES.items() if self.families(family))
+            raise UserValueError(
+                f"{dense.origin.name} is a {dense.family.model_type}, which is not made into experts; legal: {legal}"
+            )
+        reasons = []
+        for family in map(FAMILIES.__getitem__, names):
+            config = self.config(dense.config, family)
+            try:
+                family.described(config)
+            except UserValueError as error:
+                reasons.append(str(error))
+            else:
+                return family, config
+        raise UserValueError("; ".join(reasons))
 
     def config(self, dense: DecoderConfig, family: Family) -> DecoderConfig:
         """Of the model with experts in every block.
@@ -65,19 +98,26 @@ class Upcycling:
         Raises:
             ValueError: the MLPs cannot be cut so.
         """
-        if dense.hidden % self.granularity:
-            raise UserValueError(f"granularity={self.granularity} does not divide the MLPs' hidden_dim={dense.hidden}")
-        width = dense.hidden // self.granularity
+        parts = self.shared_experts + self.granularity
+        if dense.hidden % parts:
+            given = f"granularity={self.granularity}"
+            given += f" and shared_experts={self.shared_experts}, {parts} parts," if self.shared_experts else ""
+            raise UserValueError(f"{given} does not divide the MLPs' hidden_dim={dense.hidden}")
+        width = dense.hidden // parts
         own_width = any(isinstance(field, Field) and field.ours == "expert_hidden_dim" for field in family.fields)
         widths: dict[str, Any] = {"expert_hidden_dim": width} if own_width else {"hidden_dim": width}
-        return replace(
+        config = replace(
             dense,
             **widths,
             num_experts=self.num_experts * self.granularity,
             top_k=self.top_k * self.granularity,
             moe_every=1,
             norm_topk_prob=True,
+            shared_expert_hidden_dim=self.shared_experts * width or None,
         )
+        # How tokens choose, and whether a gate is before the shared expert, is the family's.
+        own = family.config(family.write(config))
+        return replace(config, router=own.router, shared_expert_gate=own.shared_expert_gate)
 
 
 def upcycle(
@@ -90,8 +130,9 @@ def upcycle(
     seed: int = 0,
     revision: str | None = None,
     max_shard_size: str | int = SHARD_SIZE,
+    shared_experts: int = 0,
 ) -> dict[str, Any]:
-    """Write a folder of a model whose experts are copies of a dense published model's MLPs.
+    """Write a folder of a model whose experts are copies of a dense published model's MLPs, or of a part of them.
 
     Without noise its logits are the dense model's at the start: a token's weights sum to 1, and all its experts agree.
     One process does it, in the memory of a few matrices.
@@ -99,7 +140,7 @@ def upcycle(
     Args:
         dense: a folder or repository of a Llama, Mistral or Qwen3.
         folder: is made.
-        num_experts, top_k, granularity, noise, seed: see :class:`Upcycling`.
+        num_experts, top_k, granularity, noise, seed, shared_experts: see :class:`Upcycling`.
         revision: of a repository.
         max_shard_size: of one file.
 
@@ -110,16 +151,12 @@ def upcycle(
         ValueError: a model that is not dense, or that its family has with experts no more; numbers that are not legal.
     """
     model = PretrainedModel(os.fspath(dense), revision)
-    how = Upcycling(num_experts, top_k, granularity, noise, seed)
-    if model.family.with_experts is None:
-        legal = ", ".join(name for name, family in FAMILIES.items() if family.with_experts is not None)
-        raise UserValueError(f"{dense} is a {model.family.model_type}, which is not made into experts; legal: {legal}")
-    family = FAMILIES[model.family.with_experts]
-    config = how.config(model.config, family)
+    how = Upcycling(num_experts, top_k, granularity, noise, seed, shared_experts)
+    family, config = how.made(model)
     merged = {**model.folder.config, **family.described(config)}
     exported = Exported(config, replace(model.origin, config=merged), max_shard_size=max_shard_size)
     bindings, shapes = bind(family, config)
-    parts = _Parts(model.weights, how)
+    parts = _Parts(model.weights, how, config.shared_expert_gate)
     dtype = exported.torch_dtype(torch.float32)
     tensors = {name: GlobalTensor(shape, dtype, parts.of(name, shape)) for name, shape in shapes.items()}
     weights = Weights(bindings, tensors, dtype, shard_bytes(max_shard_size))
@@ -136,11 +173,16 @@ class _Parts:
 
     dense: PretrainedWeights
     how: Upcycling
+    gated: bool
 
     def of(self, name: str, shape: tuple[int, ...]) -> Iterator[Part]:
         """The parts of a parameter."""
         if name.endswith(".mlp.router.weight"):
             yield Part(Extent.whole(shape), partial(self._router, name, shape))
+        elif name.endswith(".correction_bias"):
+            yield Part(Extent.whole(shape), partial(torch.zeros, shape))
+        elif ".mlp.shared." in name:
+            yield Part(Extent.whole(shape), partial(self._shared, name, shape))
         elif ".mlp.experts." in name:
             for expert in range(shape[0]):
                 extent = Extent((expert, 0, 0), (1, *shape[1:]))
@@ -155,14 +197,22 @@ class _Parts:
         self.dense.fill({path: GlobalTensor(tuple(self.dense.saved[path].shape), memory.dtype, [part])})
         return memory
 
-    def _expert(self, name: str, expert: int, sizes: tuple[int, ...]) -> Tensor:  # [1, H / g, D] or [1, D, H / g]
+    def _expert(self, name: str, expert: int, sizes: tuple[int, ...]) -> Tensor:  # [1, W, D] or [1, D, W]
         matrix = name.rpartition(".")[2]
-        number, down = expert % self.how.granularity, matrix == "down"
+        number, down = self.how.shared_experts + expert % self.how.granularity, matrix == "down"
         offsets = (0, number * sizes[1]) if down else (number * sizes[0], 0)
         weights = self._read(f"{name.partition('.experts.')[0]}.{matrix}.weight", Extent(offsets, sizes))
         if self.how.noise:
             weights += self.how.noise * weights.std() * torch.randn(sizes, generator=self._draw(name, expert))
         return weights.mul_(self.how.granularity if down else 1).unsqueeze(0)
+
+    def _shared(self, name: str, shape: tuple[int, ...]) -> Tensor:  # [s W, D] or [D, s W]; a gate: [1, D]
+        block, _, kind = name.partition(".shared.")
+        if kind == "output_gate.weight":
+            return torch.zeros(shape)
+        weights = self._read(f"{block}.{kind}", Extent((0, 0), shape))
+        # A gate of zeros halves what comes of it.
+        return weights.mul_(2 if self.gated and kind == "down.weight" else 1)
 
     def _router(self, name: str, shape: tuple[int, ...]) -> Tensor:  # [E g, D]
         rows = torch.rand(self.how.num_experts, shape[1], generator=self._draw(name, 0)).mul_(2).sub_(1)

@@ -2,9 +2,12 @@
 
 from lightning_tex.moe.dispatch import Arrived, Dispatcher, DispatchMetadata
 from lightning_tex.moe.expert_choice import ExpertChoiceRouter
+from lightning_tex.moe.free_experts import FreeExperts
 from lightning_tex.moe.hash_router import HashRouter
 from lightning_tex.moe.layer import MoE
 from lightning_tex.moe.losses import auxiliary_loss
+from lightning_tex.moe.own_experts import OwnExperts
+from lightning_tex.moe.residual import ResidualBranch
 from lightning_tex.moe.router import Route, Router
 from lightning_tex.moe.router_replay import RouterDecisions, RouterReplay
 from lightning_tex.moe.shared import SharedExpert
@@ -19,9 +22,12 @@ __all__ = [
     "DispatchMetadata",
     "Dispatcher",
     "ExpertChoiceRouter",
+    "FreeExperts",
     "GShardRouter",
     "HashRouter",
     "MoE",
+    "OwnExperts",
+    "ResidualBranch",
     "Route",
     "Router",
     "RouterDecisions",

@@ -59,6 +59,24 @@ class Capacity:
             legal = ", ".join(map(repr, get_args(Precedence)))
             raise UserValueError(f"overflow_by={self.precedence!r}; legal: {legal}")
 
+    @classmethod
+    def of_options(
+        cls, factor: float | None, eval_factor: float | None, least: int, precedence: Precedence
+    ) -> Capacity | None:
+        """That of a layer's options; ``None``: dropless.
+
+        Raises:
+            ValueError: options of a capacity where there is none.
+        """
+        if factor is not None:
+            return cls(factor, eval_factor, least, precedence)
+        if eval_factor is not None or least or precedence != "position":
+            raise UserValueError(
+                f"eval_capacity_factor={eval_factor}, min_capacity={least}, overflow_by={precedence!r} with "
+                "capacity_factor=None, where nothing overflows; legal: None, 0 and 'position', or a capacity_factor"
+            )
+        return None
+
     def alike_on_all_ranks(self) -> dict[str, Any]:
         """The options of the layer that this is made of."""
         return {

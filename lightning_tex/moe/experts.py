@@ -19,20 +19,22 @@ from lightning_tex.moe.dispatch import Arrived
 from lightning_tex.moe.exchange import ChunkedExchange
 from lightning_tex.moe.expert_block import ExpertBlock, Kept, Matrices, RowsAtOnce, Wanted
 from lightning_tex.moe.groups import Groups
+from lightning_tex.moe.held_experts import HeldExperts
 from lightning_tex.moe.local_block import LocalAtOnce, LocalByExpert
 from lightning_tex.moe.products import LoopedProducts, Products
 from lightning_tex.moe.rounds import BlockInRounds
 from lightning_tex.parallel.autocast import autocast_dtype, autocast_off
 from lightning_tex.parallel.device import device_type
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.flight_record import TRAINING
 from lightning_tex.parallel.initialization import by_index, init_uniform_
 from lightning_tex.parallel.replay import outside_replay
-from lightning_tex.parallel.sharding import TexModule
+from lightning_tex.parallel.topology import Layout
 
 # N rows, D model width, H hidden width, E experts, e experts held here (per rank: H/expert_tensor), t own tokens
 
 
-class Experts(TexModule):
+class Experts(HeldExperts):
     """E feed-forward blocks as stacked matrices: [t, D] tokens -> [t, D] sums over a token's choices.
 
     Each row's hidden units are multiplied with its weight. Sharded over expert_tensor, each rank computes partial sums;
@@ -46,7 +48,6 @@ class Experts(TexModule):
         bias: biases of the first matrices; of the last one's see :class:`lightning_tex.moe.output_biases.OutputBiases`.
     """
 
-    axes = ("expert", "expert_tensor")
     shard_dims = {
         "gate": {"expert": 0, "expert_tensor": 1},
         "up": {"expert": 0, "expert_tensor": 1},
@@ -67,9 +68,9 @@ class Experts(TexModule):
     def __init__(
         self, dim: int, hidden_dim: int, num_experts: int, activation: Activation = "gelu", bias: bool = False
     ) -> None:
-        super().__init__()
+        super().__init__(dim, num_experts)
         require_activation(activation)
-        self.dim, self.hidden_dim, self.num_experts, self.activation = dim, hidden_dim, num_experts, activation
+        self.hidden_dim, self.activation = hidden_dim, activation
         gated, shape = activation in GATED, (num_experts, hidden_dim, dim)
         self.up_bias = nn.Parameter(torch.empty(num_experts, hidden_dim)) if bias else None
         self.gate_bias = nn.Parameter(torch.empty(num_experts, hidden_dim)) if bias and gated else None
@@ -78,6 +79,15 @@ class Experts(TexModule):
         self.down = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
         self.adapters = None
         self.reset_parameters()
+
+    def require_shardable(self, layer: str, layout: Layout) -> None:
+        super().require_shardable(layer, layout)
+        if self.hidden_dim % layout.expert_tensor:
+            raise UserValueError(
+                f"{layer}: hidden_dim={self.hidden_dim} is not divisible by expert_tensor_parallel_size="
+                f"{layout.expert_tensor}; choose a tensor_parallel_size that divides it, or "
+                "expert_tensor_parallel_size=1"
+            )
 
     @property
     def matrices(self) -> Matrices:
@@ -96,12 +106,6 @@ class Experts(TexModule):
             init_uniform_(parameter, 1 / math.sqrt(width), boxes[name])
 
     def forward(self, arrived: Arrived, beside: Callable[[], object] | None = None) -> Tensor:
-        """What the experts give for the rows that come to them, summed over each token's choices: [t, D].
-
-        Args:
-            arrived: the tokens, and what brings their rows.
-            beside: is run while the last rows are on their way home; its backward while gradients are on their way.
-        """
         call = _Call(self._block(arrived), autocast_dtype(arrived.tokens))
         tie = _Inward.apply(_Depart.apply(arrived.tokens, arrived.weights, call), *self.matrices, call)
         if beside is not None:
@@ -123,7 +127,6 @@ class Experts(TexModule):
 
     @torch.no_grad()
     def own_outputs(self, arrived: Arrived) -> Iterator[Tensor]:
-        """What the experts held here give by themselves, one after another: partial sums over expert_tensor."""
         dtype = autocast_dtype(arrived.tokens)
         matrices = self.matrices.to(dtype)
         with outside_replay():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,8 +14,13 @@ from lightning_tex.moe.dispatch import Dispatcher, DispatchMetadata
 from lightning_tex.moe.dropless import DroplessDispatcher
 from lightning_tex.moe.expert_axes import ExpertAxes
 from lightning_tex.moe.experts import Experts
+from lightning_tex.moe.free_experts import FreeExperts
+from lightning_tex.moe.held_experts import HeldExperts
+from lightning_tex.moe.layer_options import require_together
 from lightning_tex.moe.losses import Coefficients, LossLedger, count_choices, routing_loss
 from lightning_tex.moe.output_biases import OutputBiases
+from lightning_tex.moe.own_experts import ExpertChoice, OwnExperts, expert_maker
+from lightning_tex.moe.residual import ResidualBranch
 from lightning_tex.moe.rounds import BoundedDroplessDispatcher
 from lightning_tex.moe.router import Route
 from lightning_tex.moe.routers import RouterChoice, make_router
@@ -69,6 +75,13 @@ class MoE(TexModule, ActsAfterStep):
         eval_capacity_factor: of evaluation; ``None``: the same.
         min_capacity: an expert takes as many choices at least, where there are as many tokens.
         overflow_by: which tokens overflow, ``"position"``: later ones; ``"score"``: those with a smaller largest score.
+        expert_module: a class of experts of your own, or what makes one: called with (dim, hidden_dim) once for each
+            expert it gives a module, [N, D] -> [N, D] (:class:`.own_experts.OwnExperts`); or its import path, alone or
+            with arguments, ``{"name": .., "init_args": {..}}``. Experts are whole on their ranks then. ``None``: MLPs.
+        residual_hidden_dim: hidden width of an MLP that is mixed with the experts by two learned shares of each token
+            (:class:`.residual.ResidualBranch`); ``None``: there is none.
+        zero_experts, identity_experts: further experts, behind the E, that give nothing or the token itself, and for
+            which no token travels (:class:`.free_experts.FreeExperts`).
 
     Raises:
         ValueError: sizes or names that are not legal.
@@ -99,34 +112,25 @@ class MoE(TexModule, ActsAfterStep):
         eval_capacity_factor: float | None = None,
         min_capacity: int = 0,
         overflow_by: Precedence = "position",
+        expert_module: ExpertChoice | None = None,
+        residual_hidden_dim: int | None = None,
+        zero_experts: int = 0,
+        identity_experts: int = 0,
     ) -> None:
         super().__init__()
-        if round_factor is not None and (round_factor < 1 or capacity_factor is not None):
-            raise UserValueError(
-                f"round_factor={round_factor} with capacity_factor={capacity_factor}; legal: at least 1, with "
-                "capacity_factor=None, or round_factor=None"
-            )
-        if bias and capacity_factor is not None:
-            raise UserValueError(
-                f"bias=True with capacity_factor={capacity_factor}: biases are added whichever choices overflow; "
-                "legal: capacity_factor=None (dropless)"
-            )
+        require_together(
+            capacity_factor, round_factor, bias, expert_module is not None, shared_hidden_dim, residual_hidden_dim
+        )
         self.hidden_dim, self.num_experts, self.top_k = hidden_dim, num_experts, top_k
         self.round_factor = round_factor
-        self.capacity = None
-        if capacity_factor is not None:
-            self.capacity = Capacity(capacity_factor, eval_capacity_factor, min_capacity, overflow_by)
-        elif eval_capacity_factor is not None or min_capacity or overflow_by != "position":
-            raise UserValueError(
-                f"eval_capacity_factor={eval_capacity_factor}, min_capacity={min_capacity}, "
-                f"overflow_by={overflow_by!r} with capacity_factor=None, where nothing overflows; legal: None, 0 and "
-                "'position', or a capacity_factor"
-            )
+        self.capacity = Capacity.of_options(capacity_factor, eval_capacity_factor, min_capacity, overflow_by)
         self.load_balance_coefficient, self.z_loss_coefficient = load_balance_coefficient, z_loss_coefficient
         self.entropy_coefficient, self.step_balance_coefficient = entropy_coefficient, step_balance_coefficient
         self.sequence_balance_coefficient = sequence_balance_coefficient
         self._step_counts: Tensor | None = None
-        self.router = make_router(router, dim, num_experts, top_k, norm_topk_prob)
+        free = FreeExperts(num_experts, zero_experts, identity_experts)
+        self.free = free if free.count else None
+        self.router = make_router(router, dim, num_experts + free.count, top_k, norm_topk_prob)
         if capacity_factor is not None and self.router.experts_choose:
             raise UserValueError(
                 f"capacity_factor={capacity_factor} with {type(self.router).__name__}, whose experts take "
@@ -135,26 +139,22 @@ class MoE(TexModule, ActsAfterStep):
         self.shared = None
         if shared_hidden_dim is not None:
             self.shared = SharedExpert(dim, shared_hidden_dim, activation, shared_gate)
+        self.residual = None
+        if residual_hidden_dim is not None:
+            self.residual = ResidualBranch(dim, residual_hidden_dim, activation)
         self.output_biases = OutputBiases(num_experts, dim, hidden_dim) if bias else None
-        self.experts = Experts(dim, hidden_dim, num_experts, activation, bias)
+        self.experts: HeldExperts = (
+            Experts(dim, hidden_dim, num_experts, activation, bias)
+            if expert_module is None
+            else OwnExperts(dim, num_experts, expert_maker(expert_module, dim, hidden_dim))
+        )
         self.ledger = LossLedger()
         self.load = ExpertLoad()
         self._arrived_rows = self._routed_choices = 0
         self.dispatcher = self.make_dispatcher(Topology.single())
 
     def check(self, name: str, layout: Layout) -> None:
-        if self.num_experts % layout.expert:
-            legal = Layout.legal_expert_sizes(layout.world, layout.expert_tensor, [self.num_experts])
-            raise UserValueError(
-                f"{name}: num_experts={self.num_experts} is not divisible by expert_parallel_size={layout.expert}; "
-                f"legal sizes on {layout.world} ranks: {', '.join(map(str, legal))}"
-            )
-        if self.hidden_dim % layout.expert_tensor:
-            raise UserValueError(
-                f"{name}: hidden_dim={self.hidden_dim} is not divisible by expert_tensor_parallel_size="
-                f"{layout.expert_tensor}; choose a tensor_parallel_size that divides it, or "
-                "expert_tensor_parallel_size=1"
-            )
+        self.experts.require_shardable(name, layout)
 
     def bind(self, topology: Topology) -> None:
         super().bind(topology)
@@ -168,7 +168,7 @@ class MoE(TexModule, ActsAfterStep):
         Args:
             topology: all axes of the run; ``ExpertAxes.of(topology)`` are those that tokens pass.
         """
-        axes, sparse = ExpertAxes.of(topology), self.router.experts_choose
+        axes, sparse = ExpertAxes.of(topology), self.router.experts_choose or self.free is not None
         if self.round_factor is not None:
             return BoundedDroplessDispatcher(self.num_experts, axes, self.round_factor, sparse=sparse)
         if self.capacity is None:
@@ -203,11 +203,19 @@ class MoE(TexModule, ActsAfterStep):
         # What is added to the experts' output comes before their last product, where a recomputation may end.
         added = [] if self.output_biases is None else [self.output_biases(route, x.dtype).view_as(x)]
         branches = [branch for branch in (self.shared, beside) if branch is not None]
+        if self.residual is not None:
+            of_experts, own = self.residual.shares(x)
+            route = self.residual.of_experts(route, of_experts)
+            branches.append(partial(self.residual.scaled, share=own))
+        routed = route
+        if self.free is not None:
+            route, kept = self.free.taken_out(route)
+            branches.append(lambda x: (x.reshape(-1, x.shape[-1]) * kept).to(x.dtype).view_as(x))
         arrived, metadata = self.dispatcher.dispatch(x, route)
         self._arrived_rows, self._routed_choices = arrived.here, len(route.indices) * self.top_k
         between = (lambda: added.extend(branch(x) for branch in branches)) if branches else None
         y = self.dispatcher.combine(self.experts(arrived, between), metadata).view_as(x)
-        self._record(route, tokens, metadata, y)
+        self._record(routed, tokens, metadata, y)
         return sum(added, y)
 
     def _tokens(self, x: Tensor, mask: Tensor | None, ids: Tensor | None) -> Tokens:
@@ -272,13 +280,16 @@ class MoE(TexModule, ActsAfterStep):
     def _record(self, route: Route, tokens: Tokens, metadata: DispatchMetadata, y: Tensor) -> None:
         if not self.training or recomputing():
             return
-        counts = count_choices(route.indices, self.num_experts) if metadata.counts is None else metadata.counts
+        counts = None if self.free else metadata.counts  # the dispatcher's are of those that compute
+        if counts is None:
+            counts = count_choices(route.indices, self.router.num_experts)
         self.load.add(counts, metadata.overflowed)
         self.load.look(route.scores, tokens.mask)
         self.router.chose(counts)
         if torch.is_grad_enabled():
             with first_forward_only():  # a recomputation does not come here and must not miss what is saved here
                 for loss in self._losses(route, tokens, counts):
+                    self.load.look_at_loss(loss)
                     self.ledger.record(loss, y)
 
     def _losses(self, route: Route, tokens: Tokens, counts: Tensor) -> Iterator[Tensor]:

@@ -11,13 +11,15 @@ from torch import Tensor
 
 
 class LoadTotals(NamedTuple):
-    """What a layer counted, on this rank or summed over ranks; of the last three 0 where nobody asked for them.
+    """What a layer counted, on this rank or summed over ranks; from ``tokens`` on 0 where nobody asked for them.
 
     counts:     [E] choices of each expert.
     overflowed: choices that their experts did not serve.
     tokens:     whose scores were looked at.
     entropy:    of these tokens' scores, summed, in nats.
     confidence: the first choice's share of these tokens' scores, summed.
+    losses:     weighted auxiliary losses of the forwards that were looked at, summed.
+    forwards:   how many.
     """
 
     counts: Tensor
@@ -25,11 +27,14 @@ class LoadTotals(NamedTuple):
     tokens: Tensor
     entropy: Tensor
     confidence: Tensor
+    losses: Tensor
+    forwards: Tensor
 
     @classmethod
     def of(cls, numbers: Tensor) -> LoadTotals:
-        """From one tensor, as :meth:`ExpertLoad.take_totals` gives it. [E + 4]"""
-        return cls(numbers[:-4], *numbers[-4:].unbind())
+        """From one tensor, as :meth:`ExpertLoad.take_totals` gives it. [E + 6]"""
+        further = len(cls._fields) - 1
+        return cls(numbers[:-further], *numbers[-further:].unbind())
 
 
 class ExpertLoad:
@@ -44,6 +49,8 @@ class ExpertLoad:
         self.counts: Tensor | None = None
         self.overflowed: Tensor | None = None
         self._seen: Tensor | None = None
+        self._losses: list[Tensor] = []
+        self._forwards = 0
 
     def add(self, counts: Tensor, overflowed: Tensor) -> None:
         """Add one forward's [E] choices and its number of overflowed ones."""
@@ -60,6 +67,12 @@ class ExpertLoad:
         if self.looks_at_scores:
             seen = _sureness(scores.detach().double(), token_mask)
             self._seen = seen if self._seen is None else self._seen + seen
+            self._forwards += 1
+
+    def look_at_loss(self, loss: Tensor) -> None:
+        """Add a weighted auxiliary loss of a forward, if that is asked for: a scalar."""
+        if self.looks_at_scores:
+            self._losses.append(loss.detach().double())
 
     def take(self) -> Tensor | None:
         """[E + 1]: the choices of each expert, then the overflowed ones; then forgotten. None if there were none."""
@@ -70,19 +83,20 @@ class ExpertLoad:
         return taken
 
     def take_seen(self) -> Tensor | None:
-        """[3] fp64: tokens that were looked at, entropies and first shares of their scores, summed; then forgotten.
-
-        None if nobody looked.
-        """
-        seen, self._seen = self._seen, None
-        return seen
+        """[5] fp64, all of :class:`LoadTotals` from ``tokens`` on; then forgotten. None if nobody looked."""
+        seen, losses, forwards = self._seen, self._losses, self._forwards
+        self._seen, self._losses, self._forwards = None, [], 0
+        if seen is None:
+            return None
+        of_losses = torch.stack(losses).sum(0, keepdim=True) if losses else seen.new_zeros(1)
+        return torch.cat([seen, of_losses, seen.new_full((1,), forwards)])
 
     def take_totals(self) -> Tensor | None:
-        """All of :class:`LoadTotals` in one tensor, fp64, then forgotten; ``None`` if there were no choices. [E + 4]"""
+        """All of :class:`LoadTotals` in one tensor, fp64, then forgotten; ``None`` if there were no choices. [E + 6]"""
         taken, seen = self.take(), self.take_seen()
         if taken is None:
             return None
-        return torch.cat([taken.double(), taken.new_zeros(3, dtype=torch.float64) if seen is None else seen])
+        return torch.cat([taken.double(), taken.new_zeros(5, dtype=torch.float64) if seen is None else seen])
 
 
 def _sureness(scores: Tensor, token_mask: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lightning_tex.layers.document_context import takes_documents
-from lightning_tex.layers.linear_cross_entropy import SLICE_BYTES
+from lightning_tex.layers.head_gradients import SLICE_BYTES
 from lightning_tex.planner.layers import (
     Attention,
     CrossEntropy,

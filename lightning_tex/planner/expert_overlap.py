@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from lightning_tex.planner.cluster import Cluster
+from lightning_tex.planner.collective import BACKWARD, FORWARD, RECOMPUTED
 from lightning_tex.planner.layers import Moe
 from lightning_tex.planner.layouts import Candidate, Job
 from lightning_tex.planner.links import seconds
 from lightning_tex.planner.micro_step import MicroStep
-from lightning_tex.planner.traffic import BACKWARD, FORWARD, RECOMPUTED, MicroStepTraffic
+from lightning_tex.planner.traffic import MicroStepTraffic
 from lightning_tex.planner.work import Work
 
 

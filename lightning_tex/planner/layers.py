@@ -21,16 +21,12 @@ from lightning_tex.layers import (
 )
 from lightning_tex.layers.qk_norm import HeadNorm, ShardedRMSNorm
 from lightning_tex.moe import (
-    ExpertChoiceRouter,
-    GShardRouter,
-    HashRouter,
     MoE,
     Router,
-    SigmoidRouter,
-    SinkhornRouter,
     SoftmaxRouter,
 )
-from lightning_tex.moe.softmax_routers import ForcedBalanceRouter
+from lightning_tex.moe.experts import Experts
+from lightning_tex.planner.deciding import Deciding
 
 
 @dataclass(frozen=True)
@@ -103,56 +99,20 @@ class Mlp:
     gated: bool
     plain: bool
 
-
-@dataclass(frozen=True)
-class Deciding:
-    """What a router sends to decide: nothing, where it decides by what every rank knows.
-
-    Args:
-        agreed_choices, agreed_scores, agreed_flags: numbers of a token that tensor rank 0 tells the others, by kind.
-        column_sums: sums of a number for each expert over all tokens, one after the other.
-        gathered_scores: over what scores of all experts are gathered, ``"sequence"`` or ``"batch"``; ``None``: nothing.
-        counts_steps: choices of each expert are summed after every optimizer step.
-        slots: choices that a token may have.
-        learned: whether weights of choices have gradients.
-    """
-
-    slots: int
-    agreed_choices: int = 0
-    agreed_scores: int = 0
-    agreed_flags: int = 0
-    column_sums: int = 0
-    gathered_scores: str | None = None
-    counts_steps: bool = False
-    learned: bool = True
-
-    @classmethod
-    def of(cls, router: Router) -> Deciding:
-        """That of a router; one of the user's own is taken to choose by its scores."""
-        k, experts = router.top_k, router.num_experts
-        match router:
-            case HashRouter():
-                return cls(k, learned=False)
-            case ForcedBalanceRouter():
-                return cls(k)
-            case ExpertChoiceRouter():
-                return cls(experts, agreed_scores=experts, gathered_scores=router.within)
-            case SinkhornRouter():
-                return cls(k, k, column_sums=router.iterations)
-            case GShardRouter():
-                return cls(k, k, agreed_flags=1)
-            case SigmoidRouter():
-                return cls(k, k, counts_steps=router.bias_update_rate > 0)
-        return cls(k, k)
+    @property
+    def matrices_up(self) -> int:
+        """Matrices [dim, hidden] before the activation."""
+        return 2 if self.gated else 1
 
 
 @dataclass(frozen=True)
 class Moe:
     """A :class:`MoE` layer; ``routing_losses``: whether it has any, ``z_loss``: whether one of them is of logits.
 
-    ``shared``: the expert that every token uses; ``shared_gate``: whether it scales its result, which is kept for that.
+    ``shared``: the MLP that every token uses; ``shared_gate``: whether its result is scaled, and kept for that.
     ``plain``: what it keeps has a formula. ``sequence_balance``: whether there is a loss of each sequence by itself;
-    ``entropy_loss``: whether there is one of entropies.
+    ``entropy_loss``: whether there is one of entropies. ``free``: experts that compute nothing; every choice is taken
+    to be of one that does.
     """
 
     dim: int
@@ -173,6 +133,17 @@ class Moe:
     entropy_loss: bool
     min_capacity: int
     overflow_by_score: bool
+    free: int
+
+    @property
+    def scored(self) -> int:
+        """Experts that the router knows."""
+        return self.num_experts + self.free
+
+    @property
+    def matrices_up(self) -> int:
+        """Matrices [dim, hidden] of an expert before the activation."""
+        return 2 if self.gated else 1
 
 
 @dataclass(frozen=True)
@@ -249,18 +220,23 @@ def known_layer(module: nn.Module) -> Layer | None:
         case ParallelMLP():
             return _mlp(module)
         case MoE():
-            shared = None if module.shared is None else _mlp(module.shared)
+            dense = module.shared or module.residual
+            shared = None if dense is None else _mlp(dense)
+            gated = module.shared is not None and module.shared.output_gate is not None
             losses, by_sequence = bool(module.loss_coefficients), bool(module.sequence_balance_coefficient)
             plain = shared is None and module.output_biases is None and _is_plain(module.router)
             by_score = module.capacity is not None and module.capacity.precedence == "score"
             plain = plain and not module.entropy_coefficient and not by_sequence and not by_score
+            hidden, has_gate = _expert_sizes(module)
+            plain = plain and isinstance(module.experts, Experts) and module.free is None
             return Moe(
-                module.router.dim, module.hidden_dim, module.experts.gate is not None, module.num_experts,
+                module.router.dim, hidden, has_gate, module.num_experts,
                 module.top_k, module.capacity_factor, module.router.norm_topk_prob, losses,
                 bool(module.z_loss_coefficient), module.round_factor, shared,
-                module.shared is not None and module.shared.output_gate is not None, plain,
+                gated or module.residual is not None, plain,
                 Deciding.of(module.router), by_sequence, bool(module.entropy_coefficient),
                 0 if module.capacity is None else module.capacity.least, by_score,
+                0 if module.free is None else module.free.count,
             )  # fmt: skip
         case VocabParallelHead():
             return Head(module.dim, module.size, module.gather_output, module.softcap is None and module.bias is None)
@@ -307,6 +283,15 @@ def _is_plain(router: Router) -> bool:
     usual = all(getattr(type(router), name) is getattr(Router, name) for name in ("forward", "logits", "weigh"))
     softmax = isinstance(router, SoftmaxRouter) and usual
     return softmax and router.bias is None and router.routed_scaling_factor == 1
+
+
+def _expert_sizes(module: MoE) -> tuple[int, bool]:
+    """Hidden width of an expert, and whether it has a gate; of a user's own as if each parameter multiplied."""
+    experts = module.experts
+    if isinstance(experts, Experts):
+        return experts.hidden_dim, experts.gate is not None
+    of_one = sum(parameter[0].numel() for parameter in experts.parameters())
+    return max(1, of_one // (2 * experts.dim)), False
 
 
 def _mlp(module: ParallelMLP) -> Mlp:

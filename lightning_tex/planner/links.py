@@ -10,7 +10,7 @@ import numpy as np
 
 from lightning_tex.parallel.topology import Layout
 from lightning_tex.planner.cluster import Cluster
-from lightning_tex.planner.traffic import Collective
+from lightning_tex.planner.collective import Collective
 
 
 class Span(NamedTuple):

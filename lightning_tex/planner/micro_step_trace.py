@@ -7,9 +7,9 @@ the random numbers of the process are touched, and no optimizer is there: gradie
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ from lightning_tex.planner.layouts import Candidate, Job
 from lightning_tex.planner.pretended_trainer import PretendedTrainer
 from lightning_tex.planner.pretended_world import pretended_topology
 
-_NOT_YET = 1 << 30  # above every place of a parameter
+NOT_YET = 1 << 30  # above every place of a parameter
 KINDS = ("activations", "stash", "working")
 
 
@@ -46,20 +46,22 @@ class MicroStepTrace:
         reached: of each operation the place of the first parameter whose gradient and all later ones' are there; a
             larger number before the first of them. [operations]
         forward: operations of the forward, which is over then.
+        marks: operations before each module whose begin was to be noted.
     """
 
     live: np.ndarray
     reached: np.ndarray
     forward: int
+    marks: tuple[int, ...] = ()
 
     def alike(self, other: MicroStepTrace) -> bool:
-        """Whether another one is of the same operations."""
-        return self.forward == other.forward and np.array_equal(self.reached, other.reached)
+        """Whether another one has as many operations; the order of a block's gradients differs from run to run."""
+        return (self.forward, len(self.reached)) == (other.forward, len(other.reached))
 
 
 def trace_micro_step(
     module: LightningModule, policy: set[type[nn.Module]] | None, batches: Batches, job: Job, candidate: Candidate,
-    device: str,
+    device: str, marks: Sequence[str] = (),
 ) -> MicroStepTrace:  # fmt: skip
     """Run one micro-step of a module on a layout that need not exist.
 
@@ -69,6 +71,7 @@ def trace_micro_step(
         batches: give the micro-batch.
         job, candidate: what is trained, and how.
         device: ``cuda`` or ``cpu``, whose code paths are taken.
+        marks: names of modules, each of which begins its forward at an operation that is to be noted.
 
     Raises:
         Exception: whatever the module raises, or what cannot be run without values.
@@ -87,7 +90,7 @@ def trace_micro_step(
         shard_module(copied, topology)
         recompute_blocks(copied, candidate.activation_checkpointing, policy)
         _store(copied, job.precision)
-        reached = _gradients_noted(copied, timeline)
+        reached, begun = _gradients_noted(copied, timeline), _begins_noted(copied, marks, timeline)
         with timeline:
             timeline.begin()
             total = _loss(copied, batches.of(candidate.micro_batch, job.sequence_length), job.precision)
@@ -97,7 +100,7 @@ def trace_micro_step(
             timeline.kind = "working"
             total.backward()
             timeline.end()
-    return _read(timeline, reached, forward)
+    return replace(_read(timeline, reached, forward), marks=tuple(begun[name] for name in marks))
 
 
 def _store(module: nn.Module, precision: str) -> None:
@@ -129,6 +132,16 @@ def _gradients_noted(module: nn.Module, timeline: AllocationTimeline) -> dict[in
     return reached
 
 
+def _begins_noted(module: nn.Module, names: Sequence[str], timeline: AllocationTimeline) -> dict[str, int]:
+    """The operations before the first forward of each of these modules, by name."""
+    begun: dict[str, int] = {}
+    for name in names:
+        module.get_submodule(name).register_forward_pre_hook(
+            lambda *_, name=name: begun.setdefault(name, timeline.operation) and None
+        )
+    return begun
+
+
 def _loss(module: LightningModule, batch: Any, precision: str) -> Tensor:
     """What the backward of a micro-batch begins with."""
     if not module.automatic_optimization:
@@ -152,6 +165,6 @@ def _read(timeline: AllocationTimeline, reached: dict[int, int], forward: int) -
     for operation, change in timeline.changes().items():
         for kind, size in change.items():
             live[KINDS.index(kind), operation] += size
-    places = np.full(live.shape[1], _NOT_YET, dtype=np.int64)
+    places = np.full(live.shape[1], NOT_YET, dtype=np.int64)
     places[list(reached)] = list(reached.values())
     return MicroStepTrace(live.cumsum(1), np.minimum.accumulate(places), forward)

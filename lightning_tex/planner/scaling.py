@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from lightning_tex.planner.cluster import Cluster
+from lightning_tex.planner.collective import sent_bytes
 from lightning_tex.planner.describe import describe_decoder
 from lightning_tex.planner.layouts import Choices, Job
 from lightning_tex.planner.search import GPT3, Planned, decoder_config, plan_all, resized
-from lightning_tex.planner.traffic import sent_bytes, step_collectives
+from lightning_tex.planner.traffic import step_collectives
 
 RANKS = tuple(1 << i for i in range(3, 15))  # 8 to 16,384
 EXPERTS = tuple(1 << i for i in range(2, 9))

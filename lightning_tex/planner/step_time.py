@@ -9,13 +9,15 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from lightning_tex.planner.cluster import Cluster
+from lightning_tex.planner.collective import Collective
 from lightning_tex.planner.expert_overlap import hidden_exchange
 from lightning_tex.planner.layouts import Candidate, Job
 from lightning_tex.planner.links import seconds
 from lightning_tex.planner.model import ModelDescription
+from lightning_tex.planner.model_flops import model_flops
 from lightning_tex.planner.states import Buffer, FlatBuffers, kept_format
-from lightning_tex.planner.traffic import NORM_BYTES, Collective, collection, combination, micro_step, reduction
-from lightning_tex.planner.work import Computation, computation, model_flops
+from lightning_tex.planner.traffic import NORM_BYTES, collection, combination, micro_step, reduction
+from lightning_tex.planner.work import Computation, computation
 
 # Bytes that a step reads and writes for an element of the own part: AdamW's states, master, gradient, parameter, and
 # the temporaries of each format (docs/optimizer.md).

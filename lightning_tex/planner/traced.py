@@ -10,6 +10,7 @@ from lightning import LightningModule
 from torch import nn
 
 from lightning_tex.planner.batches import Batches
+from lightning_tex.planner.few_blocks import FewBlocks
 from lightning_tex.planner.instants import Instant
 from lightning_tex.planner.layouts import ActivationSource, Candidate, Job
 from lightning_tex.planner.micro_step_trace import KINDS, MicroStepTrace, trace_micro_step
@@ -24,7 +25,8 @@ class TracedActivations(ActivationSource):
 
     Layouts, recomputation, communication and micro-batch matter; ZeRO and formats of optimizer states do not. Of each
     way the first two micro-batches that are asked for are traced, others interpolated between them, operation by
-    operation: bytes are proportional to samples, but for what does not depend on them.
+    operation: bytes are proportional to samples, but for what does not depend on them. Of a language model whose blocks
+    repeat a few are traced (:class:`FewBlocks`).
 
     Args:
         module: the module; left as it is.
@@ -37,6 +39,7 @@ class TracedActivations(ActivationSource):
 
     def __init__(self, module: LightningModule, policy: set[type[nn.Module]] | None, batches: Batches) -> None:
         self.module, self.policy, self.batches = module, policy, batches
+        self.few = FewBlocks.of(module)
         self._traces: dict[tuple[object, ...], dict[int, MicroStepTrace]] = {}
 
     def instants(self, job: Job, candidate: Candidate, device: str) -> Iterator[Instant]:
@@ -68,8 +71,13 @@ class TracedActivations(ActivationSource):
         return traces[wanted]
 
     def _traced(self, job: Job, candidate: Candidate, device: str) -> MicroStepTrace:
+        given = self.policy, self.batches, job, candidate, device
         try:
-            return trace_micro_step(self.module, self.policy, self.batches, job, candidate, device)
+            if self.few is not None:
+                few = trace_micro_step(self.few.module, *given, self.few.marks)
+                if (extended := self.few.extended(few)) is not None:
+                    return extended
+            return trace_micro_step(self.module, *given)
         except Exception as error:
             said = (str(error).splitlines() or [""])[0]
             raise UntraceableError(f"{type(error).__name__}: {said} (on {candidate.layout})") from error

@@ -1,6 +1,6 @@
 """Every collective of an optimizer step: what the byte meter counts, as formulas over sizes.
 
-One list serves bytes and time. It has what the package's own layers send; what a module sends besides is not known.
+It has what the package's own layers send; what a module sends besides is not known.
 Bytes are exact where routing is known: capacity without sequence parallelism always,
 dropless (and capacity under sequence parallelism) when the choices fall evenly.
 """
@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from fractions import Fraction
-from typing import NamedTuple
 
-from lightning_tex.parallel.byte_meter import Sent
+from lightning_tex.planner.collective import BACKWARD, FORWARD, OPTIMIZER, RECOMPUTED, Collective
 from lightning_tex.planner.layers import (
     Attention,
     ColumnLinear,
@@ -37,54 +35,8 @@ from lightning_tex.planner.states import Buffer, FlatBuffers
 NORM_BYTES = 3 * 8
 
 _INT64 = 8
-# Passes of a micro-step; the optimizer's own is the step's.
-FORWARD, RECOMPUTED, BACKWARD, OPTIMIZER = "forward", "recompute", "backward", "optimizer"
 
 # T tokens of a data rank's micro-batch
-
-
-class Collective(NamedTuple):
-    """A collective that happens ``times`` times in a pass.
-
-    Args:
-        operation: what is done.
-        axis, size: over which axis, and its ranks.
-        during: the pass.
-        whole_bytes: of the whole tensor: what an all-reduce sums, an all-gather gives, a reduce-scatter takes, and what
-            a rank gives to an all-to-all, its own part included.
-        times: how often.
-        counted_as: its name in the byte meter; empty: the operation.
-    """
-
-    operation: str
-    axis: str
-    size: int
-    during: str
-    whole_bytes: int
-    times: int = 1
-    counted_as: str = ""
-
-    @property
-    def sent_bytes(self) -> Fraction:
-        """Bytes that a rank sends, each time, by ring costs."""
-        return ring(self.operation, self.size, self.whole_bytes)
-
-    @property
-    def key(self) -> Sent:
-        return Sent(self.counted_as or self.operation, self.axis, self.during)
-
-
-def ring(operation: str, ranks: int, whole_bytes: int) -> Fraction:
-    """Bytes that a rank sends: (n-1)/n of the whole, twice that in an all-reduce."""
-    return Fraction((2 if operation == "all_reduce" else 1) * (ranks - 1) * whole_bytes, ranks)
-
-
-def sent_bytes(collectives: Iterable[Collective]) -> dict[Sent, Fraction]:
-    """Bytes that a rank sends, by what the byte meter tells apart."""
-    total: dict[Sent, Fraction] = {}
-    for each in collectives:
-        total[each.key] = total.get(each.key, Fraction(0)) + each.times * each.sent_bytes
-    return total
 
 
 @dataclass(frozen=True)
@@ -201,18 +153,18 @@ class MicroStepTraffic:
         else:
             yield from self._dropless(layer, forward, last)
         if layer.routing_losses:
-            totals = step.score_bytes * (2 * layer.num_experts + 2 + layer.entropy_loss)
+            totals = step.score_bytes * (2 * layer.scored + 2 + layer.entropy_loss)
             for axis in ("tensor", "data") if sequence else ("data",):
                 yield from self._over(axis, "all_reduce", totals, [FORWARD])
         if layer.sequence_balance:
             if sequence:
-                of_sequences = step.score_bytes * step.sequences * (2 * layer.num_experts + 1)
+                of_sequences = step.score_bytes * step.sequences * (2 * layer.scored + 1)
                 yield from self._over("tensor", "all_reduce", of_sequences, [FORWARD])
             yield from self._over("data", "all_reduce", 2 * step.score_bytes, [FORWARD])
 
     def _decision(self, layer: Moe) -> Iterator[Collective]:
         """Of the router; what is decided is not decided again."""
-        step, deciding, experts = self.step, layer.deciding, layer.num_experts
+        step, deciding, experts = self.step, layer.deciding, layer.scored
         sequence = step.communication.sequence_parallel
         if not sequence:
             agreed = ((deciding.agreed_choices, _INT64), (deciding.agreed_scores, step.score_bytes))
@@ -321,7 +273,7 @@ def optimizer_step(job: Job, candidate: Candidate) -> list[Collective]:
 def counted_choices(job: Job, candidate: Candidate) -> list[Collective]:
     """What biases of experts move by: whole numbers of all ranks' tokens."""
     return [
-        Collective("all_reduce", axis, candidate.layout.axis_size(axis), OPTIMIZER, _INT64 * layer.num_experts, times)
+        Collective("all_reduce", axis, candidate.layout.axis_size(axis), OPTIMIZER, _INT64 * layer.scored, times)
         for layer, times in ((placed.layer, times) for placed, times in job.model.layer_counts.items())
         if isinstance(layer, Moe) and layer.deciding.counts_steps
         for axis in (("tensor", "data") if candidate.sequence_parallel else ("data",))

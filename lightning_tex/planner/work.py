@@ -1,9 +1,4 @@
-"""Arithmetic of a step: products as 2 m n k each, and the bytes that everything else reads and writes.
-
-Model FLOPs are three forwards (a forward, and a backward of twice that) of every product on whole matrices, attention
-over whole squares, or a window's whole width: what MFU is usually measured by. What a rank computes besides
-(recomputation, equal work on tensor ranks, imbalance) takes time and is no model FLOP.
-"""
+"""Arithmetic of a step: products as 2 m n k each, and the bytes that everything else reads and writes."""
 
 from __future__ import annotations
 
@@ -29,7 +24,7 @@ from lightning_tex.planner.layers import (
 )
 from lightning_tex.planner.layouts import Candidate, Job
 from lightning_tex.planner.micro_step import MicroStep
-from lightning_tex.planner.model import ModelDescription, PlacedLayer
+from lightning_tex.planner.model import PlacedLayer
 
 
 class Product(NamedTuple):
@@ -126,15 +121,15 @@ class Work:
 
     def _mlp(self, layer: Mlp) -> Iterator[Product]:
         tokens, tensor = self.step.tokens, self.step.layout.tensor
-        yield Product(tokens, _ups(layer) * layer.hidden / tensor, layer.dim)
+        yield Product(tokens, layer.matrices_up * layer.hidden / tensor, layer.dim)
         yield Product(tokens, layer.dim, layer.hidden / tensor, recorded=tensor > 1)
 
     def _moe(self, layer: Moe) -> Iterator[Product]:
         here = layer.num_experts / self.step.layout.expert
         hidden = layer.hidden / self.step.layout.expert_tensor
         rows = self.step.rows(layer) / here
-        yield Product(self.step.held, layer.num_experts, layer.dim, full_precision=True)
-        yield Product(rows, _ups(layer) * hidden, layer.dim, here)
+        yield Product(self.step.held, layer.scored, layer.dim, full_precision=True)
+        yield Product(rows, layer.matrices_up * hidden, layer.dim, here)
         yield Product(rows, layer.dim, hidden, here, recorded=self.step.moved(layer), last=True)
 
     # --- bytes that everything but products reads and writes, as the layers' code does it
@@ -181,7 +176,7 @@ class Work:
     def _moe_bytes(self, layer: Moe) -> float:
         """Router, rows picked (and reordered where they travel), what stands between the products, the sum."""
         step, size, score, dim = self.step, self.step.element_bytes, self.step.score_bytes, layer.dim
-        router = step.held * (dim * (size + 2 * score) + 8 * layer.num_experts * score)
+        router = step.held * (dim * (size + 2 * score) + 8 * layer.scored * score)
         rows = step.rows(layer)
         own = step.own_tokens(layer) * layer.top_k
         reordered = 4 * rows if step.moved(layer) else 0
@@ -275,46 +270,3 @@ def _layer_time(work: Work, placed: PlacedLayer, cluster: Cluster, loss: Loss | 
 
 def _without_gradient(product: Product) -> Product:
     return product if product.attention else product._replace(backward=product.backward - 1)
-
-
-def _ups(layer: Mlp | Moe) -> int:
-    return 2 if layer.gated else 1
-
-
-def model_flops(job: Job) -> float:
-    """FLOPs of one optimizer step over all ranks: three forwards of every product, attention over whole squares."""
-    return job.tokens * token_flops(job.model, job.sequence_length)
-
-
-def token_flops(model: ModelDescription, length: int) -> float:
-    """FLOPs of training on one token of a sequence of that length; each layer is taken to be applied to it once."""
-    return sum(count * layer_flops(placed.layer, length) for placed, count in model.layer_counts.items())
-
-
-def layer_flops(layer: Layer, length: int) -> float:
-    """Likewise, of one layer: three forwards of two operations for each multiplication."""
-    return 3.0 * 2 * _multiplications(layer, length)
-
-
-def _multiplications(layer: Layer, length: int) -> int:
-    """Multiplications and additions of a layer's forward for one token, on whole matrices."""
-    match layer:
-        case Attention():
-            kv = layer.num_kv_heads * layer.head_dim
-            return (
-                2 * layer.dim * layer.inner + 2 * layer.dim * kv + 2 * min(length, layer.window or length) * layer.inner
-            )
-        case LatentAttention():
-            made = sum(width * made for width, made in (*layer.latents, *layer.columns))
-            widths = layer.num_heads * (layer.head_dim + layer.v_head_dim)
-            return made + length * widths + layer.num_heads * layer.v_head_dim * layer.dim
-        case Mlp():
-            return (_ups(layer) + 1) * layer.dim * layer.hidden
-        case Moe():
-            chosen = (_ups(layer) + 1) * layer.dim * layer.hidden * layer.top_k + layer.dim * layer.num_experts
-            return chosen + (0 if layer.shared is None else _multiplications(layer.shared, length))
-        case Head():
-            return layer.dim * layer.vocab_size
-        case ColumnLinear() | RowLinear() | Linear():
-            return layer.in_features * layer.out_features
-    return 0

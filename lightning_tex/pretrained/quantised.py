@@ -28,6 +28,7 @@ _NIBBLES = (*_E2M1, *(-number for number in _E2M1))
 _PAIRS = torch.tensor([[_NIBBLES[byte & 15], _NIBBLES[byte >> 4]] for byte in range(256)])  # [256, 2]
 _POWERS = torch.tensor([2.0 ** (exponent - 127) for exponent in range(255)] + [nan])
 _MX_BLOCK = 32
+_AT_ONCE = 1 << 15  # blocks: what an index takes beside the numbers is small
 
 Problems = list[str]
 
@@ -98,9 +99,17 @@ class PackedFloat4:
         shared = Extent((expert, row, group), (experts, rows, groups))
         packed = files.read(self.blocks, Extent((*shared.offsets, 0), (*shared.sizes, _MX_BLOCK // 2)))
         powers = _POWERS[files.read(self.scales, shared).int()]
-        numbers = _PAIRS[packed.int()].flatten(-2).mul_(powers.unsqueeze(-1)).flatten(-2)  # [experts, rows, ..]
+        numbers = _unpacked(packed.flatten(0, -2), powers.flatten()).view(experts, rows, groups * _MX_BLOCK)
         begin = inner - group * _MX_BLOCK
         return numbers[..., begin : begin + inners].mT
+
+
+def _unpacked(packed: Tensor, powers: Tensor) -> Tensor:  # [blocks, 16], [blocks] -> [blocks, 32]
+    numbers = torch.empty(len(packed), _MX_BLOCK)
+    for part, pairs, power in zip(*(tensor.split(_AT_ONCE) for tensor in (numbers, packed, powers)), strict=True):
+        torch.index_select(_PAIRS, 0, pairs.flatten().int(), out=part.view(-1, 2))
+        part.mul_(power.unsqueeze(-1))
+    return numbers
 
 
 def _covering(extent: Extent, block: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -22,8 +22,9 @@ from lightning_tex.pretrained.folder import INDEX, ONE_FILE
 from lightning_tex.pretrained.rules import Bindings, Piece
 from lightning_tex.pretrained.tensor_file import SUFFIX, StoredTensor, TensorFiles, create, laid_out, slabs
 from lightning_tex.saving import paths
-from lightning_tex.saving.archive import write_file
+from lightning_tex.saving.archive import NewFile, write_file
 from lightning_tex.saving.global_tensor import GlobalTensor, Part
+from lightning_tex.saving.local_store import LocalStore, sync
 from lightning_tex.saving.writing import Broadcast
 
 Kinds = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -87,15 +88,15 @@ def write_folder(
         for path, kinds in shards.items():
             create(path, kinds)
         for name, content in {**files, **_index(shards)}.items():
-            write_file(partial / name, content)
+            write_file(NewFile(partial / name, len(content)), content)
         return 0
 
     def finish() -> int:
-        paths.sync(partial)
+        sync(partial)
         if folder.exists():
             folder.rmdir()
         os.rename(partial, folder)
-        paths.sync(folder.parent)
+        sync(folder.parent)
         return 0
 
     try:
@@ -106,7 +107,7 @@ def write_folder(
         _together(folder, finish if world.rank == 0 else None, world)
     finally:
         if world.rank == 0:
-            paths.remove(partial)
+            LocalStore().remove(partial)
 
 
 def sharded(kinds: Kinds, shard_bytes: int, one_file: str = ONE_FILE) -> dict[str, Kinds]:

@@ -31,22 +31,34 @@ from lightning_tex.saving.manifest import (
     file_record,
 )
 from lightning_tex.saving.model_state import TensorPath
+from lightning_tex.saving.remote_path import Location
 
 
 class NewFile(io.RawIOBase):
     """A file that is written once, digested while it is, and on disk for good when finished.
+
+    On other stores a subclass brings it there.
 
     Args:
         path: where nothing is yet.
         expected_bytes: how much is going to be written, about; for messages.
     """
 
-    def __init__(self, path: Path, expected_bytes: int) -> None:
+    def __init__(self, path: Location, expected_bytes: int) -> None:
         self.path, self._expected_bytes = path, expected_bytes
         self.position = 0
         self._failure: OSError | None = None
         self._digest = xxhash.xxh3_128()
-        self._file = path.open("xb")
+        self._file = self._opened()
+
+    def _opened(self) -> IO[bytes]:
+        """What is written to, and read again while it is."""
+        assert isinstance(self.path, Path)
+        return self.path.open("x+b")
+
+    def _bring_home(self) -> None:
+        """Let everything written be where it is to stay."""
+        os.fsync(self._file.fileno())
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         super().__exit__(kind, error, trace)
@@ -66,6 +78,13 @@ class NewFile(io.RawIOBase):
             with self._told():
                 self._file.flush()
 
+    def place_of(self, begin: int, ending: str) -> int:
+        """The first byte of the one entry of such a name in the archive written from ``begin`` on."""
+        self.flush()
+        start = begin + stored_entry(_Window(self._file, begin, self.position), ending)[0]
+        self._file.seek(self.position)
+        return start
+
     def finish(self) -> FileRecord:
         """Bring it to disk, read it back, and give what it is.
 
@@ -75,7 +94,7 @@ class NewFile(io.RawIOBase):
         """
         with self._told():
             self._file.flush()
-            os.fsync(self._file.fileno())
+            self._bring_home()
             self._file.close()
         written = FileRecord(self.position, self._digest.hexdigest())
         if problem := difference(self.path, written, file_record(self.path)):
@@ -99,50 +118,47 @@ class NewFile(io.RawIOBase):
             raise self._failure from None
 
 
-def with_room(error: OSError, path: Path, needed_bytes: int) -> OSError:
+def with_room(error: OSError, path: Location, needed_bytes: int) -> OSError:
     """The error of a write, with what was to be written and what room there is."""
     try:
         free = f"{shutil.disk_usage(path.parent).free:,} are free there"
     except OSError:
         free = "how many are free there is not known"
-    return OSError(error.errno, f"{error.strerror}; {path} needs {needed_bytes:,} bytes, {free}")
+    return OSError(error.errno, f"{error.strerror or error}; {path} needs {needed_bytes:,} bytes, {free}")
 
 
-def write_file(path: Path, content: bytes) -> FileRecord:
-    """Write a whole file for good."""
-    with NewFile(path, len(content)) as file:
+def write_file(file: NewFile, content: bytes) -> FileRecord:
+    """Write the whole of a file for good."""
+    with file:
         file.write(content)
         return file.finish()
 
 
-def write_tensors(path: Path, tensors: Mapping[TensorPath, GlobalTensor]) -> tuple[FileRecord, list[TensorRecord]]:
-    """Write a file of tensors.
+def write_tensors(file: NewFile, tensors: Mapping[TensorPath, GlobalTensor]) -> tuple[FileRecord, list[TensorRecord]]:
+    """Write the whole of a file of tensors.
 
     Args:
-        tensors: whose parts give contiguous elements in host memory.
+        tensors: whose parts give contiguous elements in host memory, with no others around them.
 
     Returns:
         the file's record, and for each tensor the extents that lie in it.
     """
-    size = sum(part.extent.numel * tensor.dtype.itemsize for tensor in tensors.values() for part in tensor.parts)
-    with NewFile(path, size) as file, path.open("rb") as again:
+    with file:
         records = []
         for name, tensor in tensors.items():
-            extents = [_write_part(file, again, part) for part in tensor.parts]
+            extents = [_write_part(file, part) for part in tensor.parts]
             records.append(TensorRecord(name, tensor.shape, tensor.dtype, extents))
         return file.finish(), records
 
 
-def _write_part(file: NewFile, again: IO[bytes], part: Part) -> StoredExtent:
+def _write_part(file: NewFile, part: Part) -> StoredExtent:
     tensor = part.read()
     begin = file.position
     torch.save(tensor, file)  # type: ignore[arg-type]
-    file.flush()
-    end = file.position
     data = elements(tensor)
     chunks = tuple(digest(data[at : at + CHUNK_BYTES]) for at in range(0, len(data), CHUNK_BYTES))
-    start = begin + stored_entry(_Window(again, begin, end), "/data/0")[0]
-    return StoredExtent(part.extent, file.path.name, start, (begin, end - begin), chunks)
+    start = file.place_of(begin, "/data/0")
+    return StoredExtent(part.extent, file.path.name, start, (begin, file.position - begin), chunks)
 
 
 def elements(tensor: Tensor) -> memoryview:
@@ -188,7 +204,7 @@ class _Window(io.RawIOBase):
         return data
 
 
-def read_elements(path: Path, stored: StoredExtent, dtype: torch.dtype, first: int, last: int) -> Tensor:
+def read_elements(path: Location, stored: StoredExtent, dtype: torch.dtype, first: int, last: int) -> Tensor:
     """Elements ``[first, last)`` of a stored extent, flattened; each chunk with some of them is checked. [last - first]
 
     Raises:

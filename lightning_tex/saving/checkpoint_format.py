@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_tex.optim import Stepped
 from lightning_tex.parallel.topology import Topology
+from lightning_tex.saving.remote_path import Location
 from lightning_tex.saving.writing import Broadcast, Save
 
 # Our own entry beside Lightning's, in both forms.
@@ -78,7 +79,7 @@ class CheckpointFormat(ABC):
         """Save what Lightning collected; collective.
 
         Args:
-            linked: as for :func:`lightning_tex.saving.paths.install`.
+            linked: as for :meth:`lightning_tex.saving.store.Store.install`.
 
         Returns:
             what is left to be written from copies, beside training; ``None``: the checkpoint is complete.
@@ -111,5 +112,5 @@ class CheckpointFormat(ABC):
         """
 
     @abstractmethod
-    def for_one_process(self, path: Path) -> Path | IO[bytes]:
+    def for_one_process(self, path: Location) -> Path | IO[bytes]:
         """What Lightning's ``load_from_checkpoint`` reads the weights and hyper-parameters from."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from lightning_tex.optim.formats import MASTER
 from lightning_tex.saving import paths, plain_form
-from lightning_tex.saving.archive import NewFile
 from lightning_tex.saving.checkpoint_format import OWN_ENTRY
 from lightning_tex.saving.further_weights import put_whole
 from lightning_tex.saving.manifest import CorruptCheckpointError
@@ -22,6 +20,8 @@ from lightning_tex.saving.newest import find
 from lightning_tex.saving.optimizer_loading import OptimizerStates
 from lightning_tex.saving.optimizer_state import GROUPS_OF_EACH, ROOTS
 from lightning_tex.saving.reading import Directory
+from lightning_tex.saving.remote_path import Location, at
+from lightning_tex.saving.stores import store_of
 from lightning_tex.saving.whole_tensors import tensor_bytes
 
 
@@ -31,14 +31,14 @@ def consolidated(path: str | os.PathLike[str], weights_only: bool = False) -> di
     Where 16-bit parameters have fp32 masters, ``state_dict`` holds these. ``strategy="auto"`` resumes from it.
 
     Args:
-        path: the directory, or a link to it.
+        path: the directory, or a link to it; a path or a URL.
         weights_only: without optimizer states.
 
     Raises:
         FileNotFoundError: there is none.
         CorruptCheckpointError: a file is not what was written; all files are checked first.
     """
-    directory = Directory.verified(find(Path(path)))
+    directory = Directory.verified(find(at(path)))
     trainer_state = directory.trainer_state()
     own = trainer_state.pop(OWN_ENTRY)
     tensors = dict(directory.whole(lambda name: name[0] == MODEL or name[-1] == MASTER or not weights_only))
@@ -79,31 +79,26 @@ def consolidate(path: str | os.PathLike[str], output: str | os.PathLike[str], we
     Raises:
         FileExistsError: ``output`` exists.
     """
-    target = Path(output)
-    if os.path.lexists(target):
+    target = at(output)
+    if paths.is_taken(target):
         raise FileExistsError(f"{target} exists; nothing is written over it")
     checkpoint = consolidated(path, weights_only)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = paths.partial_name(target)
-    try:
-        with NewFile(partial, tensor_bytes(checkpoint)) as file:
-            torch.save(checkpoint, file)  # type: ignore[arg-type]
-            file.finish()
-        paths.replace_by_file(partial, target)
-    finally:
-        paths.remove(partial)
+    store = store_of(target)
+    with store.single_file(target) as place, store.new_file(place, tensor_bytes(checkpoint)) as file:
+        torch.save(checkpoint, file)  # type: ignore[arg-type]
+        file.finish()
 
 
-def default_output(path: Path, weights_only: bool) -> Path:
+def default_output(path: Location, weights_only: bool) -> Location:
     """A name beside ``path`` that says what it is; Lightning takes every name that begins with *last* for the last."""
     return path.with_name(f"{'weights' if weights_only else 'whole'}-of-{path.name.removesuffix('.ckpt')}.ckpt")
 
 
-def checkpoints_in(folder: Path) -> list[tuple[Path, str | None]]:
+def checkpoints_in(folder: Location) -> list[tuple[Location, str | None]]:
     """What lies in a folder that is, or was to become, a checkpoint directory; and what an incomplete one lacks."""
-    found: list[tuple[Path, str | None]] = []
-    for entry in sorted(folder.iterdir()):
-        if entry.is_dir() and not entry.name.startswith("."):
+    found: list[tuple[Location, str | None]] = []
+    for entry in paths.entries(folder):
+        if paths.is_directory(entry) and not entry.name.startswith("."):
             try:
                 paths.manifest_of(entry)
                 found.append((entry, None))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning_tex.saving.archive import stored_entry
 from lightning_tex.saving.manifest import CorruptCheckpointError
+from lightning_tex.saving.remote_path import Location
 
 # What Lightning restores training from beside weights and progress. A directory has the optimizer states elsewhere.
 _OF_A_RUN = frozenset({"global_step", "lr_schedulers"})
@@ -34,7 +34,7 @@ def holds_whole_state(keys: Collection[str], directory: bool) -> bool:
     return needed <= set(keys)
 
 
-def contents(path: Path) -> Contents:
+def contents(path: Location) -> Contents:
     """Read the top of a file that ``torch.save`` wrote: the archive's table and the structure, no elements.
 
     Raises:

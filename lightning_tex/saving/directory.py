@@ -15,7 +15,6 @@ from typing import IO, Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
-from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
@@ -34,6 +33,7 @@ from lightning_tex.saving.optimizer_loading import (
 )
 from lightning_tex.saving.random_streams import RANDOM, random_rows, random_streams, restore_random_streams
 from lightning_tex.saving.reading import Directory
+from lightning_tex.saving.remote_path import Location, at
 from lightning_tex.saving.writing import Save, begin
 
 
@@ -61,11 +61,6 @@ class DirectoryCheckpoint(CheckpointFormat):
 
     def begin(self, run: ShardedRun, checkpoint: Mapping[str, Any], filepath: Any, linked: bool) -> Save:
         self.check_io(run.checkpoint_io)
-        if not _is_local_file_protocol(str(filepath)):
-            raise MisconfigurationException(
-                f"{filepath} is not on a mounted file system, where a checkpoint directory must be; "
-                "TexMoEStrategy(save_distributed_checkpoint=False) writes one file, to remote places too"
-            )
         trainer_state = dict(checkpoint)
         tensors: dict[str, Any] = {model_state.MODEL: _described(trainer_state.pop("state_dict"))}
         own: dict[str, Any] = {"layout": asdict(run.topology.layout), model_state.TIES: model_state.ties(run.module)}
@@ -77,11 +72,11 @@ class DirectoryCheckpoint(CheckpointFormat):
             tensors[RANDOM] = random_rows(random_streams(), run.topology.world)
         tensors[FURTHER], places = taken_out(trainer_state)
         trainer_state[OWN_ENTRY] = own | places
-        path = Path(run.broadcast(str(filepath)))
+        path = at(run.broadcast(str(filepath)))
         return begin(path, linked, tensors, trainer_state, run.topology.layout, run.topology.world, run.broadcast)
 
     def load(self, run: ShardedRun, filepath: str, weights_only: bool | None, strict: bool) -> Loaded:
-        source = Directory.verified(Path(filepath), run.topology.world)
+        source = Directory.verified(at(filepath), run.topology.world)
         trainer_state = source.trainer_state(weights_only)
         own = trainer_state.pop(OWN_ENTRY)
         about = own.get("optimizer")  # a save of the weights alone has none
@@ -111,11 +106,11 @@ class DirectoryCheckpoint(CheckpointFormat):
         return lambda _: {}
 
     def load_weights(self, run: ShardedRun, filepath: str, strict: bool) -> Finish:
-        source = Directory.verified(Path(filepath), run.topology.world)
+        source = Directory.verified(at(filepath), run.topology.world)
         model_state.load_checkpointed(run.module, run.topology, source, strict)
         return masters_from(source)
 
-    def for_one_process(self, path: Path) -> Path | IO[bytes]:
+    def for_one_process(self, path: Location) -> Path | IO[bytes]:
         buffer = io.BytesIO()
         torch.save(consolidated(path, weights_only=True), buffer)
         buffer.seek(0)

@@ -1,22 +1,19 @@
-"""Room to write in: errors that say how much was missing where, and folders that are tried before training begins."""
+"""Folders that checkpoints will be written to are tried before training begins, by every rank that will write."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from lightning_tex.parallel.errors import UserRuntimeError
 from lightning_tex.parallel.topology import Axis
-from lightning_tex.saving import paths
 from lightning_tex.saving.reading import all_problems
+from lightning_tex.saving.remote_path import Location, at
+from lightning_tex.saving.stores import store_of
 from lightning_tex.saving.writing import Broadcast
 
-# What is tried to be written.
-_PROBE = "probe"
 
-
-def require_writable(folders: Sequence[Path], writes: bool, world: Axis, broadcast: Broadcast) -> None:
+def require_writable(folders: Sequence[Location], writes: bool, world: Axis, broadcast: Broadcast) -> None:
     """Try to write a file in each folder, which is made if need be; then all is as it was. Collective.
 
     What a process that was killed has left of its own try is removed.
@@ -28,23 +25,27 @@ def require_writable(folders: Sequence[Path], writes: bool, world: Axis, broadca
         broadcast: sends rank 0's object to all ranks.
 
     Raises:
-        RuntimeError: on all ranks, naming every folder and rank that cannot.
+        RuntimeError: on all ranks, naming every folder and rank that cannot, or does not see what rank 0 writes.
     """
     if not folders:
         return
+    made: list[Location] = []
+    marks: list[Location] = []
     problems: list[str] = []
-    made: list[Path] = []
     if world.rank == 0:
-        for folder in folders:
-            made += _made(folder, problems)
-            paths.remove_leftovers(folder / _PROBE)
+        problems = _failures(folders, world, lambda folder: made.extend(store_of(folder).make_folder(folder)))
     problems = broadcast(problems)
     if writes and not problems:
-        problems = [f"rank {world.rank}: {text}" for text in map(_failure, folders) if text]
+        problems = _failures(folders, world, lambda folder: marks.append(store_of(folder).put_mark(folder)))
+    of_first = [at(mark) for mark in broadcast(list(map(str, marks)))]
+    if writes and not problems:
+        unseen = [mark.parent for mark in of_first if not mark.exists()]
+        problems = [f"rank {world.rank} does not see what rank 0 writes to {folder}" for folder in unseen]
     problems = all_problems(problems, world)
+    for mark in marks:
+        store_of(mark).remove_mark(mark)
     for folder in reversed(made):
-        with suppress(OSError):
-            folder.rmdir()
+        store_of(folder).remove_folder(folder)
     if problems:
         raise UserRuntimeError(
             f"checkpoints cannot be saved: {'; '.join(problems)}. Legal: a folder that all ranks see and may write to "
@@ -52,23 +53,13 @@ def require_writable(folders: Sequence[Path], writes: bool, world: Axis, broadca
         )
 
 
-def _made(folder: Path, problems: list[str]) -> list[Path]:
-    """The folders that had to be made, outermost first."""
-    missing = [place for place in (folder, *folder.parents) if not place.exists()][::-1]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        problems.append(f"rank 0: {folder}: {error.strerror}")
-    return [place for place in missing if place.is_dir()]
-
-
-def _failure(folder: Path) -> str | None:
-    probe = paths.partial_name(folder / _PROBE)
-    try:
-        probe.write_bytes(b"?")
-        probe.unlink(missing_ok=True)
-    except OSError as error:
-        with suppress(OSError):
-            probe.unlink(missing_ok=True)
-        return f"{folder}: {error.strerror}"
-    return None
+def _failures(folders: Sequence[Location], world: Axis, act: Callable[[Location], Any]) -> list[str]:
+    """What this rank cannot do in which folder."""
+    problems = []
+    for folder in folders:
+        try:
+            act(folder)
+        except Exception as error:  # of any client of a file system
+            said = error.strerror if isinstance(error, OSError) else None
+            problems.append(f"rank {world.rank}: {folder}: {said or f'{type(error).__name__}: {error}'}")
+    return problems

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import os
 from functools import wraps
-from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning.pytorch.core.saving as lightning_saving
 from lightning import LightningModule
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
-from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 
 from lightning_tex.saving import paths
 from lightning_tex.saving.checkpoint_format import CheckpointFormat
 from lightning_tex.saving.directory import DirectoryCheckpoint
 from lightning_tex.saving.newest import find
 from lightning_tex.saving.plain import PlainCheckpoint
+from lightning_tex.saving.remote_path import at
 
 _Module = TypeVar("_Module", bound=LightningModule)
 
@@ -27,8 +26,8 @@ def located(filepath: str, checkpoint_io: CheckpointIO) -> str:
     Raises:
         FileNotFoundError: there is none.
     """
-    if type(checkpoint_io) is TorchCheckpointIO and _is_local_file_protocol(filepath):
-        return str(find(Path(filepath)))
+    if type(checkpoint_io) is TorchCheckpointIO:
+        return str(find(at(filepath)))
     return filepath
 
 
@@ -37,7 +36,7 @@ def reading_format(path: str | os.PathLike[str]) -> CheckpointFormat:
 
     The version is then inside: the manifest's ``format``, or :func:`lightning_tex.saving.plain_form.version_of`.
     """
-    return DirectoryCheckpoint() if Path(path).is_dir() else PlainCheckpoint()
+    return DirectoryCheckpoint() if paths.is_directory(at(path)) else PlainCheckpoint()
 
 
 _LIGHTNINGS_LOAD = lightning_saving.pl_load
@@ -48,8 +47,8 @@ def let_lightning_read_directories() -> None:
 
     @wraps(_LIGHTNINGS_LOAD)
     def load(path_or_url: Any, *arguments: Any, **options: Any) -> Any:
-        if isinstance(path_or_url, (str, os.PathLike)) and paths.has_manifest(Path(path_or_url)):
-            path_or_url = DirectoryCheckpoint().for_one_process(find(Path(path_or_url)))
+        if isinstance(path_or_url, (str, os.PathLike)) and paths.has_manifest(at(path_or_url)):
+            path_or_url = DirectoryCheckpoint().for_one_process(find(at(path_or_url)))
         return _LIGHTNINGS_LOAD(path_or_url, *arguments, **options)
 
     lightning_saving.pl_load = load
@@ -60,7 +59,7 @@ def load_from_checkpoint(module: type[_Module], path: str | os.PathLike[str], **
 
     Args:
         module: the LightningModule's class.
-        path: a checkpoint directory or a plain file.
+        path: of a checkpoint directory or a plain file, or its URL.
         arguments: as of Lightning's ``load_from_checkpoint``.
 
     Raises:
@@ -68,5 +67,5 @@ def load_from_checkpoint(module: type[_Module], path: str | os.PathLike[str], **
         CorruptCheckpointError: a file of it is not what was written.
     """
     arguments.setdefault("weights_only", True)  # said explicitly, an environment variable cannot turn it off
-    checkpoint = find(Path(path))
+    checkpoint = find(at(path))
     return module.load_from_checkpoint(reading_format(checkpoint).for_one_process(checkpoint), **arguments)

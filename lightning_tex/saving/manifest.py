@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from pathlib import Path, PurePath
-from typing import Any, NamedTuple
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import xxhash
 
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.extent import Extent
+
+if TYPE_CHECKING:
+    from lightning_tex.saving.remote_path import Location
 
 MANIFEST = "manifest.json"
 INDEX = "tensors.json"
@@ -105,7 +108,7 @@ class Manifest:
         return _text({**body, "xxh3_128": digest(_text(body))})
 
     @classmethod
-    def from_bytes(cls, text: bytes, path: Path) -> Manifest:
+    def from_bytes(cls, text: bytes, path: Location) -> Manifest:
         """Read what :meth:`to_bytes` gave.
 
         Args:
@@ -138,8 +141,8 @@ def digest(data: Any) -> str:
     return xxhash.xxh3_128(data).hexdigest()
 
 
-def file_record(path: Path) -> FileRecord:
-    """Size and digest of a file as it is on disk."""
+def file_record(path: Location) -> FileRecord:
+    """Size and digest of a file as it is where it lies."""
     hasher, size = xxhash.xxh3_128(), 0
     with path.open("rb", buffering=0) as file:
         while data := file.read(_READ_BYTES):
@@ -148,7 +151,7 @@ def file_record(path: Path) -> FileRecord:
     return FileRecord(size, hasher.hexdigest())
 
 
-def difference(path: Path, expected: FileRecord, actual: FileRecord) -> str | None:
+def difference(path: Location, expected: FileRecord, actual: FileRecord) -> str | None:
     """What is wrong with a file, or ``None``."""
     if expected.bytes != actual.bytes:
         return f"{path}: expected {expected.bytes} bytes, found {actual.bytes}"

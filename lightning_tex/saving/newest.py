@@ -15,13 +15,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from glob import escape
-from pathlib import Path
 from typing import NamedTuple
 
 from lightning_tex.parallel.errors import UserFileError
 from lightning_tex.saving import paths
 from lightning_tex.saving.contents import contents, holds_whole_state
 from lightning_tex.saving.manifest import CorruptCheckpointError
+from lightning_tex.saving.remote_path import Location, at
 from lightning_tex.saving.trainer_state import TRAINER_STATE
 
 # The checkpoint of a stop; the number of optimizer steps follows.
@@ -37,7 +37,7 @@ class Place(NamedTuple):
         suffix: of plain files, and of directories that must be checkpoints.
     """
 
-    folder: Path
+    folder: Location
     names: str = "*"
     suffix: str = ".ckpt"
 
@@ -53,23 +53,22 @@ class SavedState:
         written: when, in seconds since 1970.
     """
 
-    path: Path
+    path: Location
     step: int
     directory: bool
     written: float
 
     @classmethod
-    def of(cls, path: Path) -> SavedState:
+    def of(cls, path: Location) -> SavedState:
         """Read the head: a directory's manifest, or the top of a plain file.
 
         Raises:
             CorruptCheckpointError: there is nothing that could be read.
         """
-        if path.is_symlink() and not path.exists():
-            raise CorruptCheckpointError(f"{path} is a link to {os.readlink(path)}, where there is nothing")
-        if not path.is_dir():
-            return cls(path, contents(path).step, False, path.stat().st_mtime)
-        manifest = paths.read_manifest(path)
+        place = paths.behind(path)
+        if not paths.is_directory(place):
+            return cls(path, contents(place).step, False, paths.modified(place))
+        manifest = paths.read_manifest(place)
         return cls(path, manifest.step, True, manifest.written)
 
     def is_whole(self) -> bool:
@@ -80,8 +79,9 @@ class SavedState:
         """
         if not self.directory:
             return holds_whole_state(contents(self.path).keys, directory=False)
-        paths.manifest_of(self.path)
-        return holds_whole_state(contents(self.path / TRAINER_STATE).keys, directory=True)
+        place = paths.behind(self.path)
+        paths.manifest_of(place)
+        return holds_whole_state(contents(place / TRAINER_STATE).keys, directory=True)
 
 
 @dataclass
@@ -100,8 +100,8 @@ class Search:
     """
 
     places: Sequence[Place]
-    own: frozenset[Path] = frozenset()
-    without: Path | None = None
+    own: frozenset[Location] = frozenset()
+    without: Location | None = None
     damaged: list[str] = field(default_factory=list)
     weights: list[SavedState] = field(default_factory=list)
     heads: list[SavedState] = field(default_factory=list)
@@ -122,7 +122,7 @@ class Search:
         return own, state.step, stopped, state.directory, state.written
 
     def _heads(self) -> list[SavedState]:
-        heads: dict[Path, SavedState] = {}
+        heads: dict[Location, SavedState] = {}
         for place in self.places:
             for path in self._entries(place):
                 if self.without is None or path.resolve() != self.without.resolve():
@@ -130,13 +130,13 @@ class Search:
                         heads.setdefault(path.resolve(), SavedState.of(path))
         return list(heads.values())
 
-    def _entries(self, place: Place) -> list[Path]:
+    def _entries(self, place: Place) -> list[Location]:
         try:
-            entries = sorted(place.folder.iterdir())
+            entries = paths.entries(place.folder)
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
-            self.damaged.append(f"{place.folder}: {error.strerror}")
+            self.damaged.append(f"{place.folder}: {error.strerror or error}")
             return []
         named = (entry for entry in entries if fnmatchcase(entry.name, place.names))
         return [entry for entry in named if _is_checkpoint(entry, place.suffix)]
@@ -152,41 +152,38 @@ class Search:
             pass
 
 
-def _is_checkpoint(entry: Path, suffix: str) -> bool:
-    """Whether an entry is, or by its name must be, a checkpoint; a hidden version only where its name is missing."""
-    name = entry
+def _is_checkpoint(entry: Location, suffix: str) -> bool:
+    """Whether an entry is, or by its name must be, a checkpoint; a complete version where its name is missing."""
     if entry.name.startswith("."):
         visible = paths.stands_for(entry)
-        if visible is None or os.path.lexists(visible):
-            return False
-        name = visible
-    return name.suffix == suffix or paths.has_manifest(entry)
+        return visible is not None and not paths.is_taken(visible) and paths.has_manifest(entry)
+    return entry.suffix == suffix or paths.has_manifest(entry)
 
 
-def exactly(path: Path) -> Place:
+def exactly(path: Location) -> Place:
     """The place that holds this path and no other."""
     return Place(path.parent, escape(path.name), path.suffix)
 
 
-def latest(folder: str | os.PathLike[str], without: Path | None = None) -> Path | None:
+def latest(folder: str | os.PathLike[str], without: Location | None = None) -> Location | None:
     """The newest complete whole state in a folder; ``None``: there is none.
 
     Digests are not compared here; loading does.
 
     Args:
-        folder: where to look.
+        folder: where to look; a path, or a URL of any ``fsspec`` file system.
         without: a path that is not wanted.
     """
-    return next((state.path for state in Search([Place(Path(folder))], without=without)), None)
+    return next((state.path for state in Search([Place(at(folder))], without=without)), None)
 
 
-def find(path: Path) -> Path:
+def find(path: Location) -> Location:
     """What ``path`` stands for: itself, or the newest complete version if a save was cut off while replacing it.
 
     Raises:
         FileNotFoundError: there is neither; the newest complete whole state beside it is named.
     """
-    if path.exists():
+    if path.exists() or paths.has_manifest(path):  # web servers do not tell of directories
         return path
     versions = []
     for version in paths.versions(path):
@@ -196,7 +193,7 @@ def find(path: Path) -> Path:
                 versions.append((manifest.step, manifest.written, version))
     if versions:
         return max(versions)[2]
-    link = f": it is a link to {os.readlink(path)}, where there is nothing" if path.is_symlink() else ""
+    link = f": it is a link to {os.readlink(path)}, where there is nothing" if paths.is_taken(path) else ""
     other = latest(path.parent)
     hint = f"; the newest complete whole state there is {other}" if other else ""
     raise UserFileError(f"Checkpoint file not found: there is no checkpoint {path}{link}{hint}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
-from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from torch import Tensor, nn
 
 from lightning_tex.optim import TiledOptimizer
@@ -20,7 +20,9 @@ from lightning_tex.saving.archive import with_room
 from lightning_tex.saving.checkpoint_format import OWN_ENTRY, CheckpointFormat, Finish, Loaded, ShardedRun
 from lightning_tex.saving.model_state import load_checkpointed
 from lightning_tex.saving.optimizer_loading import load_optimizer, masters_from
-from lightning_tex.saving.trainer_state import plain_data, restricted_load
+from lightning_tex.saving.remote_path import Location, RemotePath, at
+from lightning_tex.saving.stores import store_of
+from lightning_tex.saving.trainer_state import load_file, plain_data
 from lightning_tex.saving.whole_tensors import WholeTensors, tensor_bytes
 from lightning_tex.saving.writing import on_first_rank
 
@@ -78,8 +80,8 @@ class PlainCheckpoint(CheckpointFormat):
             )
         return self.load_model(run, checkpoint, strict)
 
-    def for_one_process(self, path: Path) -> Path | IO[bytes]:
-        return path
+    def for_one_process(self, path: Location) -> Path | IO[bytes]:
+        return io.BytesIO(path.read_bytes()) if isinstance(path, RemotePath) else path
 
 
 def states_in_torch_form(optimizer: TiledOptimizer, topology: Topology) -> WholeStates:
@@ -97,9 +99,9 @@ def _loads_itself(module: nn.Module) -> bool:
 
 def _read(checkpoint_io: CheckpointIO, filepath: str, weights_only: bool | None) -> dict[str, Any]:
     checkpoint: dict[str, Any]
-    if type(checkpoint_io) is TorchCheckpointIO and Path(filepath).is_file():
-        # Mapped, not read: each rank touches only its parts.
-        checkpoint = restricted_load(Path(filepath), filepath, weights_only, mmap=True)
+    path = at(filepath)
+    if type(checkpoint_io) is TorchCheckpointIO and (isinstance(path, RemotePath) or path.is_file()):
+        checkpoint = load_file(path, weights_only)
     else:
         checkpoint = checkpoint_io.load_checkpoint(filepath, weights_only=weights_only)
     plain_form.version_of(checkpoint)
@@ -107,16 +109,13 @@ def _read(checkpoint_io: CheckpointIO, filepath: str, weights_only: bool | None)
 
 
 def _write(checkpoint_io: CheckpointIO, checkpoint: dict[str, Any], filepath: Any) -> None:
-    if type(checkpoint_io) is not TorchCheckpointIO or not _is_local_file_protocol(str(filepath)):
+    if type(checkpoint_io) is not TorchCheckpointIO:
         checkpoint_io.save_checkpoint(plain_data(checkpoint), filepath)
         return
-    path = Path(filepath)
+    path = at(filepath)
     paths.require_replaceable(path)
-    partial = paths.partial_name(path)
     try:
-        checkpoint_io.save_checkpoint(plain_data(checkpoint), partial)
-        paths.replace_by_file(partial, path)
+        with store_of(path).single_file(path) as place:
+            checkpoint_io.save_checkpoint(plain_data(checkpoint), place)
     except OSError as error:
         raise with_room(error, path, tensor_bytes(checkpoint)) from None
-    finally:
-        paths.remove(partial)

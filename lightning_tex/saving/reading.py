@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from lightning_tex.saving.manifest import (
     index_from_bytes,
 )
 from lightning_tex.saving.model_state import TensorPath, require_same_shape
+from lightning_tex.saving.remote_path import Location
 from lightning_tex.saving.trainer_state import TRAINER_STATE, restricted_load
 
 
@@ -38,20 +38,20 @@ class Directory:
     """A complete checkpoint directory; a :class:`lightning_tex.saving.model_state.Source`.
 
     Args:
-        path: the directory.
+        path: the directory, or what leads there.
         manifest: its manifest.
 
     Raises:
         CorruptCheckpointError: the table of tensors is not what was written.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path, self.manifest = path, manifest
+    def __init__(self, path: Location, manifest: Manifest) -> None:
+        self.path, self.manifest = paths.behind(path), manifest
         tensors = index_from_bytes(self._checked_bytes(INDEX), manifest.files)
         self.saved: Mapping[TensorPath, TensorRecord] = {tensor.path: tensor for tensor in tensors}
 
     @classmethod
-    def verified(cls, path: Path, world: Axis | None = None) -> Directory:
+    def verified(cls, path: Location, world: Axis | None = None) -> Directory:
         """Open a checkpoint after every file's digest was compared. Files are spread over ranks; collective.
 
         Raises:
@@ -61,9 +61,10 @@ class Directory:
         problems: list[str] = []
         directory = None
         try:
-            manifest = paths.manifest_of(path)
-            problems += damages(path, manifest, world)
-            directory = cls(path, manifest)
+            place = paths.behind(path)
+            manifest = paths.manifest_of(place)
+            problems += damages(place, manifest, world)
+            directory = cls(place, manifest)
         except (CorruptCheckpointError, OSError) as error:
             problems.append(str(error))
         problems = all_problems(problems, world)
@@ -130,7 +131,7 @@ class Directory:
                 yield path, tensor
 
 
-def damages(path: Path, manifest: Manifest, world: Axis) -> list[str]:
+def damages(path: Location, manifest: Manifest, world: Axis) -> list[str]:
     """Which of this rank's share of the files are not what was written, expected and found."""
     found = []
     # The largest first, each to the next rank: about the same bytes for all.
@@ -156,7 +157,7 @@ def all_problems(problems: list[str], world: Axis) -> list[str]:
     return list(dict.fromkeys(problem for own in every for problem in own))
 
 
-def _refusal(path: Path, problems: list[str], most: int = 8) -> str:
+def _refusal(path: Location, problems: list[str], most: int = 8) -> str:
     more = f"\n  and {len(problems) - most} more" if len(problems) > most else ""
     other = newest.latest(path) or newest.latest(path.parent, without=path)
     hint = f"\nThe newest complete whole state there is {other}" if other else ""

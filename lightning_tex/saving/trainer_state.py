@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_tex.parallel.errors import UserTypeError, UserValueError
 from lightning_tex.saving.global_tensor import GlobalTensor
+from lightning_tex.saving.remote_path import Location, RemotePath
 
 # Lightning's own name for the file, which its consolidate_checkpoint reads.
 TRAINER_STATE = _METADATA_FILENAME
@@ -41,6 +42,13 @@ def restricted_load(file: Any, what: object, weights_only: bool | None = None, m
     except (RuntimeError, EOFError) as error:
         raise UserValueError(f"{what} cannot be read, it is damaged or no checkpoint: {error}") from error
     return content
+
+
+def load_file(path: Location, weights_only: bool | None = None) -> dict[str, Any]:
+    """A plain checkpoint. On a mounted file system it is mapped, not read: a rank touches only its parts."""
+    if isinstance(path, RemotePath):
+        return restricted_load(io.BytesIO(path.read_bytes()), path, weights_only)
+    return restricted_load(path, path, weights_only, mmap=True)
 
 
 def serialised(trainer_state: Mapping[str, Any]) -> bytes:

@@ -11,8 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -26,12 +25,14 @@ from torch.distributed.checkpoint.metadata import (
 
 from lightning_tex.parallel.errors import UserRuntimeError
 from lightning_tex.parallel.topology import Axis, Layout
-from lightning_tex.saving import paths
 from lightning_tex.saving.archive import write_file, write_tensors
 from lightning_tex.saving.global_tensor import GlobalTensor, Part
 from lightning_tex.saving.manifest import INDEX, MANIFEST, FileRecord, Manifest, TensorRecord, index_to_bytes
 from lightning_tex.saving.model_state import TensorPath
+from lightning_tex.saving.parts import in_files
+from lightning_tex.saving.remote_path import Location, at
 from lightning_tex.saving.side_group import SideGroup
+from lightning_tex.saving.stores import store_of
 from lightning_tex.saving.trainer_state import TRAINER_STATE, serialised
 
 Broadcast = Callable[[Any], Any]
@@ -42,7 +43,7 @@ _PACKAGES = ("lightning-tex", "torch", "lightning")
 
 
 def begin(
-    path: Path,
+    path: Location,
     linked: bool,
     tensors: Mapping[str, Any],
     trainer_state: Mapping[str, Any],
@@ -54,7 +55,7 @@ def begin(
 
     Args:
         path: the same on all ranks.
-        linked: as for :func:`lightning_tex.saving.paths.install`.
+        linked: as for :meth:`lightning_tex.saving.store.Store.install`.
         tensors: nested dicts of :class:`GlobalTensor`.
         trainer_state: everything else; rank 0's is written.
         layout: of the run.
@@ -64,17 +65,16 @@ def begin(
     Raises:
         RuntimeError: on all ranks, when rank 0 cannot make the directory.
     """
-    partial = Path(broadcast(str(paths.partial_name(path))))
+    store = store_of(path)
+    unfinished = at(broadcast(str(store.unfinished(path))))
 
     def prepare() -> bytes:
-        paths.require_replaceable(path)
-        paths.remove_leftovers(path)
-        partial.mkdir(parents=True)
+        store.prepare(path, unfinished)
         return serialised(trainer_state)
 
     content = on_first_rank(prepare, world, broadcast)
     step, epoch = int(trainer_state.get("global_step", 0)), int(trainer_state.get("epoch", 0))
-    return Save(path, partial, linked, world.rank, dict(_copies(tensors)), content, step, epoch, asdict(layout))
+    return Save(path, unfinished, linked, world.rank, dict(_copies(tensors)), content, step, epoch, asdict(layout))
 
 
 def on_first_rank(act: Callable[[], Any], world: Axis, broadcast: Broadcast) -> Any:
@@ -108,12 +108,24 @@ def _copy(part: Part) -> Part:
     return Part.of(part.extent.offsets, copy.copy_(elements))
 
 
+class _Written(NamedTuple):
+    """A file of a rank's elements."""
+
+    name: str
+    record: FileRecord
+    tensors: list[TensorRecord]
+
+
+def _bytes(tensors: Mapping[TensorPath, GlobalTensor]) -> int:
+    return sum(part.extent.numel * tensor.dtype.itemsize for tensor in tensors.values() for part in tensor.parts)
+
+
 @dataclass
 class Save:
     """A save under way: copies in host memory, and where they go."""
 
-    path: Path
-    partial: Path
+    path: Location
+    unfinished: Location
     linked: bool
     rank: int
     tensors: dict[TensorPath, GlobalTensor]
@@ -137,7 +149,7 @@ class Save:
         failure = group.broadcast(failure)
         if failure:
             if self.rank == 0:
-                paths.remove(self.partial)
+                store_of(self.path).remove(self.unfinished)
             raise UserRuntimeError(f"saving the checkpoint {self.path} (step {self.step}) failed: {failure}")
 
     def _attempt(self, act: Callable[..., Any], *args: Any) -> tuple[Any, str | None]:
@@ -146,16 +158,16 @@ class Save:
         except Exception as error:
             return None, f"{type(error).__name__}: {error}"
 
-    def _write_own(self) -> tuple[str, FileRecord, list[TensorRecord]] | None:
-        if not self.tensors:
-            return None
-        file = self.partial / f"__{self.rank}_0.distcp"
-        record, tensors = write_tensors(file, self.tensors)
+    def _write_own(self) -> list[_Written]:
+        store, written = store_of(self.path), []
+        for number, tensors in enumerate(in_files(self.tensors, store.part_bytes)):
+            path = self.unfinished / f"__{self.rank}_{number}.distcp"
+            written.append(_Written(path.name, *write_tensors(store.new_file(path, _bytes(tensors)), tensors)))
         self.tensors = {}
-        return file.name, record, tensors
+        return written
 
-    def _complete(self, written: list[tuple[str, FileRecord, list[TensorRecord]] | None]) -> None:
-        parts = [part for part in written if part is not None]
+    def _complete(self, of_ranks: list[list[_Written]]) -> None:
+        parts = [part for written in of_ranks for part in written]
         files = {name: record for name, record, _ in parts}
         tensors = _joined([tensors for _, _, tensors in parts])
         assert self.trainer_state is not None
@@ -164,12 +176,14 @@ class Save:
             (_DCP_METADATA, pickle.dumps(_dcp_metadata(tensors))),
             (INDEX, index_to_bytes(tensors)),
         ):
-            files[name] = write_file(self.partial / name, content)
+            files[name] = self._put(name, content)
         versions = {name: _version(name) for name in _PACKAGES}
         manifest = Manifest(self.step, self.epoch, self.layout, versions, time.time(), files)
-        write_file(self.partial / MANIFEST, manifest.to_bytes())
-        paths.sync(self.partial)
-        paths.install(self.partial, self.path, self.linked)
+        self._put(MANIFEST, manifest.to_bytes())
+        store_of(self.path).install(self.unfinished, self.path, self.linked)
+
+    def _put(self, name: str, content: bytes) -> FileRecord:
+        return write_file(store_of(self.path).new_file(self.unfinished / name, len(content)), content)
 
 
 def _version(package: str) -> str:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from lightning import Trainer
-from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.callbacks.on_exception_checkpoint import OnExceptionCheckpoint
 
-from lightning_tex.saving import Place, exactly
+from lightning_tex.saving import Location, Place, at, exactly
 
 # What Lightning adds to a folder of its own choice.
 _CHECKPOINTS = "checkpoints"
@@ -40,20 +38,13 @@ def places(trainer: Trainer) -> list[Place]:
     Where the callbacks' folder is a logger's ``version_N`` and nothing is in it yet, the newest earlier version with
     something in it counts too: a command that is given again gets a new version.
     """
-    root = Path(trainer.default_root_dir)
+    root = at(trainer.default_root_dir)
     callbacks = [callback for callback in model_checkpoints(trainer) if callback.dirpath is not None]
-    found = [Place(Path(str(callback.dirpath)), suffix=callback.FILE_EXTENSION) for callback in callbacks]
+    found = [Place(at(str(callback.dirpath)), suffix=callback.FILE_EXTENSION) for callback in callbacks]
     found += [earlier for place in found for earlier in _earlier_versions(place)]
     found += [Place(root / _CHECKPOINTS), Place(root, "hpc_ckpt_*")]
-    found += [exactly(Path(c.ckpt_path)) for c in _on_exception(trainer)]
+    found += [exactly(at(c.ckpt_path)) for c in _on_exception(trainer)]
     return list(dict.fromkeys(found))
-
-
-def remote_folders(trainer: Trainer) -> list[str]:
-    """Those of the folders that are not on a mounted file system."""
-    folders = [trainer.default_root_dir, *(callback.dirpath for callback in model_checkpoints(trainer))]
-    folders += [callback.dirpath for callback in _on_exception(trainer)]
-    return [str(folder) for folder in folders if not _is_local_file_protocol(str(folder))]
 
 
 def saves_on_exception(trainer: Trainer) -> bool:
@@ -78,5 +69,5 @@ def _earlier_versions(place: Place) -> Iterator[Place]:
             return
 
 
-def _has_entries(folder: Path) -> bool:
+def _has_entries(folder: Location) -> bool:
     return folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir())

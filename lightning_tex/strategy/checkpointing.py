@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from lightning import Trainer
-from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -27,15 +27,17 @@ from lightning_tex.saving import (
     Background,
     CheckpointFormat,
     DirectoryCheckpoint,
+    Location,
     PlainCheckpoint,
     Search,
     ShardedRun,
     SideGroup,
+    at,
     exactly,
     located,
-    paths,
     reading_format,
     require_writable,
+    store_of,
 )
 from lightning_tex.saving.checkpoint_format import Finish
 from lightning_tex.saving.random_streams import restore_random_streams
@@ -98,7 +100,7 @@ class CheckpointingStrategy(MeshStrategy):
         self._unfinished: list[Finish] | None = None  # of the restoring that is under way
         self._init_from = init_from
         self.initial_weights = InitialWeights()
-        self._saved_here: set[Path] = set()
+        self._saved_here: set[Location] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         optimizers: dict[str, Any] = {"_optimizers": [], "_lightning_optimizers": [], "lr_scheduler_configs": []}
@@ -154,7 +156,7 @@ class CheckpointingStrategy(MeshStrategy):
 
     def try_folders(self, trainer: Trainer) -> None:
         """Refuse folders in which the run's checkpoints could not be written; collective."""
-        folders = [Path(folder) for folder in saving_folders(trainer) if _is_local_file_protocol(folder)]
+        folders = list(map(at, saving_folders(trainer)))
         writes = self._writing_format.writes_on_all_ranks or self.is_global_zero
         require_writable(folders, writes, self.topology.world, self.broadcast)
 
@@ -186,8 +188,7 @@ class CheckpointingStrategy(MeshStrategy):
         self._background.wait()  # one copy of the states at a time
         run = self._run()
         save = self._writing_format.begin(run, checkpoint, filepath, linked=self._is_written_again(filepath))
-        if _is_local_file_protocol(str(filepath)):
-            self._saved_here.add(Path(filepath).absolute())
+        self._saved_here.add(at(filepath).absolute())
         if save is None:
             return
         if self._side_group is None:
@@ -198,16 +199,16 @@ class CheckpointingStrategy(MeshStrategy):
     def step_boundary(self) -> None:
         """Between two batches of a fit; collective."""
 
-    def save_complete(self, trainer: Trainer, path: Path) -> None:
+    def save_complete(self, trainer: Trainer, path: Location) -> None:
         """Write the whole state, and return when it is on disk and read back; collective."""
         in_fit, self._training = self._training, False
         try:
-            trainer.save_checkpoint(path, weights_only=False)
+            trainer.save_checkpoint(str(path), weights_only=False)
         finally:
             self._training = in_fit
 
     def _is_written_again(self, filepath: Any) -> bool:
-        stem = Path(filepath).stem
+        stem = PurePath(at(filepath).name).stem
         callbacks = model_checkpoints(self._trainer) if self._trainer is not None else []
         names = [callback.CHECKPOINT_NAME_LAST for callback in callbacks if callback.save_last]
         return any(stem == name or stem.startswith(f"{name}-v") for name in names)
@@ -226,18 +227,19 @@ class CheckpointingStrategy(MeshStrategy):
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Remove a checkpoint, but not before those that were saved after it are on disk and read back."""
-        self._saved_here.discard(Path(filepath).absolute())
+        path = at(filepath)
+        self._saved_here.discard(path.absolute())
         if self.is_global_zero:
-            local = _is_local_file_protocol(str(filepath))
-            remove = paths.remove if local else self.checkpoint_io.remove_checkpoint
-            self._after_saves(lambda: remove(Path(filepath) if local else filepath))
+            ours = isinstance(path, Path) or type(self.checkpoint_io) is TorchCheckpointIO
+            plugin = self.checkpoint_io
+            self._after_saves(lambda: store_of(path).remove(path) if ours else plugin.remove_checkpoint(filepath))
 
     @property
-    def saved_here(self) -> frozenset[Path]:
+    def saved_here(self) -> frozenset[Location]:
         """What this Trainer has saved and not removed, links resolved."""
         return frozenset(path.resolve() for path in self._saved_here)
 
-    def newest_saved_here(self) -> Path | None:
+    def newest_saved_here(self) -> Location | None:
         """The whole state that this Trainer would go on from; ``None``: it has saved none."""
         return next((state.path for state in Search(list(map(exactly, self._saved_here)))), None)
 
@@ -249,8 +251,9 @@ class CheckpointingStrategy(MeshStrategy):
 
     def link_checkpoint(self, filepath: str, linkpath: str) -> None:
         """Lead a link to a checkpoint, once that is complete."""
-        if self.is_global_zero and Path(filepath).absolute() != Path(linkpath).absolute():
-            self._after_saves(lambda: paths.link(Path(filepath), Path(linkpath)))
+        target, link = at(filepath).absolute(), at(linkpath).absolute()
+        if self.is_global_zero and target != link:
+            self._after_saves(lambda: store_of(link).link(target, link))
 
     # --- the end of a save in the background
 

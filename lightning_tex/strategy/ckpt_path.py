@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Final, Protocol
 
 from lightning import Trainer
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_tex.parallel.errors import UserError, UserFileError, UserValueError
-from lightning_tex.saving import CorruptCheckpointError, RefusedCheckpointError, SavedState, Search, find, latest
+from lightning_tex.saving import (
+    CorruptCheckpointError,
+    Location,
+    RefusedCheckpointError,
+    SavedState,
+    Search,
+    at,
+    find,
+    latest,
+    paths,
+)
 from lightning_tex.saving.contents import holds_whole_state
-from lightning_tex.strategy.checkpoint_folders import places, remote_folders, saves_on_exception
+from lightning_tex.strategy.checkpoint_folders import places, saves_on_exception
 
 LAST: Final = "last"
 AUTO: Final = "auto"
@@ -32,7 +40,7 @@ class Resuming(Protocol):
         """Lightning's plugin."""
 
     @property
-    def saved_here(self) -> frozenset[Path]:
+    def saved_here(self) -> frozenset[Location]:
         """What this Trainer has saved itself, links resolved."""
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
@@ -187,10 +195,10 @@ class CheckpointConnector(_CheckpointConnector):
         rank_zero_info(f"ckpt_path='auto': {reason}, so a new run begins")
 
     def _is_searchable(self) -> bool:
-        return type(self._strategy.checkpoint_io) is TorchCheckpointIO and not remote_folders(self.trainer)
+        return type(self._strategy.checkpoint_io) is TorchCheckpointIO
 
     def _resume_lightnings_last(self, word: str, weights_only: bool | None) -> None:
-        """On remote places, or through a plugin of the user's: the newest that Lightning takes for the last."""
+        """Through a plugin of the user's: the newest that Lightning takes for the last."""
         path = self._decided(self._lightnings_last)
         if path:
             self._resume_from(path, weights_only)
@@ -204,9 +212,9 @@ class CheckpointConnector(_CheckpointConnector):
     # --- by a path
 
     def _resume_from(self, path: Any, weights_only: bool | None) -> None:
-        known = type(self._strategy.checkpoint_io) is TorchCheckpointIO and _is_local_file_protocol(str(path))
+        known = self._is_searchable()
         if known:
-            self._decided(lambda: _require(Path(path), whole=self._fitting))
+            self._decided(lambda: _require(at(path), whole=self._fitting))
         super().resume_start(path, weights_only)
         if not known and self._fitting and not holds_whole_state(self._loaded_checkpoint, directory=False):
             raise UserValueError(_weights_only(path))
@@ -227,7 +235,7 @@ class CheckpointConnector(_CheckpointConnector):
         return answer
 
 
-def _require(path: Path, whole: bool) -> None:
+def _require(path: Location, whole: bool) -> None:
     """Raise if there is no checkpoint, or a damaged plain file, or weights where a whole state is needed.
 
     A damaged directory is refused when it is loaded, with all that is wrong.
@@ -236,7 +244,7 @@ def _require(path: Path, whole: bool) -> None:
     try:
         is_whole = SavedState.of(found).is_whole()
     except CorruptCheckpointError as error:
-        if found.is_dir():
+        if paths.is_directory(found):
             return
         other = latest(found.parent, without=found)
         hint = f"\nThe newest complete whole state there is {other}" if other else ""

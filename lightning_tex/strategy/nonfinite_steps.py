@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_tex.moe.experts import Experts
+from lightning_tex.moe.held_experts import HeldExperts
 from lightning_tex.optim import TiledOptimizer
 from lightning_tex.parallel.errors import UserRuntimeError
 from lightning_tex.parallel.sharding import parameter_shardings
 from lightning_tex.resilience.finite_watch import FiniteWatch, Seen, of_all_ranks, tensors_in
+from lightning_tex.saving import at
 from lightning_tex.saving.random_streams import random_streams
 from lightning_tex.strategy.step_dump import DUMPED, KeptBatch, KeptStep, write_dump
 from lightning_tex.strategy.stopping import checkpoint_folder
@@ -244,7 +245,9 @@ class SkippedSteps:
         folder = checkpoint_folder(trainer)
         if folder is None or not note.kept.batches:
             return None
-        path = folder / f"{DUMPED}{note.step}"
+        # A dump is files to look at: where checkpoints are elsewhere, it lies here.
+        mounted = next(place for place in (folder, at(trainer.default_root_dir), Path.cwd()) if isinstance(place, Path))
+        path = mounted / f"{DUMPED}{note.step}"
         write_dump(strategy, trainer, path, note.kept, said, note.step)
         return path
 
@@ -295,11 +298,10 @@ def _told(reports: list[RankReport]) -> str | None:
 
 def _each_expert(module: nn.Module, inputs: tuple[Any, ...]) -> Iterable[tuple[str, Tensor]]:
     """What the experts of this rank give for the rows that arrived, before it travels and is summed."""
-    if not isinstance(module, Experts):
+    if not isinstance(module, HeldExperts):
         return
-    first = module.boxes()["up"].extent.offsets[0]
-    for number, output in enumerate(module.own_outputs(inputs[0])):
-        yield f"output of expert {first + number}", output
+    for number, output in zip(module.held, module.own_outputs(inputs[0]), strict=True):
+        yield f"output of expert {number}", output
 
 
 def _sample_ids(batch: Any) -> list[int]:

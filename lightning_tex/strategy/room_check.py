@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning import Trainer
-from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_tex.parallel.errors import UserRuntimeError
 from lightning_tex.resilience.finite_watch import of_all_ranks
+from lightning_tex.saving import at
 from lightning_tex.saving.global_tensor import GlobalTensor
 from lightning_tex.saving.model_state import model_state
 from lightning_tex.saving.optimizer_state import foreseen_bytes
@@ -59,9 +59,11 @@ def _bytes_held(tensor: GlobalTensor) -> int:
 def _short_of_room(folders: Iterable[str], size: int) -> Iterator[tuple[str, int]]:
     """Folders that have no room for two checkpoints, and the bytes free there; those that cannot be asked are none."""
     for folder in folders:
-        place = Path(folder).absolute()
+        place = at(folder).absolute()
+        if not isinstance(place, Path):
+            continue
         existing = next((parent for parent in (place, *place.parents) if parent.exists()), None)
-        if existing is not None and _is_local_file_protocol(folder):
+        if existing is not None:
             with suppress(OSError):
                 free = shutil.disk_usage(existing).free
                 if free < 2 * size:

@@ -11,6 +11,7 @@ from typing import Any
 from lightning import Trainer
 from lightning.fabric.utilities.seed import pl_worker_init_function
 
+from lightning_tex.data.on_data_axis import DataAxisLoader
 from lightning_tex.data.workers import SparedWorker, named_worker_errors
 from lightning_tex.moe import auxiliary_loss
 from lightning_tex.parallel.errors import UserRuntimeError
@@ -79,7 +80,9 @@ class StepStrategy(CheckpointingStrategy):
         self._logged_names = LoggedNames(self._agreement(data.ranks, "logged"))
 
     def process_dataloader(self, dataloader: object) -> object:
-        """Seed workers by data rank, and leave signals to ranks."""
+        """Give a loader on the data axis its place; seed workers by data rank, and leave signals to ranks."""
+        if isinstance(dataloader, DataAxisLoader) and self.lightning_module is not None:
+            dataloader.place(self.distributed_sampler_kwargs, self.lightning_module.trainer)
         begins: Any = getattr(dataloader, "worker_init_fn", False)
         if begins is not False and not isinstance(begins, SparedWorker):
             begins = begins or partial(_seed_worker, rank=self.distributed_sampler_kwargs["rank"])

@@ -12,7 +12,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from lightning import Trainer
@@ -26,6 +26,7 @@ from lightning_tex.resilience.processes import end_process, say
 from lightning_tex.resilience.signals import STOP_SIGNALS, StopSignals, exit_code
 from lightning_tex.resilience.star import current_star
 from lightning_tex.resilience.vote import Vote
+from lightning_tex.saving import Location, at, paths
 from lightning_tex.saving.newest import STOPPED
 from lightning_tex.saving.random_streams import random_streams, restore_random_streams
 from lightning_tex.strategy.ballot import Ballot
@@ -213,21 +214,21 @@ class Stopping:
         self._remove_older(path)  # a later stop replaces it
         self._say(f"saved {path}; ckpt_path='last' (--ckpt_path last) goes on from it")
 
-    def _write(self, path: Path) -> None:
+    def _write(self, path: Location) -> None:
         began = time.monotonic()
         self._strategy.save_complete(self.trainer, path)
         self._limits.save_took(time.monotonic() - began)
 
-    def _remove_older(self, path: Path) -> None:
+    def _remove_older(self, path: Location) -> None:
         if self._strategy.is_global_zero:
-            for older in path.parent.glob(f"{STOPPED}*.ckpt"):
-                if older != path:
+            for older in paths.entries(path.parent):
+                if older != path and fnmatchcase(older.name, f"{STOPPED}*.ckpt"):
                     self._strategy.remove_checkpoint(older)
 
     def _save_for_requeue(self, number: int, why: str) -> None:
         """Save where Lightning looks for it in a requeued job, and requeue it, if the signal asks for that."""
         trainer = self.trainer
-        path = Path(trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir))
+        path = at(trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir))
         self._say(f"stopping after step {trainer.global_step}: {why}; saving {path}")
         self._write(path)
         if number == self._environment.requeue_signal and self._strategy.is_global_zero:
@@ -258,15 +259,15 @@ def _rewind(progress: Any, batches: int) -> None:
         tracker.processed, tracker.completed = tracker.processed - batches, tracker.completed - batches
 
 
-def checkpoint_folder(trainer: Trainer) -> Path | None:
+def checkpoint_folder(trainer: Trainer) -> Location | None:
     """Where the run's checkpoints lie; ``None``: the Trainer has them switched off."""
     callbacks = [c for c in trainer.callbacks if isinstance(c, Checkpoint)]  # type: ignore[attr-defined]
     if not callbacks or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return None
     for callback in callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath:
-            return Path(callback.dirpath)
-    return Path(trainer.default_root_dir) / "checkpoints"
+            return at(callback.dirpath)
+    return at(trainer.default_root_dir) / "checkpoints"
 
 
 def _no_vote() -> None:

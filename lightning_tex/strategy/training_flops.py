@@ -11,7 +11,7 @@ from lightning_tex.planner.cluster import Cluster
 from lightning_tex.planner.describe import describe
 from lightning_tex.planner.layers import Other
 from lightning_tex.planner.model import ModelDescription
-from lightning_tex.planner.work import token_flops
+from lightning_tex.planner.model_flops import token_flops
 
 # Kinds of modules that have matrices and compute no product with them.
 _NO_PRODUCTS = ("Embedding", "EmbeddingBag")

@@ -119,6 +119,7 @@ def test_the_page_is_what_its_files_make_of_it() -> None:
     assert gpu_tables.rewritten(page, gpu_tables.RESULTS) == page, "python benchmarks/gpu_tables.py"
 
 
+@pytest.mark.full
 def test_of_a_model_as_much_is_trained_as_fits() -> None:
     recipe, layers = str(gpu_parts.HERE / "gpu_olmoe.yaml"), ["--model.init_args.config.num_layers", "3"]
 

@@ -98,6 +98,21 @@ def test_how_sure_a_router_is() -> None:
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
+def test_auxiliary_losses_are_what_enters_the_loss(accumulated: int) -> None:
+    coefficients = {"load_balance_coefficient": 0.1, "sequence_balance_coefficient": 0.2, "z_loss_coefficient": 0.01}
+    module = SmallDecoder(**coefficients)
+    layer = next(layer for _, layer in module.decoder.moe_layers())
+    recorded: list[list[float]] = []
+    layer.register_forward_hook(lambda *_: recorded.append([float(loss) for loss in layer.ledger.losses]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nobody collects them
+        logged = fit(module, ExpertMonitor(), accumulate_grad_batches=accumulated)
+    assert all(len(losses) == 2 for losses in recorded)
+    expected = [sum(losses) for losses in recorded[accumulated - 1 :: accumulated]]
+    assert logged["auxiliary_loss/1"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
 def test_entropy_and_confidence_are_those_of_the_scores(accumulated: int) -> None:
     module = SmallDecoder(load_balance_coefficient=0.0)
     router = next(layer for _, layer in module.decoder.moe_layers()).router
@@ -124,9 +139,13 @@ def test_layouts_log_and_write_the_same(tmp_path: Path) -> None:
     reference = together(1, {0: (on_layout, {}, tmp_path / "one")})[0][0]
     layouts = {"ted": TED, "folded": FOLDED, "split": {**TED, "sequence_parallel": True}}
     runs = together(4, {name: (on_layout, layout, tmp_path / name) for name, layout in layouts.items()})
-    told = ("expert_", "dead_experts/", "router_")
+    told = ("expert_", "dead_experts/", "router_", "auxiliary_loss/")
     expected = {name: value for name, value in reference.items() if name.startswith(told)}
-    assert {"expert_load/1", "expert_load/3", "expert_load/worst", "dead_experts/total"} < expected.keys()
+    of_all = {"expert_load/worst", "dead_experts/total", "router_entropy/mean", "auxiliary_loss/total"}
+    assert of_all | {"expert_load/1", "expert_load/3", "auxiliary_loss/3"} < expected.keys()
+    assert expected["auxiliary_loss/total"] == pytest.approx(
+        expected["auxiliary_loss/1"] + expected["auxiliary_loss/3"]
+    )
     for name, (logged, *_) in runs.items():
         for metric, value in expected.items():
             assert logged[metric] == pytest.approx(value, rel=1e-6), f"{metric} on {name}"
@@ -156,7 +175,7 @@ def test_a_run_does_not_end_for_a_folder_that_cannot_be_written(tmp_path: Path) 
 
 
 def test_a_layer_that_collapses_is_warned_of_once() -> None:
-    with pytest.warns(UserWarning, match="MoE layer 1 collapses: 2 of its 4 experts") as found:
+    with pytest.warns(UserWarning, match="MoE layer decoder.blocks.1.mlp collapses: 2 of its 4 experts") as found:
         fit(Chosen(lambda tokens, _: two_of_them(tokens, 0)), ExpertMonitor(warn_after=3))
     assert sum("collapses" in str(each.message) for each in found) == 1
 

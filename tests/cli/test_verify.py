@@ -24,6 +24,7 @@ def verified(capsys, *words: str) -> tuple[int, dict, str]:
     return code, json.loads(printed.splitlines()[-1]), printed
 
 
+@pytest.mark.full
 def test_the_recipe_of_a_language_model(recipe, capsys):
     code, report, printed = verified(capsys, "--config", str(recipe), "--devices", "2", "--steps", "2")
     assert code == 0

@@ -15,6 +15,7 @@ from lightning_tex.layers import (
     VocabParallelCrossEntropy,
     VocabParallelHead,
     VocabParallelLinearCrossEntropy,
+    head_gradients,
     linear_cross_entropy,
 )
 from lightning_tex.optim.probe import Allocations
@@ -210,6 +211,6 @@ def bytes_per_logit(dtype: torch.dtype, apart: bool) -> float:
 def test_peak_of_head_and_loss(device: str, dtype: torch.dtype, before: int, monkeypatch: pytest.MonkeyPatch) -> None:
     chunk = linear_cross_entropy.CHUNK_BYTES[device] // SCALE**2
     monkeypatch.setitem(linear_cross_entropy.CHUNK_BYTES, "cpu", chunk)
-    monkeypatch.setattr(linear_cross_entropy, "SLICE_BYTES", linear_cross_entropy.SLICE_BYTES // SCALE**2)
+    monkeypatch.setattr(head_gradients, "SLICE_BYTES", head_gradients.SLICE_BYTES // SCALE**2)
     assert bytes_per_logit(dtype, apart=False) < 1
     assert bytes_per_logit(dtype, apart=True) >= before

@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.published_folders import CASES, Rows, loaded, publish, require_equal_tensors, stepped, tensors, token_ids
+from helpers.published_folders import (
+    CASES,
+    Rows,
+    changed_config,
+    loaded,
+    publish,
+    require_equal_tensors,
+    stepped,
+    tensors,
+    token_ids,
+)
 from helpers.ranks import together
 from helpers.trainers import quiet
 from safetensors.torch import save_file
@@ -24,6 +34,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tensor 2 x expert 2": {"tensor_parallel_size": 2},
     "sequence parallelism": {"tensor_parallel_size": 2, "sequence_parallel": True},
     "folding": {"tensor_parallel_size": 2, "expert_tensor_parallel_size": 1},
+    "folding, sequence parallelism": {
+        "tensor_parallel_size": 2,
+        "expert_tensor_parallel_size": 1,
+        "sequence_parallel": True,
+    },
     "expert 4": {"zero_stage": 2},
 }
 
@@ -126,7 +141,22 @@ def test_a_layout_has_the_logits_and_takes_the_step_of_transformers(case, layout
     folder, logits = trained[case, layout]
     with torch.no_grad():
         assert difference(logits, loaded(published[case])(token_ids(ROWS)[:, :-1]).logits) < 1e-5
-    before, ours, theirs = (tensors(published[case]), tensors(folder), stepped(published[case], token_ids(ROWS), RATE))
+    require_the_step_of_transformers(published[case], folder)
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[] if case in ("qwen2-moe", "glm-4-moe") else pytest.mark.full) for case in CASES]
+)
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`", "ignore:.*does not have many workers")
+def test_one_process_takes_the_step_of_transformers(case, published, tmp_path):
+    model = _Stepped.from_pretrained(published[case], load_balance_coefficient=0.0)
+    quiet(devices=1, max_steps=1).fit(model, DataLoader(Rows(token_ids(ROWS)), batch_size=ROWS))
+    model.save_pretrained(tmp_path / "out", dtype="float32")
+    require_the_step_of_transformers(published[case], tmp_path / "out")
+
+
+def require_the_step_of_transformers(published: Path, folder: Path) -> None:
+    before, ours, theirs = tensors(published), tensors(folder), stepped(published, token_ids(ROWS), RATE)
     assert ours.keys() == theirs.keys()
     for name in theirs:
         assert difference(ours[name], theirs[name]) < 1e-5, name
@@ -147,6 +177,18 @@ def test_blocks_that_predict_further_tokens_are_left_out_with_a_warning(tmp_path
     model.configure_model()
     model.save_pretrained(tmp_path / "out")
     assert tensors(tmp_path / "out").keys() == content.keys()
+
+
+@torch.no_grad()
+def test_a_glm_that_does_not_say_which_part_of_a_head_turns_turns_half(tmp_path):
+    """As transformers reads it."""
+    folder = publish("glm-4-moe", tmp_path / "glm")
+    changed_config(folder, lambda config: config["rope_parameters"].pop("partial_rotary_factor"))
+    model = LanguageModel.from_pretrained(folder)
+    model.configure_model()
+    ids = token_ids(ROWS)[:, :-1]
+    assert model.config.partial_rotary_factor == 0.5
+    assert difference(model(ids), loaded(folder)(ids).logits) < 1e-5
 
 
 def test_every_family_is_tried():

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_tex.moe import auxiliary_loss
 from lightning_tex.planner.describe import describe
-from lightning_tex.planner.work import token_flops
+from lightning_tex.planner.model_flops import token_flops
 from lightning_tex.planner_trace.flops import operation_flops
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -13,6 +13,9 @@ from lightning_tex.cli import main
 from lightning_tex.models.upcycling import upcycle
 from lightning_tex.parallel.errors import UserValueError
 
+# By the case of a dense model, the family that has it with a shared expert: GLM-4-MoE has no windows.
+FAMILY_WITH_SHARED = {"llama, tied head": "glm4_moe", "mistral, windows": "qwen2_moe", "qwen3": "glm4_moe"}
+
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
@@ -36,6 +39,32 @@ def test_logits_at_the_start_are_those_of_the_dense_model(case, granularity, den
     assert routed == [0, 1, 2] and model.config.expert_hidden == 36 // granularity
 
 
+@pytest.mark.parametrize(("shared", "granularity"), [(1, 1), (2, 1), (1, 3)])
+@pytest.mark.parametrize("case", FAMILY_WITH_SHARED)
+@torch.no_grad()
+def test_logits_with_a_shared_part_are_those_of_the_dense_model(case, shared, granularity, dense, tmp_path):
+    words = ["--num_experts", "4", "--granularity", str(granularity), "--shared_experts", str(shared)]
+    main(["upcycle", str(dense[case]), str(tmp_path / "out"), *words])
+    ids = token_ids(3)
+    expected = loaded(dense[case])(ids).logits
+    model = LanguageModel.from_pretrained(tmp_path / "out")
+    model.configure_model()
+    for logits in (model(ids), loaded(tmp_path / "out")(ids).logits):
+        assert (logits - expected).norm() / expected.norm() < 1e-5
+    width, config = 36 // (shared + granularity), model.config
+    assert (config.expert_hidden, config.shared_expert_hidden_dim) == (width, shared * width)
+    assert (config.num_experts, config.top_k) == (4 * granularity, 2 * granularity)
+    assert model.origin.config["model_type"] == FAMILY_WITH_SHARED[case]
+
+
+def test_noise_is_of_routed_experts_alone(dense, tmp_path):
+    for name, noise in (("plain", 0.0), ("noisy", 0.1)):
+        upcycle(dense["qwen3"], tmp_path / name, num_experts=2, top_k=1, shared_experts=1, noise=noise)
+    plain, noisy = tensors(tmp_path / "plain"), tensors(tmp_path / "noisy")
+    differing = {name.split(".")[4] for name in plain if not torch.equal(plain[name], noisy[name])}
+    assert differing == {"experts"}
+
+
 def test_noise_is_of_each_expert_and_repeats_with_the_seed(dense, tmp_path):
     for name, seed in (("one", 0), ("again", 0), ("other", 1)):
         words = [str(dense["qwen3"]), str(tmp_path / name), "--num_experts", "3", "--noise", "0.1", "--seed", str(seed)]
@@ -57,7 +86,9 @@ def test_what_cannot_be_made_into_experts_is_refused_by_name(dense, tmp_path):
     for folder, options, told in (
         (routed, {}, "is a mixtral, which is not made into experts; legal: llama, mistral, qwen3"),
         (biased, {}, "mixtral has no decoder with attention_bias=True"),
+        (biased, {"shared_experts": 1}, "glm4_moe has no decoder with attention_out_bias=True .*; qwen2_moe has no"),
         (dense["qwen3"], {"granularity": 5}, "granularity=5 does not divide the MLPs' hidden_dim=36"),
+        (dense["qwen3"], {"granularity": 4, "shared_experts": 1}, "shared_experts=1, 5 parts, does not divide"),
         (dense["qwen3"], {"top_k": 9}, "num_experts=4, top_k=9"),
     ):
         with pytest.raises(UserValueError, match=told):

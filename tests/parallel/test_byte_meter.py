@@ -26,9 +26,10 @@ from lightning_tex.parallel.activation_checkpointing import recompute_blocks
 from lightning_tex.parallel.byte_meter import ByteMeter, Sent
 from lightning_tex.parallel.sharding import parameter_shardings, shard_module
 from lightning_tex.parallel.topology import AXES
+from lightning_tex.planner.collective import sent_bytes
 from lightning_tex.planner.describe import describe, describe_decoder
 from lightning_tex.planner.layouts import Candidate, Job
-from lightning_tex.planner.traffic import micro_step, sent_bytes, step_collectives
+from lightning_tex.planner.traffic import micro_step, step_collectives
 from lightning_tex.testing.ranks import run_ranks
 
 # B sequences x S positions = T tokens, D model width, E experts, k choices, F capacity factor; fp32, int64 indices
@@ -281,10 +282,29 @@ def test_bytes_and_calls_of_a_step_equal_the_planners():
     run_ranks(4, steps_against_formulas, cases)
 
 
-@pytest.mark.parametrize("gate", [False, True])
-def test_a_shared_experts_result_is_summed_again_only_where_it_is_kept(gate):
-    config = DecoderConfig(98, D, 1, 8, 4, 24, 64, E, K, F, 1, shared_expert_hidden_dim=12, shared_expert_gate=gate)
+@pytest.mark.parametrize(
+    "dense",
+    [
+        {"shared_expert_hidden_dim": 12},
+        {"shared_expert_hidden_dim": 12, "shared_expert_gate": True},
+        {"residual_hidden_dim": 12},
+    ],
+    ids=str,
+)
+def test_a_dense_mlps_result_is_summed_again_only_where_it_is_kept(dense):
+    config = DecoderConfig(98, D, 1, 8, 4, 24, 64, E, K, F, 1, **dense)
     run_ranks(2, step_against_formulas, (2, 1, 2, True), config, False, 1, 1, "full", 1)
+
+
+class OwnExpert(torch.nn.Linear):
+    def __init__(self, dim, hidden_dim):
+        super().__init__(dim, dim)
+
+
+@pytest.mark.parametrize("mode", ["communication_aware", pytest.param("full", marks=pytest.mark.full)])
+def test_experts_of_ones_own_send_what_the_others_send(mode):
+    config = DecoderConfig(98, D, 2, 8, 4, 24, 64, E, K, F, 1, expert_module=OwnExpert)
+    run_ranks(4, step_against_formulas, (2, 4, 1, True), config, False, 2, 1, mode, 2)
 
 
 @pytest.mark.full
@@ -305,6 +325,14 @@ ROUTED = {
     "expert choice": {"router": "expert_choice"},
     "expert choice of the batch": {"router": {"name": "expert_choice", "init_args": {"within": "batch"}}},
     "gshard": {"router": "gshard", "top_k": 2, "capacity_factor": F},
+    "experts that compute nothing": {
+        "zero_experts": 1,
+        "identity_experts": 2,
+        "capacity_factor": F,
+        "sequence_balance_coefficient": 0.1,
+        "router": {"name": "sigmoid", "init_args": {"bias_update_rate": 0.1}},
+        "top_k": 2,
+    },
 }
 
 
@@ -316,7 +344,7 @@ def routers_against_formulas(cases):
 
 
 def rows_are_known(layout, name, sequence, step):
-    return not (sequence and name == "gshard")
+    return not (sequence and name in ("gshard", "experts that compute nothing"))
 
 
 @pytest.mark.parametrize(

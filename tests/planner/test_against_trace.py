@@ -12,9 +12,10 @@ import pytest
 from lightning_tex.cli.plan_recipe import own_candidate, read_recipe
 from lightning_tex.parallel.byte_meter import Sent
 from lightning_tex.planner.cluster import CLUSTERS
+from lightning_tex.planner.collective import sent_bytes
 from lightning_tex.planner.layouts import Job
 from lightning_tex.planner.memory import memory
-from lightning_tex.planner.traffic import sent_bytes, step_collectives
+from lightning_tex.planner.traffic import step_collectives
 from lightning_tex.planner.work import computation
 from lightning_tex.planner_trace import trace
 from lightning_tex.recipe import Recipe
@@ -22,7 +23,7 @@ from lightning_tex.testing.ranks import run_ranks
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 # Few blocks: the trace of all takes a minute.
-FEWER = ["--trainer.accumulate_grad_batches", "2", "--model.config.num_layers", "4"]
+FEWER = ["--trainer.accumulate_grad_batches", "2", "--model.config.num_layers", "2"]
 CASES = {
     "ted-40b-128xa100": [{}, {"zero_stage": 2, "activation_checkpointing": None}, {"duplicate_token_dropping": False}],
     "mixtral-8x7b-64xh100": [{}, {"optimizer_state_format": "int8", "activation_checkpointing": "full"}],

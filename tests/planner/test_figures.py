@@ -13,15 +13,16 @@ from hypothesis import strategies as st
 from lightning_tex.models import DecoderConfig
 from lightning_tex.parallel.topology import AXES, Layout
 from lightning_tex.planner.cluster import CLUSTERS, Cluster
+from lightning_tex.planner.collective import Collective
 from lightning_tex.planner.describe import describe_decoder
 from lightning_tex.planner.layouts import Candidate, Choices, Job, candidates
 from lightning_tex.planner.links import seconds, span
 from lightning_tex.planner.memory import memory
 from lightning_tex.planner.model import ModelDescription
+from lightning_tex.planner.model_flops import model_flops
 from lightning_tex.planner.search import PEAK_ERROR, base_parameters, family, largest_base, plan, plan_all
 from lightning_tex.planner.step_time import step_time
-from lightning_tex.planner.traffic import Collective
-from lightning_tex.planner.work import computation, model_flops
+from lightning_tex.planner.work import computation
 
 SMALL = DecoderConfig(1000, 256, 4, 4, num_experts=8, capacity_factor=1.0, activation="gelu")
 H100 = CLUSTERS["h100"]
@@ -176,6 +177,7 @@ def test_the_largest_base_model_fits_and_the_next_does_not() -> None:
     assert min(memory(larger, candidate).peak for candidate in candidates(larger, choices)) > 4e9
 
 
+@pytest.mark.full
 def test_planning_for_16384_ranks_is_a_matter_of_seconds() -> None:
     job = Job(small(vocab_size=51200, dim=4096, num_layers=32, num_heads=32, num_experts=16), 16384, 2048, 16384)
     plans = plan_all(job, H100, Choices(zero_stage=(0, 1), optimizer_state_format=("fp32",)))

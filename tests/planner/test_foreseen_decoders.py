@@ -65,7 +65,7 @@ CASES = {
     "sinks and windows": Case(SINKS),
     "sinks and windows, recomputed": Case(SINKS, mode="full"),
 }
-DEFAULT = ("adapters and documents", "sinks and windows")
+DEFAULT = ("adapters and documents",)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in DEFAULT else pytest.mark.full) for n in CASES])

@@ -31,11 +31,11 @@ QUICK = {
     "capacity, recomputed, ZeRO 0": Case(
         2, layout(1, 2, activation_checkpointing="full", zero_stage=0), "32-true", 1.25
     ),
+}
+MORE = {
     "sequence, 8 bits, accumulated": Case(
         2, layout(2, 1, sequence_parallel=True, optimizer_state_format="int8"), "bf16-mixed", accumulate=2
     ),
-}
-MORE = {
     "own module": Case(2, layout(2, 1), "bf16-mixed", sizes={"model": "OwnModule"}),
     "own module, experts": Case(2, layout(1, 2), "16-mixed", sizes={"model": "OwnModule"}),
     "one process": Case(1),

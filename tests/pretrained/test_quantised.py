@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -254,13 +255,27 @@ WRONG: dict[str, tuple[str, Any, str]] = {
 }  # fmt: skip
 
 
+def wrong(name: str, published: dict[str, Path], here: Path) -> tuple[Path, str]:
+    """A folder that does not fit, and what is told of it."""
+    kind, change, told = WRONG[name]
+    folder = Path(shutil.copytree(published[kind], here / kind))
+    rewritten(folder, change)
+    return folder, told
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_what_does_not_fit_is_refused_by_name(name, published, tmp_path):
-    kind, change, told = WRONG[name]
-    folder = Path(shutil.copytree(published[kind], tmp_path / kind))
-    rewritten(folder, change)
+    folder, told = wrong(name, published, tmp_path)
     with pytest.raises(UserError, match=told):
         LanguageModel.from_pretrained(folder)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", WRONG)
+def test_nothing_is_written_where_something_does_not_fit(name, published, tmp_path, fit_in):
+    folder, told = wrong(name, published, tmp_path)
+    words = "--model.init_args.pretrained", str(folder), "--data.tokenizer", "null"
+    assert re.search(told, fit_in(tmp_path, *words))
 
 
 def test_a_quantisation_that_is_not_known_is_refused_by_name(published, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 from lightning_tex import LanguageModel, TexMoEStrategy
-from lightning_tex.cli import main
+from lightning_tex.data.tokenizer import train_bpe
 from lightning_tex.parallel.errors import UserError
 from lightning_tex.pretrained.folder import INDEX
 from lightning_tex.pretrained.tensor_file import read_table
@@ -177,17 +178,31 @@ def test_a_wrong_folder_is_refused_by_name(spoil, folder):
         LanguageModel.from_pretrained(folder)
 
 
-def test_the_command_line_tells_it_in_one_line_and_writes_nothing(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of calls that Lightning makes
-    monkeypatch.setattr("sys.argv", ["lightning-tex"])
-    monkeypatch.chdir(tmp_path)
-    pickled(folder)
-    recipe = Path(__file__).parents[2] / "recipes" / "finetune.yaml"
-    with pytest.raises(SystemExit, match="2"):
-        main(["fit", "--config", str(recipe), "--model.init_args.pretrained", str(folder), "--data.tokenizer", "null"])
-    *_, told = capsys.readouterr().err.strip().splitlines()
-    assert told.startswith("error: ") and "has its weights in pytorch_model.bin: a pickle" in told
-    assert list(tmp_path.iterdir()) == [folder]
+@pytest.mark.parametrize(
+    "spoil", [pytest.param(spoil, marks=[] if spoil is pickled else pytest.mark.full) for spoil in WRONG],
+    ids=lambda spoil: spoil.__name__,
+)  # fmt: skip
+def test_the_command_line_tells_it_in_one_line_and_writes_nothing(spoil, folder, fit_in):
+    spoil(folder)
+    told = fit_in(folder.parent, "--model.init_args.pretrained", str(folder), "--data.tokenizer", "null")
+    assert re.search(WRONG[spoil], told)
+
+
+def test_a_vocabulary_that_is_not_the_models_is_refused_before_anything_is_written(tmp_path, fit_in):
+    (tmp_path / "text.txt").write_text("some words of a text, " * 400)
+    for name in ("own", "other"):
+        train_bpe([f"{name} words, " * 50], 280).save(str(tmp_path / f"{name}.json"))
+    for size, tokenizer, told in (
+        (101, "other.json", r"the data's tokenizer has 290 tokens, and the model 101; legal: data.tokenizer="),
+        (300, "other.json", r"the data's tokenizer is not that of \S*model: \d+ tokens differ"),
+        (300, "null", r"the data trains a tokenizer of its own \(tokenizer=None\), and the model has that of"),
+    ):
+        publish("mixtral", tmp_path / "model", vocab_size=size)
+        shutil.copy(tmp_path / "own.json", tmp_path / "model" / "tokenizer.json")
+        data = ["--data.path", "text.txt", "--data.tokenizer", tokenizer, "--data.cache_dir", "cache"]
+        words = ["--trainer.devices", "1", "--model.init_args.pretrained", "model", "--data.vocab_size", "290", *data]
+        for strategy in ("auto", "tex_moe"):
+            assert re.search(told, fit_in(tmp_path, "--trainer.strategy", strategy, *words))
 
 
 def test_no_folder_a_revision_of_one_and_a_repository_that_is_not_there(folder, tmp_path):

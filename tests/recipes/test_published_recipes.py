@@ -109,7 +109,7 @@ def test_a_published_configuration_has_the_parameters_of_transformers(file):
 def test_the_upcycled_configuration_is_what_upcycling_writes():
     dense, routed = (json.loads((CONFIGS / f"{name}.json").read_text()) for name in ("Qwen3-0.6B", "Qwen3-0.6B-8x"))
     family = family_of(dense, "Qwen3-0.6B")
-    experts = FAMILIES[family.with_experts]
+    experts = FAMILIES[family.with_experts[0]]
     config = Upcycling(8, 2).config(family.config(dense), experts)
     assert {**dense, **experts.described(config)} == routed
     assert not experts.differences(routed, config)

@@ -59,7 +59,7 @@ def test_a_full_disk_in_the_midst_of_a_tensor_is_named_with_bytes(tmp_path: Path
     path = tmp_path / "__0_0.distcp"
     whole = GlobalTensor.whole(torch.zeros(5000))
     with pytest.raises(OSError, match="No space left on device") as raised:
-        write_tensors(path, {("model", "weight"): whole})
+        write_tensors(NewFile(path, 20_000), {("model", "weight"): whole})
     assert raised.value.errno == errno.ENOSPC
     assert f"{path} needs 20,000 bytes, " in str(raised.value)
     assert "are free there" in str(raised.value)

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 import lightning_tex as tex
 from lightning_tex.saving import archive, latest, newest, paths, writing
 from lightning_tex.saving.background import Background
+from lightning_tex.saving.local_store import LocalStore
 from lightning_tex.saving.reading import Directory
 from lightning_tex.testing.ranks import run_ranks
 
@@ -179,11 +180,11 @@ def test_a_name_that_is_written_again_is_a_link_that_is_swapped(tmp_path: Path) 
     path = tmp_path / "last.ckpt"
     for content in ("1", "2", "3"):
         with case(content=content):
-            paths.install(new(content), path, linked=True)
+            LocalStore().install(new(content), path, linked=True)
             assert path.is_symlink()
             assert (path / "file").read_text() == content
             assert len(list(tmp_path.iterdir())) == 2
-    paths.link(tmp_path / "step=4.ckpt", path)
+    LocalStore().link(tmp_path / "step=4.ckpt", path)
     assert _links(str(tmp_path)) == ["last.ckpt -> step=4.ckpt"]
     assert len(list(tmp_path.iterdir())) == 1
 

@@ -142,7 +142,7 @@ def refused(folder: str) -> dict[str, str]:
     return said | {
         "weights only": message(lambda: fresh.fit(Model(), Data(), ckpt_path=path)),
         "storage options": message(lambda: run.save_checkpoint(path, storage_options={})),
-        "remote": message(lambda: run.save_checkpoint("s3://bucket/a.ckpt")),
+        "remote": message(lambda: run.save_checkpoint("nosuch://bucket/a.ckpt")),
         "shapes": message(lambda: fresh.test(Wider(), Data(), ckpt_path=path)),
         "no checkpoint": message(lambda: fresh.test(Model(), Data(), ckpt_path=folder)),
         "nothing there": message(lambda: fresh.test(Model(), Data(), ckpt_path=f"{folder}/nothing")),
@@ -215,7 +215,7 @@ def test_hooks_see_the_whole_checkpoint_without_a_trainer(folder: Path, ranks: o
         ("async", "MisconfigurationException: AsyncCheckpointIO writes single files"),
         ("weights only", "weights.ckpt holds weights only, no optimizer states, so no fit can go on from it"),
         ("storage options", "TypeError: TexMoEStrategy.save_checkpoint(storage_options=...)"),
-        ("remote", "s3://bucket/a.ckpt is not on a mounted file system"),
+        ("remote", "nosuch://bucket/a.ckpt cannot be reached: Protocol not known: nosuch"),
         ("shapes", "missing from the checkpoint: more; of another shape: scale (saved [], model [3])"),
         ("no checkpoint", "manifest.json: expected the manifest of a complete checkpoint, found none"),
         ("nothing there", "UserFileError: Checkpoint file not found: there is no checkpoint"),

@@ -19,6 +19,7 @@ from helpers.behaviour_modules import (
     new_trainer,
     own_slices,
 )
+from helpers.cases import in_full
 from helpers.ranks import on_ranks, together
 from helpers.trainers import gathered
 from torch import Tensor
@@ -244,7 +245,7 @@ def test_lightning_injects_a_sampler_over_the_data_axis() -> None:
     assert sorted(found[0]["indices"] + found[2]["indices"]) == list(range(16))
 
 
-@pytest.mark.parametrize("seeded", [False, True])
+@pytest.mark.parametrize("seeded", in_full([False, True], {True}))
 def test_workers_draw_alike_over_tensor_and_differently_over_data(seeded: bool) -> None:
     found = on_ranks(4, fit_numbers, TED, 2, seeded)
     assert found[0]["drawn"] == found[1]["drawn"]

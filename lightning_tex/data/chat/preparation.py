@@ -24,7 +24,7 @@ from lightning_tex.data.chat.samples import (
     mapped_numbers,
     write_numbers,
 )
-from lightning_tex.data.chat.template import ChatTemplate, chat_template, end_of_text, tokenizer_config
+from lightning_tex.data.chat.template import ChatTemplate, chat_template, end_of_text, only_cache, tokenizer_config
 from lightning_tex.data.corpus import fingerprint
 from lightning_tex.data.packing import Samples
 from lightning_tex.data.prepared import Notes, Prepared, Preparing, build_once, mark_as_cache
@@ -92,8 +92,9 @@ class ConversationPreparation(Preparing):
         columns = Columns.of(row, self.columns, place)
         example = columns.read(row, place)
         if example.messages is not None and self._template() is None:
+            where = " in the Hugging Face hub's cache, and HF_HUB_OFFLINE=1" if only_cache(self.tokenizer) else ""
             raise UserValueError(
-                f"{place} is a conversation, and tokenizer={self.tokenizer!r} has no chat template; legal: a "
+                f"{place} is a conversation, and tokenizer={self.tokenizer!r} has no chat template{where}; legal: a "
                 "chat_template, a file or 'chatml'"
             )
         return columns

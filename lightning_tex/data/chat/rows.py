@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_tex.data.corpus import Source, builder_of, file_stamps, fingerprint, held_out
-from lightning_tex.data.damage import named_files
+from lightning_tex.data.damage import json_object, named_files
 from lightning_tex.parallel.errors import UserValueError
 
 if TYPE_CHECKING:
@@ -51,20 +50,7 @@ class JsonLines:
             opened.seek(begin)
             content = opened.readline()
         place = f"{self.files[which]}, line {numbers[line]}"
-        try:
-            row = json.loads(content.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise UserValueError(
-                f"{place} is not UTF-8: byte 0x{content[error.start]:02x} at offset {begin + error.start}; convert the "
-                "file (iconv -f latin1 -t utf-8), or leave the line out"
-            ) from error
-        except json.JSONDecodeError as error:
-            raise UserValueError(
-                f"{place} is no JSON: {error}; legal: one object a line (was it cut short?)"
-            ) from error
-        if not isinstance(row, dict):
-            raise UserValueError(f"{place} is {type(row).__name__}; legal: an object")
-        return place, row
+        return place, json_object(content, place, begin)
 
 
 def _lines(file: Path) -> tuple[np.ndarray, np.ndarray]:

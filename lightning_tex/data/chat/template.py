@@ -146,7 +146,7 @@ def chat_template(tokenizer: str | None, given: str | None, options: Mapping[str
         options: further variables of it.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: no such file, or the hub cannot be asked whether there is one.
         ValueError: a file that is none.
     """
     config = tokenizer_config(tokenizer)
@@ -203,12 +203,32 @@ def _beside(tokenizer: str | None, name: str) -> Path | None:
     if tokenizer is None:
         return None
     if is_hub_name(tokenizer):
-        from huggingface_hub import hf_hub_download
-
-        try:
-            return Path(hf_hub_download(tokenizer, name))
-        except Exception:  # no such file, or no way to the hub, of which the tokenizer itself tells
-            return None
+        return _of_hub(tokenizer, name)
     place = Path(tokenizer).expanduser()
     file = (place if place.is_dir() else place.parent) / name
     return file if file.is_file() else None
+
+
+def only_cache(tokenizer: str | None) -> bool:
+    """Whether what a repository lacks here may be on the hub, which is not to be asked."""
+    from huggingface_hub import constants
+
+    return tokenizer is not None and is_hub_name(tokenizer) and bool(constants.HF_HUB_OFFLINE)
+
+
+def _of_hub(repository: str, name: str) -> Path | None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repository, name))
+    except Exception as error:  # the client has no common class for them
+        unanswered = isinstance(error, LocalEntryNotFoundError)  # which is the other one, too
+        if isinstance(error, EntryNotFoundError) and (only_cache(repository) or not unanswered):
+            return None
+        reason = str(error).strip().partition("\n")[0]
+        raise UserFileError(
+            f"whether tokenizer={repository!r} has a {name} cannot be found out: the Hugging Face hub does not give it "
+            f"({type(error).__name__}: {reason}); legal: a way to the hub, a folder with the tokenizer's files, or "
+            "HF_HUB_OFFLINE=1, and what has been fetched before is all"
+        ) from error

@@ -19,6 +19,7 @@ class DeepSeekV3(GLM4MoE):
 
     model_type = "deepseek_v3"
     architecture = "DeepseekV3ForCausalLM"
+    partial_rotary_factor = 1.0
     scores: ClassVar[str] = "sigmoid"
     fields = (
         *_WITHOUT_HEAD_DIM,

@@ -79,19 +79,22 @@ class Family(ABC):
         architecture: the class of transformers that has a head.
         fields: what is in both configurations, or has one legal value. What needs arithmetic goes into :meth:`read` and
             :meth:`write`.
-        rope_theta: base of the rotary embedding of a file that says none.
+        rope_theta, partial_rotary_factor: of the rotary embedding, in a file that does not say them.
         ignored: endings of names in files that are no weights.
         always_routed: there are experts in every block.
-        with_experts: of a dense family, the one that has the same decoder with experts in the place of MLPs.
+        with_experts, with_shared_expert: of a dense family, those that may have the same decoder with experts in the
+            place of MLPs, and with a shared one beside them; the first that does is taken.
     """
 
     model_type: ClassVar[str]
     architecture: ClassVar[str]
     fields: ClassVar[tuple[Field | Fixed, ...]] = SIZES
     rope_theta: ClassVar[float] = 10000.0
+    partial_rotary_factor: ClassVar[float] = 1.0
     ignored: ClassVar[tuple[str, ...]] = ("rotary_emb.inv_freq",)
     always_routed: ClassVar[bool] = False
-    with_experts: ClassVar[str | None] = None
+    with_experts: ClassVar[tuple[str, ...]] = ()
+    with_shared_expert: ClassVar[tuple[str, ...]] = ()
 
     def left_out(self, names: Iterable[str], config: DecoderConfig) -> list[str]:
         """Of names in files those of weights that a decoder is whole without, and that no export has."""
@@ -126,13 +129,14 @@ class Family(ABC):
             if found != field.value and found not in field.also:
                 raise UserValueError(f"{self.model_type} with {field.theirs}={found!r} is not expressed here; legal: "
                                      f"{', '.join(map(repr, (field.value, *field.also)))}")  # fmt: skip
-        return {**ours, **read_rope(theirs, self.rope_theta), "activation": "swiglu"}
+        rope = read_rope(theirs, self.rope_theta, self.partial_rotary_factor)
+        return {**ours, **rope, "activation": "swiglu"}
 
     def write(self, config: DecoderConfig) -> dict[str, Any]:
         """What of ``config.json`` :meth:`read` reads."""
         ours = asdict(settled(config))
         theirs = {f.theirs: ours[f.ours] if isinstance(f, Field) else f.value for f in self.fields}
-        return {**theirs, **write_rope(config)}
+        return {**theirs, **write_rope(config, self.partial_rotary_factor)}
 
     def config(self, theirs: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> DecoderConfig:
         """Our configuration.
@@ -190,6 +194,10 @@ _OF_EXPERTS: dict[str, Any] = {
     "shared_expert_hidden_dim": None,
     "shared_expert_gate": False,
     "expert_bias": False,
+    "expert_module": None,
+    "residual_hidden_dim": None,
+    "zero_experts": 0,
+    "identity_experts": 0,
 }
 
 

@@ -25,6 +25,7 @@ class GLM4MoE(Family):
 
     model_type = "glm4_moe"
     architecture = "Glm4MoeForCausalLM"
+    partial_rotary_factor = 0.5
     fields: ClassVar[tuple[Field | Fixed, ...]] = (
         *SIZES,
         Field("rms_norm_eps", "norm_eps", 1e-5),

@@ -16,7 +16,8 @@ class Llama(Family):
 
     model_type = "llama"
     architecture = "LlamaForCausalLM"
-    with_experts = "mixtral"
+    with_experts: ClassVar[tuple[str, ...]] = ("mixtral",)
+    with_shared_expert: ClassVar[tuple[str, ...]] = ("glm4_moe", "qwen2_moe")
     fields: ClassVar[tuple[Field | Fixed, ...]] = (
         *SIZES,
         Field("attention_bias", "attention_bias", False),

@@ -11,5 +11,4 @@ class Mistral(Llama):
 
     model_type = "mistral"
     architecture = "MistralForCausalLM"
-    with_experts = "mixtral"
     fields = (*SIZES, Field("sliding_window", "sliding_window", 4096), Fixed("hidden_act", "silu"))

@@ -16,7 +16,8 @@ class Qwen3(Llama):
 
     model_type = "qwen3"
     architecture = "Qwen3ForCausalLM"
-    with_experts = "qwen3_moe"
+    with_experts = ("qwen3_moe",)
+    with_shared_expert = ("glm4_moe",)
     fields = (
         *SIZES,
         Field("head_dim", "head_dim", 128),

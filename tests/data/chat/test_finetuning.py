@@ -15,6 +15,7 @@ import torch
 from helpers.cases import case
 from helpers.chats import TEMPLATES, chat, sums, write_lines, write_tokenizer
 from helpers.trainers import quiet
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -303,6 +304,30 @@ def test_options_that_are_not_legal(make: Any, tmp_path: Path) -> None:
     assert "buckets=[8] need packing=False" in refused(lambda: make(buckets=[8]))
     assert "the last of which is sequence_length=96" in refused(lambda: make(packing=False, buckets=[8, 4]))
     assert "columns={'chat': 'x'}; legal: names for messages" in refused(lambda: make(columns={"chat": "x"}))
+
+
+@pytest.mark.parametrize(
+    ("offline", "error", "words"),
+    [
+        (False, EntryNotFoundError("404"), "tokenizer='owner/name' has no chat template; legal: a chat_template"),
+        (True, LocalEntryNotFoundError("not in the cache"), "no chat template in the Hugging Face hub's cache, and"),
+        (False, LocalEntryNotFoundError("no connection"), r"whether tokenizer='owner/name' has a tokenizer_config.json"
+         r" cannot be found out: .* \(LocalEntryNotFoundError: no connection\)"),
+        (True, PermissionError("cache of others"), r"cannot be found out: .* \(PermissionError: cache of others\)"),
+    ],
+    ids=["none", "none in the cache", "no way to the hub", "a cache that cannot be read"],
+)  # fmt: skip
+def test_a_template_that_cannot_be_fetched_is_told_from_none(
+    make: Any, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, offline: bool, error: Exception, words: str
+) -> None:
+    def fetched(repository: str, name: str) -> str:
+        if name == "tokenizer.json":
+            return str(tokenizer / name)
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetched)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    assert re.search(words, refused(lambda: make(tokenizer="owner/name")))
 
 
 def test_ids_beyond_the_vocabulary(make: Any) -> None:
