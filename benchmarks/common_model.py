@@ -1,10 +1,10 @@
 """Processor time of a training step on a model that others train as well.
 
 The model of ``slow_network.yaml`` with 8 sequences in a step and a clipped norm, on 4 ranks of this machine: tensor 2 x
-expert 2. It runs without recomputation and in the communication options' baseline, in turns; ``--peer`` runs somebody
-else's command in the same turns, which prints a JSON object with ``cpu_ms_per_step`` as its last line:
+expert 2, or expert 4. It runs without recomputation and in the communication options' baseline, in turns; each
+``--peer`` runs somebody else's command in the same turns, which prints a JSON object with ``cpu_ms_per_step`` last:
 
-    python benchmarks/common_model.py --turns 5 --peer "python their_model.py --steps 20"
+    python benchmarks/common_model.py --turns 5 --peer "python their_model.py --steps 20" "python another.py"
 """
 
 from __future__ import annotations
@@ -24,6 +24,11 @@ WARMUP = 3
 # The strategy's options of each run, beside the recipe's.
 RUNS: dict[str, dict[str, Any]] = {
     "no recomputation": {"activation_checkpointing": None},
+    "no recomputation, expert 4": {
+        "activation_checkpointing": None,
+        "tensor_parallel_size": 1,
+        "expert_parallel_size": 4,
+    },
     "no recomputation, no DTD": {"activation_checkpointing": None, "duplicate_token_dropping": False},
     "full recomputation, no DTD": {"activation_checkpointing": "full", "duplicate_token_dropping": False},
     "DTD and CAC": {"activation_checkpointing": "communication_aware"},
@@ -35,7 +40,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="steps timed together")
     parser.add_argument("--turns", type=int, default=3, help="turns of all runs")
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), help="runs")
-    parser.add_argument("--peer", help="command that prints cpu_ms_per_step in a JSON object, its last line")
+    parser.add_argument(
+        "--peer", nargs="+", default=[], help="commands that print cpu_ms_per_step in a JSON object, last"
+    )
     parser.add_argument("--run", choices=RUNS, help="train one run in this process and those it starts, and print it")
     options = parser.parse_args()
     if options.run:
@@ -43,8 +50,7 @@ def main() -> None:
         return
     own = [sys.executable, __file__, "--steps", str(options.steps), "--run"]
     commands = {name: [*own, name] for name in options.only}
-    if options.peer:
-        commands["peer"] = shlex.split(options.peer)
+    commands |= {command: shlex.split(command) for command in options.peer}
     seen: dict[str, list[float]] = {name: [] for name in commands}
     for _ in range(options.turns):
         for name, command in commands.items():

@@ -14,10 +14,10 @@ from lightning_tex.models.config import DecoderConfig
 from lightning_tex.parallel.topology import Communication, Layout
 from lightning_tex.planner.cluster import CLUSTERS, Cluster
 from lightning_tex.planner.describe import describe_decoder
+from lightning_tex.planner.largest_base import largest_base
 from lightning_tex.planner.layouts import Candidate, Choices, Job
 from lightning_tex.planner.memory import memory
 from lightning_tex.planner.model import ModelDescription
-from lightning_tex.planner.search import largest_base
 from lightning_tex.planner.states import FlatBuffers, state_bytes, tile_bytes, untiled_bytes
 from lightning_tex.planner.step_time import StepTime, step_time
 

@@ -18,6 +18,8 @@ from lightning_tex.parallel.errors import UserValueError
 
 # Options that say what becomes of the experts.
 WAYS = ("split", "add", "remove", "remove_dead")
+# Further options, by the one that they belong to.
+_PARTS_OF = {"granular": "split", "top_k": "split", "usage": "add"}
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,9 @@ def _growth(options: GrowOptions) -> Growth:
     if len(given) != 1:
         raise UserValueError(f"{' and '.join(f'--{name}' for name in given) or 'nothing'} to do; legal: one of "
                              f"{', '.join(f'--{name}' for name in WAYS)}")  # fmt: skip
+    for name, way in _PARTS_OF.items():
+        if getattr(options, name) and way not in given:
+            raise UserValueError(f"--{name} with --{given[0]}; legal: with --{way}, or not at all")
     if options.split is not None:
         return Split(options.split, options.granular, options.top_k, options.noise)
     if options.add is not None:

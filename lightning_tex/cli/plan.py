@@ -22,9 +22,10 @@ from lightning_tex.parallel.errors import UserFileError, UserValueError
 from lightning_tex.planner.batches import TokenBlocks
 from lightning_tex.planner.cluster import CLUSTERS, Cluster
 from lightning_tex.planner.describe import describe_decoder
+from lightning_tex.planner.largest_base import largest_base
 from lightning_tex.planner.layouts import Choices, Job
 from lightning_tex.planner.optimizers import LANGUAGE_MODELS_OWN
-from lightning_tex.planner.search import largest_base, plan, plan_all
+from lightning_tex.planner.search import plan, plan_all
 from lightning_tex.planner.states_only import StatesOnly
 from lightning_tex.planner.traced import TracedActivations, UntraceableError
 

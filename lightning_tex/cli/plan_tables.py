@@ -13,9 +13,10 @@ from lightning_tex.planner.cluster import GIB, Cluster
 from lightning_tex.planner.collective import sent_bytes
 from lightning_tex.planner.declared import DeclaredFormulas
 from lightning_tex.planner.describe import describe_decoder
+from lightning_tex.planner.largest_base import LargestBase, decoder_config
 from lightning_tex.planner.layouts import Job
 from lightning_tex.planner.memory import activation_source, size
-from lightning_tex.planner.search import LargestBase, Planned, Plans, decoder_config
+from lightning_tex.planner.search import Planned, Plans
 from lightning_tex.planner.states_only import StatesOnly
 from lightning_tex.planner.traced import TracedActivations
 from lightning_tex.planner.traffic import step_collectives

@@ -85,7 +85,13 @@ class Prepared(ABC):
 
 
 class Preparing(ABC):
-    """How data is prepared: the seam between a data module and where its samples come from."""
+    """How data is prepared: the seam between a data module and where its samples come from.
+
+    Attributes:
+        tokenizer: its file, folder or repository; None: one is trained.
+    """
+
+    tokenizer: str | None
 
     @abstractmethod
     def run(self, cache_dir: Path, hub_cache_dir: Path | None, processes: int | None) -> Prepared:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_tex.data.mixing import Mixture
-from lightning_tex.data.packing import Blocks
+from lightning_tex.data.packing import Blocks, Samples
 
 # B rows of a batch, S positions
 
@@ -54,7 +54,7 @@ class Origins:
             else dict(zip(samples.names, samples.sources, strict=True))
         )
         self.sources = list(named)
-        self._first_samples = np.cumsum([0, *(0 if one is None else len(one) for one in named.values())])
+        self._first_samples = np.cumsum([0, *(len(one) if isinstance(one, Samples) else 0 for one in named.values())])
         self.length: int | None = None
         self.documents: list[Document] = []
         streams = [one for one in named.values() if isinstance(one, Blocks)]

@@ -16,7 +16,7 @@ from lightning_tex.models.config import DecoderConfig
 from lightning_tex.models.decoder import Decoder
 from lightning_tex.models.exporting import SHARD_SIZE, Exported, save_module
 from lightning_tex.models.peft_form import save_adapters
-from lightning_tex.models.pretrained_model import ORIGIN, Origin, PretrainedModel, fill_whole
+from lightning_tex.models.pretrained_model import ORIGIN, Origin, PretrainedModel, fill_whole, require_own_tokens
 from lightning_tex.optim import train_only
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.pretrained.reading import PretrainedWeights
@@ -88,6 +88,7 @@ class DecoderModule(LightningModule):
 
     def configure_model(self) -> None:
         if self.decoder is None:
+            require_own_tokens(self)  # of a module that has callbacks of its own
             self.build_on_meta()
             if self._device_mesh is None:  # no strategy that draws meta parameters
                 fill_whole(self)

@@ -145,6 +145,8 @@ class Split(Growth):
             )
         if self.granular and self._top_k(old) != self.into * old.top_k:
             raise UserValueError(f"top_k={self.top_k} with granular=True; legal: {self.into * old.top_k}, all parts")
+        if self.granular and self.noise:
+            raise UserValueError(f"noise={self.noise} with granular=True, whose parts differ by themselves; legal: 0")
         return self.into * old.num_experts, self._top_k(old), parts
 
     def change(self, old: DecoderConfig, block: int) -> Change:

@@ -47,3 +47,7 @@ class FreeExperts:
         free = route.indices >= self.first
         indices, weights = route.indices.masked_fill(free, self.first), route.weights.masked_fill(free, 0)
         return route._replace(indices=indices, weights=weights), kept
+
+    def given(self, x: Tensor, kept: Tensor) -> Tensor:  # [.., D], [T, 1] -> [.., D]
+        """What identity experts give of the tokens."""
+        return (x.reshape(-1, x.shape[-1]) * kept).to(x.dtype).view_as(x)

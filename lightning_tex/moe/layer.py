@@ -200,23 +200,29 @@ class MoE(TexModule, ActsAfterStep):
         if self.capacity is not None:
             self.capacity.training = self.training
             route = self._with_priority(route, self.capacity)
+        routed, branches = self._with_branches(x, route, beside)
         # What is added to the experts' output comes before their last product, where a recomputation may end.
-        added = [] if self.output_biases is None else [self.output_biases(route, x.dtype).view_as(x)]
+        added = [] if self.output_biases is None else [self.output_biases(routed, x.dtype).view_as(x)]
+        arrived, metadata = self.dispatcher.dispatch(x, routed)
+        self._arrived_rows, self._routed_choices = arrived.here, len(route.indices) * self.top_k
+        between = (lambda: added.extend(branch(x) for branch in branches)) if branches else None
+        y = self.dispatcher.combine(self.experts(arrived, between), metadata).view_as(x)
+        self._record(route, tokens, metadata, y)
+        return sum(added, y)
+
+    def _with_branches(
+        self, x: Tensor, route: Route, beside: Callable[[Tensor], Tensor] | None
+    ) -> tuple[Route, list[Callable[[Tensor], Tensor]]]:
+        """The route to the experts, and what is made of the same tokens and added to their output."""
         branches = [branch for branch in (self.shared, beside) if branch is not None]
         if self.residual is not None:
             of_experts, own = self.residual.shares(x)
             route = self.residual.of_experts(route, of_experts)
             branches.append(partial(self.residual.scaled, share=own))
-        routed = route
         if self.free is not None:
             route, kept = self.free.taken_out(route)
-            branches.append(lambda x: (x.reshape(-1, x.shape[-1]) * kept).to(x.dtype).view_as(x))
-        arrived, metadata = self.dispatcher.dispatch(x, route)
-        self._arrived_rows, self._routed_choices = arrived.here, len(route.indices) * self.top_k
-        between = (lambda: added.extend(branch(x) for branch in branches)) if branches else None
-        y = self.dispatcher.combine(self.experts(arrived, between), metadata).view_as(x)
-        self._record(routed, tokens, metadata, y)
-        return sum(added, y)
+            branches.append(partial(self.free.given, kept=kept))
+        return route, branches
 
     def _tokens(self, x: Tensor, mask: Tensor | None, ids: Tensor | None) -> Tokens:
         def own(of_tokens: Tensor | None) -> Tensor | None:

@@ -131,6 +131,10 @@ class ActivationSource(ABC):
             device: ``cuda`` or ``cpu``.
         """
 
+    def at_least(self, job: Job, candidate: Candidate, device: str) -> int:
+        """Bytes that are held at some instant, as far as that is known without asking; arguments as above."""
+        return 0
+
 
 @dataclass(frozen=True)
 class Choices:

@@ -25,7 +25,7 @@ class Memory:
     Args:
         states: what is kept from step to step.
         fullest: the instant.
-        at_least: activations are not in it, since all else is too much already.
+        at_least: it is more: not all activations are in it, since what is known already is too much.
     """
 
     states: StateBytes
@@ -69,7 +69,7 @@ def memory(
         tile_size: as the strategy's.
         flat: the candidate's flat buffers, if they have been laid out already.
         enough: bytes above which it does not matter how many there are: activations that are costly to know are left
-            out where all else takes more.
+            out where all else, and what is known of them, takes more.
     """
     flat = flat or FlatBuffers.of(job, candidate)
     states = state_bytes(flat, candidate.zero_stage, candidate.optimizer_state_format, tile_size, device)
@@ -80,8 +80,10 @@ def memory(
         Instant("step", gradient_buffers=gradients.received, tile=tile),
         key=_bytes,
     )
-    if source.costly and states.total + fullest.bytes > enough:
-        return Memory(states, fullest, at_least=True)
+    if source.costly:
+        known = Instant("end of the forward", activations=source.at_least(job, candidate, device))
+        if states.total + max(fullest.bytes, known.bytes) > enough:
+            return Memory(states, max(fullest, known, key=_bytes), at_least=True)
     instants = _with(gradients, source.instants(job, candidate, device))
     return Memory(states, max((fullest, *instants), key=_bytes))
 

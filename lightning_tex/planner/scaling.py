@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from lightning_tex.planner.cluster import Cluster
 from lightning_tex.planner.collective import sent_bytes
 from lightning_tex.planner.describe import describe_decoder
+from lightning_tex.planner.largest_base import GPT3, decoder_config, resized
 from lightning_tex.planner.layouts import Choices, Job
-from lightning_tex.planner.search import GPT3, Planned, decoder_config, plan_all, resized
+from lightning_tex.planner.search import Planned, plan_all
 from lightning_tex.planner.traffic import step_collectives
 
 RANKS = tuple(1 << i for i in range(3, 15))  # 8 to 16,384

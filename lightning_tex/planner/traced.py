@@ -53,17 +53,19 @@ class TracedActivations(ActivationSource):
             parts = dict(zip(KINDS, map(int, trace.live[:, fullest]), strict=True))
             yield Instant(event, **parts, reached=int(trace.reached[fullest]))
 
+    def at_least(self, job: Job, candidate: Candidate, device: str) -> int:
+        """What other micro-batches keep of a forward: the smaller ones at least that, a larger one in proportion."""
+        traces, wanted = self._traces.get(_way(job, candidate, device), {}), candidate.micro_batch
+        kept = {micro: int(trace.live[:, trace.forward].sum()) for micro, trace in traces.items()}
+        return max((size * min(wanted, micro) // micro for micro, size in kept.items()), default=0)
+
     def _trace(self, job: Job, candidate: Candidate, device: str) -> MicroStepTrace:
         """That of a candidate, traced or interpolated.
 
         Raises:
             UntraceableError: the module cannot be traced so.
         """
-        way = (
-            candidate.layout, candidate.communication, candidate.activation_checkpointing, job.sequence_length,
-            job.precision, job.imbalance, device,
-        )  # fmt: skip
-        traces, wanted = self._traces.setdefault(way, {}), candidate.micro_batch
+        traces, wanted = self._traces.setdefault(_way(job, candidate, device), {}), candidate.micro_batch
         if wanted not in traces:
             if len(traces) >= 2 and (interpolated := _interpolated(traces, wanted)) is not None:
                 return interpolated
@@ -81,6 +83,14 @@ class TracedActivations(ActivationSource):
         except Exception as error:
             said = (str(error).splitlines() or [""])[0]
             raise UntraceableError(f"{type(error).__name__}: {said} (on {candidate.layout})") from error
+
+
+def _way(job: Job, candidate: Candidate, device: str) -> tuple[object, ...]:
+    """All that matters but the micro-batch."""
+    return (
+        candidate.layout, candidate.communication, candidate.activation_checkpointing, job.sequence_length,
+        job.precision, job.imbalance, device,
+    )  # fmt: skip
 
 
 def _stretches(reached: np.ndarray) -> list[slice]:

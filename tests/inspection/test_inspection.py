@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -195,6 +196,7 @@ def test_those_that_nobody_chose_are_removed(folder: Path, usage: dict[str, Any]
     [
         ([], "--config is needed"),
         (["out", "--split", "2", "--add", "1"], "--split and --add to do"),
+        (["out", "--add", "1", "--granular"], "--granular with --add; legal: with --split"),
         (["out", "--remove", "1:2", "3"], "--remove 1:2 3; legal"),
     ],
 )
@@ -232,6 +234,14 @@ def test_measures() -> None:
     measured = spread(torch.tensor([0, 2, 4]))
     assert measured.largest == 2 and measured.smallest == 0 and measured.dead == [0]
     assert measured.variation == pytest.approx((2 / 3) ** 0.5)
+
+
+def test_data_that_is_streamed_is_one_source_without_documents() -> None:
+    data = SimpleNamespace(prepared=SimpleNamespace(train=object()))
+    origins, ids = Origins(data, "train", 5), torch.zeros(2, 3, dtype=torch.long)
+    assert origins.sources == ["train"] and not origins.documents
+    sources, documents = origins.of({"sample": torch.tensor([7, -1])}, ids)
+    assert not sources.any() and not documents.any()
 
 
 def test_a_model_without_experts_is_refused() -> None:

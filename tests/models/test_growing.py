@@ -164,6 +164,7 @@ def test_those_that_are_copied_come_by_their_order(tmp_path: Path) -> None:
         (Split(1), {}, "split=1; legal: at least 2"),
         (Split(5, granular=True), {}, "split=5 with granular=True of experts of 24"),
         (Split(2, granular=True, top_k=2), {}, "top_k=2 with granular=True; legal: 4"),
+        (Split(2, granular=True, noise=0.1), {}, "noise=0.1 with granular=True"),
         (Split(2), {"router": "hash"}, "router='hash' chooses by no weights"),
         (Split(2), {"router": "gshard"}, "top_k=4; legal: 2"),
         (Split(2, top_k=9), {}, "top_k=9"),

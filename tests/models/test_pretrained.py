@@ -264,9 +264,13 @@ def test_data_of_another_vocabulary_is_refused_and_the_models_own_goes_along(tex
     small = publish("mixtral", tmp_path / "small")
     options = {"path": str(text), "sequence_length": 16, "global_batch_size": 2, "cache_dir": str(tmp_path / "cache")}
 
-    def tried(model: Path, tokenizer: Path) -> str:
+    class WithoutCallbacks(LanguageModel):
+        def configure_callbacks(self):
+            return []
+
+    def tried(model: Path, tokenizer: Path, kind: type[LanguageModel] = LanguageModel) -> str:
         data = TextDataModule(tokenizer=str(tokenizer), **options)
-        trainer, module = quiet(devices=1, max_steps=1, limit_val_batches=0), LanguageModel.from_pretrained(model)
+        trainer, module = quiet(devices=1, max_steps=1, limit_val_batches=0), kind.from_pretrained(model)
         try:
             trainer.fit(module, datamodule=data)
         except UserValueError as error:
@@ -276,6 +280,7 @@ def test_data_of_another_vocabulary_is_refused_and_the_models_own_goes_along(tex
 
     assert re.search(r"the data's tokenizer has \d+ tokens, and the model 101; legal:", tried(small, own))
     assert "the data's tokenizer is not that of" in (told := tried(own, other)) and f"tokenizer='{own}'" in told
+    assert tried(own, other, WithoutCallbacks) == told
     assert tried(own, own) == "trained"
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (own / "tokenizer.json").read_bytes()
     transformers = pytest.importorskip("transformers")

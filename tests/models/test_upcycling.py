@@ -39,7 +39,10 @@ def test_logits_at_the_start_are_those_of_the_dense_model(case, granularity, den
     assert routed == [0, 1, 2] and model.config.expert_hidden == 36 // granularity
 
 
-@pytest.mark.parametrize(("shared", "granularity"), [(1, 1), (2, 1), (1, 3)])
+@pytest.mark.parametrize(
+    ("shared", "granularity"),
+    [(1, 3), pytest.param(1, 1, marks=pytest.mark.full), pytest.param(2, 1, marks=pytest.mark.full)],
+)
 @pytest.mark.parametrize("case", FAMILY_WITH_SHARED)
 @torch.no_grad()
 def test_logits_with_a_shared_part_are_those_of_the_dense_model(case, shared, granularity, dense, tmp_path):

@@ -18,6 +18,7 @@ from lightning_tex import LanguageModel
 from lightning_tex.models import DecoderConfig
 from lightning_tex.moe import MoE
 from lightning_tex.parallel.collectives import all_reduce
+from lightning_tex.parallel.device import pretend_device
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.sharding import parameter_shardings, shard_module
 from lightning_tex.testing import assert_trains_alike
@@ -43,7 +44,8 @@ def plain(layer: MoE, x: Tensor, mask: Tensor) -> tuple[Tensor, list[int]]:
         for e in best[t].tolist() if mask[t] else []:
             counts[e] += 1
             if e < EXPERTS:
-                rows[t] = rows[t] + scores[t, e] * expert(layer.experts, e, x[t])
+                bias = 0 if layer.output_biases is None else layer.output_biases.weight[e]
+                rows[t] = rows[t] + scores[t, e] * (expert(layer.experts, e, x[t]) + bias)
             elif e >= EXPERTS + ZERO:
                 rows[t] = rows[t] + scores[t, e] * x[t]
     return torch.stack(rows), counts
@@ -54,16 +56,23 @@ def batch(rank: int = 0) -> tuple[Tensor, Tensor]:
     return torch.randn(2, 8, DIM, generator=generator, dtype=torch.float64), torch.arange(16).view(2, 8) % 5 > 0
 
 
-def test_it_is_the_plain_loop_forward_and_backward() -> None:
-    layer = build()
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])  # whose code it is, on a CPU
+def test_it_is_the_plain_loop_forward_and_backward(bias: bool, device: str) -> None:
+    layer = build(bias=bias)
+    if layer.experts.up_bias is not None:
+        layer.experts.up_bias.data.zero_()
+        layer.experts.up_bias.requires_grad_(False)
     reference = copy.deepcopy(layer)
     x, mask = batch()
     given, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
-    y = layer(given, mask)
+    with pretend_device(device):
+        y = layer(given, mask)
     wanted, counts = plain(reference, expected.flatten(0, 1), mask.flatten())
     torch.testing.assert_close(y.flatten(0, 1), wanted)
     upstream = torch.cos(torch.arange(y.numel(), dtype=y.dtype)).view_as(y)
-    y.backward(upstream)
+    with pretend_device(device):
+        y.backward(upstream)
     wanted.backward(upstream.flatten(0, 1))
     torch.testing.assert_close(given.grad, expected.grad)
     for (name, p), q in zip(layer.named_parameters(), reference.parameters(), strict=True):

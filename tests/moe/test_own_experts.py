@@ -22,6 +22,7 @@ from lightning_tex import LanguageModel, TexMoEStrategy
 from lightning_tex.models import DecoderConfig
 from lightning_tex.moe import MoE
 from lightning_tex.parallel.collectives import all_reduce
+from lightning_tex.parallel.device import pretend_device
 from lightning_tex.parallel.errors import UserError
 from lightning_tex.parallel.sharding import check_shardable, parameter_shardings, shard_module
 from lightning_tex.parallel.topology import Layout
@@ -95,14 +96,17 @@ def plain(
 @pytest.mark.parametrize(
     "options", [{}, {"capacity_factor": 0.7}, {"residual_hidden_dim": 8}, {"masked": True}], ids=str
 )
-def test_it_is_the_plain_loop_over_modules_forward_and_backward(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda"])  # whose code it is, on a CPU
+def test_it_is_the_plain_loop_over_modules_forward_and_backward(options: dict[str, Any], device: str) -> None:
+    options = dict(options)
     masked = options.pop("masked", False)
     layer = build(**options)
     experts = modules_of(layer)
     x = torch.randn(13, DIM, dtype=torch.float64, requires_grad=True)
     mask = torch.arange(13) % 3 > 0 if masked else None
     factor = options.get("capacity_factor")
-    y = layer(x, mask)
+    with pretend_device(device):
+        y = layer(x, mask)
     expected = plain(layer, experts, x, factor and math.ceil(factor * 2 * 13 / EXPERTS), mask)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     upstream = torch.randn_like(y)
@@ -116,6 +120,16 @@ def test_it_is_the_plain_loop_over_modules_forward_and_backward(options: dict[st
     for place, name in enumerate(name for name, _ in experts[0].named_parameters()):
         wanted = torch.stack(each[place :: len(list(experts[0].parameters()))])
         torch.testing.assert_close(of_experts[name.replace(".", "_")], wanted, rtol=1e-11, atol=1e-12)
+
+
+def test_an_mlp_is_mixed_with_experts_that_have_biases() -> None:
+    torch.manual_seed(0)
+    layer = MoE(DIM, HIDDEN, EXPERTS, 2, bias=True, residual_hidden_dim=8, load_balance_coefficient=0.0)
+    x = torch.randn(7, DIM)
+    c = layer.residual.mix(x).softmax(-1)
+    dense = F.gelu(x @ layer.residual.up.weight.T) @ layer.residual.down.weight.T
+    mixed, layer.residual = layer(x), None
+    torch.testing.assert_close(mixed, c[:, :1] * layer(x) + c[:, 1:] * dense)
 
 
 def compare(layouts: list[tuple[int, ...]]) -> None:
@@ -228,6 +242,18 @@ def test_a_checkpoint_goes_from_layout_to_layout(tmp_path: Path) -> None:
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]), name
+
+
+def test_what_each_gives_can_be_looked_at() -> None:
+    layer, seen = build(), []
+    layer.experts.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    x = torch.randn(9, DIM, dtype=torch.float64)
+    layer(x)
+    route = layer.router(x)
+    outputs = list(layer.experts.own_outputs(seen[0]))
+    for number, (expert, output) in enumerate(zip(modules_of(layer), outputs, strict=True)):
+        tokens, choice = (route.indices == number).nonzero(as_tuple=True)
+        torch.testing.assert_close(output, expert(x[tokens]) * route.weights[tokens, choice][:, None])
 
 
 def test_experts_begin_as_modules_that_are_made_one_by_one() -> None:

@@ -62,7 +62,7 @@ class _Known(TracedActivations):
     """With one trace, which is known."""
 
     def __init__(self, trace: MicroStepTrace) -> None:
-        self.trace = trace
+        self.trace, self._traces = trace, {}
 
     def _trace(self, *_: Any) -> MicroStepTrace:
         return self.trace

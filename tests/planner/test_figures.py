@@ -15,12 +15,13 @@ from lightning_tex.parallel.topology import AXES, Layout
 from lightning_tex.planner.cluster import CLUSTERS, Cluster
 from lightning_tex.planner.collective import Collective
 from lightning_tex.planner.describe import describe_decoder
+from lightning_tex.planner.largest_base import base_parameters, family, largest_base
 from lightning_tex.planner.layouts import Candidate, Choices, Job, candidates
 from lightning_tex.planner.links import seconds, span
 from lightning_tex.planner.memory import memory
 from lightning_tex.planner.model import ModelDescription
 from lightning_tex.planner.model_flops import model_flops
-from lightning_tex.planner.search import PEAK_ERROR, base_parameters, family, largest_base, plan, plan_all
+from lightning_tex.planner.search import PEAK_ERROR, plan, plan_all
 from lightning_tex.planner.step_time import step_time
 from lightning_tex.planner.work import computation
 

@@ -245,6 +245,22 @@ def test_other_micro_batches_are_interpolated_between_two_that_were_traced() -> 
     assert [sorted(traces) for traces in ways] == [[256, 512]], "ways of running it, and what was traced of each"
 
 
+def test_what_a_traced_micro_batch_keeps_is_known_of_others() -> None:
+    job = own_job(regression(), 512)
+    memory(job, Candidate(Layout(1), 128))
+    for micro, least in ((512, 0.2), (128, 1.0), (32, 0.9)):
+        exact = own_job(regression(), 512)
+        memory(exact, Candidate(Layout(1), micro))
+        (traces,) = exact.activations._traces.values()
+        kept = traces[micro].live[:, traces[micro].forward].sum()
+        known = job.activations.at_least(job, Candidate(Layout(1), micro), "cuda")
+        assert least * kept <= known <= kept
+    large = Candidate(Layout(1), 512)
+    room = memory(job, Candidate(Layout(1), 128)).states.total + job.activations.at_least(job, large, "cuda") - 1
+    assert memory(job, large, enough=room).at_least
+    assert [sorted(traces) for traces in job.activations._traces.values()] == [[128]], "without another trace"
+
+
 def test_nothing_is_left_behind() -> None:
     module = regression()
     before = {name: (p.clone(), p.grad) for name, p in module.named_parameters()}
