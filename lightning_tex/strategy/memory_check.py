@@ -12,8 +12,8 @@ from torch import nn
 from lightning_tex.data import TokenDataModule
 from lightning_tex.optim import OptimizerStateConfig
 from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.parallel.layout import Communication, Layout
 from lightning_tex.parallel.precision import PRECISIONS
-from lightning_tex.parallel.topology import Communication, Layout
 from lightning_tex.planner.batches import Batches, GrownBatch, TokenBlocks, batches_of
 from lightning_tex.planner.cluster import CLUSTERS
 from lightning_tex.planner.describe import describe

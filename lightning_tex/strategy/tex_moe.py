@@ -34,9 +34,10 @@ from lightning_tex.optim.rounding import RoundingSeed
 from lightning_tex.parallel.activation_checkpointing import ActivationCheckpointing, recompute_blocks, require_legal
 from lightning_tex.parallel.compiled import Compile, compile_leaves
 from lightning_tex.parallel.expert_chunks import ExpertChunks, chunks_on, require_legal_chunks
+from lightning_tex.parallel.layout import Communication, Layout
 from lightning_tex.parallel.requested_layout import RequestedLayout
 from lightning_tex.parallel.sharding import check_shardable
-from lightning_tex.parallel.topology import Communication, Layout, Topology
+from lightning_tex.parallel.topology import Topology
 from lightning_tex.resilience.spikes import SpikeRule
 from lightning_tex.saving import ShardedRun
 from lightning_tex.strategy import agreement
