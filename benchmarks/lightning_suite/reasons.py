@@ -20,6 +20,7 @@ REASONS = {
     "trainer/test_trainer.py::test_train_loop_system": (
         "the class's own `step` is called for every tile, after the closure, not once around it"
     ),
+    "callbacks/test_pruning.py": "`ModelPruning` is refused by name",
     "callbacks/test_lr_monitor.py::test_multiple_optimizers_basefinetuning": (
         "asks for `type(optimizer) is Adam`; the Trainer's optimizers are instances of a subclass"
     ),
@@ -47,12 +48,15 @@ WANTS_A_FILE = "reads the checkpoint as one file; `save_distributed_checkpoint=F
 _FILE_ERRORS = ("IsADirectoryError", "[Errno 21]", "UnpicklingError: invalid load key", "is a directory")
 
 
-def reason(test: str, error: str) -> str:
-    """Why a test fails; empty where that is not known.
+def reason(test: str, error: str) -> tuple[str, str]:
+    """What a test's row of the table is called, and why it fails; the error where that is not known.
 
     Args:
         test: its name below ``tests_pytorch``.
         error: the first line.
     """
-    known = next((why for name, why in REASONS.items() if test.startswith(name)), "")
-    return known or (WANTS_A_FILE if any(word in error for word in _FILE_ERRORS) else "")
+    for name, why in REASONS.items():
+        if test.startswith(name):
+            return name, why
+    wants_a_file = any(word in error for word in _FILE_ERRORS)
+    return ("several", WANTS_A_FILE) if wants_a_file else (test.split("[")[0], error)

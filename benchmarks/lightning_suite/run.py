@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from reasons import WANTS_A_FILE, reason
+from reasons import reason
 
 HERE = Path(__file__).resolve().parent
 REFERENCE = "ddp"
@@ -243,8 +243,7 @@ def _table(held: Mapping[str, Outcomes]) -> Iterator[str]:
         short = test.removeprefix(PREFIX)
         for column, tests in enumerate(failing):
             if test in tests:
-                why = reason(short, tests[test])
-                rows["several" if why == WANTS_A_FILE else short.split("[")[0], why or tests[test]][column] += 1
+                rows[reason(short, tests[test])][column] += 1
     for (name, why), counts in rows.items():
         yield f"| `{name}` | {' | '.join(str(count or '') for count in counts)} | {why} |\n"
     yield f"| together | {' | '.join(str(len(tests)) for tests in failing)} | |\n"
