@@ -197,7 +197,7 @@ def try_tests(folder: Path, tests: list[str], log: Path) -> str:
     """Run ``tests`` on the installed package, their files copied beside it.
 
     Returns:
-        How many passed and were skipped.
+        How many passed and were skipped, and which were run, where these are not ``TESTS``.
     """
     for name in ("tests", "recipes", "docs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -215,7 +215,8 @@ def try_tests(folder: Path, tests: list[str], log: Path) -> str:
     if failed:
         raise Failed(f"{bad} tests failed" if bad else "the tests did not run") from failed
     skipped = int(counts["skipped"])
-    return f"{int(counts['tests']) - skipped} tests passed" + (f", {skipped} skipped" if skipped else "")
+    which = "" if tests == list(TESTS) else f" of {', '.join(f'`{name}`' for name in tests)}"
+    return f"{int(counts['tests']) - skipped} tests passed" + (f", {skipped} skipped" if skipped else "") + which
 
 
 def row(environment: Environment, wheel: Path, work: Path, tests: list[str]) -> list[str]:
