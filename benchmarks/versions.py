@@ -157,7 +157,7 @@ def run(words: list[str], folder: Path, log: Path, *, tells: str = "") -> None:
         at = file.tell()
         code = subprocess.run(words, cwd=folder, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
     if code or tells not in log.read_text()[at:]:
-        raise Failed(f"{Path(words[0]).name} {' '.join(words[1:3])}: see {log}")
+        raise Failed(f"{Path(words[0]).name} {' '.join(words[1:3])} failed")
 
 
 def install(environment: Environment, wheel: Path, folder: Path, log: Path) -> dict[str, str]:
@@ -228,8 +228,8 @@ def row(environment: Environment, wheel: Path, work: Path, tests: list[str]) -> 
         try_commands(folder, wheel.name.split("-")[1], log)
         outcome = try_tests(folder, tests, log)
     except Failed as error:
-        print(f"{environment.versions}, torch {environment.torch}: {error}; see {log}", file=sys.stderr)
-        outcome = f"**{str(error).partition(': see ')[0]}**"
+        print(f"{environment.versions}, torch {environment.torch}: {error} (log: {log})", file=sys.stderr)
+        outcome = f"**{error}**"
     shutil.rmtree(folder)  # gigabytes
     python = has.get("python", Path(environment.python).name)
     return [

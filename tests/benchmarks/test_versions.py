@@ -60,14 +60,3 @@ def test_a_row_takes_the_place_of_its_predecessor_alone() -> None:
     second = versions.rewritten(first, [["oldest", "3.11.7", "2.13.0", *others, "z"]])
     assert second == first.replace("| x |", "| z |") and second.startswith("before") and second.endswith("after\n")
     assert [cells[-1] for cells in versions.rows_of(second)] == ["y", "z"]
-
-
-def test_the_page_has_the_oldest_versions_that_are_allowed() -> None:
-    """A bound that moves needs its row anew: ``python benchmarks/versions.py --sets oldest``."""
-    table = versions.PAGE.read_text().partition(versions.BEGIN)[2].partition(versions.END)[0]
-    oldest = [cells for cells in versions.rows_of(table) if cells[0] == "oldest" and "**" not in cells[-1]]
-    bounds = versions.lower_bounds()
-    assert oldest
-    for cells in oldest:
-        for name, version in zip(versions.SHOWN, cells[3:], strict=False):
-            assert version == bounds[name] or version.startswith(f"{bounds[name]}."), name
