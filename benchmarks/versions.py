@@ -188,7 +188,7 @@ def try_commands(folder: Path, version: str, log: Path) -> None:
     shutil.copy2(ROOT / "recipes" / "own_text.yaml", folder / "recipe.yaml")
     tex, recipe = str(folder / "venv/bin/lightning-tex"), ["--config", "recipe.yaml", "--data.path", "text"]
     run([tex, "--version"], folder, log, tells=f"lightning-tex {version}\n")
-    run([tex, "plan", "--cluster", "h100", *recipe], folder, log, tells="recommended")
+    run([tex, "plan", "--cluster", "h100", *recipe], folder, log, tells="Recommended: ")
     layout = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy.tensor_parallel_size", "1"]
     run([tex, "fit", *recipe, *layout, "--trainer.max_steps", "2"], folder, log, tells="2 optimizer steps")
 
