@@ -27,7 +27,8 @@ import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from lightning_tex.parallel.topology import Axis, Layout
+from lightning_tex.parallel.layout import Layout
+from lightning_tex.parallel.topology import Axis
 from lightning_tex.saving import Background, SideGroup
 from lightning_tex.saving.global_tensor import GlobalTensor, Part
 from lightning_tex.saving.reading import Directory

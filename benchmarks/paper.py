@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from lightning_tex.models.config import DecoderConfig
-from lightning_tex.parallel.topology import Communication, Layout
+from lightning_tex.parallel.layout import Communication, Layout
 from lightning_tex.planner.cluster import CLUSTERS, Cluster
 from lightning_tex.planner.describe import describe_decoder
 from lightning_tex.planner.largest_base import largest_base

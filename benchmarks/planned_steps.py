@@ -27,7 +27,7 @@ from slow_network import HERE, HOSTS, RANKS_PER_HOST, hosts, run
 from lightning_tex.bench.combinations import Combination
 from lightning_tex.bench.communication import CommunicationBench
 from lightning_tex.cli.plan_recipe import own_candidate, read_recipe
-from lightning_tex.parallel.topology import Communication
+from lightning_tex.parallel.layout import Communication
 from lightning_tex.planner.cluster import Cluster
 from lightning_tex.planner.layouts import Job
 from lightning_tex.planner.step_time import step_time

@@ -24,8 +24,9 @@ import torch.distributed as dist
 
 from lightning_tex.moe import MoE
 from lightning_tex.parallel.all_to_all import all_to_all
+from lightning_tex.parallel.layout import Communication, Layout
 from lightning_tex.parallel.sharding import shard_module
-from lightning_tex.parallel.topology import Communication, Layout, Topology
+from lightning_tex.parallel.topology import Topology
 
 CHUNKS = (1, 2, 4)
 EXPERTS, TOP_K, DIM = 8, 2, 256

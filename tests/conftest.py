@@ -3,10 +3,12 @@
 import gc
 import os
 import signal
+from collections.abc import Iterator
 from functools import cache
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers.first_fit import fit_once
 from hypothesis import HealthCheck, settings
 from lightning.fabric.utilities import registry
@@ -48,6 +50,15 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         fit_once()
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group_is_left() -> Iterator[None]:
+    """Ranks that are forked from here later would share its store's connection, and take its size for theirs."""
+    yield
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+        pytest.fail("a process group is left in the process of the tests; legal: helpers.ranks.on_ranks(1, ..)")
 
 
 @pytest.fixture(autouse=True, scope="module")

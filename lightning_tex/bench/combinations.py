@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_tex.parallel.activation_checkpointing import ActivationCheckpointing
-from lightning_tex.parallel.topology import Communication
+from lightning_tex.parallel.layout import Communication
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from lightning_tex.bench.memory import live_bytes, peak_bytes, settled_bytes
 from lightning_tex.bench.moments import synchronise
 from lightning_tex.optim.state_config import OptimizerStateFormat
 from lightning_tex.parallel.errors import UserValueError
-from lightning_tex.parallel.topology import Layout, Topology
+from lightning_tex.parallel.layout import Layout
+from lightning_tex.parallel.topology import Topology
 
 PROBE_ELEMENTS = 1 << 16
 FEWEST_TURNS, MOST_TURNS, STEPPED_ELEMENTS = 15, 300, 4 * 10**8

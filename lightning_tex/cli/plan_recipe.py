@@ -22,7 +22,8 @@ from lightning_tex.optim import optimized_parameters
 from lightning_tex.optim.by_pattern import own_groups
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.expert_chunks import chunks_on
-from lightning_tex.parallel.topology import Axis, Communication, Layout
+from lightning_tex.parallel.layout import Communication, Layout
+from lightning_tex.parallel.topology import Axis
 from lightning_tex.planner.batches import Batches, TokenBlocks, batches_of
 from lightning_tex.planner.describe import describe, describe_decoder
 from lightning_tex.planner.layouts import ActivationSource, Candidate, Job

@@ -39,9 +39,10 @@ from lightning_tex.parallel.allocator import use_growing_segments
 from lightning_tex.parallel.compiled import Compile, compile_leaves
 from lightning_tex.parallel.errors import UserRuntimeError, UserValueError
 from lightning_tex.parallel.expert_chunks import ExpertChunks, chunks_on, require_legal_chunks
+from lightning_tex.parallel.layout import Communication
 from lightning_tex.parallel.requested_layout import RequestedLayout
 from lightning_tex.parallel.sharding import check_shardable
-from lightning_tex.parallel.topology import Communication, Topology
+from lightning_tex.parallel.topology import Topology
 from lightning_tex.saving import CheckpointFormat, DirectoryCheckpoint, PlainCheckpoint, ShardedRun, SideGroup
 from lightning_tex.strategy.random_state import data_rank_random_state
 from lightning_tex.strategy.set_up import experts_of_layers, shard_model, sharded_optimizers

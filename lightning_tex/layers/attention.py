@@ -12,9 +12,9 @@ from lightning_tex.layers.qk_norm import QKNorm, make_qk_norms
 from lightning_tex.layers.rotary import Rotary, RotaryTables
 from lightning_tex.layers.token_context import Context, visible_keys
 from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.parallel.layout import Layout
 from lightning_tex.parallel.rank_random_state import rank_random_state
 from lightning_tex.parallel.sharding import TexModule
-from lightning_tex.parallel.topology import Layout
 
 # B sequences, S positions, D model width, H heads, K key/value heads, d head width (per rank: H/tensor, K/tensor)
 

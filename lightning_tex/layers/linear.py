@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from lightning_tex.layers.adapters import Adapter, ColumnAdapter, RowAdapter
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.initialization import by_index, init_uniform_
+from lightning_tex.parallel.layout import Layout
 from lightning_tex.parallel.sharding import TexModule
-from lightning_tex.parallel.topology import Layout
 
 
 def require_divisible(name: str, option: str, value: int, layout: Layout) -> None:

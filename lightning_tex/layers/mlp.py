@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from lightning_tex.layers.linear import ColumnParallelLinear, RowParallelLinear, require_divisible
 from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.parallel.layout import Layout
 from lightning_tex.parallel.sharding import TexModule
-from lightning_tex.parallel.topology import Layout
 
 # Without a gate: gelu (by erf), gelu_tanh, relu. With one: silu, gelu or gelu_tanh of it times up; and gpt-oss's.
 Activation = Literal["gelu", "gelu_tanh", "relu", "swiglu", "geglu", "geglu_tanh", "clamped_swiglu"]

@@ -13,7 +13,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lightning_tex.parallel.collectives import all_reduce_, own_slice, reduce_scatter
-from lightning_tex.parallel.topology import Axis, Communication, Layout, Topology
+from lightning_tex.parallel.layout import Communication, Layout
+from lightning_tex.parallel.topology import Axis, Topology
 
 
 class DispatchCase(NamedTuple):

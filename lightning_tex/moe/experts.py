@@ -28,8 +28,8 @@ from lightning_tex.parallel.device import device_type
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.flight_record import TRAINING
 from lightning_tex.parallel.initialization import by_index, init_uniform_
+from lightning_tex.parallel.layout import Layout
 from lightning_tex.parallel.replay import outside_replay
-from lightning_tex.parallel.topology import Layout
 
 # N rows, D model width, H hidden width, E experts, e experts held here (per rank: H/expert_tensor), t own tokens
 

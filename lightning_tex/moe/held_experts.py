@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lightning_tex.moe.dispatch import Arrived
 from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.parallel.layout import Layout
 from lightning_tex.parallel.sharding import TexModule
-from lightning_tex.parallel.topology import Layout
 
 # D model width, E experts, e experts held here, t own tokens
 

@@ -32,9 +32,10 @@ from lightning_tex.moe.tokens import Tokens
 from lightning_tex.parallel.activation_checkpointing import first_forward_only
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.expert_load import ExpertLoad
+from lightning_tex.parallel.layout import Layout
 from lightning_tex.parallel.replay import decided, recomputing
 from lightning_tex.parallel.sharding import TexModule
-from lightning_tex.parallel.topology import Layout, Topology
+from lightning_tex.parallel.topology import Topology
 
 # T tokens, D model width, E experts, k choices per token
 

@@ -19,9 +19,9 @@ from lightning_tex.parallel.autocast import autocast_dtype
 from lightning_tex.parallel.errors import UserTypeError, UserValueError
 from lightning_tex.parallel.hashing import stable_hash
 from lightning_tex.parallel.initialization import by_index, has_values
+from lightning_tex.parallel.layout import Layout
 from lightning_tex.parallel.replay import outside_replay
 from lightning_tex.parallel.started import UnderWay, started
-from lightning_tex.parallel.topology import Layout
 
 # N rows, D model width, E experts, e experts held here, t own tokens, k choices per token
 

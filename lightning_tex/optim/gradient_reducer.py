@@ -19,8 +19,9 @@ from lightning_tex.parallel import collectives
 from lightning_tex.parallel.activation_layout import reached, reached_directly
 from lightning_tex.parallel.device import device_type
 from lightning_tex.parallel.errors import UserRuntimeError
+from lightning_tex.parallel.layout import Communication
 from lightning_tex.parallel.sharding import ParameterSharding
-from lightning_tex.parallel.topology import Axis, Communication
+from lightning_tex.parallel.topology import Axis
 
 
 @unique

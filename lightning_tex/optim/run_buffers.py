@@ -16,8 +16,9 @@ from lightning_tex.optim.gradients import Gradients
 from lightning_tex.optim.joint_reducer import JointReducer
 from lightning_tex.optim.state_config import OptimizerStateConfig
 from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.parallel.layout import Communication
 from lightning_tex.parallel.sharding import ParameterSharding
-from lightning_tex.parallel.topology import Axis, Communication
+from lightning_tex.parallel.topology import Axis
 
 LaidOut = tuple[FlatBuffer, Gradients]
 

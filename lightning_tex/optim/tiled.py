@@ -40,8 +40,9 @@ from lightning_tex.optim.state_config import OptimizerStateConfig
 from lightning_tex.optim.stepping import Stepping, stepping
 from lightning_tex.optim.walk import Walk
 from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.parallel.layout import Communication
 from lightning_tex.parallel.sharding import ParameterSharding
-from lightning_tex.parallel.topology import Axis, Communication
+from lightning_tex.parallel.topology import Axis
 
 
 class TiledOptimizer(StandIn):

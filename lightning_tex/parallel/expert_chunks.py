@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from lightning_tex.parallel.errors import UserValueError
-from lightning_tex.parallel.topology import Layout
+from lightning_tex.parallel.layout import Layout
 
 # Values of the strategy's option of this name.
 ExpertChunks = int | Literal["auto"]

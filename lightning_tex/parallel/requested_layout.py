@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from lightning_tex.parallel.topology import Layout, divisors
+from lightning_tex.parallel.layout import Layout, divisors
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from lightning_tex.parallel import collectives
 from lightning_tex.parallel.activation_layout import ActivationLayout, Replicated
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.extent import Extent
-from lightning_tex.parallel.topology import Axis, Layout, Topology
+from lightning_tex.parallel.layout import Layout
+from lightning_tex.parallel.topology import Axis, Topology
 
 # Tensors of fewer bytes are sent together, so many at most.
 _SMALL_BYTES, _TOGETHER = 1 << 16, 256

@@ -11,8 +11,8 @@ from lightning_tex.optim.state_config import OPTIMIZER_STATE_FORMATS, ZERO_STAGE
 from lightning_tex.parallel.activation_checkpointing import ACTIVATION_CHECKPOINTING, ActivationCheckpointing
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.expert_chunks import ExpertChunks, chunks_on
+from lightning_tex.parallel.layout import Communication, Layout, divisors
 from lightning_tex.parallel.precision import PRECISIONS, StoredDtypes
-from lightning_tex.parallel.topology import Communication, Layout, divisors
 from lightning_tex.planner.instants import Instant
 from lightning_tex.planner.model import ModelDescription
 from lightning_tex.planner.optimizers import LANGUAGE_MODELS_OWN, OptimizerDescription

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lightning_tex.parallel.topology import Layout
+from lightning_tex.parallel.layout import Layout
 from lightning_tex.planner.cluster import Cluster
 from lightning_tex.planner.collective import Collective
 

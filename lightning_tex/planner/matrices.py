@@ -15,8 +15,9 @@ from lightning_tex.optim.flat_sizes import aligned
 from lightning_tex.optim.matrices.costs import MatrixCosts
 from lightning_tex.optim.matrices.ownership import Loads, at_once, coordinates, rounds
 from lightning_tex.optim.matrices.units import Cut
+from lightning_tex.parallel.layout import Layout
 from lightning_tex.parallel.sharding import ParameterSharding
-from lightning_tex.parallel.topology import Axis, Layout
+from lightning_tex.parallel.topology import Axis
 
 
 class _Travel(NamedTuple):

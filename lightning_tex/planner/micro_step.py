@@ -9,7 +9,7 @@ from lightning_tex.layers.linear_cross_entropy import chunk_sizes
 from lightning_tex.moe.capacity import buffer_rows, capacity
 from lightning_tex.moe.exchange import even_parts
 from lightning_tex.moe.expert_axes import DispatchCase
-from lightning_tex.parallel.topology import Communication, Layout
+from lightning_tex.parallel.layout import Communication, Layout
 from lightning_tex.planner.layers import Embedding, Head, Moe
 from lightning_tex.planner.layouts import Candidate, Job
 

@@ -13,7 +13,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_tex.parallel.errors import UserRuntimeError
-from lightning_tex.parallel.topology import AXES, Axis, Communication, Layout, Topology
+from lightning_tex.parallel.layout import AXES, Communication, Layout
+from lightning_tex.parallel.topology import Axis, Topology
 
 
 @contextmanager

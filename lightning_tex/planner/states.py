@@ -15,9 +15,10 @@ import torch
 from lightning_tex.optim.flat_sizes import ALIGNMENT, batched, bucketed, most_elements, part_length
 from lightning_tex.optim.matrices.costs import MatrixCosts
 from lightning_tex.optim.matrices.ownership import Loads
+from lightning_tex.parallel.layout import Layout
 from lightning_tex.parallel.precision import PRECISIONS
 from lightning_tex.parallel.sharding import ParameterSharding
-from lightning_tex.parallel.topology import Axis, Layout
+from lightning_tex.parallel.topology import Axis
 from lightning_tex.planner.layouts import Candidate, Job
 from lightning_tex.planner.matrices import MatrixBuffer, OwnedMatrices
 from lightning_tex.planner.model import ModelDescription, Parameter

@@ -15,8 +15,8 @@ from lightning_tex.data import TokenDataModule
 from lightning_tex.parallel.activation_checkpointing import stash, stash_bytes
 from lightning_tex.parallel.byte_meter import Sent
 from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.parallel.layout import Layout
 from lightning_tex.parallel.sharding import parameter_shardings
-from lightning_tex.parallel.topology import Layout
 from lightning_tex.planner.fake_values import Routing, ShapesOnly
 from lightning_tex.planner_trace.batches import MadeUpBlocks
 from lightning_tex.planner_trace.patches import patch_trainer, patched_for_a_trace

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import os
+import select
 import signal
 import socket
 import threading
@@ -84,7 +84,8 @@ class StopSignals:
         if os.getpid() != self._process:
             return
         if number == signal.SIGHUP:
-            _let_go_of_lost_terminals()
+            _let_go_of_lost_outputs(0)
+            threading.Thread(target=_let_go_of_lost_outputs, args=(None,), daemon=True).start()
         if self.requested is None:
             self.requested = signal.Signals(number)
         if self._arrivals is None:
@@ -173,17 +174,29 @@ def _in_a_forked_child() -> None:
 os.register_at_fork(after_in_child=_in_a_forked_child)
 
 
-def _let_go_of_lost_terminals() -> None:
-    """Write nowhere what would go to a terminal that is gone: the next line of a progress bar would end the run by an
-    error, and Python ends by 120 where it cannot write what its buffers hold."""
-    for descriptor in (1, 2):
-        try:
-            os.write(descriptor, b"")
-        except OSError as error:
-            if error.errno == errno.EIO:
-                nowhere = os.open(os.devnull, os.O_WRONLY)
+def _let_go_of_lost_outputs(seconds: float | None) -> None:
+    """Write nowhere what would go to a terminal that is gone, or to the likes of ``tee`` that go with it.
+
+    The next line of a progress bar would end the run by an error, and Python ends by 120 where it cannot write what its
+    buffers hold.
+
+    Args:
+        seconds: to wait for that; ``None``: until all of them are gone.
+    """
+    watched, lost = {1, 2}, select.POLLERR | select.POLLHUP
+    while watched:
+        poll = select.poll()
+        for descriptor in watched:
+            poll.register(descriptor, 0)
+        events = poll.poll(None if seconds is None else seconds * 1000)
+        watched -= {descriptor for descriptor, _ in events}
+        if not events:
+            return
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor, event in events:
+            if event & lost:
                 os.dup2(nowhere, descriptor)
-                os.close(nowhere)
+        os.close(nowhere)
 
 
 def exit_code(number: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -30,7 +31,6 @@ class Vote:
 
     def __init__(self, host: Axis, star: Star | None) -> None:
         self._host, self._star = host, star
-        self._ballots: dict[int, Tensor] = {}
 
     def highest(self, *numbers: int) -> list[Highest]:
         """Of each number (not negative) the highest of all ranks'; collective, 8 bytes for each.
@@ -41,13 +41,18 @@ class Vote:
         world, rank = self._host.size, self._host.rank
         if world == 1:
             return [Highest(number, rank) for number in numbers]
-        ballot = self._ballots.setdefault(len(numbers), torch.empty(len(numbers), dtype=torch.int64))
         given = [number * world + rank for number in numbers]
-        with TRAINING.inside("vote", self._host, ballot):
+        with TRAINING.inside("vote", self._host, _like(len(numbers))):
             highest = self._by_gloo(given) if self._star is None else self._star.highest(given)
         return [Highest(*divmod(each, world)) for each in highest]
 
     def _by_gloo(self, given: list[int]) -> list[int]:
-        ballot = torch.tensor(given)
+        ballot = torch.tensor(given, device="cpu")
         dist.all_reduce(ballot, dist.ReduceOp.MAX, group=self._host.group)
         return ballot.tolist()
+
+
+@cache
+def _like(count: int) -> Tensor:
+    """What the flight record tells a vote's size by."""
+    return torch.empty(count, dtype=torch.int64, device="cpu")

@@ -8,7 +8,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from lightning_tex.parallel.topology import Axis, Layout
+from lightning_tex.parallel.layout import Layout
+from lightning_tex.parallel.topology import Axis
 from lightning_tex.saving.checkpoint_format import OWN_ENTRY
 from lightning_tex.saving.global_tensor import GlobalTensor
 from lightning_tex.saving.model_state import MODEL, TIES

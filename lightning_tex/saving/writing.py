@@ -24,7 +24,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from lightning_tex.parallel.errors import UserRuntimeError
-from lightning_tex.parallel.topology import Axis, Layout
+from lightning_tex.parallel.layout import Layout
+from lightning_tex.parallel.topology import Axis
 from lightning_tex.saving.archive import write_file, write_tensors
 from lightning_tex.saving.global_tensor import GlobalTensor, Part
 from lightning_tex.saving.manifest import INDEX, MANIFEST, FileRecord, Manifest, TensorRecord, index_to_bytes

@@ -11,9 +11,8 @@ from torch import nn
 
 from lightning_tex.data import TokenDataModule
 from lightning_tex.optim import OptimizerStateConfig
-from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.parallel.layout import Communication, Layout
 from lightning_tex.parallel.precision import PRECISIONS
-from lightning_tex.parallel.topology import Communication, Layout
 from lightning_tex.planner.batches import Batches, GrownBatch, TokenBlocks, batches_of
 from lightning_tex.planner.cluster import CLUSTERS
 from lightning_tex.planner.describe import describe
@@ -30,7 +29,7 @@ MARGIN = 0.05
 _NEAREST = 3
 
 
-def require_memory(
+def memory_refusal(
     module: LightningModule,
     layout: Layout,
     communication: Communication,
@@ -39,8 +38,8 @@ def require_memory(
     precision: str,
     device_bytes: int,
     policy: set[type[nn.Module]] | None = None,
-) -> None:
-    """Refuse a training whose plan needs more memory than a rank's device has.
+) -> str | None:
+    """Why a training is refused whose plan needs more memory than a rank's device has; ``None``: it fits.
 
     States are those of the module and its optimizer. Activations are foreseen by formulas, where the module trains a
     decoder and its data module says how long and how many its sequences are; else by tracing one micro-step on the
@@ -52,13 +51,13 @@ def require_memory(
         layout, communication, state_config, recompute, precision, policy: of the training.
         device_bytes: memory of a rank's device.
 
-    Raises:
-        ValueError: with what the memory would be taken by, and the nearest layouts that fit.
+    Returns:
+        what the memory would be taken by, and the nearest layouts that fit.
     """
     plan = MemoryPlan.of(module, layout, communication, state_config, recompute, precision, policy)
     if plan is None or plan.needed.peak * (1 - MARGIN) <= device_bytes:
-        return
-    raise UserValueError(
+        return None
+    return (
         f"this layout ({layout}) needs about {size(plan.needed.peak)} on each of {layout.world} ranks, and a GPU has "
         f"{size(device_bytes)}: {plan.breakdown()}. {_nearest(plan.job, plan.candidate, device_bytes)}; "
         "`lightning-tex plan` shows all; TexMoEStrategy(check_memory=False) tries nevertheless"
@@ -94,7 +93,7 @@ class MemoryPlan:
         """That of a training; ``None`` for a precision of the user's own.
 
         Args:
-            module, layout, communication, state_config, recompute, precision, policy: as of :func:`require_memory`.
+            module, layout, communication, state_config, recompute, precision, policy: as of :func:`memory_refusal`.
             trace: whether activations that no formula gives may be found by a dry run of a micro-step.
         """
         if precision not in PRECISIONS:

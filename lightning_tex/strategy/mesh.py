@@ -33,7 +33,8 @@ from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.flight_record import EVERY_RANK, TRAINING
 from lightning_tex.parallel.groups import groups_of_world, reaches_cpu
 from lightning_tex.parallel.initialization import has_values
-from lightning_tex.parallel.topology import Axis, Layout, build_mesh
+from lightning_tex.parallel.layout import Layout
+from lightning_tex.parallel.topology import Axis, build_mesh
 from lightning_tex.resilience.agreement import Agreement, Comparison
 from lightning_tex.resilience.nccl import record_flights
 from lightning_tex.resilience.processes import stopped, through

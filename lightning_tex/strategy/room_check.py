@@ -15,7 +15,7 @@ from lightning_tex.parallel.errors import UserRuntimeError
 from lightning_tex.resilience.finite_watch import of_all_ranks
 from lightning_tex.saving import at
 from lightning_tex.saving.global_tensor import GlobalTensor
-from lightning_tex.saving.model_state import model_state
+from lightning_tex.saving.model_state import checkpointed, model_state
 from lightning_tex.saving.optimizer_state import foreseen_bytes
 from lightning_tex.strategy.checkpoint_folders import saving_folders
 
@@ -47,8 +47,8 @@ def require_room(strategy: CheckpointingStrategy, trainer: Trainer) -> None:
 def _bytes_written(strategy: CheckpointingStrategy) -> int:
     """By this rank."""
     assert strategy.model is not None
-    weights = model_state(strategy.model, strategy.topology).values()
-    written = sum(_bytes_held(tensor) for tensor in weights if tensor.writes)
+    weights = checkpointed(strategy.model, model_state(strategy.model, strategy.topology))
+    written = sum(_bytes_held(tensor) for tensor in weights.values() if tensor.writes)
     return written + (0 if strategy.stepped is None else foreseen_bytes(strategy.stepped))
 
 

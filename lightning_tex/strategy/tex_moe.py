@@ -33,16 +33,19 @@ from lightning_tex.optim import (
 from lightning_tex.optim.rounding import RoundingSeed
 from lightning_tex.parallel.activation_checkpointing import ActivationCheckpointing, recompute_blocks, require_legal
 from lightning_tex.parallel.compiled import Compile, compile_leaves
+from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.expert_chunks import ExpertChunks, chunks_on, require_legal_chunks
+from lightning_tex.parallel.layout import Communication, Layout
 from lightning_tex.parallel.requested_layout import RequestedLayout
 from lightning_tex.parallel.sharding import check_shardable
-from lightning_tex.parallel.topology import Communication, Layout, Topology
+from lightning_tex.parallel.topology import Topology
+from lightning_tex.resilience.finite_watch import of_all_ranks
 from lightning_tex.resilience.spikes import SpikeRule
 from lightning_tex.saving import ShardedRun
 from lightning_tex.strategy import agreement
 from lightning_tex.strategy.averaging import AveragedWeights
 from lightning_tex.strategy.loss_spikes import OnSpike
-from lightning_tex.strategy.memory_check import require_memory
+from lightning_tex.strategy.memory_check import memory_refusal
 from lightning_tex.strategy.precision import tex_precision
 from lightning_tex.strategy.random_state import data_rank_random_state
 from lightning_tex.strategy.set_up import experts_of_layers, shard_model, sharded_optimizers
@@ -332,7 +335,10 @@ class TexMoEStrategy(StepStrategy):
     def _require_memory(self, layout: Layout) -> None:
         device_bytes = self._device_bytes()
         if self._check_memory and device_bytes is not None:
-            require_memory(**self.memory_options(layout), device_bytes=device_bytes)
+            options = self.memory_options(layout)
+            refused = of_all_ranks(memory_refusal(**options, device_bytes=device_bytes), self.host_axis())
+            if told := next((told for told in refused if told), None):
+                raise UserValueError(told)
 
     def memory_options(self, layout: Layout) -> dict[str, Any]:
         """What a plan of a rank's memory is made of (:class:`~lightning_tex.strategy.memory_check.MemoryPlan`)."""

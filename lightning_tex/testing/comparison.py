@@ -5,7 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 
 from lightning_tex.parallel.errors import UserError, UserRuntimeError, UserValueError
-from lightning_tex.parallel.topology import Layout
+from lightning_tex.parallel.layout import Layout
 from lightning_tex.testing.batches import joined, require_samples, same_samples, samples_of
 from lightning_tex.testing.differences import Difference, differences
 from lightning_tex.testing.layouts import Run

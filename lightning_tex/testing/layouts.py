@@ -11,8 +11,8 @@ from torch import nn
 
 from lightning_tex.moe import MoE
 from lightning_tex.parallel.errors import UserError, UserValueError
+from lightning_tex.parallel.layout import Layout
 from lightning_tex.parallel.sharding import check_shardable
-from lightning_tex.parallel.topology import Layout
 from lightning_tex.strategy import TexMoEStrategy
 
 # Arguments of TexMoEStrategy that make a layout, by the field of Layout.

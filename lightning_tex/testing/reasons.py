@@ -8,7 +8,7 @@ from math import isfinite
 from torch import Tensor, nn
 
 from lightning_tex.layers import ParallelAttention
-from lightning_tex.parallel.topology import Layout
+from lightning_tex.parallel.layout import Layout
 from lightning_tex.testing.recording import Record
 from lightning_tex.testing.runs import Outcome
 from lightning_tex.testing.sliced_capacity import has_capacity

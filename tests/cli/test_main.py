@@ -214,7 +214,7 @@ def test_an_unknown_command_is_told_with_the_nearest_of_all(words, told, capsys)
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert end.value.code == 2
     assert line.startswith(f"error: {told}") and line.endswith(
-        "plan, plan --trace, prepare, data, bench, checkpoint, export, upcycle, verify, replay"
+        "plan, plan --trace, prepare, data, bench, checkpoint, export, upcycle, experts, verify, replay"
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from lightning_tex.cli import main, plan, tables
 from lightning_tex.cli.plan_recipe import read_recipe
-from lightning_tex.parallel.topology import Layout
+from lightning_tex.parallel.layout import Layout
 from lightning_tex.planner.layouts import Candidate, Job
 from lightning_tex.planner.memory import size
 from lightning_tex.planner.states import FlatBuffers

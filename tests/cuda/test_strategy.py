@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_tex.layers import ColumnParallelLinear, RowParallelLinear
 from lightning_tex.parallel.groups import reaches_cpu
-from lightning_tex.parallel.topology import AXES
+from lightning_tex.parallel.layout import AXES
 
 TIMEOUT = timedelta(seconds=1234)
 

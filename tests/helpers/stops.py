@@ -31,6 +31,7 @@ import torch.distributed as dist
 
 from helpers.stopwatch import Elapsed, seconds_waited_for_a_cpu
 from lightning_tex.parallel import collectives
+from lightning_tex.saving import latest
 from lightning_tex.strategy.launcher import RankLauncher
 from lightning_tex.strategy.tex_moe import TexMoEStrategy
 from lightning_tex.testing.ranks import reserved_port
@@ -107,10 +108,11 @@ class Incident(L.Callback):
         rank: to which; -1: all.
         point: where in a step; see POINTS, and EARLY and ``end``, where the step does not count.
         step: optimizer steps done by then.
+        saved: wait there for a complete checkpoint, which may be written beside training.
     """
 
-    def __init__(self, deed: str, rank: int, point: str = "forward", step: int = 2) -> None:
-        self.deed, self.rank, self.point, self.step = deed, rank, point, step
+    def __init__(self, deed: str, rank: int, point: str = "forward", step: int = 2, saved: bool = False) -> None:
+        self.deed, self.rank, self.point, self.step, self.saved = deed, rank, point, step, saved
 
     @classmethod
     def of(cls, trainer: L.Trainer) -> Incident:
@@ -125,6 +127,8 @@ class Incident(L.Callback):
         if point != self.point:
             return
         mine = self.rank in (-1, rank)
+        while mine and self.saved and latest(Path("checkpoints")) is None:
+            time.sleep(0.01)
         if mine:
             _note(f"happened.{rank}", str(time.time()))
         if mine or self.deed in TO_ALL:
@@ -393,6 +397,17 @@ def _as_rank(rank: int, run: Callable[[], None]) -> None:
 
 def to_the_end(run: Callable[[], Any]) -> NoReturn:
     """As an interpreter would: report what is uncaught, call what is registered for the end, go."""
+    code = 1
+    try:
+        code = _ended(run)
+        sys.stdout.flush()
+    except OSError:  # where nobody reads
+        code = 120
+    finally:
+        os._exit(code)
+
+
+def _ended(run: Callable[[], Any]) -> int:
     code = 0
     try:
         run()
@@ -405,8 +420,4 @@ def to_the_end(run: Callable[[], Any]) -> NoReturn:
     atexit._run_exitfuncs()
     if dist.is_initialized() and not code:
         dist.destroy_process_group()
-    try:
-        sys.stdout.flush()
-    except OSError:
-        code = 120
-    os._exit(code)
+    return code

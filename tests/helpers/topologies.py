@@ -8,7 +8,8 @@ from functools import cache
 
 import torch.distributed as dist
 
-from lightning_tex.parallel.topology import Communication, Layout, Topology
+from lightning_tex.parallel.layout import Communication, Layout
+from lightning_tex.parallel.topology import Topology
 
 
 def timeouts(groups: Mapping[str, dist.ProcessGroup]) -> dict[str, timedelta]:

@@ -19,7 +19,7 @@ from lightning_tex.layers import (
     VocabParallelEmbedding,
     VocabParallelHead,
 )
-from lightning_tex.parallel.topology import Layout
+from lightning_tex.parallel.layout import Layout
 
 
 @pytest.fixture(autouse=True)

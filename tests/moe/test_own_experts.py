@@ -24,8 +24,8 @@ from lightning_tex.moe import MoE
 from lightning_tex.parallel.collectives import all_reduce
 from lightning_tex.parallel.device import pretend_device
 from lightning_tex.parallel.errors import UserError
+from lightning_tex.parallel.layout import Layout
 from lightning_tex.parallel.sharding import check_shardable, parameter_shardings, shard_module
-from lightning_tex.parallel.topology import Layout
 from lightning_tex.testing import assert_trains_alike
 from lightning_tex.testing.ranks import run_ranks
 

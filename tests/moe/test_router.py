@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_tex.moe import MoE, Route, Router, SigmoidRouter, SoftmaxRouter, Tokens
-from lightning_tex.parallel.topology import Layout
+from lightning_tex.parallel.layout import Layout
 
 
 class Sigmoid(Router):

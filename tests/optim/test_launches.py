@@ -11,8 +11,9 @@ from lightning_tex.optim import OptimizerStateConfig, TiledOptimizer
 from lightning_tex.optim.flat import FlatBuffer
 from lightning_tex.optim.walk import Walk
 from lightning_tex.parallel.device import pretend_device
+from lightning_tex.parallel.layout import Communication, Layout
 from lightning_tex.parallel.sharding import parameter_shardings
-from lightning_tex.parallel.topology import Axis, Communication, Layout
+from lightning_tex.parallel.topology import Axis
 from lightning_tex.planner.pretended_world import pretended_topology
 
 

@@ -24,8 +24,8 @@ from lightning_tex.optim.overlap import optimizer_pass
 from lightning_tex.parallel import collectives, in_place_collectives
 from lightning_tex.parallel.activation_checkpointing import recompute_blocks
 from lightning_tex.parallel.byte_meter import ByteMeter, Sent
+from lightning_tex.parallel.layout import AXES
 from lightning_tex.parallel.sharding import parameter_shardings, shard_module
-from lightning_tex.parallel.topology import AXES
 from lightning_tex.planner.collective import sent_bytes
 from lightning_tex.planner.describe import describe, describe_decoder
 from lightning_tex.planner.layouts import Candidate, Job

@@ -10,7 +10,8 @@ from helpers.topologies import timeouts
 
 from lightning_tex.parallel import groups
 from lightning_tex.parallel.host_numbers import highest
-from lightning_tex.parallel.topology import AXES, Layout, Topology
+from lightning_tex.parallel.layout import AXES, Layout
+from lightning_tex.parallel.topology import Topology
 from lightning_tex.testing.ranks import run_ranks
 
 NAMES = (*AXES, "world", "host", "expert_host")

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _world
 
-from lightning_tex.parallel.topology import AXES, Layout, Topology
+from lightning_tex.parallel.layout import AXES, Layout
+from lightning_tex.parallel.topology import Topology
 from lightning_tex.testing.ranks import run_ranks
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from lightning_tex.parallel.layout import Layout
 from lightning_tex.parallel.requested_layout import RequestedLayout
-from lightning_tex.parallel.topology import Layout
 
 FOLDED = {"tensor_parallel_size": 2, "expert_parallel_size": 8, "expert_tensor_parallel_size": 1}
 

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_tex.layers import ColumnParallelLinear
+from lightning_tex.parallel.layout import Layout
 from lightning_tex.parallel.sharding import (
     check_shardable,
     parameter_shardings,
     shard_module,
     synchronise,
 )
-from lightning_tex.parallel.topology import Layout, Topology
+from lightning_tex.parallel.topology import Topology
 from lightning_tex.testing.ranks import run_ranks
 
 

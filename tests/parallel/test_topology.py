@@ -6,7 +6,8 @@ from helpers.topologies import join
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_tex.parallel.topology import AXES, Layout, Topology
+from lightning_tex.parallel.layout import AXES, Layout
+from lightning_tex.parallel.topology import Topology
 from lightning_tex.testing.ranks import run_ranks
 
 TED_16 = {

@@ -21,8 +21,9 @@ from lightning_tex.parallel.activation_checkpointing import recompute_blocks, st
 from lightning_tex.parallel.activation_layout import Replicated
 from lightning_tex.parallel.allocations import storage_bytes
 from lightning_tex.parallel.device import pretend_device
+from lightning_tex.parallel.layout import Layout
 from lightning_tex.parallel.sharding import shard_module
-from lightning_tex.parallel.topology import Axis, Layout
+from lightning_tex.parallel.topology import Axis
 from lightning_tex.planner.activations import Activations
 from lightning_tex.planner.describe import describe_decoder
 from lightning_tex.planner.layers import Attention, Layer, Moe

@@ -8,7 +8,7 @@ import pytest
 
 from lightning_tex.models import DecoderConfig
 from lightning_tex.parallel.expert_chunks import chunks_on
-from lightning_tex.parallel.topology import Communication, Layout
+from lightning_tex.parallel.layout import Communication, Layout
 from lightning_tex.planner.cluster import CLUSTERS, Cluster
 from lightning_tex.planner.describe import describe_decoder
 from lightning_tex.planner.layouts import Candidate, Choices, Job, candidates

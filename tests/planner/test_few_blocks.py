@@ -15,7 +15,7 @@ from torch import nn
 from lightning_tex import LanguageModel
 from lightning_tex.lora import LoRAConfig
 from lightning_tex.models import DecoderConfig
-from lightning_tex.parallel.topology import Communication, Layout
+from lightning_tex.parallel.layout import Communication, Layout
 from lightning_tex.planner.batches import TokenBlocks
 from lightning_tex.planner.describe import describe
 from lightning_tex.planner.few_blocks import FewBlocks

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_tex.models import DecoderConfig
-from lightning_tex.parallel.topology import AXES, Layout
+from lightning_tex.parallel.layout import AXES, Layout
 from lightning_tex.planner.cluster import CLUSTERS, Cluster
 from lightning_tex.planner.collective import Collective
 from lightning_tex.planner.describe import describe_decoder

@@ -18,8 +18,9 @@ from lightning_tex.models import DecoderConfig
 from lightning_tex.moe import Router
 from lightning_tex.optim import OptimizerStateConfig, TiledOptimizer
 from lightning_tex.parallel.activation_checkpointing import recompute_blocks
+from lightning_tex.parallel.layout import Layout
 from lightning_tex.parallel.sharding import parameter_shardings, shard_module
-from lightning_tex.parallel.topology import Axis, Layout
+from lightning_tex.parallel.topology import Axis
 from lightning_tex.planner.batches import TokenBlocks
 from lightning_tex.planner.cluster import CLUSTERS
 from lightning_tex.planner.describe import describe

@@ -19,8 +19,8 @@ from lightning_tex.optim.matrices.costs import MatrixCosts
 from lightning_tex.optim.muon_adamw import hidden_matrices
 from lightning_tex.optim.probe import Allocations
 from lightning_tex.parallel.byte_meter import Sent
+from lightning_tex.parallel.layout import Layout
 from lightning_tex.parallel.sharding import parameter_shardings, shard_module
-from lightning_tex.parallel.topology import Layout
 from lightning_tex.planner.describe import describe_decoder
 from lightning_tex.planner.layouts import Candidate, Job, candidates
 from lightning_tex.planner.optimizer_trial import describe_optimizer

@@ -22,8 +22,9 @@ from torch import nn
 from lightning_tex.models import Decoder, DecoderConfig
 from lightning_tex.optim import OptimizerStateConfig, TiledOptimizer, flat_sizes
 from lightning_tex.optim.shard import batches, by_kind
+from lightning_tex.parallel.layout import Layout
 from lightning_tex.parallel.sharding import check_shardable, parameter_shardings, shard_module
-from lightning_tex.parallel.topology import Axis, Layout, Topology
+from lightning_tex.parallel.topology import Axis, Topology
 from lightning_tex.planner.describe import describe, describe_decoder
 from lightning_tex.planner.layouts import Candidate, Job, layouts
 from lightning_tex.planner.memory import memory

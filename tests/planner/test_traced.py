@@ -28,8 +28,8 @@ from lightning_tex.moe import MoE, Router, auxiliary_loss
 from lightning_tex.optim import OptimizerStateConfig, TiledOptimizer
 from lightning_tex.optim.probe import Allocations
 from lightning_tex.parallel.activation_checkpointing import recompute_blocks
+from lightning_tex.parallel.layout import Communication, Layout
 from lightning_tex.parallel.sharding import parameter_shardings, shard_module
-from lightning_tex.parallel.topology import Communication, Layout
 from lightning_tex.planner.batches import GrownBatch, TokenBlocks, batches_of
 from lightning_tex.planner.cluster import CLUSTERS
 from lightning_tex.planner.describe import describe

@@ -9,8 +9,9 @@ from helpers.topologies import join
 
 from lightning_tex.optim import TiledOptimizer
 from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.parallel.layout import Layout
 from lightning_tex.parallel.sharding import check_shardable, parameter_shardings, shard_module
-from lightning_tex.parallel.topology import Layout, Topology
+from lightning_tex.parallel.topology import Topology
 from lightning_tex.resilience.replicas import Difference, describe_difference, differing, digests
 from lightning_tex.strategy.replica_checks import copies
 from lightning_tex.testing.ranks import run_ranks

@@ -138,9 +138,18 @@ class Room(NamedTuple):
     free: int
 
 
-def _fit_with_room(folder: str, free: int) -> tuple[str, int, int]:
+class SavesOneWeight(Steps):
+    """As adapters beside a published model do."""
+
+    strict_loading = False
+
+    def checkpointed_names(self) -> set[str]:
+        return {"scale"}
+
+
+def _fit_with_room(folder: str, free: int, kind: type[Steps]) -> tuple[str, int, int]:
     """What ends it, steps taken, and bytes of the tensors in a checkpoint."""
-    module = Steps()
+    module = kind()
     with mock.patch("shutil.disk_usage", return_value=Room(free)):
         run = trainer(tex.TexMoEStrategy(), 2, callbacks=[ModelCheckpoint(folder, save_top_k=1)])
         try:
@@ -154,10 +163,11 @@ def _fit_with_room(folder: str, free: int) -> tuple[str, int, int]:
     return "", module.taken, sum(tensor.nbytes for tensor in tensors)
 
 
-def test_a_disk_without_room_for_a_checkpoint_is_found_before_the_first_step(tmp_path: Path) -> None:
-    (_, taken, size), _ = run_ranks(2, _fit_with_room, str(tmp_path / "roomy"), 10**12)
+@pytest.mark.parametrize("kind", [Steps, SavesOneWeight])
+def test_a_disk_without_room_for_a_checkpoint_is_found_before_the_first_step(tmp_path: Path, kind: type[Steps]) -> None:
+    (_, taken, size), _ = run_ranks(2, _fit_with_room, str(tmp_path / "roomy"), 10**12, kind)
     assert taken > 1
-    for text, steps, _ in run_ranks(2, _fit_with_room, str(tmp_path / "full"), 1000):
+    for text, steps, _ in run_ranks(2, _fit_with_room, str(tmp_path / "full"), 1000, kind):
         told = re.match(r"checkpoints cannot be saved: .* of this run takes ([\d,]+) bytes, and (\S+) has", text)
         assert told is not None and told[2] == str(tmp_path / "full"), text
         assert steps == 0 and int(told[1].replace(",", "")) == size

@@ -16,7 +16,8 @@ from helpers.cases import case
 from helpers.object_store import ObjectStore, use_folder
 
 from lightning_tex.errors import UserError
-from lightning_tex.parallel.topology import Axis, Layout
+from lightning_tex.parallel.layout import Layout
+from lightning_tex.parallel.topology import Axis
 from lightning_tex.saving import CorruptCheckpointError, SideGroup, at, latest, paths, pointer, retrying, store_of
 from lightning_tex.saving.disk import require_writable
 from lightning_tex.saving.global_tensor import GlobalTensor

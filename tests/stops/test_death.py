@@ -18,6 +18,8 @@ TOLD = {
     "SIGKILL": "was killed by SIGKILL",
 }
 
+# Points at which the step before has begun a checkpoint.
+AFTER_A_SAVE = ("forward", "backward", "optimizer")
 
 # The last line of the traceback, or what it begins with.
 ERRORS = {
@@ -29,7 +31,7 @@ ERRORS = {
 def stopped(
     folder: Path, deed: str, rank: int, point: str = "forward", launcher: str = "own", timeout: float = 60.0
 ) -> Ending:
-    incident = {"deed": deed, "rank": rank, "point": point}
+    incident = {"deed": deed, "rank": rank, "point": point, "saved": deed in TOLD and point in AFTER_A_SAVE}
     ending = run_to_its_end(4, lambda: fit(incident, timeout), folder=folder, launcher=launcher, within=40)
     assert not ending.left, ending.text
     assert len(ending.codes) == 4 and 0 not in ending.codes.values(), ending
@@ -68,7 +70,7 @@ def check_death(folder: Path, deed: str, rank: int, point: str, launcher: str) -
     else:
         assert "Traceback" not in ending.text
     # The only one may be on its way when a process dies, or when a rank raises in a save.
-    sure = point not in ("validation", "save") or (point == "validation" and deed in ERRORS)
+    sure = point in AFTER_A_SAVE or (point == "validation" and deed in ERRORS)
     newest = latest(folder / "checkpoints")
     assert newest is not None or not sure
     if sure or deed not in ERRORS:

@@ -18,6 +18,7 @@ from helpers.signalled_runs import EPOCHS, LAYOUTS, VALIDATES, Slow, saves
 from helpers.stopped_runs import fit
 from helpers.stops import Ending, print_to_descriptors, run_command, run_to_its_end, to_the_end
 from helpers.trainers import silence
+from lightning.pytorch.callbacks import TQDMProgressBar
 
 from lightning_tex.saving import latest
 
@@ -90,22 +91,47 @@ def test_the_whole_process_group_with_workers_of_loaders(tmp_path: Path, number:
     assert ending.text.count("all ranks stop after this step") == 4, ending.text
 
 
-def shown_fit(folder: Path) -> None:
+def shown_fit(folder: Path, *bars: Any) -> None:
     print_to_descriptors()
     silence()
     torch.set_num_threads(1)
-    callbacks = [saves(str(folder)), Slow(0.2)]
+    callbacks = [saves(str(folder)), Slow(0.2), *bars]
     checkpoint_runs.fit(LAYOUTS[1], 1, EPOCHS, callbacks=callbacks, enable_progress_bar=True, **VALIDATES)
 
 
-def test_a_terminal_that_hangs_up_while_a_progress_bar_is_drawn(tmp_path: Path) -> None:
-    process, terminal = pty.fork()
+def in_a_terminal() -> tuple[int, int]:
+    """As :func:`pty.fork`."""
+    return pty.fork()
+
+
+def before_a_pipe() -> tuple[int, int]:
+    """The same, but what is printed goes through a pipe, as to ``tee``."""
+    reading, writing = os.pipe()
+    if process := os.fork():
+        os.close(writing)
+        return process, reading
+    os.close(reading)
+    os.dup2(writing, 1)
+    os.dup2(writing, 2)
+    os.close(writing)
+    return 0, -1
+
+
+@pytest.mark.parametrize(
+    ("fork", "bars"), [(in_a_terminal, []), (before_a_pipe, [TQDMProgressBar()])], ids=["terminal", "pipe"]
+)
+def test_a_terminal_that_hangs_up_while_a_progress_bar_is_drawn(
+    tmp_path: Path, fork: Callable[[], tuple[int, int]], bars: list[Any]
+) -> None:
+    process, shown_at = fork()
     if process == 0:
-        to_the_end(lambda: shown_fit(tmp_path))
-    shown = b""
-    while b"2/6" not in shown:
-        shown += os.read(terminal, 1000)
-    os.close(terminal)
+        to_the_end(lambda: shown_fit(tmp_path, *bars))
+    shown, read = b"", b"something"
+    while read and b"2/6" not in shown:
+        shown += (read := os.read(shown_at, 1000))
+    if fork is before_a_pipe:
+        os.kill(process, HUP)
+    os.close(shown_at)
     _, status = os.waitpid(process, 0)
     newest = latest(tmp_path)
     assert newest is not None and newest.name.startswith("stopped-step="), shown

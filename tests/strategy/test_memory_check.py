@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_tex import LanguageModel, TexMoEStrategy
 from lightning_tex.models import DecoderConfig
-from lightning_tex.parallel.topology import Layout
+from lightning_tex.parallel.layout import Layout
 from lightning_tex.planner.batches import Batches, GrownBatch
 from lightning_tex.planner.describe import describe
 from lightning_tex.planner.layouts import Candidate, Job
