@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_tex.optim.flat import FlatBuffer, Member, buckets, kind
 from lightning_tex.optim.formats import LOW_PRECISION
+from lightning_tex.optim.forward_overlap import ForwardOverlap
 from lightning_tex.optim.gradient_reducer import GradientReducer
 from lightning_tex.optim.gradients import Gradients
 from lightning_tex.optim.joint_reducer import JointReducer
@@ -31,6 +32,9 @@ class RunBuffers:
         world: all ranks, over which norms are summed.
         state_config: what is kept, in which form and where; ``None``: the defaults.
         communication: what is done to communicate less; ``None``: the defaults.
+
+    Attributes:
+        gathering: brings stepped parameters to all ranks.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class RunBuffers:
         self.shardings, self.world = shardings, world
         self.state_config = state_config or OptimizerStateConfig()
         self._communication = communication or Communication()
+        self.gathering = ForwardOverlap()
         self._steppers: dict[nn.Parameter, tuple[tuple[int, int], ...]] = {}
         for number, optimizer in enumerate(optimizers):
             for place, group in enumerate(optimizer.param_groups):
@@ -52,6 +57,11 @@ class RunBuffers:
         self._numbers = {id(optimizer): number for number, optimizer in enumerate(optimizers)}
         self._reducers: dict[frozenset[int], GradientReducer] = {}
         self._laid_out: dict[nn.Parameter, LaidOut] = {}
+
+    def attend(self, model: nn.Module) -> None:
+        """Gather parameters while the next forward of a model runs, if communication is to overlap."""
+        if self._communication.overlap:
+            self.gathering.attend(model)
 
     @property
     def are_shared(self) -> bool:

@@ -16,7 +16,7 @@ How one step is tiled, from the whole to the tile:
   and is an argument of :class:`~lightning_tex.TexMoEStrategy`.
 
 What becomes of gradients before that is in ``gradient_reducer.py`` (order and state of a step), ``gradients.py`` (what
-ZeRO keeps of them) and ``overlap.py`` (when they leave).
+ZeRO keeps of them) and ``overlap.py`` (when they leave). Stepped parameters come back by ``forward_overlap.py``.
 """
 
 from __future__ import annotations
@@ -135,11 +135,12 @@ class TiledOptimizer(StandIn):
 
     def take_up_groups(self) -> None:
         """Take up groups that somebody has put in the place of the optimizer's, as ``BaseFinetuning`` does, and
-        parameters that were frozen when they were given to it and are not any more.
+        parameters that were frozen when they were given to it and are not any more. All parameters are whole then.
 
         Raises:
             RuntimeError: groups that tear apart what lies in one buffer, or leave some of it out.
         """
+        self.wait_for_parameters()
         if self.param_groups is not self.inner.param_groups:
             self._take_up_other_groups()
         if not any(parameter.requires_grad for parameter in self.frozen):
@@ -253,6 +254,7 @@ class TiledOptimizer(StandIn):
     def release(self) -> None:
         """Let go of the parameters: nothing of this optimizer acts on them any more."""
         self._reducer.release()
+        self.buffers.gathering.release()
 
     def _take_up_other_groups(self) -> None:
         self.inner.param_groups = self.param_groups
@@ -265,7 +267,10 @@ class TiledOptimizer(StandIn):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Combine gradients if that has not happened, update the own shards, gather the parameters; collective."""
+        """Combine gradients if that has not happened, update the own shards, gather the parameters; collective.
+
+        In a fit, parameters may still be on their way when this returns; an operation on one waits for it.
+        """
         result = None
         if closure is not None:
             with torch.enable_grad():
@@ -294,14 +299,19 @@ class TiledOptimizer(StandIn):
 
     def _walk(self, walk: Walk) -> None:
         """Step all shards, and gather the parameters of every shard as soon as it is through; collective."""
-        under_way = []
+        gathering = self.buffers.gathering
+        gathering.wait_for_all()
         with optimizer_pass(self.world):
             for alike in by_kind(self.shards):
                 for complete in alike[0].step_together(alike, walk):
-                    under_way += [shard.buffer.gather() for shard in complete]
-        for gathering in under_way:
-            gathering.wait()
+                    for shard in complete:
+                        gathering.start(shard.buffer)
+        gathering.step_is_over()
         self.rounding_seed.step += 1
+
+    def wait_for_parameters(self) -> None:
+        """Return when all parameters are whole, and no other rank waits for this one's."""
+        self.buffers.gathering.wait_for_all()
 
     def _step_is_over(self) -> None:
         self._reducer.step_is_over()
@@ -320,17 +330,20 @@ class TiledOptimizer(StandIn):
 
     def refresh(self) -> None:
         """Take up parameters that were written from outside since the last step."""
+        self.wait_for_parameters()
         for shard in self.shards:
             shard.refresh()
 
     def keep_states(self) -> None:
         """Hold the own shards' states for newer than the parameters; collective."""
+        self.wait_for_parameters()
         for shard in self.shards:
             shard.keep()
             shard.buffer.gather().wait()
 
     def pieces(self) -> Iterator[Piece]:
         """Every piece of every parameter that this rank's windows hold."""
+        self.wait_for_parameters()
         for shard in self.shards:
             yield from shard.pieces()
 

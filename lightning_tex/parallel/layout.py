@@ -167,7 +167,8 @@ class Communication:
             travel (paper section 5.1).
         fused: an all-reduce followed by a split is one reduce-scatter.
         sequence_parallel: between embedding and head, activations are split over tensor along the sequence.
-        overlap: gradients are reduced while the backward still runs.
+        overlap: gradients are reduced while the backward still runs and, in a fit, parameters are gathered while the
+            next forward does.
         expert_chunks: of a MoE layer's tokens, one of which travels while the experts compute another.
     """
 

@@ -40,7 +40,7 @@ class StepTime:
         communication: of collectives that computation waits for, by (operation, axis).
         optimizer: of the update.
         reduction, collection: of gradients to their owners and of parameters from them, as long as they take.
-        hidden: of these two, what runs beside the backward and the update.
+        hidden: of these two, what runs beside the backward, the update and the forward that follows.
         tokens: of the step.
         model_flops: of the step, all ranks.
         peak_flops: of all ranks together.
@@ -90,8 +90,8 @@ def step_time(job: Job, candidate: Candidate, cluster: Cluster, flat: FlatBuffer
     """Foresee the time of an optimizer step.
 
     Computation waits for the collectives of layers. Gradients are reduced beside the last backward (ZeRO 2: every one),
-    buffer by buffer as they are complete; parameters are collected beside the update of the buffers that follow. One
-    chunk of a MoE layer's tokens travels beside the products of another.
+    buffer by buffer as they are complete; parameters are collected beside the update of the buffers that follow and the
+    first forward of the next step. One chunk of a MoE layer's tokens travels beside the products of another.
 
     Args:
         job, candidate: what is trained, and how.
@@ -123,10 +123,11 @@ def step_time(job: Job, candidate: Candidate, cluster: Cluster, flat: FlatBuffer
         communication[key] = communication.get(key, 0.0) + taken
     of_matrices = flat.matrices.kept(flat.has_masters).flops / cluster.peak(job.precision)
     windows = steps if candidate.zero_stage == 2 else 1
-    hidden = 0.0
+    collecting = sum(flat_times.collections)
+    hidden = min(collecting - flat_times.collections[-1], flat_times.update - flat_times.first_update)
     if candidate.communication.overlap:
+        hidden = collecting - _forward_waits(job.model, flat, computed, flat_times.collections, hidden)
         hidden += windows * _beside_backward(job.model, flat, computed, flat_times.reductions)
-    hidden += min(flat_times.collection - flat_times.last_collection, flat_times.update - flat_times.first_update)
     hidden *= cluster.overlap
     return StepTime(
         computed.forward * steps,
@@ -135,7 +136,7 @@ def step_time(job: Job, candidate: Candidate, cluster: Cluster, flat: FlatBuffer
         communication,
         flat_times.update + of_matrices,
         windows * sum(flat_times.reductions),
-        flat_times.collection,
+        collecting,
         hidden,
         job.tokens,
         model_flops(job),
@@ -156,15 +157,34 @@ def _beside_backward(
     return sum(reductions) - max(0.0, now - passed[0])
 
 
+def _forward_waits(
+    model: ModelDescription,
+    flat: FlatBuffers,
+    computed: Computation,
+    collections: tuple[float, ...],
+    beside_update: float,
+) -> float:
+    """Seconds that a forward waits for buffers, which are collected one after another while it already runs.
+
+    Args:
+        beside_update: seconds of collection that are over when it begins.
+    """
+    # When the forward comes to each part, if it waits for nothing.
+    reached = list(accumulate(computed.forward_of_parts, initial=0.0))
+    needed = [reached[model.part_of_layer[model.parameters[place].layer]] for place in flat.first_members]
+    arrived = accumulate(collections, initial=-beside_update)
+    next(arrived)
+    return max(0.0, *(there - wanted for there, wanted in zip(arrived, needed, strict=True)))
+
+
 class _BufferTimes(NamedTuple):
-    """Seconds of what is done to each flat buffer, to all, or to the first or last one, in one micro-step or step."""
+    """Seconds of what is done to each flat buffer, to all, or to the first one, in one micro-step or step."""
 
     reductions: tuple[float, ...]
     combination: float
     update: float
     first_update: float
-    collection: float
-    last_collection: float
+    collections: tuple[float, ...]
 
 
 @lru_cache(maxsize=4096)
@@ -178,21 +198,18 @@ def _buffer_times(flat: FlatBuffers, candidate: Candidate, cluster: Cluster) -> 
     def reducing(buffer: Buffer) -> float:
         return time(reduction(buffer, candidate))
 
-    def collecting(buffer: Buffer) -> float:
-        return time(collection(buffer))
-
     def updating(buffer: Buffer) -> float:
         return update_seconds(buffer, flat.precision, candidate, cluster)
 
     reduced = {buffer: reducing(buffer) for buffer in flat.distinct}
+    collected = {buffer: time(collection(buffer)) for buffer in flat.distinct}
     combining = all_of(lambda buffer: time(combination(buffer, candidate)))
     return _BufferTimes(
         tuple(reduced[buffer] for buffer in flat.buffers),
         combining,
         all_of(updating),
         updating(flat.buffers[0]),
-        all_of(collecting),
-        collecting(flat.buffers[-1]),
+        tuple(collected[buffer] for buffer in flat.buffers),
     )
 
 

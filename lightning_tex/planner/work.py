@@ -211,13 +211,15 @@ class Computation:
     Args:
         forward, recompute, backward: by pass.
         flops: that a rank computes, all passes.
-        backward_of_parts: backward and recomputation of each of the model's ``backward_parts``.
+        forward_of_parts: forward of each of the model's ``backward_parts``.
+        backward_of_parts: backward and recomputation of each of them.
     """
 
     forward: float
     recompute: float
     backward: float
     flops: float
+    forward_of_parts: tuple[float, ...]
     backward_of_parts: tuple[float, ...]
 
     @property
@@ -238,11 +240,11 @@ def computation(job: Job, candidate: Candidate, cluster: Cluster) -> Computation
         recompute += count * time.recompute
         backward += count * time.backward
         flops += count * time.flops
-    of_kind = [
-        sum((time := times[layer, in_block]).recompute + time.backward for layer, in_block in part)
-        for part in model.backward_parts.kinds
-    ]
-    return Computation(forward, recompute, backward, flops, tuple(of_kind[kind] for kind in model.backward_parts.order))
+    kinds, order = model.backward_parts.kinds, model.backward_parts.order
+    forward_of = [sum(times[placed].forward for placed in part) for part in kinds]
+    backward_of = [sum(times[placed].recompute + times[placed].backward for placed in part) for part in kinds]
+    of_parts = (tuple(of_kind[kind] for kind in order) for of_kind in (forward_of, backward_of))
+    return Computation(forward, recompute, backward, flops, *of_parts)
 
 
 def _layer_time(work: Work, placed: PlacedLayer, cluster: Cluster, loss: Loss | None) -> LayerTime:

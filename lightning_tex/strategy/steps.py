@@ -115,6 +115,7 @@ class StepStrategy(CheckpointingStrategy):
     def on_train_end(self) -> None:
         for optimizer in self.tiled_optimizers:
             optimizer.guard.learn()
+            optimizer.wait_for_parameters()
         self.step_boundary()
         super().on_train_end()
 

@@ -376,6 +376,7 @@ class TexMoEStrategy(StepStrategy):
             seed = RoundingSeed(self._seed)
             tiled = sharded_optimizers(self.optimizers, self.model, self.topology, state_config, seed)
             self.optimizers = list(tiled.values())
+            self.tiled_optimizers[0].buffers.attend(self.model)
             for config in self.lr_scheduler_configs:  # or a learning-rate monitor would find two optimizers
                 config.scheduler.optimizer = tiled[users_own(config.scheduler.optimizer)]
 
