@@ -68,10 +68,11 @@ class TexMoEStrategy(DDPStrategy):
     Args:
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision, process_group_backend, timeout: as
             of Fabric's ``DDPStrategy``.
-        tensor_parallel_size, expert_parallel_size, expert_tensor_parallel_size, sequence_parallel, zero_stage,
-            tile_size, optimizer_state_format, duplicate_token_dropping, expert_chunks, activation_checkpointing,
-            activation_checkpointing_policy, save_distributed_checkpoint, max_skipped_steps, compile: as of
-            :class:`lightning_tex.TexMoEStrategy`.
+        tensor_parallel_size, expert_parallel_size, expert_tensor_parallel_size, sequence_parallel: of the layout.
+        zero_stage, tile_size, optimizer_state_format, max_skipped_steps: of the optimizer.
+        duplicate_token_dropping, expert_chunks: of communication.
+        activation_checkpointing, activation_checkpointing_policy: of recomputation.
+        save_distributed_checkpoint, compile: as the others those of :class:`lightning_tex.TexMoEStrategy`.
 
     Raises:
         ValueError: a layout that the world or the model does not allow, naming the option and the legal values.
