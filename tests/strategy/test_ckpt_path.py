@@ -227,7 +227,7 @@ def test_damage_that_digests_tell_is_passed_over_by_name(ranks: list[dict[str, A
 def test_a_fit_never_goes_on_from_weights_alone_and_a_test_may_take_them(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         found = rank["weights"]
-        assert found["refused"].startswith("UserValueError: ")
+        assert found["refused"].startswith("WeightsOnlyError: ")
         assert "weights.ckpt has no optimizer states" in found["refused"]
         assert "TexMoEStrategy(init_from='" in found["refused"]
         assert "last.ckpt holds weights only" in found["only weights"]

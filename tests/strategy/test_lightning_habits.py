@@ -231,6 +231,10 @@ class Counting(L.LightningDataModule):
 
 
 def test_what_a_trainer_has_saved_is_restored_after_its_fit(tmp_path: Path) -> None:
+    on_ranks(1, saved_and_restored, tmp_path)
+
+
+def saved_and_restored(tmp_path: Path) -> None:
     fit = quiet(strategy=tex.TexMoEStrategy(save_distributed_checkpoint=False), devices=1, max_steps=2)
     data = Counting()
     fit.fit(Small(), data)
@@ -252,6 +256,10 @@ class Ending(Small):
 
 
 def test_a_step_of_one_process_may_end_the_epoch() -> None:
+    on_ranks(1, ended_by_its_step)
+
+
+def ended_by_its_step() -> None:
     module = Ending()
     fit = quiet(strategy="tex_moe", devices=1, max_epochs=1, max_steps=-1)
     fit.fit(module, rows(4), rows(1))
