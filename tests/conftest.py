@@ -63,5 +63,6 @@ def _no_process_group_is_left() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="module")
 def _what_was_imported_for_it_stays_too() -> None:
-    """Likewise, what was imported since, before each module of tests."""
+    """Likewise, what was imported since, before each module of tests; what errors have kept alive is let go of."""
+    gc.collect()
     gc.freeze()
