@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_tex.optim.closure import loss_of
 from lightning_tex.optim.combined import stepper_of
 from lightning_tex.optim.gradient_reducer import ReductionStage
 from lightning_tex.optim.overlap import optimizer_pass
@@ -271,10 +272,7 @@ class TiledOptimizer(StandIn):
 
         In a fit, parameters may still be on their way when this returns; an operation on one waits for it.
         """
-        result = None
-        if closure is not None:
-            with torch.enable_grad():
-                result = closure()
+        result = loss_of(closure)
         self.reduce_gradients()
         try:
             if not self.guard.learn():
