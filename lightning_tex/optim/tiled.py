@@ -15,8 +15,9 @@ How one step is tiled, from the whole to the tile:
   ``tile_size`` or the budget of ``flat_sizes.py``. An option of the tile begins there, is handed to a ``StateFormat``
   and is an argument of :class:`~lightning_tex.TexMoEStrategy`.
 
-What becomes of gradients before that is in ``gradient_reducer.py`` (order and state of a step), ``gradients.py`` (what
-ZeRO keeps of them) and ``overlap.py`` (when they leave). Stepped parameters come back by ``forward_overlap.py``.
+What becomes of gradients before that is in ``gradient_reducer.py`` (order and state of a step, ``reduction_stage.py``),
+``gradients.py`` (what ZeRO keeps of them) and ``overlap.py`` (when they leave). Stepped parameters come back by
+``forward_overlap.py``.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from torch.optim import Optimizer
 
 from lightning_tex.optim.closure import loss_of
 from lightning_tex.optim.combined import stepper_of
-from lightning_tex.optim.gradient_reducer import ReductionStage
 from lightning_tex.optim.overlap import optimizer_pass
+from lightning_tex.optim.reduction_stage import ReductionStage
 from lightning_tex.optim.rounding import RoundingSeed
 from lightning_tex.optim.run_buffers import RunBuffers
 from lightning_tex.optim.shard import Piece, Shard, by_kind, regroup
