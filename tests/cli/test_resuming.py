@@ -24,8 +24,7 @@ def restarting(recipe: Path) -> Path:
 
 
 def test_one_command_begins_and_goes_on(restarting: Path, tmp_path: Path) -> None:
-    words = [PROBE, "--trainer.devices", "1", "--trainer.strategy.init_args.tensor_parallel_size", "1"]
-    words += ["--trainer.strategy.init_args.expert_parallel_size", "1"]
+    words = [PROBE, *tiny_recipe.ON_ONE]
     run = tmp_path / "run"
     for limit, first in (("2", 0), ("4", 2)):
         run_ranks(1, tiny_recipe.fit, run, restarting, *words, "--trainer.max_steps", limit)
