@@ -7,11 +7,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
-
-from lightning_tex.moe import MoE, Route
 
 # T tokens, E experts, k choices per token
 
@@ -29,13 +27,14 @@ class ChoiceChanges:
         self._experts: dict[str, int] = {}
         self._hooks: list[RemovableHandle] = []
 
-    def begin(self, layers: Mapping[str, MoE], batch: Any) -> None:
-        """A batch is about to pass the layers, which have labels."""
+    def begin(self, layers: Mapping[str, nn.Module], batch: Any) -> None:
+        """A batch is about to pass the layers, which have labels, and routers under this name."""
         tensors = [leaf.clone() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
         self._before = self._now if _alike(tensors, self._batch) else {}
         self._batch, self._now = tensors, {}
         self._hooks = [
-            layer.router.register_forward_hook(partial(self._see, label, layer)) for label, layer in layers.items()
+            layer.get_submodule("router").register_forward_hook(partial(self._see, label))
+            for label, layer in layers.items()
         ]
 
     def end(self) -> None:
@@ -55,9 +54,9 @@ class ChoiceChanges:
         before, now = self._chosen(label, last), self._chosen(label, self._now[label])
         return torch.stack([(now & ~before).sum(), now.sum()]).double()
 
-    def _see(self, label: str, layer: MoE, router: Any, given: Any, route: Route) -> None:
+    def _see(self, label: str, router: nn.Module, given: Any, route: Any) -> None:
         self._now[label] = route.indices.to(torch.int16)
-        self._experts[label] = layer.router.num_experts
+        self._experts[label] = route.scores.shape[1]
 
     def _chosen(self, label: str, choices: Tensor) -> Tensor:  # [T, k] -> [T, E] boolean
         experts = self._experts[label]

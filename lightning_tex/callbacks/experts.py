@@ -62,10 +62,10 @@ class ExpertMonitor(Callback):
     ===================================  ===============================================================================
 
     Over all layers there are ``expert_load/worst``, ``expert_load_min/worst``, ``expert_rank_load/worst``,
-    ``expert_load_cv/mean``, ``expert_load_shift/mean``, ``expert_choice_change/mean``, ``router_entropy/mean``, ``router_confidence/mean``,
-    ``dead_experts/total``, ``expert_overflow/total`` and ``auxiliary_loss/total``. Entropy, confidence and losses are
-    of the logged step's last micro-step. Only training counts, not recomputation. Ranks reduce once per logged step,
-    and nothing waits for a device.
+    ``expert_load_cv/mean``, ``expert_load_shift/mean``, ``expert_choice_change/mean``, ``router_entropy/mean``,
+    ``router_confidence/mean``, ``dead_experts/total``, ``expert_overflow/total`` and ``auxiliary_loss/total``. Entropy,
+    confidence and losses are of the logged step's last micro-step. Only training counts, not recomputation. Ranks
+    reduce once per logged step, and nothing waits for a device.
 
     Training does not see a token twice, so that ``expert_choice_change`` is of the first batch of validations, where
     that is the same one every time: of its choices those of experts that the same token did not choose before. It is

@@ -1,4 +1,4 @@
-"""What ExpertMonitor costs a step: nothing that waits for a device or another rank, but one reduction in logged ones."""
+"""What ExpertMonitor costs a step: no wait for a device, and of other ranks one reduction in logged steps."""
 
 from __future__ import annotations
 
