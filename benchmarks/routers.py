@@ -24,6 +24,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from lightning_tex.parallel.replay import recomputing
 
 RESULTS = Path(__file__).parents[1] / "docs" / "routers.json"
 OVERFLOW_FACTOR = 1.25
-RATES = (3e-3, 6e-3, 1.2e-2)
+RATES = (6e-3, 1.2e-2, 2.4e-2)
 RATE_SEED = 0  # of the runs that choose one of them
 SEEDS = (1, 2, 3)  # of the table
 NO_LOSS = {"load_balance_coefficient": 0.0}
@@ -90,11 +91,15 @@ CONTESTANTS: dict[str, Contestant] = {
     "dense": Contestant(1, {"num_experts": 1}),
     "softmax": Contestant(1, {"router": "softmax"}),
     "softmax, no loss": Contestant(1, {"router": "softmax", **NO_LOSS}),
+    "softmax, weight x 8": Contestant(1, {"router": named("softmax", routed_scaling_factor=8.0)}),
     "switch": Contestant(1, {"router": named("switch", jitter_eps=0.01)}),
     "sigmoid, bias": Contestant(1, {"router": named("sigmoid", bias_update_rate=0.01), **NO_LOSS}),
     "sinkhorn": Contestant(1, {"router": "sinkhorn", **NO_LOSS}),
     "hash": Contestant(1, {"router": "hash", **NO_LOSS}),
     "softmax, k=2": Contestant(2, {"router": "softmax", "norm_topk_prob": True}),
+    "sigmoid, bias, k=2": Contestant(
+        2, {"router": named("sigmoid", bias_update_rate=0.01), "norm_topk_prob": True, **NO_LOSS}
+    ),
     "gshard": Contestant(2, {"router": "gshard"}),
     "sparsemixer": Contestant(2, {"router": "sparsemixer"}),
     "expert_choice": Contestant(1, {"router": "expert_choice", **NO_LOSS}, "sees later tokens"),
@@ -184,19 +189,29 @@ class Runs:
 
     def __init__(self, sizes: Sizes, file: Path) -> None:
         self.sizes, self.file = sizes, file
-        self.found: dict[str, Measures] = {}
-        if file.exists():
-            kept = json.loads(file.read_text())
-            if kept["sizes"] != asdict(sizes):
-                raise ValueError(f"{file} has runs of {kept['sizes']}; legal: these sizes, or another --results")
-            self.found = kept["runs"]
+        self.found = self._kept()
 
-    def make(self, name: str) -> None:
-        """Those of a row that lack."""
+    def _kept(self) -> dict[str, Measures]:
+        kept = json.loads(self.file.read_text()) if self.file.exists() else {"sizes": asdict(self.sizes), "runs": {}}
+        if kept["sizes"] != asdict(self.sizes):
+            raise ValueError(f"{self.file} has runs of {kept['sizes']}; legal: these sizes, or another --results")
+        runs: dict[str, Measures] = kept["runs"]
+        return runs
+
+    def lacking(self, name: str) -> Iterator[tuple[float, int]]:
+        """Learning rates and seeds of a row's runs that are not there; each is to be made before the next is asked for."""
         for rate in RATES:
-            self._run(name, rate, RATE_SEED)
+            if _key(name, rate, RATE_SEED) not in self.found:
+                yield rate, RATE_SEED
         for seed in SEEDS:
-            self._run(name, self.rate(name), seed)
+            if _key(name, self.rate(name), seed) not in self.found:
+                yield self.rate(name), seed
+
+    def make(self, name: str, rate: float, seed: int) -> None:
+        """A run."""
+        measures = run(CONTESTANTS[name], rate, seed, self.sizes)
+        self.found = {**self._kept(), _key(name, rate, seed): measures}  # others may run beside
+        self.file.write_text(json.dumps({"sizes": asdict(self.sizes), "runs": self.found}, indent=1) + "\n")
 
     def rate(self, name: str) -> float:
         """The learning rate of a row, all of whose rates were tried."""
@@ -208,11 +223,6 @@ class Runs:
             return []
         keys = [_key(name, self.rate(name), seed) for seed in SEEDS]
         return [self.found[key] for key in keys if key in self.found] if set(keys) <= set(self.found) else []
-
-    def _run(self, name: str, rate: float, seed: int) -> None:
-        if (key := _key(name, rate, seed)) not in self.found:
-            self.found[key] = run(CONTESTANTS[name], rate, seed, self.sizes)
-            self.file.write_text(json.dumps({"sizes": asdict(self.sizes), "runs": self.found}, indent=1) + "\n")
 
 
 def _key(name: str, rate: float, seed: int) -> str:
@@ -260,6 +270,7 @@ def main(argv: Sequence[str] | None = None) -> str:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help=f"which: {', '.join(CONTESTANTS)}; none: all")
     parser.add_argument("--results", type=Path, default=RESULTS, help="a JSON file that runs are kept in")
+    parser.add_argument("--most", type=int, help="so many runs at most, of those that lack; none: all")
     parser.add_argument("--write", type=Path, help="a page whose table becomes this one")
     for name, size in asdict(Sizes()).items():
         parser.add_argument(f"--{name}", type=int, default=size)
@@ -269,8 +280,9 @@ def main(argv: Sequence[str] | None = None) -> str:
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     runs = Runs(Sizes(**{name: getattr(options, name) for name in asdict(Sizes())}), options.results)
-    for name in options.names or CONTESTANTS:
-        runs.make(name)
+    lacking = ((name, *of_run) for name in options.names or CONTESTANTS for of_run in runs.lacking(name))
+    for name, rate, seed in islice(lacking, options.most):
+        runs.make(name, rate, seed)
     text = table(runs)
     print(text)
     if options.write is not None:
