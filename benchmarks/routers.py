@@ -5,8 +5,8 @@
 
 One process. Blocks of the dense model have an MLP as wide as what a token uses of the others: ``k`` experts of
 ``width / k`` hidden units, of as many as make ``--experts`` whole ones. Optimizer, schedule, batches of a seed and
-validation are the same for all. So is the way to a learning rate: each row, the dense one too, takes that of
-``RATES`` with the lowest validation loss on a seed that is not in the table.
+validation are the same for all, and so is the learning rate: of ``RATES`` the one with which the dense model has the
+lowest validation loss, on a seed that is not in the table.
 
 Loads are of the last quarter of the steps: the variation of experts' counts over it and the share of experts that
 nobody chose, both the mean over layers, and the share of choices that would overflow a capacity factor of 1.25 in their
@@ -198,14 +198,14 @@ class Runs:
         runs: dict[str, Measures] = kept["runs"]
         return runs
 
-    def lacking(self, name: str) -> Iterator[tuple[float, int]]:
-        """Learning rates and seeds of a row's runs that are not there; each is to be made before the next is asked for."""
+    def lacking(self, name: str) -> Iterator[tuple[str, float, int]]:
+        """What a row needs and is not there yet: rows, learning rates and seeds, each made before the next is asked."""
         for rate in RATES:
-            if _key(name, rate, RATE_SEED) not in self.found:
-                yield rate, RATE_SEED
+            if _key("dense", rate, RATE_SEED) not in self.found:
+                yield "dense", rate, RATE_SEED
         for seed in SEEDS:
-            if _key(name, self.rate(name), seed) not in self.found:
-                yield self.rate(name), seed
+            if _key(name, self.rate, seed) not in self.found:
+                yield name, self.rate, seed
 
     def make(self, name: str, rate: float, seed: int) -> None:
         """A run."""
@@ -213,16 +213,17 @@ class Runs:
         self.found = {**self._kept(), _key(name, rate, seed): measures}  # others may run beside
         self.file.write_text(json.dumps({"sizes": asdict(self.sizes), "runs": self.found}, indent=1) + "\n")
 
-    def rate(self, name: str) -> float:
-        """The learning rate of a row, all of whose rates were tried."""
-        return min(RATES, key=lambda rate: self.found[_key(name, rate, RATE_SEED)]["loss"])
+    @property
+    def rate(self) -> float:
+        """The dense model's best, when all were tried."""
+        return min(RATES, key=lambda rate: self.found[_key("dense", rate, RATE_SEED)]["loss"])
 
     def of(self, name: str) -> list[Measures]:
         """A row's runs by seed; none where they are not complete."""
-        if not all(_key(name, rate, RATE_SEED) in self.found for rate in RATES):
+        if not all(_key("dense", rate, RATE_SEED) in self.found for rate in RATES):
             return []
-        keys = [_key(name, self.rate(name), seed) for seed in SEEDS]
-        return [self.found[key] for key in keys if key in self.found] if set(keys) <= set(self.found) else []
+        keys = [_key(name, self.rate, seed) for seed in SEEDS]
+        return [self.found[key] for key in keys] if set(keys) <= set(self.found) else []
 
 
 def _key(name: str, rate: float, seed: int) -> str:
@@ -232,11 +233,20 @@ def _key(name: str, rate: float, seed: int) -> str:
 def table(runs: Runs) -> str:
     """Means over seeds and their spread; differences are of the same seeds. Rows whose runs are complete."""
     return "\n".join([
-        "| router | experts, k | learning rate | validation loss | beside dense | load variation | dead | overflow at "
-        "1.25 |",
-        "|---|---|---|---|---|---|---|---|",
+        "| router | experts, k | validation loss | beside dense | load variation | dead | overflow at 1.25 |",
+        "|---|---|---|---|---|---|---|",
         *(f"| {' | '.join(row)} |" for row in _rows(runs)),
     ])  # fmt: skip
+
+
+def told(runs: Runs) -> str:
+    """What all runs of the table have alike."""
+    sizes, rates = runs.sizes, ", ".join(f"{rate:g}" for rate in RATES)
+    return (
+        f"{sizes.steps} steps of {128 * sizes.batch:,} tokens, two blocks of width {sizes.dim}, {sizes.width} hidden "
+        f"units for a token, seeds {', '.join(map(str, SEEDS))}; a learning rate of {runs.rate:g}, the dense model's "
+        f"best of {rates}."
+    )
 
 
 def _rows(runs: Runs) -> Iterator[list[str]]:
@@ -253,7 +263,7 @@ def _rows(runs: Runs) -> Iterator[list[str]]:
             beside = _spread([loss - other for loss, other in zip(losses, dense, strict=True)], "+") if dense else "-"
             mean = {what: statistics.mean(f[what] for f in of_seeds) for what in ("variation", "dead", "overflow")}
             loads = [f"{mean['variation']:.2f}", f"{mean['dead']:.1%}", f"{mean['overflow']:.1%}"]
-        yield [title, size, f"{runs.rate(name):g}", _spread(losses), beside, *loads]
+        yield [title, size, _spread(losses), beside, *loads]
 
 
 def _spread(values: Sequence[float], sign: str = "") -> str:
@@ -280,10 +290,12 @@ def main(argv: Sequence[str] | None = None) -> str:
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     runs = Runs(Sizes(**{name: getattr(options, name) for name in asdict(Sizes())}), options.results)
-    lacking = ((name, *of_run) for name in options.names or CONTESTANTS for of_run in runs.lacking(name))
+    lacking = (one for name in options.names or CONTESTANTS for one in runs.lacking(name))
     for name, rate, seed in islice(lacking, options.most):
         runs.make(name, rate, seed)
-    text = table(runs)
+    if not runs.of("dense"):
+        return ""
+    text = f"{told(runs)}\n\n{table(runs)}"
     print(text)
     if options.write is not None:
         options.write.write_text(written(options.write.read_text(), text))
