@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch.utils.data import DataLoader
@@ -22,7 +22,7 @@ from lightning_tex.data.streams.stream import StreamInParts
 from lightning_tex.data.token_data import TokenDataModule
 from lightning_tex.data.tokenizer import SMALLEST_VOCABULARY, TextTokenizer, is_hub_name
 from lightning_tex.data.tokens.foreign import foreign_files
-from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.parallel.errors import UserValueError, require_choice
 
 DEFAULT_VOCABULARY = 4096
 
@@ -117,6 +117,11 @@ class TextDataModule(TokenDataModule):
         stream_parts: int | None = None,
         packing: Packing = "cut",
     ) -> None:
+        require_choice("packing", packing, get_args(Packing))
+        require_choice("streaming", streaming, (True, False))
+        require_choice("document_mask", document_mask, (True, False))
+        if shuffle_buffer < 0:
+            raise UserValueError(f"shuffle_buffer={shuffle_buffer}; legal: 0, or a number of documents")
         for option, given in (("shuffle_buffer", shuffle_buffer), ("stream_parts", stream_parts)):
             if given and not streaming:
                 raise UserValueError(f"{option}={given} needs streaming=True; other data is shuffled as a whole")
