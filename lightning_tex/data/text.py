@@ -210,7 +210,10 @@ class TextDataModule(TokenDataModule):
     def _evaluation_loader(self, part: str) -> DataLoader:
         if not self.streaming:
             return super()._evaluation_loader(part)
-        stream, workers = self._stream(part, self._share()), min(1, self.num_workers)
+        share, workers = self._share(), min(1, self.num_workers)
+        tokenizer, length = self.prepared.tokenizer, self.sequence_length
+        in_parts = self.stream_parts is not None
+        stream = self._in_parts().evaluation(part, tokenizer, length, share) if in_parts else self._stream(part, share)
         return DataLoader(stream, batch_size=None, num_workers=workers, collate_fn=self._collate)
 
     def _loader_of_parts(self, share: Share) -> ResumableLoader:
@@ -241,12 +244,8 @@ class TextDataModule(TokenDataModule):
         return self._stream_in_parts
 
     def _stream(self, part: str, share: Share) -> StreamedBlocks:
-        training = part == "train"
-        if part == "validation" and self.stream_parts is not None:
-            documents = self._in_parts().validation
-        else:
-            cache_dir, hub_cache_dir = self._cache_dirs()
-            documents = getattr(self._preparation.source.load(cache_dir / "sources", hub_cache_dir), part)
+        training, (cache_dir, hub_cache_dir) = part == "train", self._cache_dirs()
+        documents = getattr(self._preparation.source.load(cache_dir / "sources", hub_cache_dir), part)
         if training and self.shuffle_buffer:
             documents = documents.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
         tokenizer, reading = self.prepared.tokenizer, self._preparation.source.reading
