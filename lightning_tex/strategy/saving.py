@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -57,7 +56,7 @@ class _LinkWhenComplete:
         return getattr, (ModelCheckpoint, "_link_checkpoint")
 
 
-def _exists(filepath: str | os.PathLike[str], trainer: Trainer) -> bool:
+def _exists(filepath: str | Path, trainer: Trainer) -> bool:
     """In the place of ``ModelCheckpoint.file_exists``: a name is taken as soon as its save has begun."""
     strategy = trainer.strategy
     begun = isinstance(strategy, SavingStrategy) and at(filepath).absolute() in strategy._saved_here
