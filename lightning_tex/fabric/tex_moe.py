@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -30,6 +32,7 @@ from lightning_tex.optim import (
     ZeroStage,
     users_own,
 )
+from lightning_tex.optim.forward_overlap import ForwardOverlap
 from lightning_tex.optim.rounding import RoundingSeed
 from lightning_tex.parallel.activation_checkpointing import ActivationCheckpointing
 from lightning_tex.parallel.allocator import use_growing_segments
@@ -197,6 +200,9 @@ class TexMoEStrategy(DDPStrategy):
         config = self.precision.state_config(replace(self.options.state_config, seed=self._rounding_seed.seed))
         sharded = sharded_optimizers(optimizers, self._module, self.topology, config, self._rounding_seed)
         self._optimizers += sharded.values()
+        buffers = next(iter(sharded.values())).buffers  # of all
+        buffers.attend(self._module)
+        atexit.register(_wait, weakref.ref(buffers.gathering))
         return sharded
 
     def process_dataloader(self, dataloader: DataLoader) -> DataLoader:
@@ -296,3 +302,9 @@ class TexMoEStrategy(DDPStrategy):
         """The data axis in the place of all ranks, which Fabric names where its user names none."""
         everybody = asked is None or asked is dist.group.WORLD
         return self._topology.data.group if everybody and self._topology is not None else asked
+
+
+def _wait(gathering: weakref.ref[ForwardOverlap]) -> None:
+    """A rank that ended before would take its part of the parameters from the others."""
+    if (under_way := gathering()) is not None:
+        under_way.wait_for_all()

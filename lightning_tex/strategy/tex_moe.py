@@ -220,17 +220,18 @@ class TexMoEStrategy(StepStrategy):
     def setup_environment(self) -> None:
         assert self.lightning_module is not None
         self._refuse_what_is_not_supported(self.lightning_module.trainer)
-        self.link_last_checkpoints(self.lightning_module.trainer)
+        self.attend_callbacks(self.lightning_module.trainer)
         super().setup_environment()
 
     def _refuse_what_is_not_supported(self, trainer: Trainer) -> None:
         self.precision_plugin.state_config(self.options.state_config)
         if self._layer_sync is not None:
             raise MisconfigurationException("Trainer(sync_batchnorm=True) is not supported by TexMoEStrategy")
-        if any(isinstance(callback, ModelPruning) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        pruned = any(isinstance(callback, ModelPruning) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        if pruned and self.world_size > 1:
             raise MisconfigurationException(
-                "callback ModelPruning is not supported by TexMoEStrategy: it puts masked tensors in the place of "
-                "parameters and chooses masks in each rank's part alone; legal: prune a whole model after training, as "
+                f"callback ModelPruning is not supported on {self.world_size} processes: it chooses masks in each rank "
+                "alone; legal: one process, or prune a whole model after training, as "
                 "`lightning-tex checkpoint consolidate` gives it"
             )
         self.check_checkpoint_io()
