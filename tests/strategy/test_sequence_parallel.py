@@ -95,7 +95,13 @@ def one_process(clipped: bool) -> Any:
     return on_ranks(1, fit, None, CLIPPED if clipped else {})[0]
 
 
-@pytest.mark.parametrize(("name", "clipped"), [*((name, False) for name in LAYOUTS), ("ted", True)])
+@pytest.mark.parametrize(
+    ("name", "clipped"),
+    [
+        *(pytest.param(name, False, marks=pytest.mark.full if name == "data" else ()) for name in LAYOUTS),
+        ("ted", True),
+    ],
+)
 def test_equals_one_process(name: str, clipped: bool) -> None:
     world, layout = LAYOUTS[name]
     reference, flags = one_process(clipped), CLIPPED if clipped else {}
