@@ -242,9 +242,9 @@ def told(runs: Runs) -> str:
     """What all runs of the table have alike."""
     sizes, rates = runs.sizes, ", ".join(f"{rate:g}" for rate in RATES)
     return (
-        f"{sizes.steps} steps of {128 * sizes.batch:,} tokens, {sizes.vocab:,} tokens in the vocabulary, two blocks of width "
-        f"{sizes.dim}, {sizes.width} hidden units for a token, seeds {', '.join(map(str, SEEDS))}; a learning rate of {runs.rate:g}, the dense model's "
-        f"best of {rates}."
+        f"{sizes.steps} steps of {128 * sizes.batch:,} tokens of a vocabulary of {sizes.vocab:,}, two blocks of width "
+        f"{sizes.dim}, {sizes.width} hidden units for a token, seeds {', '.join(map(str, SEEDS))}; a learning rate of "
+        f"{runs.rate:g}, the dense model's best of {rates}."
     )
 
 
