@@ -71,7 +71,7 @@ ROWS = [
     Row("Trainer", "`gradient_clip_val`: value", fit(gradient_clip_val=0.01, gradient_clip_algorithm="value")),
     Row("Trainer", "`sync_batchnorm`", fit(sync_batchnorm=True), "Trainer(sync_batchnorm=True) is not supported"),
     Row("Trainer", "`precision`", held_by="tests/strategy/test_precision.py",
-        note="32-true, 64-true, bf16-mixed, 16-mixed, bf16-true; others are refused by name"),
+        note="32-true, 64-true, bf16-mixed, 16-mixed, bf16-true, 16-true; others are refused by name"),
     Row("loaders", "several validation loaders", flagged(data=TwoValidations), alike=True),
     Row("loaders", "`CombinedLoader`", flagged(OfCombined, Combined)),
     Row("loaders", "iterable data sets", flagged(data=Streamed)),
