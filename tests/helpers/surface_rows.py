@@ -82,6 +82,8 @@ ROWS = [
     Row("optimization", "several optimizers, `toggle_optimizer`", flagged(Toggled)),
     Row("optimization", "several optimizers over the same parameters",
         held_by="tests/strategy/test_several_optimizers.py"),
+    Row("optimization", "`Muon`, Adafactor and others that need whole matrices", held_by="tests/strategy/test_muon.py"),
+    Row("optimization", "parameter groups that change", held_by="tests/strategy/test_what_hooks_see.py"),
     Row("optimization", "`configure_gradient_clipping`", flagged(Clips)),
     Row("optimization", "schedulers by step and epoch", held_by="tests/strategy/test_optimization.py"),
     Row("optimization", "`ReduceLROnPlateau`", flagged(Scheduled, max_epochs=2)),
