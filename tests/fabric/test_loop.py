@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.checkpoint_runs import fit, largest_difference
+from helpers.checkpoint_runs import LAYOUTS, TOLERANCE, fit, largest_difference
 from helpers.fabric_runs import Net, adamw, loop, muon, own_batch, whole
 from helpers.ranks import on_ranks, together
 from lightning.fabric import Fabric
@@ -21,15 +21,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_tex.fabric import TexMoEStrategy
 from lightning_tex.saving import consolidated
-
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "one": (1, {}),
-    "tensor": (2, {"tensor_parallel_size": 2}),
-    "expert, ZeRO 2": (2, {"expert_parallel_size": 2, "zero_stage": 2}),
-    "plain, ZeRO 0": (2, {"expert_parallel_size": 1, "zero_stage": 0, "save_distributed_checkpoint": False}),
-    "TED": (4, {"tensor_parallel_size": 2, "expert_parallel_size": 2}),
-}
-TOLERANCE = {"32-true": 1e-5, "64-true": 1e-10}
 
 
 def steps(layout: dict[str, Any] | None, world: int, precision: str) -> dict[str, Any]:
