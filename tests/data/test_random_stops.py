@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 from collections import Counter
@@ -110,6 +111,15 @@ def test_twenty_stops_on_changing_axes(place: Path, kind: str, workers: int) -> 
             seen += batches
             assert seen == undisturbed[: len(seen)]
     assert len(seen) > 20
+
+
+@pytest.mark.parametrize("kind", ["text", "mixture", "stream"])
+def test_an_iteration_that_ends_early_leaves_no_worker(place: Path, kind: str) -> None:
+    iterator = iter(made(place, kind, 2).train_dataloader())
+    next(iterator)
+    assert len(multiprocessing.active_children()) == 2
+    iterator.close()  # type: ignore[attr-defined]
+    assert not multiprocessing.active_children()
 
 
 # --- processes that are killed
