@@ -27,7 +27,6 @@ REASONS = {
     "checkpointing/test_trainer_checkpoint.py::test_trainer_save_checkpoint_storage_options": (
         "`save_checkpoint(storage_options=)` is refused by name, with a remedy"
     ),
-    "trainer/connectors/test_accelerator_connector.py::test_precision_selection": "`16-true` is refused by name",
     "trainer/connectors/test_checkpoint_connector.py::test_preloaded_checkpoint_lifecycle": (
         "loads before there is a model"
     ),
