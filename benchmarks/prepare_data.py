@@ -4,9 +4,9 @@
 
 Text of any size is made of the words of this Python's own sources, a document of some hundred to some thousand words.
 In turns, so that what else the machine does falls on all alike: ``encode_batch_fast`` of a share of the documents in
-one process with one thread, its ids thrown away; and the whole preparation of all of them, from the file that
-``datasets`` has made to shards on disk, with each number of processes. Then opening what was prepared, and reading
-blocks of it at random. Medians are printed, and one JSON line.
+one process with one thread, its ids thrown away; and the whole preparation of all of them by the data module, from the
+file of JSON lines to shards on disk, with each number of processes. Then opening what was prepared, and reading batches
+of it in an epoch's order. Medians are printed, and one JSON line.
 """
 
 from __future__ import annotations
@@ -24,14 +24,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from lightning_tex.data import TextDataModule
 from lightning_tex.data.corpus import standard_library_files
-from lightning_tex.data.documents import TextEncoder, TextRows
 from lightning_tex.data.packing import Blocks
 from lightning_tex.data.tokenizer import TextTokenizer, train_bpe
-from lightning_tex.data.tokens.store import open_shards
-from lightning_tex.data.tokens.writing import write_tokens
 
 _SHARE = 10  # megabytes that the tokenizer alone is given
 
@@ -60,6 +56,18 @@ def processor_seconds() -> float:
     return sum(one.ru_utime + one.ru_stime for one in used)
 
 
+def beginning_of(file: Path, megabytes: int) -> tuple[list[str], int]:
+    """Documents of a file, and their bytes."""
+    texts, size = [], 0
+    with file.open() as lines:
+        for line in lines:
+            texts.append(json.loads(line)["text"])
+            size += len(texts[-1].encode())
+            if size > megabytes * 1e6:
+                break
+    return texts, size
+
+
 def alone(tokenizer: TextTokenizer, texts: list[str]) -> None:
     """The tokenizer's own batches of 256."""
     for start in range(0, len(texts), 256):
@@ -79,65 +87,75 @@ def main() -> None:
 
 
 def measure(place: Path, megabytes: int, processes: list[int], turns: int) -> dict[str, Any]:
-    from datasets import load_dataset
-
     write_text(place / "text.jsonl", megabytes)
-    documents = load_dataset(
-        "json", data_files=str(place / "text.jsonl"), split="train", cache_dir=str(place / "arrow")
-    )
-    share, size = [], 0
-    for document in documents:
-        share.append(document["text"])
-        size += len(share[-1].encode())
-        if size > min(_SHARE, megabytes) * 1e6:
-            break
-    tokenizer = TextTokenizer(train_bpe(share[: len(share) // 4], 32_000))
-    rows, encoder = TextRows(documents), TextEncoder(tokenizer)
+    share, size = beginning_of(place / "text.jsonl", min(_SHARE, megabytes))
+    train_bpe(share[: len(share) // 4], 32_000).save(str(place / "tokenizer.json"))
+    tokenizer = TextTokenizer.load(place / "tokenizer.json")
     times: dict[str, list[float]] = {"alone": [], **{str(count): [] for count in processes}}
     cost: dict[str, list[float]] = {name: [] for name in times}  # seconds of processors a megabyte
-    for turn in range(turns):
+
+    def take(name: str, action: Callable[[], Any], of_bytes: int) -> None:
         before = processor_seconds()
-        times["alone"].append(size / 1e6 / seconds(lambda: alone(tokenizer, share)))
-        cost["alone"].append((processor_seconds() - before) / size * 1e6)
+        times[name].append(of_bytes / 1e6 / seconds(action))
+        cost[name].append((processor_seconds() - before) / of_bytes * 1e6)
+
+    take("alone", lambda: alone(tokenizer, share), size)
+    prepared: Any = None
+    for turn in range(turns):
         for count in processes:
-            folder = place / f"tokens-{turn}-{count}"
-            before = processor_seconds()
-            spent = seconds(lambda: write_tokens(folder, {"train": rows}, encoder, count))  # noqa: B023
-            times[str(count)].append(rows.size / 1e6 / spent)
-            cost[str(count)].append((processor_seconds() - before) / rows.size * 1e6)
-            print(
-                f"turn {turn}, {count} processes: {times[str(count)][-1] / times['alone'][-1] / count:.2f}", flush=True
-            )
-            if (turn, count) != (turns - 1, processes[-1]):
-                shutil.rmtree(folder)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    print(f"{megabytes} MB, the tokenizer alone on one thread: {medians['alone']:.2f} MB/s")
-    for count in processes:
-        share_of = [own / alone / count for own, alone in zip(times[str(count)], times["alone"], strict=True)]
-        medians[f"{count} of it"] = statistics.median(share_of)
-        own_cost = [own / alone for own, alone in zip(cost[str(count)], cost["alone"], strict=True)]
-        medians[f"{count} of its processor time"] = statistics.median(own_cost)
-        print(
-            f"{count} processes: {medians[str(count)]:.2f} MB/s, {statistics.median(share_of):.2f} of {count} x that;"
-        )
-        print(f"  of processor time they take {statistics.median(own_cost):.2f} of it, whatever else the machine does")
-    return {"megabytes": megabytes, **medians, **read(folder / "train")}
+            data = module(place, place / f"cache-{turn}-{count}", count)
+            take(str(count), data.prepare_data, megabytes * 1_000_000)
+            take("alone", lambda: alone(tokenizer, share), size)
+            if prepared is not None:
+                shutil.rmtree(prepared._cache_dir)
+            prepared = data
+    report: dict[str, Any] = {"megabytes": megabytes, "alone": statistics.median(times["alone"])}
+    print(f"{megabytes} MB, the tokenizer alone on one thread: {report['alone']:.2f} MB/s")
+    for number, count in enumerate(processes):
+        report |= beside_alone(times, cost, count, number, len(processes))
+    return {**report, **read(module(place, Path(prepared._cache_dir), None))}
 
 
-def read(folder: Path) -> dict[str, float]:
-    """What opening takes, and a block at random."""
+def beside_alone(
+    times: dict[str, list[float]], cost: dict[str, list[float]], count: int, number: int, step: int
+) -> dict[str, float]:
+    """Medians of what so many processes do: MB/s, and beside the tokenizer alone just before and behind them."""
+    own, name = times[str(count)], f"{count} processes"
+    around = [statistics.mean(times["alone"][turn * step + number :][:2]) for turn in range(len(own))]
+    around_cost = [statistics.mean(cost["alone"][turn * step + number :][:2]) for turn in range(len(own))]
+    speed = statistics.median(own)
+    share = statistics.median(one / other / count for one, other in zip(own, around, strict=True))
+    share_of_cost = statistics.median(one / other for one, other in zip(cost[str(count)], around_cost, strict=True))
+    print(f"{name}: {speed:.2f} MB/s, {share:.2f} of {count} x the tokenizer alone before and behind it;")
+    print(f"  of processor time they take {share_of_cost:.2f} of it, whatever else the machine does")
+    return {name: speed, f"{name}, share": share, f"{name}, processor time": share_of_cost}
+
+
+def module(place: Path, cache: Path, processes: int | None) -> TextDataModule:
+    return TextDataModule(
+        str(place / "text.jsonl"), tokenizer=str(place / "tokenizer.json"), num_proc=processes, cache_dir=str(cache),
+        sequence_length=128, global_batch_size=16,
+    )  # fmt: skip
+
+
+def read(data: TextDataModule) -> dict[str, float]:
+    """What it takes to open what was prepared, to begin an epoch of it, and to read a batch in its order."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    began = time.perf_counter()
-    stream = open_shards(folder, "")
-    blocks = Blocks(stream, 1024, 0, 32_001)
-    first = blocks[[0]]
-    opened = time.perf_counter() - began
-    chosen = np.random.default_rng(0).integers(len(blocks), size=2000).tolist()
-    each = seconds(lambda: [blocks[[sample]] for sample in chosen]) / len(chosen)
+    opening = seconds(data.setup)
+    blocks = data.prepared.train
+    assert isinstance(blocks, Blocks)
+    first = seconds(lambda: blocks[[len(blocks) // 2]])
+    batches = iter(data.train_dataloader())
+    beginning = seconds(lambda: next(batches))
+    each = seconds(lambda: [next(batches) for _ in range(500)]) / 500
     more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    print(f"{len(stream):,} tokens open, and give a block of {first['input_ids'].shape[1]}, in {1e3 * opened:.1f} ms;")
-    print(f"a block at random takes {1e6 * each:.0f} us; the process grew by {more:.0f} MB")
-    return {"tokens": len(stream), "open_ms": 1e3 * opened, "block_us": 1e6 * each, "grown_mb": more}
+    print(
+        f"{len(blocks.stream):,} tokens open in {1e3 * opening:.1f} ms, and give a block in {1e3 * first:.1f} ms more; "
+        f"an epoch's order of {len(blocks):,} takes {1e3 * beginning:.0f} ms, a batch of 16 x 128 {1e3 * each:.2f} ms; "
+        f"the process grew by {more:.0f} MB"
+    )
+    spent = {"open": opening, "block": first, "epoch": beginning, "batch": each}
+    return {"tokens": len(blocks.stream), **{f"{k}_ms": 1e3 * v for k, v in spent.items()}, "grown_mb": more}
 
 
 if __name__ == "__main__":

@@ -87,11 +87,20 @@ def module(path: Path, place: Path, **options: Any) -> TextDataModule:
     return TextDataModule(str(path), **(usual | options))
 
 
-def late_state(data: TextDataModule, share: float) -> dict[str, Any]:
-    """The state of a run that has read this share of the first epoch of every part."""
+def late_state(data: TextDataModule, share: float) -> tuple[dict[str, Any], list[float]]:
+    """The state of a run that has read this share of the first epoch of every part; MB of this process after each."""
     state, stream = begun(data)
-    parts = [asdict(_late(stream, part, share)) for part in range(_PARTS)]
-    return {**state, "samples": 1000 * data.global_batch_size, "stream": {**state["stream"], "parts": parts}}
+    parts, sizes = [], []
+    for part in range(_PARTS):
+        parts.append(asdict(_late(stream, part, share)))
+        sizes.append(process_mb())
+    return {**state, "samples": 1000 * data.global_batch_size, "stream": {**state["stream"], "parts": parts}}, sizes
+
+
+def process_mb() -> float:
+    """Of memory that this process has."""
+    gc.collect()
+    return psutil.Process().memory_info().rss / 1e6
 
 
 def begun(data: TextDataModule) -> tuple[dict[str, Any], StreamInParts]:
@@ -115,8 +124,8 @@ def _positions(documents: PartDocuments, part: int) -> Iterator[int]:
         yield behind.position
 
 
-def resuming(path: Path, place: Path, turns: int) -> dict[str, float]:
-    state = late_state(module(path, place), 0.9)
+def resuming(path: Path, place: Path, turns: int) -> dict[str, Any]:
+    state, sizes = late_state(module(path, place), 0.9)
     times: dict[str, list[float]] = {"start": [], "resume": []}
 
     def first_batch(loaded: Any) -> None:
@@ -135,17 +144,17 @@ def resuming(path: Path, place: Path, turns: int) -> dict[str, float]:
         f"{path.name}: first batch at 0 in {medians['start_s']:.2f} s, at 90 % in {medians['resume_s']:.2f} s",
         flush=True,
     )
-    return medians
+    print(f"  memory after the documents of each part: {', '.join(f'{size:.0f}' for size in sizes)} MB", flush=True)
+    return {**medians, "memory_mb": sizes}
 
 
 def memory(path: Path, place: Path, batches: int) -> list[float]:
     """MB of the process after each quarter."""
-    iterator, process, sizes = iter(module(path, place).train_dataloader()), psutil.Process(), []
+    iterator, sizes = iter(module(path, place).train_dataloader()), []
     for _ in range(4):
         for _ in itertools.islice(iterator, batches // 4):
             pass
-        gc.collect()
-        sizes.append(process.memory_info().rss / 1e6)
+        sizes.append(process_mb())
     print(
         f"memory after each quarter of {batches:,} batches: {', '.join(f'{size:.0f}' for size in sizes)} MB", flush=True
     )

@@ -15,25 +15,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 
 from lightning_tex import TexMoEStrategy
+from lightning_tex.saving import consolidated
+from lightning_tex.saving.manifest import MANIFEST
 
 STRATEGIES: dict[str, Callable[[], Strategy | str] | None] = {
     "auto": None,
     "ddp": DDPStrategy,
     "tex_moe": TexMoEStrategy,
     "tex_moe_plain": lambda: TexMoEStrategy(save_distributed_checkpoint=False),
+    "tex_moe_consolidated": TexMoEStrategy,
 }
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Put the strategy in the place of the connector's choice."""
     config.addinivalue_line("markers", "flaky: of pytest-rerunfailures, which need not be installed")
-    make = STRATEGIES[os.environ["LIGHTNING_SUITE_STRATEGY"]]
+    name = os.environ["LIGHTNING_SUITE_STRATEGY"]
+    make = STRATEGIES[name]
     if make is None:
         return
+    if name == "tex_moe_consolidated":
+        _take_directories_for_files()
     choose = _AcceleratorConnector._choose_strategy
 
     def placed(connector: Any) -> Strategy | str:
@@ -42,6 +49,22 @@ def pytest_configure(config: pytest.Config) -> None:
         return make() if single else chosen
 
     _AcceleratorConnector._choose_strategy = placed  # type: ignore[method-assign]
+
+
+def _take_directories_for_files() -> None:
+    """Let ``torch.load`` and ``os.path.isfile`` of tests do with directories what tests of these would call instead."""
+    load, is_file = torch.load, os.path.isfile
+
+    def consolidated_or_loaded(path: Any, *arguments: Any, **options: Any) -> Any:
+        if isinstance(path, (str, os.PathLike)) and os.path.isdir(path):
+            return consolidated(path, trusted=options.get("weights_only") is False)
+        return load(path, *arguments, **options)
+
+    def is_file_or_checkpoint(path: Any) -> bool:
+        return is_file(path) or is_file(os.path.join(path, MANIFEST))
+
+    torch.load = consolidated_or_loaded
+    os.path.isfile = is_file_or_checkpoint  # type: ignore[assignment]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

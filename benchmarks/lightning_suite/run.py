@@ -34,7 +34,10 @@ from reasons import reason
 
 HERE = Path(__file__).resolve().parent
 REFERENCE = "ddp"
-OURS = ("tex_moe_plain", "tex_moe")
+# With files, with directories, and with directories that tests take for files.
+OURS = ("tex_moe_plain", "tex_moe", "tex_moe_consolidated")
+# What has failed under these is all that is run.
+ONLY_FAILED = {"tex_moe_consolidated": ("tex_moe",), REFERENCE: ("tex_moe_plain", "tex_moe")}
 # Processes of a few files, until these are given up.
 _ATTEMPTS = 12
 
@@ -109,15 +112,15 @@ def _of_strategies(
 ) -> dict[str, Outcomes]:
     """Outcomes of some files, without those that are held.
 
-    The reference's are of what has failed under the others, if there are others.
+    Of those in ``ONLY_FAILED`` what has failed under the strategies that they name, if these are run.
     """
-    ours = [strategy for strategy in strategies if strategy != REFERENCE]
-    found = {strategy: _outcomes(suite, strategy, files, held.get(strategy, {})) for strategy in ours}
-    if REFERENCE in strategies:
-        known = held.get(REFERENCE, {})
-        of_files = [test for strategy in ours for test in _failed(files, held.get(strategy, {}), found[strategy])]
-        chosen = sorted(set(of_files) - known.keys()) if ours else files
-        found[REFERENCE] = _outcomes(suite, REFERENCE, chosen, known) if chosen else {}
+    found: dict[str, Outcomes] = {}
+    for strategy in sorted(strategies, key=lambda name: name in ONLY_FAILED):
+        known = held.get(strategy, {})
+        others = [other for other in ONLY_FAILED.get(strategy, ()) if other in strategies]
+        of_files = [test for other in others for test in _failed(files, held.get(other, {}), found[other])]
+        chosen = sorted({test for test in of_files if PREFIX + test not in known}) if others else files
+        found[strategy] = _outcomes(suite, strategy, chosen, known) if chosen else {}
     return found
 
 

@@ -65,7 +65,7 @@ def time_steps(recipe: Recipe, warmup: int, steps: int) -> dict[str, Any] | None
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "precision": precision,
-        "activation_checkpointing": strategy.activation_checkpointing,
+        "activation_checkpointing": strategy.options.activation_checkpointing,
         "optimizer_state_format": recipe.strategy_options().get("optimizer_state_format", "fp32"),
         "parameters": sum(parameter.numel for parameter in strategy.training_flops.model.parameters),
         "steps": steps,

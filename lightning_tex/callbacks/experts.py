@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_tex.callbacks.choice_changes import ChoiceChanges
 from lightning_tex.callbacks.expert_history import ExpertHistory
 from lightning_tex.callbacks.expert_pictures import load_figure
 from lightning_tex.callbacks.heat_maps import can_draw, save
@@ -49,7 +50,9 @@ class ExpertMonitor(Callback):
     ``expert_load/{layer}``              the most loaded expert's share of the choices times E: 1 is even, E all on one
     ``expert_load_min/{layer}``          the same of the least loaded
     ``expert_load_cv/{layer}``           standard deviation of the loads by their mean
-    ``expert_load_shift/{layer}``        share of the choices that went elsewhere than at the last log, 0 to 1
+    ``expert_load_shift/{layer}``        by how much the loads differ from those of the last log, as a share of choices
+    ``expert_choice_change/{layer}``     share of choices that a validation's first tokens make otherwise than in the
+                                         validation before
     ``dead_experts/{layer}``             experts that were not chosen once
     ``expert_overflow/{layer}``          fraction of choices that overflowed their expert's capacity
     ``router_entropy/{layer}``           of the scores, by that of even ones: 1 is undecided, 0 sure
@@ -59,10 +62,14 @@ class ExpertMonitor(Callback):
     ===================================  ===============================================================================
 
     Over all layers there are ``expert_load/worst``, ``expert_load_min/worst``, ``expert_rank_load/worst``,
-    ``expert_load_cv/mean``, ``expert_load_shift/mean``, ``router_entropy/mean``, ``router_confidence/mean``,
-    ``dead_experts/total``, ``expert_overflow/total`` and ``auxiliary_loss/total``. Entropy, confidence and losses are
-    of the logged step's last micro-step. Only training counts, not recomputation. Ranks reduce once per logged step,
-    and nothing waits for a device.
+    ``expert_load_cv/mean``, ``expert_load_shift/mean``, ``expert_choice_change/mean``, ``router_entropy/mean``,
+    ``router_confidence/mean``, ``dead_experts/total``, ``expert_overflow/total`` and ``auxiliary_loss/total``. Entropy,
+    confidence and losses are of the logged step's last micro-step. Only training counts, not recomputation. Ranks
+    reduce once per logged step, and nothing waits for a device.
+
+    Training does not see a token twice, so that ``expert_choice_change`` is of the first batch of validations, where
+    that is the same one every time: of its choices those of experts that the same token did not choose before. It is
+    logged from the second validation on, at the price of one reduction a validation and one a layer.
 
     At the end, and after a validation a minute or more since the last time, rank 0 writes ``expert_load.csv`` (choices
     by step, layer and expert, in at most 128 rows a layer) and, where matplotlib is installed, ``expert_load.png`` with
@@ -77,6 +84,7 @@ class ExpertMonitor(Callback):
     def __init__(self, folder: str | Path | None = None, warn_after: int | None = 10) -> None:
         self.folder, self.warn_after = folder, warn_after
         self.history = ExpertHistory()
+        self._changes = ChoiceChanges()
         self._under_way: deque[tuple[int, dict[str, int], HostCopy]] = deque()
         self._collapsed: Counter[str] = Counter()
         self._warned: set[str] = set()
@@ -119,6 +127,32 @@ class ExpertMonitor(Callback):
         each = dict(zip(used, map(LoadTotals.of, total.split(list(sizes.values()))), strict=True))
         self._log(pl_module, each)
         self._under_way.append((trainer.global_step, sizes, HostCopy(total)))
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self._layers and batch_idx == dataloader_idx == 0:
+            self._changes.begin(self._layers, batch)
+
+    def on_validation_batch_end(self, *args: Any) -> None:
+        self._changes.end()
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._layers:
+            return
+        nothing = torch.zeros(2, dtype=torch.float64, device=pl_module.device)
+        own = []
+        for label, layer in self._layers.items():
+            changed = self._changes.take(label)
+            own.append(layer.activation_layout.total(nothing if changed is None else changed))
+        totals = trainer.strategy.reduce(torch.stack(own), reduce_op="sum")
+        shares = dict(zip(self._layers, totals[:, 0] / totals[:, 1], strict=True))
+        seen = [label for label, choices in zip(self._layers, totals[:, 1].tolist(), strict=True) if choices]
+        for label in seen:
+            pl_module.log(f"expert_choice_change/{label}", shares[label], sync_dist=True)
+        if len(seen) > 1:
+            mean = torch.stack([shares[label] for label in seen]).mean()
+            pl_module.log("expert_choice_change/mean", mean, sync_dist=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.training and time.monotonic() - self._drawn >= _SECONDS_BETWEEN_PICTURES:

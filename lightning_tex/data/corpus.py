@@ -74,11 +74,11 @@ class Source:
         with self.reading():
             return _load_dataset(self, cache_dir, hub_cache_dir)
 
-    def undivided(self, cache_dir: Path, hub_cache_dir: Path | None = None) -> tuple[Any, Any]:
-        """Training documents with those that are held out of them, and validation's own, or None; raises as above."""
+    def undivided(self, cache_dir: Path, hub_cache_dir: Path | None = None) -> tuple[Any, Any, Any]:
+        """Training documents, with those that are held out; validation's and test's own, or None; raises as above."""
         with self.reading():
-            train, validation, _, _ = _parts(self, cache_dir, hub_cache_dir)
-            return train, validation
+            train, validation, test, _ = _parts(self, cache_dir, hub_cache_dir)
+            return train, validation, test
 
     def held_out_stride(self) -> int:
         """Every so many documents one is held out."""

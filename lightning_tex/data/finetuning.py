@@ -13,7 +13,7 @@ from lightning_tex.data.loader import ResumableLoader
 from lightning_tex.data.order import LengthGroupedSampler, Share
 from lightning_tex.data.text import known_vocab_size
 from lightning_tex.data.token_data import TokenDataModule
-from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.parallel.errors import UserValueError, require_choice
 
 
 class FineTuningDataModule(TokenDataModule):
@@ -90,6 +90,7 @@ class FineTuningDataModule(TokenDataModule):
         num_proc: int | None = None,
         cache_dir: str | None = None,
     ) -> None:
+        require_choice("packing", packing, (True, False))
         if buckets is not None and packing:
             raise UserValueError(f"buckets={buckets} need packing=False; packed rows all have sequence_length")
         source = ConversationSource(

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from lightning_tex.data.order import GlobalBatchSampler
 from lightning_tex.data.packing import Batch, Samples, StreamedBlocks
 from lightning_tex.data.resume import Cursor, SamplerCursor
+from lightning_tex.data.workers import end_workers
 
 
 class ResumableLoader(DataLoader):
@@ -42,10 +43,14 @@ class ResumableLoader(DataLoader):
         epoch, step = self.cursor.begin()
         # Lightning counts the batches of an epoch itself, and after some restarts its epochs begin within ours.
         self.order.seek(epoch, step, period=self.cursor.period())
-        for batch in super().__iter__():
-            step += 1
-            self.batches_fetched += 1
-            yield batch
+        batches = super().__iter__()
+        try:
+            for batch in batches:
+                step += 1
+                self.batches_fetched += 1
+                yield batch
+        finally:
+            end_workers(batches)
         self.cursor.run_out(step)
 
     def state_dict(self) -> dict[str, int]:

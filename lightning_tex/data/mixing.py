@@ -8,6 +8,7 @@ exactly. The samples of one source are drawn in the order of its own epochs, one
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -49,8 +50,8 @@ class Weights:
 
 
 def _points(name: str, weight: Weight) -> dict[int, float]:
-    points = dict(sorted(weight.items())) if isinstance(weight, dict) else {0: float(weight)}
-    if not points or min(points) < 0 or min(points.values()) < 0:
+    points = dict(sorted(weight.items())) if isinstance(weight, dict) else {0: weight}
+    if not points or min(points) < 0 or not all(0 <= value < math.inf for value in points.values()):
         raise UserValueError(f"weight={weight!r} of source {name!r}; legal: 0 or more, or such by micro-step")
     return points
 

@@ -23,7 +23,7 @@ from lightning_tex.data.resume import Cursor
 from lightning_tex.data.text import known_vocab_size
 from lightning_tex.data.token_data import TokenDataModule
 from lightning_tex.data.tokenizer import TRAINING_BYTES, TextTokenizer, texts_of, tokenizer_file, train_bpe
-from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.parallel.errors import UserTypeError, UserValueError, require_choice
 
 _FORMAT = "1"  # raise it when the same settings no longer give the same files
 
@@ -73,6 +73,10 @@ class MixtureDataModule(TokenDataModule):
     ) -> None:
         if not sources:
             raise UserValueError("sources={} has none; legal: at least one")
+        for name, source in sources.items():
+            if not isinstance(source, MixtureSource):
+                raise UserTypeError(f"source {name!r} is {type(source).__name__}; legal: TextSource, ChatSource")
+        require_choice("document_mask", document_mask, (True, False))
         chats = [name for name, source in sources.items() if isinstance(source, ChatSource)]
         if chats and (tokenizer is None or not document_mask):
             raise UserValueError(
@@ -196,8 +200,10 @@ class MixturePreparation(Preparing):
         end = self.end_of_document
         if end is None and self.has_conversations:  # the same one in all sources
             end = end_of_text(tokenizer_config(self.tokenizer))
+        # By its own name: where the hub's client keeps files, nothing else of the tokenizer lies beside them.
+        name_of_tokenizer = self.tokenizer or tokenizer
         return {
-            name: source.preparing(tokenizer, self.vocab_size, end, self.sequence_length)
+            name: source.preparing(name_of_tokenizer, self.vocab_size, end, self.sequence_length)
             for name, source in self.sources.items()
         }
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lightning_tex.data.chat.encoder import Loss, TooLong
-from lightning_tex.data.chat.preparation import ConversationPreparation
+from lightning_tex.data.chat.preparation import ConversationPreparation, require_options
 from lightning_tex.data.chat.rows import ConversationSource
 from lightning_tex.data.corpus import Source
 from lightning_tex.data.mixing import Weight
@@ -76,6 +76,9 @@ class ChatSource:
     template_options: dict[str, Any] | None = None
     too_long: TooLong = "cut"
     weight: float | dict[int, float] = 1.0
+
+    def __post_init__(self) -> None:
+        require_options(self.loss, self.too_long, self.columns, self.chat_template)
 
     def source(self) -> ConversationSource:
         """What to read, without the weight."""

@@ -56,7 +56,7 @@ def on_data_axis(
         evaluation: read every sample, in the same order always; a rank whose part of the last micro-step is empty ends
             before it. False: an epoch's last micro-step is left out where there are too few samples for it.
         trainer: the module's, without which only ``TexMoEStrategy`` resumes exactly.
-        options: of a ``DataLoader``, where the source is a data set.
+        options: of a ``DataLoader``, where the source is a data set. Workers begin anew with each epoch.
 
     Raises:
         ValueError: a loader whose samples are drawn in another way, or options that are not legal.
@@ -69,6 +69,9 @@ def on_data_axis(
         source = source.dataset
     if global_batch_size is None:
         raise UserValueError("global_batch_size is needed with a data set: samples of one micro-step over all ranks")
+    if not options.keys() <= set(_TAKEN_OVER):
+        wrong = ", ".join(f"{name}={options[name]!r}" for name in options if name not in _TAKEN_OVER)
+        raise UserValueError(f"{wrong} of data on the data axis; legal options are {', '.join(_TAKEN_OVER)}")
     shuffle = not evaluation if shuffle is None else shuffle
     return DataAxisLoader(source, Share(global_batch_size), shuffle, seed, evaluation, options, trainer)
 

@@ -81,6 +81,11 @@ class Share:
         """This rank's contiguous part ``[rank G/n, (rank + 1) G/n)`` of a global batch."""
         return slice(self.rank * self.rows, (self.rank + 1) * self.rows)
 
+    def parts(self, count: int) -> range:
+        """Of ``count`` equal parts of a global batch, a divisor of G, those that this rank has rows of."""
+        rows, each = self.slice, self.global_batch_size // count
+        return range(rows.start // each, -(-rows.stop // each))
+
 
 class GlobalBatchSampler(DistributedSampler):
     """Yields, micro-step by micro-step, the list of sample indices of one data rank.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch.utils.data import DataLoader
@@ -22,7 +22,7 @@ from lightning_tex.data.streams.stream import StreamInParts
 from lightning_tex.data.token_data import TokenDataModule
 from lightning_tex.data.tokenizer import SMALLEST_VOCABULARY, TextTokenizer, is_hub_name
 from lightning_tex.data.tokens.foreign import foreign_files
-from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.parallel.errors import UserValueError, require_choice
 
 DEFAULT_VOCABULARY = 4096
 
@@ -117,6 +117,11 @@ class TextDataModule(TokenDataModule):
         stream_parts: int | None = None,
         packing: Packing = "cut",
     ) -> None:
+        require_choice("packing", packing, get_args(Packing))
+        require_choice("streaming", streaming, (True, False))
+        require_choice("document_mask", document_mask, (True, False))
+        if shuffle_buffer < 0:
+            raise UserValueError(f"shuffle_buffer={shuffle_buffer}; legal: 0, or a number of documents")
         for option, given in (("shuffle_buffer", shuffle_buffer), ("stream_parts", stream_parts)):
             if given and not streaming:
                 raise UserValueError(f"{option}={given} needs streaming=True; other data is shuffled as a whole")
@@ -205,7 +210,10 @@ class TextDataModule(TokenDataModule):
     def _evaluation_loader(self, part: str) -> DataLoader:
         if not self.streaming:
             return super()._evaluation_loader(part)
-        stream, workers = self._stream(part, self._share()), min(1, self.num_workers)
+        share, workers = self._share(), min(1, self.num_workers)
+        tokenizer, length = self.prepared.tokenizer, self.sequence_length
+        in_parts = self.stream_parts is not None
+        stream = self._in_parts().evaluation(part, tokenizer, length, share) if in_parts else self._stream(part, share)
         return DataLoader(stream, batch_size=None, num_workers=workers, collate_fn=self._collate)
 
     def _loader_of_parts(self, share: Share) -> ResumableLoader:
@@ -236,12 +244,8 @@ class TextDataModule(TokenDataModule):
         return self._stream_in_parts
 
     def _stream(self, part: str, share: Share) -> StreamedBlocks:
-        training = part == "train"
-        if part == "validation" and self.stream_parts is not None:
-            documents = self._in_parts().validation
-        else:
-            cache_dir, hub_cache_dir = self._cache_dirs()
-            documents = getattr(self._preparation.source.load(cache_dir / "sources", hub_cache_dir), part)
+        training, (cache_dir, hub_cache_dir) = part == "train", self._cache_dirs()
+        documents = getattr(self._preparation.source.load(cache_dir / "sources", hub_cache_dir), part)
         if training and self.shuffle_buffer:
             documents = documents.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
         tokenizer, reading = self.prepared.tokenizer, self._preparation.source.reading

@@ -60,6 +60,8 @@ class TokenDataModule(LightningDataModule):
         super().__init__()
         if sequence_length < 1:
             raise UserValueError(f"sequence_length={sequence_length} must be at least 1")
+        if num_workers < 0:
+            raise UserValueError(f"num_workers={num_workers}; legal: 0, or a number of processes")
         if num_proc is not None and num_proc < 1:
             raise UserValueError(f"num_proc={num_proc} must be at least 1, or left out")
         Share(global_batch_size)

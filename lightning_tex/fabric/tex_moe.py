@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -23,29 +25,26 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_tex.fabric import checkpoints
-from lightning_tex.fabric.precision import tex_precision
-from lightning_tex.layers.vocab import require_both_ends
 from lightning_tex.optim import (
-    OptimizerStateConfig,
     OptimizerStateFormat,
     ReductionStage,
     TiledOptimizer,
     ZeroStage,
     users_own,
 )
+from lightning_tex.optim.forward_overlap import ForwardOverlap
 from lightning_tex.optim.rounding import RoundingSeed
-from lightning_tex.parallel.activation_checkpointing import ActivationCheckpointing, recompute_blocks, require_legal
+from lightning_tex.parallel.activation_checkpointing import ActivationCheckpointing
 from lightning_tex.parallel.allocator import use_growing_segments
 from lightning_tex.parallel.compiled import Compile, compile_leaves
 from lightning_tex.parallel.errors import UserRuntimeError, UserValueError
-from lightning_tex.parallel.expert_chunks import ExpertChunks, chunks_on, require_legal_chunks
-from lightning_tex.parallel.layout import Communication
-from lightning_tex.parallel.requested_layout import RequestedLayout
-from lightning_tex.parallel.sharding import check_shardable
+from lightning_tex.parallel.expert_chunks import ExpertChunks
 from lightning_tex.parallel.topology import Topology
 from lightning_tex.saving import CheckpointFormat, DirectoryCheckpoint, PlainCheckpoint, ShardedRun, SideGroup
+from lightning_tex.strategy.options import ShardingOptions
+from lightning_tex.strategy.precision import tex_precision
 from lightning_tex.strategy.random_state import data_rank_random_state
-from lightning_tex.strategy.set_up import experts_of_layers, shard_model, sharded_optimizers
+from lightning_tex.strategy.set_up import shard_model, sharded_optimizers
 from lightning_tex.strategy.train_step import TrainStep, reached
 
 
@@ -102,6 +101,7 @@ class TexMoEStrategy(DDPStrategy):
         max_skipped_steps: int | None = 10,
         compile: Compile = "auto",
     ) -> None:
+        self.options = ShardingOptions.among(locals())
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -112,28 +112,8 @@ class TexMoEStrategy(DDPStrategy):
             timeout=timeout,
         )
         self._backward_sync_control = _OncePerStep()
-        self._requested = RequestedLayout(
-            tensor_parallel_size=tensor_parallel_size,
-            expert_parallel_size=expert_parallel_size,
-            expert_tensor_parallel_size=expert_tensor_parallel_size,
-            duplicate_token_dropping=duplicate_token_dropping,
-        )
-        self.communication = Communication(
-            duplicate_token_dropping=duplicate_token_dropping, sequence_parallel=sequence_parallel
-        )
-        self._state_config = OptimizerStateConfig(
-            zero_stage=zero_stage,
-            optimizer_state_format=optimizer_state_format,
-            tile_size=tile_size,
-            max_skipped_steps=max_skipped_steps,
-        )
-        require_legal_chunks(expert_chunks)
-        self._expert_chunks = expert_chunks
-        require_legal(activation_checkpointing, activation_checkpointing_policy)
+        self.communication = self.options.communication
         compile_leaves(compile)
-        self._recompute = partial(
-            recompute_blocks, mode=activation_checkpointing, policy=activation_checkpointing_policy
-        )
         self._form: CheckpointFormat = DirectoryCheckpoint() if save_distributed_checkpoint else PlainCheckpoint()
         self._topology: Topology | None = None
         self._module: nn.Module | None = None
@@ -153,17 +133,16 @@ class TexMoEStrategy(DDPStrategy):
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Samplers split data over the data axis: ranks of one tensor group see one batch."""
-        layout = self._topology.layout if self._topology else self._requested.resolve(self.world_size)
-        return {"num_replicas": layout.data, "rank": layout.coordinates(self.global_rank)["data"]}
+        return self.options.sampler_place(self._topology, self.world_size, self.global_rank)
 
     @property
     def precision(self) -> TrainStep:
         plugin = self._precision
-        return plugin if isinstance(plugin, TrainStep) else tex_precision(plugin or FabricPrecision())
+        return plugin if isinstance(plugin, TrainStep) else tex_precision(plugin or FabricPrecision(), UserValueError)
 
     @precision.setter
     def precision(self, plugin: FabricPrecision | None) -> None:
-        self._precision = None if plugin is None else tex_precision(plugin)
+        self._precision = None if plugin is None else tex_precision(plugin, UserValueError)
 
     # --- setting up
 
@@ -184,20 +163,13 @@ class TexMoEStrategy(DDPStrategy):
         """
         if self._module is not None:
             raise UserRuntimeError("fabric.setup: another module is sharded already; legal: one module for a Fabric")
-        experts = experts_of_layers(module)
-        layout = self._requested.resolve(self.world_size, experts)
-        if self._requested.expert_parallel_size != "auto":
-            layout.require_experts(experts)
-        check_shardable(module, layout)
-        chunks = chunks_on(layout, self._expert_chunks, self.num_processes)
-        self.communication = replace(self.communication, expert_chunks=chunks)
-        if self.communication.sequence_parallel:
-            require_both_ends(module)
+        layout = self.options.layout_of(module, self.world_size)
+        self.communication = self.options.communication_of(module, layout, self.num_processes, self.communication)
         self._topology = Topology.build(
             layout, self.root_device.type, communication=self.communication, timeout=self._timeout
         )
         convert = self.precision.convert_module
-        self._module, seed = shard_model(module, self._topology, self.root_device, convert, self._recompute)
+        self._module, seed = shard_model(module, self._topology, self.root_device, convert, self.options.recompute)
         self._rounding_seed = RoundingSeed(seed)
         data_rank_random_state(seed, self._topology.data)
         return self._module
@@ -225,9 +197,12 @@ class TexMoEStrategy(DDPStrategy):
                 "a parameter is in an optimizer that has been set up already, which has laid it out; legal: "
                 "fabric.setup(module, first, second) for optimizers that share parameters"
             )
-        config = self.precision.state_config(replace(self._state_config, seed=self._rounding_seed.seed))
+        config = self.precision.state_config(replace(self.options.state_config, seed=self._rounding_seed.seed))
         sharded = sharded_optimizers(optimizers, self._module, self.topology, config, self._rounding_seed)
         self._optimizers += sharded.values()
+        buffers = next(iter(sharded.values())).buffers  # of all
+        buffers.attend(self._module)
+        atexit.register(_wait, weakref.ref(buffers.gathering))
         return sharded
 
     def process_dataloader(self, dataloader: DataLoader) -> DataLoader:
@@ -327,3 +302,9 @@ class TexMoEStrategy(DDPStrategy):
         """The data axis in the place of all ranks, which Fabric names where its user names none."""
         everybody = asked is None or asked is dist.group.WORLD
         return self._topology.data.group if everybody and self._topology is not None else asked
+
+
+def _wait(gathering: weakref.ref[ForwardOverlap]) -> None:
+    """A rank that ended before would take its part of the parameters from the others."""
+    if (under_way := gathering()) is not None:
+        under_way.wait_for_all()

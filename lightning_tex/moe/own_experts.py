@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -129,10 +129,13 @@ class OwnExperts(HeldExperts):
         parts = chunked.split(tokens), chunked.split(arrived.weights)
         outputs = []
         for chunk, x, weights in zip(chunked.chunks, *parts, strict=True):
-            rows, of_rows = _ToExperts.apply(x, chunk), _WeightsToExperts.apply(weights, chunk)
+            rows = _Exchanged.apply(x, chunk, _TO_EXPERTS)
+            of_rows = _Exchanged.apply(weights, chunk, _WEIGHTS)
             outputs.append(torch.cat([y for _, y in self._outputs(rows, of_rows, chunk.groups)]).to(x.dtype))
         # After all that is kept: a recomputation ends before.
-        sums = [_FromExperts.apply(rows, chunk) for rows, chunk in zip(outputs, chunked.chunks, strict=True)]
+        sums = [
+            _Exchanged.apply(rows, chunk, _FROM_EXPERTS) for rows, chunk in zip(outputs, chunked.chunks, strict=True)
+        ]
         if beside is not None:
             beside()
         return torch.cat(sums) if chunked.tokens is not None else torch.stack(sums).sum(0)
@@ -164,48 +167,33 @@ class OwnExperts(HeldExperts):
         return f"{self.num_experts} x {type(template).__name__}"
 
 
-def _exchanged(name: str, like: Tensor, exchange: Exchange, start: Callable[[], UnderWay[Tensor]]) -> Tensor:
-    """What comes of an exchange; on the tape where anything passes between ranks."""
-    return start().wait() if isinstance(exchange, LocalExchange) else started(name, like, start).wait()
+class _Way(NamedTuple):
+    """A linear map of an exchange between own tokens and rows at the experts, and its transpose."""
+
+    name: str
+    forth: Callable[[Exchange, Tensor], UnderWay[Tensor]]
+    back: Callable[[Exchange, Tensor], UnderWay[Tensor]]
 
 
-class _ToExperts(torch.autograd.Function):
-    """Rows of own tokens to their experts: [t, D] -> [N, D]; the transpose in the backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange = exchange
-        return _exchanged("exchange to experts", x, exchange, lambda: exchange.start_to_experts(x))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.exchange.start_from_experts(grad).wait(), None
+# [t, D] -> [N, D], the rows of tokens
+_TO_EXPERTS = _Way("exchange to experts", Exchange.start_to_experts, Exchange.start_from_experts)
+# [t, k] -> [N], a weight of each choice
+_WEIGHTS = _Way("exchange of weights", Exchange.start_choices_to_experts, Exchange.start_choices_from_experts)
+# [N, D] -> [t, D], the sums over each token's choices
+_FROM_EXPERTS = _Way("exchange from experts", Exchange.start_from_experts, Exchange.start_to_experts)
 
 
-class _WeightsToExperts(torch.autograd.Function):
-    """A weight of each own choice to its row: [t, k] -> [N]; the transpose in the backward."""
+class _Exchanged(torch.autograd.Function):
+    """What a way gives, on the tape where anything passes between ranks; the transpose in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, weights: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange = exchange
-        return _exchanged("exchange of weights", weights, exchange, lambda: exchange.start_choices_to_experts(weights))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.exchange.start_choices_from_experts(grad).wait(), None
-
-
-class _FromExperts(torch.autograd.Function):
-    """What the experts give, summed over each own token's choices: [N, D] -> [t, D]; the transpose in the backward."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange = exchange
-        return _exchanged("exchange from experts", rows, exchange, lambda: exchange.start_from_experts(rows))
+    def forward(ctx: Any, x: Tensor, exchange: Exchange, way: _Way) -> Tensor:
+        ctx.exchange, ctx.way = exchange, way
+        if isinstance(exchange, LocalExchange):
+            return way.forth(exchange, x).wait()
+        return started(way.name, x, lambda: way.forth(exchange, x)).wait()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.exchange.start_to_experts(grad.contiguous()).wait(), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.way.back(ctx.exchange, grad.contiguous()).wait(), None, None

@@ -5,9 +5,9 @@ Public: the optimizer, which is also the one door to the gradients of a step, an
 
 from lightning_tex.optim.by_pattern import optimized_parameters, scaled_groups, train_only
 from lightning_tex.optim.combined import CombinedOptimizer
-from lightning_tex.optim.gradient_reducer import ReductionStage
 from lightning_tex.optim.muon import Muon
 from lightning_tex.optim.muon_adamw import MuonAdamW, hidden_matrices
+from lightning_tex.optim.reduction_stage import ReductionStage
 from lightning_tex.optim.run_buffers import RunBuffers, require_sharable
 from lightning_tex.optim.several import Stepped, as_one, one_by_one
 from lightning_tex.optim.stand_in import users_own

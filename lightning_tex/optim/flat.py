@@ -75,6 +75,24 @@ class FlatBuffer:
         """The place of a parameter in a tensor laid out as the buffer, in the parameter's shape."""
         return flat[entry.extent.slices].view_as(entry.parameter)
 
+    def take_back(self) -> bool:
+        """Make views again of parameters that somebody has given other memory (``p.data = ..``), with their values.
+
+        Returns:
+            whether there were any.
+        """
+        first, size = self.parameters.data_ptr(), self.parameters.element_size()
+        elsewhere = [
+            entry
+            for entry in self.entries
+            if entry.parameter.data_ptr() != first + entry.start * size and entry.parameter.numel()
+        ]
+        for entry in elsewhere:
+            view = self.view(self.parameters, entry)
+            view.copy_(entry.parameter.detach())
+            entry.parameter.data = view
+        return bool(elsewhere)
+
     @property
     def own(self) -> Tensor:
         """The own part of the parameters, a view."""

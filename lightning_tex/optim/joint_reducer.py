@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_tex.optim.gradient_reducer import UNKNOWN, GradientReducer, ReductionStage, ReductionState
+from lightning_tex.optim.gradient_reducer import UNKNOWN, GradientReducer
+from lightning_tex.optim.reduction_stage import ReductionStage, ReductionState
 
 
 class JointReducer:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
+from lightning_tex.optim.closure import loss_of
+
 
 class Muon(torch.optim.Muon):
     """``torch.optim.Muon``, of stacks of matrices as well, such as those of experts: [.., n, m].
@@ -48,10 +50,7 @@ class Muon(torch.optim.Muon):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every matrix."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         own_groups, own_state = self.param_groups, self.state
         matrices: dict[Tensor, dict[str, Tensor]] = {}
         groups = []

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from lightning_tex.optim.flat import Entry
+from lightning_tex.parallel.box import Box
 from lightning_tex.parallel.compiled import leaf
 from lightning_tex.parallel.device import device_type
 from lightning_tex.parallel.hashing import stable_hash
-from lightning_tex.parallel.sharding import Box
 
 
 @dataclass

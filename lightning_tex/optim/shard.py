@@ -111,8 +111,9 @@ class Shard(ABC):
 
     def refresh(self) -> None:
         """Take up parameters that somebody else wrote since the last step (a loaded state dict, a callback)."""
+        replaced = self.buffer.take_back()
         versions = self._current_versions()
-        if versions != self._versions:
+        if replaced or versions != self._versions:
             self.adopt_parameters()
         self._versions = versions
 

@@ -15,10 +15,11 @@ from lightning_tex.optim.engine import fastest
 from lightning_tex.optim.flat import FlatBuffer
 from lightning_tex.optim.flat_sizes import ALIGNMENT, most_elements
 from lightning_tex.optim.formats import LOW_PRECISION, PlainStates, SavedSize, StateFormat
-from lightning_tex.optim.gradients import FullGradients, Gradients, ShardedGradients
+from lightning_tex.optim.gradients import FullGradients, Gradients
 from lightning_tex.optim.moments import Fp32Moments, Int8Moments, RoundedMoments
 from lightning_tex.optim.probe import Probed, try_steps
 from lightning_tex.optim.rounding import Rounding, RoundingSeed
+from lightning_tex.optim.sharded_gradients import ShardedGradients
 from lightning_tex.parallel.device import device_type
 from lightning_tex.parallel.errors import UserValueError
 

@@ -15,8 +15,9 @@ How one step is tiled, from the whole to the tile:
   ``tile_size`` or the budget of ``flat_sizes.py``. An option of the tile begins there, is handed to a ``StateFormat``
   and is an argument of :class:`~lightning_tex.TexMoEStrategy`.
 
-What becomes of gradients before that is in ``gradient_reducer.py`` (order and state of a step), ``gradients.py`` (what
-ZeRO keeps of them) and ``overlap.py`` (when they leave). Stepped parameters come back by ``forward_overlap.py``.
+What becomes of gradients before that is in ``gradient_reducer.py`` (order and state of a step, ``reduction_stage.py``),
+``gradients.py`` (what ZeRO keeps of them) and ``overlap.py`` (when they leave). Stepped parameters come back by
+``forward_overlap.py``.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_tex.optim.closure import loss_of
 from lightning_tex.optim.combined import stepper_of
-from lightning_tex.optim.gradient_reducer import ReductionStage
 from lightning_tex.optim.overlap import optimizer_pass
+from lightning_tex.optim.reduction_stage import ReductionStage
 from lightning_tex.optim.rounding import RoundingSeed
 from lightning_tex.optim.run_buffers import RunBuffers
 from lightning_tex.optim.shard import Piece, Shard, by_kind, regroup
@@ -271,10 +273,7 @@ class TiledOptimizer(StandIn):
 
         In a fit, parameters may still be on their way when this returns; an operation on one waits for it.
         """
-        result = None
-        if closure is not None:
-            with torch.enable_grad():
-                result = closure()
+        result = loss_of(closure)
         self.reduce_gradients()
         try:
             if not self.guard.learn():

@@ -5,8 +5,9 @@ Public is what an author of layers needs: :class:`TexModule` and what it declare
 """
 
 from lightning_tex.parallel.activation_layout import ActivationLayout, Replicated, SequenceSharded
+from lightning_tex.parallel.box import Box
 from lightning_tex.parallel.layout import Communication, Layout
-from lightning_tex.parallel.sharding import Box, ParameterSharding, TexModule
+from lightning_tex.parallel.sharding import ParameterSharding, TexModule
 from lightning_tex.parallel.topology import Axis, Topology
 
 __all__ = [

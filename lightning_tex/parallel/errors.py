@@ -7,6 +7,9 @@ any other exception is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import Any
+
 import torch.distributed as dist
 
 
@@ -32,6 +35,16 @@ class UserRuntimeError(UserError, RuntimeError):
 
 class UserFileError(UserError, FileNotFoundError):
     """A file or folder that is not there."""
+
+
+def require_choice(option: str, given: Any, legal: Collection[Any]) -> None:
+    """Refuse a value that is not one of some.
+
+    Raises:
+        ValueError: naming the option and what is legal.
+    """
+    if given not in legal:
+        raise UserValueError(f"{option}={given!r}; legal: {', '.join(map(repr, legal))}")
 
 
 def left_by_another_rank(error: Exception) -> bool:

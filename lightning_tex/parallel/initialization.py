@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from lightning_tex.parallel.box import Box
 from lightning_tex.parallel.errors import UserTypeError
 from lightning_tex.parallel.hashing import stable_hash, uniform
-from lightning_tex.parallel.sharding import Box, TexModule
+from lightning_tex.parallel.sharding import TexModule
 
 _Reset = TypeVar("_Reset", bound=Callable[..., None])
 

@@ -14,8 +14,9 @@ from math import prod
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from lightning_tex.models.config import DecoderConfig
+from lightning_tex.parallel.box import Box
 from lightning_tex.parallel.layout import Layout
-from lightning_tex.parallel.sharding import Box, ParameterSharding
+from lightning_tex.parallel.sharding import ParameterSharding
 from lightning_tex.parallel.topology import Topology
 from lightning_tex.planner.layers import Embedding, Head, Layer, Loss, Moe, Norm
 

@@ -15,15 +15,15 @@ from lightning_tex.planner.layouts import Candidate, Job
 from lightning_tex.planner.links import seconds
 from lightning_tex.planner.model import ModelDescription
 from lightning_tex.planner.model_flops import model_flops
-from lightning_tex.planner.states import Buffer, FlatBuffers, kept_format
-from lightning_tex.planner.traffic import (
+from lightning_tex.planner.optimizer_traffic import (
     NORM_BYTES,
     collection,
     combination,
     matrices_and_back,
-    micro_step,
     reduction,
 )
+from lightning_tex.planner.states import Buffer, FlatBuffers, kept_format
+from lightning_tex.planner.traffic import micro_step
 from lightning_tex.planner.work import Computation, computation
 
 # Bytes that a step reads and writes for an element of the own part: AdamW's states, master, gradient, parameter, and

@@ -101,7 +101,10 @@ def ending(returncode: int) -> str:
 def say(text: str) -> None:
     """To standard error, at once and in one piece."""
     with suppress(OSError, ValueError):  # closed
-        sys.stderr.write(f"{text}\n")
+        try:
+            sys.stderr.write(f"{text}\n")
+        except UnicodeEncodeError:
+            sys.stderr.write(f"{text.encode('ascii', 'backslashreplace').decode()}\n")
         sys.stderr.flush()
 
 

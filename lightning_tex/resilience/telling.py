@@ -13,6 +13,8 @@ from lightning_tex.resilience.processes import say
 # On an error: what a line begins with that says what went wrong in handling it; empty: nothing does.
 _MARK = "_lightning_tex_told"
 _in_one_line: tuple[type[BaseException], ...] = ()
+# Characters of another rank's message that a line repeats.
+_LONGEST = 1000
 
 
 @contextmanager
@@ -27,9 +29,17 @@ def told_in_one_line(*kinds: type[BaseException]) -> Iterator[None]:
 
 
 def described(error: BaseException) -> str:
-    """Its type and the first line of its message."""
-    message = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {message[0]}" if message else type(error).__name__
+    """Its type and the first line of its message, of which no more than fits a few lines of a terminal."""
+    try:
+        message = str(error).strip().splitlines()
+    except Exception:
+        message = ["(its message cannot be made)"]
+    return f"{type(error).__name__}: {_shortened(message[0])}" if message else type(error).__name__
+
+
+def _shortened(line: str) -> str:
+    """A line that may be long, cut in its middle."""
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} .. {line[-_LONGEST // 2 :]}"
 
 
 def tell(error: BaseException, rank: int, host: str, step: int) -> None:

@@ -112,5 +112,9 @@ class CheckpointFormat(ABC):
         """
 
     @abstractmethod
-    def for_one_process(self, path: Location) -> Path | IO[bytes]:
-        """What Lightning's ``load_from_checkpoint`` reads the weights and hyper-parameters from."""
+    def for_one_process(self, path: Location, trusted: bool = False) -> Path | IO[bytes]:
+        """What Lightning's ``load_from_checkpoint`` reads the weights and hyper-parameters from.
+
+        Args:
+            trusted: with objects of any type, as ``weights_only=False`` makes them.
+        """

@@ -25,7 +25,7 @@ from lightning_tex.saving.stores import store_of
 from lightning_tex.saving.whole_tensors import tensor_bytes
 
 
-def consolidated(path: str | os.PathLike[str], weights_only: bool = False) -> dict[str, Any]:
+def consolidated(path: str | os.PathLike[str], weights_only: bool = False, trusted: bool = False) -> dict[str, Any]:
     """A checkpoint directory in the form of one plain Lightning checkpoint, whole in host memory.
 
     Where 16-bit parameters have fp32 masters, ``state_dict`` holds these. ``strategy="auto"`` resumes from it.
@@ -33,13 +33,16 @@ def consolidated(path: str | os.PathLike[str], weights_only: bool = False) -> di
     Args:
         path: the directory, or a link to it; a path or a URL.
         weights_only: without optimizer states.
+        trusted: make objects of any type that hyperparameters and states of callbacks have, as
+            ``torch.load(weights_only=False)`` does, which runs code from the checkpoint.
 
     Raises:
         FileNotFoundError: there is none.
         CorruptCheckpointError: a file is not what was written; all files are checked first.
+        ValueError: it holds such an object, and is not trusted.
     """
     directory = Directory.verified(find(at(path)))
-    trainer_state = directory.trainer_state()
+    trainer_state = directory.trainer_state(False if trusted else None)
     own = trainer_state.pop(OWN_ENTRY)
     tensors = dict(directory.whole(lambda name: name[0] == MODEL or name[-1] == MASTER or not weights_only))
     masters = {name[2]: value for name, value in tensors.items() if name[0] == OPTIMIZER and name[-1] == MASTER}

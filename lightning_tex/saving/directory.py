@@ -62,7 +62,7 @@ class DirectoryCheckpoint(CheckpointFormat):
     def begin(self, run: ShardedRun, checkpoint: Mapping[str, Any], filepath: Any, linked: bool) -> Save:
         self.check_io(run.checkpoint_io)
         trainer_state = dict(checkpoint)
-        tensors: dict[str, Any] = {model_state.MODEL: _described(trainer_state.pop("state_dict"))}
+        tensors: dict[str, Any] = {model_state.MODEL: _described(trainer_state.pop("state_dict"), run.topology.world)}
         own: dict[str, Any] = {"layout": asdict(run.topology.layout), model_state.TIES: model_state.ties(run.module)}
         states = trainer_state.pop("optimizer_states", None)
         if states and run.optimizer is not None:
@@ -80,7 +80,7 @@ class DirectoryCheckpoint(CheckpointFormat):
         trainer_state = source.trainer_state(weights_only)
         own = trainer_state.pop(OWN_ENTRY)
         about = own.get("optimizer")  # a save of the weights alone has none
-        model_state.load_checkpointed(run.module, run.topology, source, strict)
+        _load_weights(run, source, strict)
         put_back(run, trainer_state, source, own)
 
         def finish(run: ShardedRun) -> Mapping[str, Tensor]:
@@ -107,24 +107,36 @@ class DirectoryCheckpoint(CheckpointFormat):
 
     def load_weights(self, run: ShardedRun, filepath: str, strict: bool) -> Finish:
         source = Directory.verified(at(filepath), run.topology.world)
-        model_state.load_checkpointed(run.module, run.topology, source, strict)
+        _load_weights(run, source, strict)
         return masters_from(source)
 
-    def for_one_process(self, path: Location) -> Path | IO[bytes]:
+    def for_one_process(self, path: Location, trusted: bool = False) -> Path | IO[bytes]:
         buffer = io.BytesIO()
-        torch.save(consolidated(path, weights_only=True), buffer)
+        torch.save(consolidated(path, weights_only=True, trusted=trusted), buffer)
         buffer.seek(0)
         return buffer
 
 
-def _described(weights: Mapping[str, Any]) -> dict[str, Any]:
-    replaced = [name for name, value in weights.items() if not isinstance(value, GlobalTensor)]
+def _described(weights: Mapping[str, Any], world: Axis) -> dict[str, Any]:
+    """Weights as they are written; in one process those, too, that a hook has put in the place of ours."""
+    replaced = {name: value for name, value in weights.items() if not isinstance(value, GlobalTensor)}
+    if world.size == 1 and all(isinstance(value, Tensor) for value in replaced.values()):
+        return {**weights, **{name: GlobalTensor.whole(value.detach()) for name, value in replaced.items()}}
     if replaced:
         raise MisconfigurationException(
-            f"a hook replaced entries of checkpoint['state_dict'] by other tensors ({', '.join(replaced[:4])}); "
+            f"a hook replaced entries of checkpoint['state_dict'] by other tensors ({', '.join(list(replaced)[:4])}); "
             "they would be this rank's part only. Use TexMoEStrategy(save_distributed_checkpoint=False)"
         )
     return dict(weights)
+
+
+def _load_weights(run: ShardedRun, source: Directory, strict: bool) -> None:
+    """Into the parts that there are; a ``load_state_dict`` of the module's own is called where these are whole."""
+    if run.topology.world.size == 1 and model_state.loads_itself(run.module):
+        whole = source.whole(lambda name: name[0] == model_state.MODEL)
+        run.module.load_state_dict({path[1]: value for path, value in whole}, strict=strict)
+    else:
+        model_state.load_checkpointed(run.module, run.topology, source, strict)
 
 
 def _read_random(source: Directory, world: Axis) -> dict[str, Tensor]:

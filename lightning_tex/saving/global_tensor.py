@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_tex.parallel.box import Box
 from lightning_tex.parallel.extent import Extent
-from lightning_tex.parallel.sharding import Box
 
 
 class Part(NamedTuple):

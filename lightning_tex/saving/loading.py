@@ -48,7 +48,8 @@ def let_lightning_read_directories() -> None:
     @wraps(_LIGHTNINGS_LOAD)
     def load(path_or_url: Any, *arguments: Any, **options: Any) -> Any:
         if isinstance(path_or_url, (str, os.PathLike)) and paths.has_manifest(at(path_or_url)):
-            path_or_url = DirectoryCheckpoint().for_one_process(find(at(path_or_url)))
+            trusted = options.get("weights_only") is False
+            path_or_url = DirectoryCheckpoint().for_one_process(find(at(path_or_url)), trusted)
         return _LIGHTNINGS_LOAD(path_or_url, *arguments, **options)
 
     lightning_saving.pl_load = load
@@ -68,4 +69,5 @@ def load_from_checkpoint(module: type[_Module], path: str | os.PathLike[str], **
     """
     arguments.setdefault("weights_only", True)  # said explicitly, an environment variable cannot turn it off
     checkpoint = find(at(path))
-    return module.load_from_checkpoint(reading_format(checkpoint).for_one_process(checkpoint), **arguments)
+    trusted = arguments["weights_only"] is False
+    return module.load_from_checkpoint(reading_format(checkpoint).for_one_process(checkpoint, trusted), **arguments)

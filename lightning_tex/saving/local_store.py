@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lightning_tex.saving import paths
 from lightning_tex.saving.archive import NewFile
-from lightning_tex.saving.paths import PARTIAL, REMOVED
+from lightning_tex.saving.paths import PARTIAL, REMOVED, TOKEN
 from lightning_tex.saving.store import Store
 
 # What is tried to be written.
@@ -41,7 +41,7 @@ class LocalStore(Store[Path]):
         """Remove what was cut off: saves to ``path``, versions of it that no name leads to, removals in its folder."""
         current = path.resolve()
         for gone in path.parent.glob(f".*{REMOVED}"):
-            if re.search(rf"\.[0-9a-f]{{8}}{re.escape(REMOVED)}$", gone.name):
+            if re.search(rf"\.{TOKEN}{re.escape(REMOVED)}$", gone.name):
                 shutil.rmtree(gone, ignore_errors=True)
         for version in paths.versions(path):
             if version.name.endswith(PARTIAL) or (os.path.lexists(path) and version.resolve() != current):

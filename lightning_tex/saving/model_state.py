@@ -138,6 +138,11 @@ def load_checkpointed(module: nn.Module, topology: Topology, source: Source, str
     _fill(module, kept, source, strict or len(kept) < len(wanted))
 
 
+def loads_itself(module: nn.Module) -> bool:
+    """Whether a module has a ``load_state_dict`` of its own, which is called where it holds whole weights."""
+    return getattr(module.load_state_dict, "__func__", None) is not nn.Module.load_state_dict
+
+
 def _fill(module: nn.Module, wanted: dict[str, GlobalTensor], source: Source, strict: bool) -> None:
     saved = {path[1]: entry for path, entry in source.saved.items() if path[0] == MODEL}
     require_fitting({name: tuple(t.shape) for name, t in wanted.items()}, saved, strict)

@@ -19,13 +19,16 @@ from lightning_tex.saving.remote_path import Location, RemotePath
 
 _Place = TypeVar("_Place", Path, RemotePath, Location)
 
+# Of letters, as Lightning numbers SLURM's checkpoints by all digits of a name in their folder; once they had digits.
+TOKEN = "[0-9a-p]{8}"
+_LETTERS = str.maketrans("0123456789", "ghijklmnop")
 # Being written, perhaps by another run in the same folder; and given up, whosever it was.
 PARTIAL, REMOVED = ".partial", ".removed"
 
 
 def hidden(path: _Place, ending: str = "") -> _Place:
     """A new name beside ``path``, for a version of it."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{ending}")
+    return path.with_name(f".{path.name}.{secrets.token_hex(4).translate(_LETTERS)}{ending}")
 
 
 def partial_name(path: _Place) -> _Place:
@@ -40,13 +43,13 @@ def is_partial(path: Location) -> bool:
 
 def stands_for(version: _Place) -> _Place | None:
     """The name that a hidden version was, or was to be, the content of; ``None``: it is no hidden version."""
-    match = re.fullmatch(r"\.(.+)\.[0-9a-f]{8}", version.name)
+    match = re.fullmatch(rf"\.(.+)\.{TOKEN}", version.name)
     return version.with_name(match[1]) if match else None
 
 
 def is_version(entry: Location, path: Location) -> bool:
     """Whether ``entry`` is the name of a hidden version of ``path``, perhaps a partial one."""
-    pattern = rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}({re.escape(PARTIAL)})?"
+    pattern = rf"\.{re.escape(path.name)}\.{TOKEN}({re.escape(PARTIAL)})?"
     return re.fullmatch(pattern, entry.name) is not None
 
 

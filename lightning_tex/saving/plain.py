@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_tex.optim import TiledOptimizer
 from lightning_tex.optim.stand_in import WholeStates
@@ -18,7 +18,7 @@ from lightning_tex.parallel.topology import Topology
 from lightning_tex.saving import gathering, paths, plain_form
 from lightning_tex.saving.archive import with_room
 from lightning_tex.saving.checkpoint_format import OWN_ENTRY, CheckpointFormat, Finish, Loaded, ShardedRun
-from lightning_tex.saving.model_state import load_checkpointed
+from lightning_tex.saving.model_state import load_checkpointed, loads_itself
 from lightning_tex.saving.optimizer_loading import load_optimizer, masters_from
 from lightning_tex.saving.remote_path import Location, RemotePath, at
 from lightning_tex.saving.stores import store_of
@@ -65,7 +65,7 @@ class PlainCheckpoint(CheckpointFormat):
     def load_model(self, run: ShardedRun, checkpoint: Mapping[str, Any], strict: bool) -> Finish:
         """Shard the whole weights. A ``load_state_dict`` of the module's own is called where it holds whole ones."""
         weights = WholeTensors.of_model(checkpoint["state_dict"])
-        if run.topology.world.size == 1 and _loads_itself(run.module):
+        if run.topology.world.size == 1 and loads_itself(run.module):
             run.module.load_state_dict(checkpoint["state_dict"], strict=strict)
         else:
             load_checkpointed(run.module, run.topology, weights, strict)
@@ -80,7 +80,7 @@ class PlainCheckpoint(CheckpointFormat):
             )
         return self.load_model(run, checkpoint, strict)
 
-    def for_one_process(self, path: Location) -> Path | IO[bytes]:
+    def for_one_process(self, path: Location, trusted: bool = False) -> Path | IO[bytes]:
         return io.BytesIO(path.read_bytes()) if isinstance(path, RemotePath) else path
 
 
@@ -91,10 +91,6 @@ def states_in_torch_form(optimizer: TiledOptimizer, topology: Topology) -> Whole
         load_optimizer(optimizer, plain_form.by_number(states, None, optimizer))
 
     return WholeStates(lambda: gathering.whole_optimizer_state(optimizer, topology), put)
-
-
-def _loads_itself(module: nn.Module) -> bool:
-    return getattr(module.load_state_dict, "__func__", None) is not nn.Module.load_state_dict
 
 
 def _read(checkpoint_io: CheckpointIO, filepath: str, weights_only: bool | None) -> dict[str, Any]:

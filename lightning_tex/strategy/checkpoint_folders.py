@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lightning import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.callbacks.on_exception_checkpoint import OnExceptionCheckpoint
 
 from lightning_tex.saving import Location, Place, at, exactly
@@ -79,3 +79,14 @@ def _earlier_versions(place: Place) -> Iterator[Place]:
 
 def _has_entries(folder: Location) -> bool:
     return folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir())
+
+
+def checkpoint_folder(trainer: Trainer) -> Location | None:
+    """Where the run's checkpoints lie; ``None``: the Trainer has them switched off."""
+    callbacks = [c for c in trainer.callbacks if isinstance(c, Checkpoint)]  # type: ignore[attr-defined]
+    if not callbacks or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return None
+    for callback in callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath:
+            return at(callback.dirpath)
+    return at(trainer.default_root_dir) / "checkpoints"

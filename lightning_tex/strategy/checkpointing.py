@@ -16,11 +16,13 @@ from lightning_tex.saving import (
     CheckpointFormat,
     PlainCheckpoint,
     ShardedRun,
+    at,
     located,
     reading_format,
 )
 from lightning_tex.saving.checkpoint_format import Finish
 from lightning_tex.saving.random_streams import restore_random_streams
+from lightning_tex.saving.trainer_state import restricted_load
 from lightning_tex.strategy import agreement
 from lightning_tex.strategy.checkpoint_folders import take_file_urls_for_paths
 from lightning_tex.strategy.ckpt_path import CheckpointConnector
@@ -70,8 +72,14 @@ class CheckpointingStrategy(SavingStrategy):
         self._random_at_first_step = streams
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint of either form, from any layout, into the sharded model and the sharded optimizer."""
-        assert self.lightning_module is not None
+        """Read a checkpoint of either form, from any layout, into the sharded model and the sharded optimizer.
+
+        Before there is a model: as one process reads it, whole, into nothing.
+        """
+        if self.lightning_module is None:
+            path = located(str(checkpoint_path), self.checkpoint_io)
+            whole = reading_format(path).for_one_process(at(path), trusted=weights_only is False)
+            return restricted_load(whole, path, weights_only)
         self._background.wait()
         run = self._run()
         self._begin_to_load(run)

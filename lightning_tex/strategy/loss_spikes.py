@@ -12,7 +12,7 @@ from lightning_tex.parallel import collectives
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.resilience.spikes import SpikeDetector, SpikeRule
 from lightning_tex.saving import latest
-from lightning_tex.strategy.stopping import checkpoint_folder
+from lightning_tex.strategy.checkpoint_folders import checkpoint_folder
 
 if TYPE_CHECKING:
     from lightning_tex.strategy.checkpointing import CheckpointingStrategy

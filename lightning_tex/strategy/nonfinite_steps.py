@@ -19,8 +19,9 @@ from lightning_tex.parallel.sharding import parameter_shardings
 from lightning_tex.resilience.finite_watch import FiniteWatch, Seen, of_all_ranks, tensors_in
 from lightning_tex.saving import at
 from lightning_tex.saving.random_streams import random_streams
+from lightning_tex.strategy.checkpoint_folders import checkpoint_folder
+from lightning_tex.strategy.nonfinite_reports import RankReport, told
 from lightning_tex.strategy.step_dump import DUMPED, KeptBatch, KeptStep, write_dump
-from lightning_tex.strategy.stopping import checkpoint_folder
 
 if TYPE_CHECKING:
     from lightning_tex.strategy.checkpointing import CheckpointingStrategy
@@ -43,27 +44,6 @@ class NonFiniteSteps(UserRuntimeError):
     def __init__(self, said: str, origin: str = "") -> None:
         super().__init__(said)
         self.origin = origin
-
-
-@dataclass(frozen=True)
-class RankReport:
-    """What one rank knows of a step that was not taken.
-
-    Args:
-        loss_is_finite: of the rank's own loss.
-        order: of the first tensor that was not finite, to compare ranks by; ``None``: none was seen, or not looked for.
-        what: that tensor, in words.
-        parameter: a parameter that is not finite itself, in words.
-        in_module: whether that is a parameter of the module that gave the tensor.
-        batch: which batch the rank had.
-    """
-
-    loss_is_finite: bool
-    order: int | None
-    what: str
-    parameter: str | None
-    in_module: bool
-    batch: str
 
 
 @dataclass(frozen=True)
@@ -175,7 +155,7 @@ class SkippedSteps:
         """An optimizer's step was left out, on all ranks; collective."""
         reports: list[RankReport] = of_all_ranks(self._report(note), self._strategy.topology.host)
         culprit = optimizer.culprit() if gradients_are_there else "some parameter"
-        what = _told(reports) or f"the gradient of {culprit} after its reduction"
+        what = told(reports) or f"the gradient of {culprit} after its reduction"
         step, in_a_row = note.step, optimizer.guard.known.in_a_row
         if not self._replayed:
             self._say(f"step {step} is not taken: infinite or NaN was first {what}")
@@ -274,26 +254,6 @@ class _Watcher:
 
     def skipped(self, note: StepNote, gradients_are_there: bool) -> None:
         self._steps.skipped(self._optimizer, note, gradients_are_there)
-
-
-def _told(reports: list[RankReport]) -> str | None:
-    """Of all ranks' reports the earliest, in words: the same on all ranks."""
-    seen = [(r.order, not r.in_module, rank) for rank, r in enumerate(reports) if r.order is not None]
-    if seen:
-        order, _, guilty = min(seen)
-        report = reports[guilty]
-        also = [rank for at, lacks, rank in seen if at == order and lacks == (not report.in_module)]
-        told = f"{report.what} on rank(s) {', '.join(map(str, also))}"
-        if report.in_module:
-            told += f", whose parameter {report.parameter} is not finite itself"
-        return f"{told}; {report.batch}"
-    for rank, report in enumerate(reports):
-        if report.parameter is not None:
-            return f"the parameter {report.parameter} on rank {rank}; {report.batch}"
-    ranks = [rank for rank, report in enumerate(reports) if not report.loss_is_finite]
-    if not ranks:
-        return None
-    return f"the loss on rank(s) {', '.join(map(str, ranks))}; {reports[ranks[0]].batch}"
 
 
 def _each_expert(module: nn.Module, inputs: tuple[Any, ...]) -> Iterable[tuple[str, Tensor]]:

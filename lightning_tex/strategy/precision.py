@@ -6,6 +6,8 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+from lightning.fabric import plugins as fabric_plugins
+from lightning.fabric.plugins import Precision as FabricPrecision
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -140,25 +142,25 @@ class TexHalfPrecision(TrainStep, HalfPrecision):
         return replace(wanted, masters=False)
 
 
-def tex_precision(plugin: Precision) -> TrainStep:
-    """The plugin of ours that does what Lightning's would, on the strategy's train step.
+def tex_precision(plugin: FabricPrecision, refused: type[Exception] = MisconfigurationException) -> TrainStep:
+    """The plugin of ours that does what one of the Trainer's or of Fabric's would, on the strategy's train step.
 
     Raises:
-        MisconfigurationException: a precision that the strategy does not support, by name.
+        MisconfigurationException: a precision that the strategy does not support, by name; or of the type ``refused``.
     """
     if isinstance(plugin, TrainStep):
         return plugin
-    if type(plugin) is Precision:
+    known: Any = plugin
+    kind: Any = type(plugin)
+    if kind in (Precision, FabricPrecision):
         return TexPrecision()
-    if type(plugin) is DoublePrecision:
+    if kind in (DoublePrecision, fabric_plugins.DoublePrecision):
         return TexDoublePrecision()
-    if type(plugin) is MixedPrecision:
-        return TexMixedPrecision(plugin.precision, plugin.device, plugin.scaler)  # type: ignore[arg-type]
-    if type(plugin) is HalfPrecision:
-        return TexHalfPrecision(plugin.precision)
-    raise MisconfigurationException(
-        _unsupported(getattr(plugin, "precision", type(plugin).__name__), type(plugin).__name__)
-    )
+    if kind in (MixedPrecision, fabric_plugins.MixedPrecision):
+        return TexMixedPrecision(known.precision, known.device, known.scaler)
+    if kind in (HalfPrecision, fabric_plugins.HalfPrecision):
+        return TexHalfPrecision(known.precision)
+    raise refused(_unsupported(getattr(plugin, "precision", kind.__name__), kind.__name__))
 
 
 def _unsupported(precision: str, plugin: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning import Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.optim import Optimizer
@@ -53,6 +54,13 @@ class _LinkWhenComplete:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (ModelCheckpoint, "_link_checkpoint")
+
+
+def _exists(filepath: str | Path, trainer: Trainer) -> bool:
+    """In the place of ``ModelCheckpoint.file_exists``: a name is taken as soon as its save has begun."""
+    strategy = trainer.strategy
+    begun = isinstance(strategy, SavingStrategy) and at(filepath).absolute() in strategy._saved_here
+    return strategy.broadcast(begun or (trainer.is_global_zero and get_filesystem(filepath).exists(filepath)))
 
 
 class SavingStrategy(MeshStrategy):
@@ -210,9 +218,14 @@ class SavingStrategy(MeshStrategy):
         """The whole state that this Trainer would go on from; ``None``: it has saved none."""
         return next((state.path for state in Search(list(map(exactly, self._saved_here)))), None)
 
-    def link_last_checkpoints(self, trainer: Trainer) -> None:
-        """Let ``ModelCheckpoint(save_last="link")`` swap its link by one rename, once what it leads to is complete."""
+    def attend_callbacks(self, trainer: Trainer) -> None:
+        """Let ``ModelCheckpoint`` know of saves that are under way.
+
+        With ``save_last="link"`` its link is swapped by one rename, once what it leads to is complete.
+        """
         for callback in model_checkpoints(trainer):
+            if type(callback).file_exists is ModelCheckpoint.file_exists:
+                callback.file_exists = _exists  # type: ignore[method-assign]
             if getattr(type(callback), "_link_checkpoint", None) is _LIGHTNINGS_LINK:
                 callback._link_checkpoint = _LinkWhenComplete(self.link_checkpoint)  # type: ignore[method-assign]
 

@@ -116,7 +116,7 @@ def _options(strategy: Any) -> dict[str, Any]:
         "expert_chunks": strategy.communication.expert_chunks,
         "zero_stage": config.zero_stage,
         "optimizer_state_format": config.optimizer_state_format,
-        "activation_checkpointing": strategy.activation_checkpointing,
+        "activation_checkpointing": strategy.options.activation_checkpointing,
     }
 
 

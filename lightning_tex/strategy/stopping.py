@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from lightning import Trainer
 from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -31,6 +30,7 @@ from lightning_tex.saving import Location, at, paths
 from lightning_tex.saving.newest import STOPPED
 from lightning_tex.saving.random_streams import random_streams, restore_random_streams
 from lightning_tex.strategy.ballot import Ballot
+from lightning_tex.strategy.checkpoint_folders import checkpoint_folder
 from lightning_tex.strategy.time_limits import TimeLimits
 
 if TYPE_CHECKING:
@@ -259,17 +259,6 @@ def _rewind(progress: Any, batches: int) -> None:
     for tracker in (progress.total, progress.current):
         tracker.ready, tracker.started = tracker.ready - batches, tracker.started - batches
         tracker.processed, tracker.completed = tracker.processed - batches, tracker.completed - batches
-
-
-def checkpoint_folder(trainer: Trainer) -> Location | None:
-    """Where the run's checkpoints lie; ``None``: the Trainer has them switched off."""
-    callbacks = [c for c in trainer.callbacks if isinstance(c, Checkpoint)]  # type: ignore[attr-defined]
-    if not callbacks or trainer.fast_dev_run:  # type: ignore[attr-defined]
-        return None
-    for callback in callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.dirpath:
-            return at(callback.dirpath)
-    return at(trainer.default_root_dir) / "checkpoints"
 
 
 def _no_vote() -> None:

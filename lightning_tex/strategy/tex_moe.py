@@ -23,21 +23,17 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from torchmetrics import Metric
 
-from lightning_tex.layers.vocab import require_both_ends
 from lightning_tex.optim import (
-    OptimizerStateConfig,
     OptimizerStateFormat,
     ZeroStage,
     users_own,
 )
 from lightning_tex.optim.rounding import RoundingSeed
-from lightning_tex.parallel.activation_checkpointing import ActivationCheckpointing, recompute_blocks, require_legal
+from lightning_tex.parallel.activation_checkpointing import ActivationCheckpointing
 from lightning_tex.parallel.compiled import Compile, compile_leaves
 from lightning_tex.parallel.errors import UserValueError
-from lightning_tex.parallel.expert_chunks import ExpertChunks, chunks_on, require_legal_chunks
+from lightning_tex.parallel.expert_chunks import ExpertChunks
 from lightning_tex.parallel.layout import Communication, Layout
-from lightning_tex.parallel.requested_layout import RequestedLayout
-from lightning_tex.parallel.sharding import check_shardable
 from lightning_tex.parallel.topology import Topology
 from lightning_tex.resilience.finite_watch import of_all_ranks
 from lightning_tex.resilience.spikes import SpikeRule
@@ -46,6 +42,7 @@ from lightning_tex.strategy import agreement
 from lightning_tex.strategy.averaging import AveragedWeights
 from lightning_tex.strategy.loss_spikes import OnSpike
 from lightning_tex.strategy.memory_check import memory_refusal
+from lightning_tex.strategy.options import ShardingOptions
 from lightning_tex.strategy.precision import tex_precision
 from lightning_tex.strategy.random_state import data_rank_random_state
 from lightning_tex.strategy.set_up import experts_of_layers, shard_model, sharded_optimizers
@@ -158,30 +155,9 @@ class TexMoEStrategy(StepStrategy):
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
         )
-        self._requested = RequestedLayout(
-            tensor_parallel_size=tensor_parallel_size,
-            expert_parallel_size=expert_parallel_size,
-            expert_tensor_parallel_size=expert_tensor_parallel_size,
-            duplicate_token_dropping=duplicate_token_dropping,
-            elastic=elastic,
-        )
-        self.communication = Communication(
-            duplicate_token_dropping=duplicate_token_dropping, sequence_parallel=sequence_parallel
-        )
-        self._state_config = OptimizerStateConfig(
-            zero_stage=zero_stage,
-            optimizer_state_format=optimizer_state_format,
-            tile_size=tile_size,
-            max_skipped_steps=max_skipped_steps,
-        )
-        require_legal_chunks(expert_chunks)
-        self._expert_chunks = expert_chunks
-        require_legal(activation_checkpointing, activation_checkpointing_policy)
+        self.options = ShardingOptions.among(arguments)
+        self.communication = self.options.communication
         compile_leaves(compile)
-        self._recompute = partial(
-            recompute_blocks, mode=activation_checkpointing, policy=activation_checkpointing_policy
-        )
-        self.activation_checkpointing = activation_checkpointing
         self._check_memory = check_memory
         self._averages = AveragedWeights(self.described_weights)
         self._synced_metrics: list[Metric] = []
@@ -218,11 +194,10 @@ class TexMoEStrategy(StepStrategy):
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Samplers split data over the data axis: ranks of one tensor group see one batch."""
-        layout = self._topology.layout if self._topology else self._requested.resolve(self.world_size)
-        return {"num_replicas": layout.data, "rank": layout.coordinates(self.global_rank)["data"]}
+        return self.options.sampler_place(self._topology, self.world_size, self.global_rank)
 
     def resolve_layout(self) -> Layout:
-        return self._requested.resolve(self.world_size, experts_of_layers(self.model))
+        return self.options.requested_layout.resolve(self.world_size, experts_of_layers(self.model))
 
     @property
     def precision_plugin(self) -> TrainStep:
@@ -245,17 +220,18 @@ class TexMoEStrategy(StepStrategy):
     def setup_environment(self) -> None:
         assert self.lightning_module is not None
         self._refuse_what_is_not_supported(self.lightning_module.trainer)
-        self.link_last_checkpoints(self.lightning_module.trainer)
+        self.attend_callbacks(self.lightning_module.trainer)
         super().setup_environment()
 
     def _refuse_what_is_not_supported(self, trainer: Trainer) -> None:
-        self.precision_plugin.state_config(self._state_config)
+        self.precision_plugin.state_config(self.options.state_config)
         if self._layer_sync is not None:
             raise MisconfigurationException("Trainer(sync_batchnorm=True) is not supported by TexMoEStrategy")
-        if any(isinstance(callback, ModelPruning) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        pruned = any(isinstance(callback, ModelPruning) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        if pruned and self.world_size > 1:
             raise MisconfigurationException(
-                "callback ModelPruning is not supported by TexMoEStrategy: it puts masked tensors in the place of "
-                "parameters and chooses masks in each rank's part alone; legal: prune a whole model after training, as "
+                f"callback ModelPruning is not supported on {self.world_size} processes: it chooses masks in each rank "
+                "alone; legal: one process, or prune a whole model after training, as "
                 "`lightning-tex checkpoint consolidate` gives it"
             )
         self.check_checkpoint_io()
@@ -267,18 +243,12 @@ class TexMoEStrategy(StepStrategy):
         self._require_agreement(agreement.model(self.lightning_module, trainer))
         self._require_agreement(agreement.data(trainer))
         self.accelerator.setup(trainer)
-        layout = self.resolve_layout()
-        if self._requested.expert_parallel_size != "auto":
-            layout.require_experts(experts_of_layers(self.model))
-        if departures := self._requested.departures(layout):
+        layout = self.options.layout_of(self.model, self.world_size)
+        if departures := self.options.requested_layout.departures(layout):
             rank_zero_info(f"elastic: the world has {self.world_size} ranks; {', '.join(departures)}")
-        check_shardable(self.model, layout)
-        chunks = chunks_on(layout, self._expert_chunks, self.num_processes)
-        self.communication = replace(self.communication, expert_chunks=chunks)
+        self.communication = self.options.communication_of(self.model, layout, self.num_processes, self.communication)
         if trainer.state.fn == TrainerFn.FITTING:
             self._require_memory(layout)
-        if self.communication.sequence_parallel:
-            require_both_ends(self.model)
         if self._topology is None or self._topology.layout != layout:
             self._topology = Topology.build(
                 layout, self.root_device.type, self._mesh, self.communication, self.group_timeout
@@ -288,7 +258,7 @@ class TexMoEStrategy(StepStrategy):
             self.topology,
             self.root_device,
             self.precision_plugin.convert_module,
-            self._recompute,
+            self.options.recompute,
             partial(self.initial_weights.expect, self.lightning_module),
         )
         self._seed = seed
@@ -346,10 +316,10 @@ class TexMoEStrategy(StepStrategy):
             "module": self.lightning_module,
             "layout": layout,
             "communication": self.communication,
-            "state_config": self.precision_plugin.state_config(self._state_config),
-            "recompute": self.activation_checkpointing,
+            "state_config": self.precision_plugin.state_config(self.options.state_config),
+            "recompute": self.options.activation_checkpointing,
             "precision": str(self.precision_plugin.precision),
-            "policy": self._recompute.keywords["policy"],
+            "policy": self.options.activation_checkpointing_policy,
         }
 
     @property
@@ -372,7 +342,7 @@ class TexMoEStrategy(StepStrategy):
         parameters = dict(self.model.named_parameters())
         self._require_agreement(agreement.optimization(self.optimizers, self.lr_scheduler_configs, parameters, trainer))
         if not isinstance(self.optimizers[0], _MockOptimizer):  # configure_optimizers returned None
-            state_config = self.precision_plugin.state_config(replace(self._state_config, seed=self._seed))
+            state_config = self.precision_plugin.state_config(replace(self.options.state_config, seed=self._seed))
             seed = RoundingSeed(self._seed)
             tiled = sharded_optimizers(self.optimizers, self.model, self.topology, state_config, seed)
             self.optimizers = list(tiled.values())

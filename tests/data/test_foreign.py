@@ -114,9 +114,10 @@ def cut(path: Path, by: int) -> None:
         ("megatron", lambda f: (f / "all.idx").write_bytes(b"x" * 99), r"all.idx is no index of Megatron's"),
         ("datatrove", lambda f: (f / "all.ds.index").unlink(), r"all.ds.index is not there"),
         ("datatrove", lambda f: cut(f / "all.ds", 2), r"all.ds has \d+ bytes for \d+ tokens by its index"),
+        ("datatrove", lambda f: cut(f / "all.ds.index", 3), r"all.ds.index has 317 bytes, 8 for each document"),
         ("datatrove", lambda f: write_datatrove(f / "b.ds", [[1]], "<u4"), r"tokens of several types"),
     ],
-    ids=["no index", "index", "tokens", "another file", "no ends", "tokens of datatrove", "types"],
+    ids=["no index", "index", "tokens", "another file", "no ends", "tokens of datatrove", "ends cut", "types"],
 )
 def test_damage_is_named(tmp_path: Path, write: str, damage: Any, words: str) -> None:
     written = WRITERS[write](tmp_path)
@@ -124,6 +125,34 @@ def test_damage_is_named(tmp_path: Path, write: str, damage: Any, words: str) ->
     with pytest.raises(UserError) as caught:
         open_foreign(foreign_files(tmp_path) or [written])
     assert re.search(words, str(caught.value))
+
+
+@pytest.mark.parametrize("packing", ["cut", "fit"])
+@pytest.mark.parametrize(
+    ("kind", "file", "at", "content"),
+    [
+        ("datatrove", "all.ds.index", 8 * 37, b"\xff" * 8),
+        ("datatrove", "all.ds.index", 8 * 37, bytes(8)),
+        ("megatron", "all.idx", 34 + 4 * 80 + 8 * 76, b"\xff" * 8),
+        ("megatron", "all.idx", 34 + 12 * 80 + 8 * 38, b"\xff" + bytes(7)),
+    ],
+    ids=["beyond", "before", "an offset", "a sequence"],
+)
+def test_an_index_that_is_damaged_in_the_middle(
+    tmp_path: Path, kind: str, file: str, at: int, content: bytes, packing: str
+) -> None:
+    WRITERS[kind](tmp_path)
+    with (tmp_path / file).open("r+b") as opened:
+        opened.seek(at)
+        opened.write(content)
+    with pytest.raises(UserError, match=f"{file} is damaged: documents of all.* end before they begin, or beyond it"):
+        module_of(tmp_path, packing=packing).setup()
+
+
+def test_metadata_that_is_no_text(tmp_path: Path) -> None:
+    WRITERS["datatrove"](tmp_path)
+    (tmp_path / "all.ds.metadata").write_bytes(b"m\xfc\xdfig|2\n")
+    assert len(open_foreign(foreign_files(tmp_path))) == len(STREAM)
 
 
 def test_options_that_they_do_not_have(tmp_path: Path) -> None:

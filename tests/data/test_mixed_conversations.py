@@ -13,6 +13,7 @@ import torch
 from helpers.cases import case
 from helpers.chats import sums, write_lines, write_tokenizer
 from helpers.trainers import quiet
+from huggingface_hub.errors import EntryNotFoundError
 
 from lightning_tex import LanguageModel
 from lightning_tex.data import ChatSource, FineTuningDataModule, MixtureDataModule, TextDataModule, TextSource
@@ -119,3 +120,21 @@ def test_as_a_recipe_has_them(place: Path) -> None:
 def test_what_conversations_need(place: Path, more: Any) -> None:
     with pytest.raises(UserValueError, match=r"source 'chats' is of conversations, .*; legal: a tokenizer, and docum"):
         mixture(place, **more)
+
+
+def test_the_template_of_a_tokenizer_of_the_hub_is_found(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose client keeps each file under a name of its own, to which the names in a folder are links."""
+    blobs = place / "blobs"
+    blobs.mkdir()
+    for number, file in enumerate(sorted((place / "tokenizer").iterdir())):
+        (blobs / str(number)).write_bytes(file.read_bytes())
+    kept = {file.name: blobs / str(number) for number, file in enumerate(sorted((place / "tokenizer").iterdir()))}
+
+    def fetched(repository: str, name: str) -> str:
+        if name not in kept:
+            raise EntryNotFoundError("404")
+        return str(kept[name])
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetched)
+    data = mixture(place, tokenizer="owner/name", vocab_size=320)
+    assert data.prepared.fingerprint == mixture(place).prepared.fingerprint

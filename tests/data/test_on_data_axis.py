@@ -201,6 +201,10 @@ def test_a_loader_of_the_users_is_taken_over() -> None:
             "a DataLoader with a WeightedRandomSampler, whose order is not known on other layouts; legal: shuffle=True",
         ),
         (lambda: on_data_axis(Map(), 0), "global_batch_size=0 cannot be shared"),
+        (
+            lambda: on_data_axis(Map(), G, num_workers=2, persistent_workers=True),
+            "persistent_workers=True of data on the data axis; legal options are num_workers, collate_fn",
+        ),
     ],
 )
 def test_what_is_not_legal(make: Any, words: str) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.checkpoint_runs import fit, largest_difference
-from helpers.fabric_runs import Net, adamw, loop, muon, whole
+from helpers.checkpoint_runs import LAYOUTS, TOLERANCE, fit, largest_difference
+from helpers.fabric_runs import Net, adamw, loop, muon, own_batch, whole
 from helpers.ranks import on_ranks, together
 from lightning.fabric import Fabric
 from torch import nn
@@ -21,15 +21,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_tex.fabric import TexMoEStrategy
 from lightning_tex.saving import consolidated
-
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "one": (1, {}),
-    "tensor": (2, {"tensor_parallel_size": 2}),
-    "expert, ZeRO 2": (2, {"expert_parallel_size": 2, "zero_stage": 2}),
-    "plain, ZeRO 0": (2, {"expert_parallel_size": 1, "zero_stage": 0, "save_distributed_checkpoint": False}),
-    "TED": (4, {"tensor_parallel_size": 2, "expert_parallel_size": 2}),
-}
-TOLERANCE = {"32-true": 1e-5, "64-true": 1e-10}
 
 
 def steps(layout: dict[str, Any] | None, world: int, precision: str) -> dict[str, Any]:
@@ -59,6 +50,36 @@ def test_a_loop_is_that_of_one_process_and_the_trainers() -> None:
 @pytest.mark.full
 def test_a_loop_is_that_of_one_process_on_more_layouts() -> None:
     compare((1, 2, 4), ("32-true", "64-true"))
+
+
+def of_both(layout: dict[str, Any], world: int, precision: str) -> tuple[float, float, int]:
+    """How far a loop of Fabric's is from a fit of the Trainer's, and from where it began; its elements of 16 bits."""
+    options = {"epoch_steps": 6, "accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
+    fitted = fit(layout, world, 1, precision=precision, **options)["weights"]
+    began, looped = (loop(layout, world, n, 2, precision, max_norm=0.5)["weights"] for n in (0, 3))
+    halves = sum(one.numel() for one in looped.values() if one.dtype.itemsize == 2)
+    return largest_difference(looped, fitted), largest_difference(looped, began), halves
+
+
+def compare_in_16_bits(worlds: tuple[int, ...]) -> None:
+    for world in worlds:
+        layouts = {name: layout for name, (size, layout) in LAYOUTS.items() if size == world}
+        cases = {
+            (name, precision): (of_both, layout, world, precision)
+            for name, layout in layouts.items()
+            for precision in ("bf16-mixed", "16-mixed", "bf16-true")
+        }
+        for by_rank in together(world, cases).values():
+            assert all(apart == 0 and moved > 0.01 and halves > 0 for apart, moved, halves in by_rank)
+
+
+def test_in_16_bits_it_is_the_trainers() -> None:
+    compare_in_16_bits((1,))
+
+
+@pytest.mark.full
+def test_in_16_bits_it_is_the_trainers_on_two_ranks() -> None:
+    compare_in_16_bits((2,))
 
 
 def from_and_to(layout: dict[str, Any], world: int, load: str | None, save: str | None) -> dict[str, Any]:
@@ -171,6 +192,25 @@ def batches_of_ranks() -> list[int]:
 def test_data_are_split_over_data_and_alike_over_tensor() -> None:
     first, second, third, fourth = on_ranks(4, batches_of_ranks)
     assert first == second == [0, 2, 4, 6] and third == fourth == [1, 3, 5, 7]
+
+
+def under_way(layout: dict[str, Any]) -> tuple[int, bool]:
+    """Buffers that are gathered beside what follows a step, and whether a forward then has what all ranks agree on."""
+    fabric = Fabric(accelerator="cpu", devices=2, strategy=TexMoEStrategy(**layout))
+    fabric.launch()
+    net = Net()
+    model, optimizer = fabric.setup(net, adamw(net))
+    batch = own_batch(fabric.strategy, 0)
+    fabric.backward(model(*batch))
+    optimizer.step()
+    gathering = optimizer.buffers.gathering
+    begun = len(gathering.under_way)
+    model(*batch)
+    return begun, not gathering.under_way
+
+
+def test_parameters_arrive_while_the_next_forward_runs() -> None:
+    assert all(begun > 0 and arrived for begun, arrived in on_ranks(2, under_way, {"expert_parallel_size": 2}))
 
 
 def recipe(folder: Path) -> str:

@@ -26,6 +26,15 @@ logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 VOCABULARY = 61  # no tensor size divides it
 BATCH = 8  # over all data ranks
 EPOCH = 2  # steps
+# Processes and the strategy's arguments, by name: a few layouts, ZeRO stages and both forms of checkpoints.
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one": (1, {}),
+    "tensor": (2, {"tensor_parallel_size": 2}),
+    "expert, ZeRO 2": (2, {"expert_parallel_size": 2, "zero_stage": 2}),
+    "plain, ZeRO 0": (2, {"expert_parallel_size": 1, "zero_stage": 0, "save_distributed_checkpoint": False}),
+    "TED": (4, {"tensor_parallel_size": 2, "expert_parallel_size": 2}),
+}
+TOLERANCE = {"32-true": 1e-5, "64-true": 1e-10}
 
 
 class Model(L.LightningModule):

@@ -60,6 +60,27 @@ class Pair:
             total = sum(made(name, replica, step, at.box.full) for replica in range(at.replicas.size))
             p.grad = (total / self.topology.data.size).to(p.dtype)
 
+    def take_steps(self, max_norm=None):
+        """Three of both, clipped where a norm is given, with learning rates that fall."""
+        for step in range(3):
+            self.set_gradients(step)
+            if max_norm is not None:
+                torch.nn.utils.clip_grad_norm_(self.whole.parameters(), max_norm)
+                self.optimizer.clip_by_norm(max_norm)
+            self.optimizer.step()
+            self.plain.step()
+            for each in (self.optimizer, self.plain):
+                each.param_groups[0]["lr"] *= 0.7
+
+    def load(self, step):
+        """Write made values into the sharded model, as a checkpoint does; its new parameters by name."""
+        written = {}
+        for name, p in self.parted.named_parameters():
+            at = self.shardings[name]
+            written[name] = at.box.shard(made(name, 0, step, at.box.full)).to(p.dtype)
+        self.parted.load_state_dict({**self.parted.state_dict(), **written})
+        return written
+
     def compare(self, tolerance=1e-12):
         for (name, p), q in zip(self.parted.named_parameters(), self.whole.named_parameters(), strict=True):
             assert q[0] == name
@@ -79,6 +100,36 @@ class Pair:
             )
             for (name, p), most in zip(parameters.items(), largest, strict=True):
                 assert torch.equal(most, p), f"{name} differs between replicas"
+
+
+class Named:
+    """Parameters as a module would have them."""
+
+    def __init__(self, parameters):
+        self.named_parameters, self.parameters = parameters.items, parameters.values
+
+
+class SixteenBits(Pair):
+    """Both in bf16, the plain optimizer over masters in fp32."""
+
+    def __init__(self, layout, kind, **state_config):
+        super().__init__(layout, kind, torch.bfloat16, **state_config)
+        self.masters = {name: nn.Parameter(p.detach().float()) for name, p in self.whole.named_parameters()}
+        self.plain = kind(Named(self.masters))
+
+    def set_gradients(self, step):
+        self.optimizer.zero_grad()
+        for name, p in self.parted.named_parameters():
+            at = self.shardings[name]
+            gradient = made(name, 0, step, at.box.full).bfloat16()
+            # Alike on all replicas and divided by a power of two: no rounding on the way.
+            p.grad = at.box.shard(gradient)
+            self.masters[name].grad = (gradient * (at.replicas.size / at.divisor)).float()
+
+    def compare(self, tolerance=2**-7):
+        for name, p in self.parted.named_parameters():
+            expected = self.masters[name].detach().bfloat16()
+            torch.testing.assert_close(self.shardings[name].gather(p.detach()), expected, rtol=tolerance, atol=1e-6)
 
 
 def by_group(model):

@@ -38,6 +38,55 @@ def softmax(router: Any, x: Tensor, mask: list[bool], **_: Any) -> Choices:
     return choices
 
 
+def sigmoid(router: Any, x: Tensor, mask: list[bool], **_: Any) -> Choices:
+    """The bias has a part in the choice, and none in the weights."""
+    choices: Choices = []
+    for token, real in zip(x, mask, strict=True):
+        scores = [1 / (1 + torch.exp(-(row * token).sum())) for row in router.weight]
+        wanted = [s.item() + b.item() for s, b in zip(scores, router.correction_bias, strict=True)]
+        choices.append({e: scores[e] for e in best(wanted, router.top_k)} if real else {})
+    return choices
+
+
+def grouped(router: Any, x: Tensor, mask: list[bool], **_: Any) -> Choices:
+    """The best groups by their best expert, and of their experts the best."""
+    size, choices = router.num_experts // router.groups.n_group, []
+    for row, real in zip(softmax_of(router, x), mask, strict=True):
+        scores = row.tolist()
+        of_groups = [max(scores[g * size : (g + 1) * size]) for g in range(router.groups.n_group)]
+        legal = [e for g in best(of_groups, router.groups.topk_group) for e in range(g * size, (g + 1) * size)]
+        chosen = sorted(legal, key=lambda e, scores=scores: (-scores[e], e))[: router.top_k] if real else []
+        choices.append({e: row[e] for e in chosen})
+    return choices
+
+
+def sparsemixer(router: Any, x: Tensor, mask: list[bool], **_: Any) -> Choices:
+    """One choice after the other; each is weighted among those left that are not far below it."""
+    choices: Choices = []
+    for token, real in zip(x, mask, strict=True):
+        left = {e: (row * token).sum() for e, row in enumerate(router.weight)} if real else {}
+        chosen: dict[int, Tensor] = {}
+        while real and len(chosen) < router.top_k:
+            top = max(left, key=lambda e, left=left: (left[e].item(), -e))
+            most = left[top].item()
+            near = [
+                e for e in left if (most - left[e].item()) / max(abs(left[e].item()), most) <= 2 * router.jitter_eps
+            ]
+            chosen[top] = torch.exp(left[top]) / sum(torch.exp(left[e]) for e in near)
+            del left[top]
+        choices.append(chosen)
+    return choices
+
+
+def forced_balance(router: Any, x: Tensor, mask: list[bool], **_: Any) -> Choices:
+    """Experts in turn, whatever the scores are."""
+    k, experts = router.top_k, router.num_experts
+    return [
+        {(t * k + i) % experts: row[(t * k + i) % experts] for i in range(k)} if real else {}
+        for t, (row, real) in enumerate(zip(softmax_of(router, x), mask, strict=True))
+    ]
+
+
 def switch(
     router: Any, x: Tensor, mask: list[bool], key: Tensor | None = None, places: Any = None, **_: Any
 ) -> Choices:
@@ -97,6 +146,10 @@ def expert_choice(router: Any, x: Tensor, mask: list[bool], groups: Any = None, 
 
 PLAIN = {
     "softmax": softmax,
+    "sigmoid": sigmoid,
+    "groups": grouped,
+    "sparsemixer": sparsemixer,
+    "forced_balance": forced_balance,
     "switch": switch,
     "gshard": gshard,
     "sinkhorn": sinkhorn,

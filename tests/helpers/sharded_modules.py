@@ -7,7 +7,7 @@ from torch import nn
 
 from lightning_tex.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, VocabParallelHead
 from lightning_tex.models import Decoder, DecoderConfig
-from lightning_tex.parallel.sharding import Box
+from lightning_tex.parallel.box import Box
 from lightning_tex.parallel.topology import Axis
 
 LAYOUTS = [(1, 4), (2, 2), (2, 2, 1), (4, 1), (4, 4, 1), (1, 1)]  # tensor, expert, expert_tensor on 4 ranks

@@ -188,6 +188,17 @@ def with_callback(make: Any, use: Use, **flags: Any) -> Facts:
     return use.fit(callbacks=[make(use)], **flags)
 
 
+def pruned(use: Use) -> Facts:
+    """Masks in training, and zeros in what is saved meanwhile."""
+    saving = ModelCheckpoint(str(use.folder / "saved"), "{step}", every_n_train_steps=4, save_top_k=-1)
+    # With its lottery ticket Lightning trains the copy that it goes back to, too.
+    pruning = lightnings.ModelPruning("l1_unstructured", amount=0.5, use_lottery_ticket_hypothesis=False)
+    facts = use.fit(callbacks=[pruning, saving], max_epochs=2)
+    module = Small.load_from_checkpoint(use.folder / "saved" / "step=8.ckpt")
+    zeros = {f"zeros of {name}": int((p == 0).sum()) for name, p in module.named_parameters()}
+    return {**facts, **zeros}
+
+
 def learning_rate_finder(use: Use) -> Facts:
     finder = lightnings.LearningRateFinder(num_training_steps=4, min_lr=1e-3, max_lr=0.1)
     facts = use.fit(callbacks=[finder])

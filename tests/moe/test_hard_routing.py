@@ -30,12 +30,14 @@ ROUTERS: dict[str, tuple[Any, int]] = {
     "sinkhorn": ("sinkhorn", 2),
     "hash": ("hash", 2),
     "expert_choice": ("expert_choice", 2),
+    "forced_balance": ("forced_balance", 2),  # by the place among a rank's tokens
 }
 
 # tensor, expert, expert_tensor; sequence parallel
 LAYOUTS: dict[int, list[tuple[tuple[int, int, int], bool]]] = {
     2: [((1, 2, 1), False), ((2, 1, 2), False), ((2, 2, 1), True)],
     4: [((1, 4, 1), False), ((2, 2, 2), False), ((2, 2, 2), True), ((2, 4, 1), False), ((4, 1, 4), True)],
+    8: [((1, 4, 1), False), ((2, 2, 2), True), ((2, 4, 1), False), ((4, 2, 4), False)],
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "dropless": {},
@@ -94,7 +96,8 @@ def cases(world: int) -> Iterator[tuple[Any, ...]]:
     for layout in LAYOUTS[world]:
         for name in ROUTERS:
             for option in OPTIONS:
-                if option == "dropless" or name != "expert_choice":
+                legal = option == "dropless" or name != "expert_choice"
+                if legal and not (layout[1] and name == "forced_balance"):
                     yield layout, name, option
 
 
@@ -127,7 +130,7 @@ def test_two_ranks_route_it_as_one_process_does() -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", LAYOUTS)
 def test_all_of_it_on_every_layout(world: int) -> None:
     run_ranks(world, compare, world, 1, timeout=300)
 

@@ -1,8 +1,7 @@
 """The layer on a page is the layer."""
 
 import importlib.util
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
@@ -57,8 +56,9 @@ def test_output_loss_and_gradients_are_those_of_the_layer(page, top_k, capacity_
     assert overflowed > 0 or capacity_factor != 0.5  # the smallest capacity is one that matters
 
 
-def test_the_page_runs_by_itself_in_under_eighty_lines():
-    printed = subprocess.run([sys.executable, PAGE], capture_output=True, text=True, check=True).stdout.splitlines()
+def test_the_page_runs_by_itself_in_under_eighty_lines(capsys):
+    runpy.run_path(str(PAGE), run_name="__main__")
+    printed = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in printed] == ["dropless", "capacity factor 1.0"]
     assert "(64, 32)" in printed[0]
     assert " 0 of 128 choices overflowed" in printed[0]

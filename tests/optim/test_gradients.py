@@ -8,7 +8,8 @@ from helpers.optimizer_on_ranks import KINDS, LAYOUTS, Pair, made
 from helpers.ranks import together
 from torch import nn
 
-from lightning_tex.optim.gradients import FullGradients, ShardedGradients
+from lightning_tex.optim.gradients import FullGradients
+from lightning_tex.optim.sharded_gradients import ShardedGradients
 from lightning_tex.testing.ranks import run_ranks
 
 SGD = KINDS[1]

@@ -6,8 +6,8 @@ import torch
 from lightning_tex.optim.compact import joined, split
 from lightning_tex.optim.moments import BLOCK, decoded, encode
 from lightning_tex.optim.rounding import fold, mix, round_stochastically, table_of, whole_index
+from lightning_tex.parallel.box import Box
 from lightning_tex.parallel.compiled import compile_leaves
-from lightning_tex.parallel.sharding import Box
 from lightning_tex.parallel.topology import Axis
 
 BLOCKS = 1000

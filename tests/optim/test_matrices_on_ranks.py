@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers.cases import case
 from helpers.optimizer_alone import COMPACT, tiled
-from helpers.optimizer_on_ranks import LAYOUTS, Pair, made
+from helpers.optimizer_on_ranks import LAYOUTS, Pair, SixteenBits
 from torch import nn
 from torch.optim import Optimizer
 
@@ -56,14 +56,7 @@ def steps(layouts, stages):
             for stage in stages:
                 with case(layout, kind=kind, stage=stage):
                     pair = Pair(layout, KINDS[kind], zero_stage=stage)
-                    for step in range(3):
-                        pair.set_gradients(step)
-                        torch.nn.utils.clip_grad_norm_(pair.whole.parameters(), 1.0)
-                        pair.optimizer.clip_by_norm(1.0)
-                        pair.optimizer.step()
-                        pair.plain.step()
-                        for each in (pair.optimizer, pair.plain):
-                            each.param_groups[0]["lr"] *= 0.7
+                    pair.take_steps(max_norm=1.0)
                     pair.compare(1e-10)
 
 
@@ -82,35 +75,17 @@ def test_steps_of_whole_matrices_on_every_layout(stage):
 def masters():
     for layout, stage in zip(LAYOUTS[:2], (1, 2), strict=True):
         with case(layout, stage=stage):
-            pair = Pair(layout, KINDS["Polar"], torch.bfloat16, zero_stage=stage)
-            parameters = {name: nn.Parameter(p.detach().float()) for name, p in pair.whole.named_parameters()}
-            plain = KINDS["Polar"](Named(parameters))
+            pair = SixteenBits(layout, KINDS["Polar"], zero_stage=stage)
             for step in range(2):
-                pair.optimizer.zero_grad()
-                for name, p in pair.parted.named_parameters():
-                    at = pair.shardings[name]
-                    gradient = made(name, 0, step, at.box.full).bfloat16()
-                    # Alike on all replicas and divided by a power of two: no rounding on the way.
-                    p.grad = at.box.shard(gradient)
-                    parameters[name].grad = (gradient * (at.replicas.size / at.divisor)).float()
+                pair.set_gradients(step)
                 pair.optimizer.step()
-                plain.step()
-            for name, p in pair.parted.named_parameters():
-                expected = parameters[name].detach().bfloat16()
-                torch.testing.assert_close(pair.shardings[name].gather(p.detach()), expected, rtol=2**-7, atol=1e-6)
-            written = {name: at.box.shard(made(name, 0, 7, at.box.full)) for name, at in pair.shardings.items()}
-            pair.parted.load_state_dict({**pair.parted.state_dict(), **written})
+                pair.plain.step()
+            pair.compare()
+            pair.load(7)
             for shard in pair.optimizer.shards:
                 shard.refresh()
                 for master in shard.states.memory():
                     assert master[0] != "master" or torch.equal(master[1], master[1].bfloat16().float())
-
-
-class Named:
-    """Parameters as a module would have them."""
-
-    def __init__(self, parameters):
-        self.named_parameters, self.parameters = parameters.items, parameters.values
 
 
 def test_bf16_matrices_follow_their_fp32_masters_and_these_what_is_loaded():

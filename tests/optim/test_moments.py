@@ -6,8 +6,9 @@ from torch import nn
 from lightning_tex.optim.flat import Entry
 from lightning_tex.optim.moments import BLOCK, Int8Moments
 from lightning_tex.optim.rounding import Rounding, RoundingSeed
+from lightning_tex.parallel.box import Box
 from lightning_tex.parallel.extent import Extent
-from lightning_tex.parallel.sharding import Box, ParameterSharding
+from lightning_tex.parallel.sharding import ParameterSharding
 from lightning_tex.parallel.topology import Topology
 
 

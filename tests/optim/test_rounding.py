@@ -8,8 +8,9 @@ from torch import nn
 
 from lightning_tex.optim.flat import Entry
 from lightning_tex.optim.rounding import Rounding, RoundingSeed, global_index, round_stochastically, table_of
+from lightning_tex.parallel.box import Box
 from lightning_tex.parallel.extent import Extent
-from lightning_tex.parallel.sharding import Box, ParameterSharding
+from lightning_tex.parallel.sharding import ParameterSharding
 from lightning_tex.parallel.topology import Axis, Topology
 
 

@@ -213,6 +213,23 @@ def test_weights_loaded_between_steps_are_taken_up(dtype):
         torch.testing.assert_close(tensor, (loaded[name].double() - 0.5).to(dtype), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_memory_that_somebody_gives_a_parameter_is_taken_back(dtype):
+    ours, optimizer, theirs, _ = pair(KINDS["SGD"], dtype=dtype)
+    plain = KINDS["SGD"](theirs.parameters())
+    for step in range(2):
+        for model, each in ((ours, optimizer), (theirs, plain)):
+            each.zero_grad()
+            backward(model, step)
+            if step:
+                model[0].weight.data = torch.ones_like(model[0].weight)
+            each.step()
+    tolerance = 2**-7 if dtype is torch.bfloat16 else 1e-12
+    equal(ours, theirs, tolerance)
+    assert ours[0].weight.data_ptr() == optimizer.shards[0].buffer.parameters.data_ptr()
+    assert not torch.equal(ours[0].weight, torch.ones_like(ours[0].weight))
+
+
 def test_pieces_cover_every_element_once():
     model = network()
     optimizer = tiled(model, torch.optim.AdamW(groups(model)))

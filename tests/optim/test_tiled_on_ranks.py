@@ -6,8 +6,7 @@ Gradients are made by hand: the ranks along a parameter's replica axis hold diff
 import torch
 import torch.distributed as dist
 from helpers.cases import case
-from helpers.optimizer_on_ranks import KINDS, LAYOUTS, Pair, made
-from torch import nn
+from helpers.optimizer_on_ranks import KINDS, LAYOUTS, Pair, SixteenBits
 
 from lightning_tex.parallel.collectives import all_reduce
 from lightning_tex.testing.ranks import run_ranks
@@ -18,12 +17,7 @@ def steps():
         for number, kind in enumerate(KINDS):
             with case(layout, kind=number):
                 pair = Pair(layout, kind)
-                for step in range(3):
-                    pair.set_gradients(step)
-                    pair.optimizer.step()
-                    pair.plain.step()
-                    for each in (pair.optimizer, pair.plain):
-                        each.param_groups[0]["lr"] *= 0.7
+                pair.take_steps()
                 pair.compare()
 
 
@@ -83,22 +77,12 @@ def test_whole_gradients_can_be_looked_at_before_the_step():
 def low_precision():
     for layout in LAYOUTS[:3]:
         with case(layout):
-            pair = Pair(layout, lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2), torch.bfloat16)
-            whole = {name: nn.Parameter(p.detach().float()) for name, p in pair.whole.named_parameters()}
-            plain = torch.optim.AdamW(whole.values(), lr=1e-2)
+            pair = SixteenBits(layout, lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2))
             for step in range(2):
-                pair.optimizer.zero_grad()
-                for name, p in pair.parted.named_parameters():
-                    at = pair.shardings[name]
-                    gradient = made(name, 0, step, at.box.full).bfloat16()
-                    # Alike on all replicas and divided by a power of two: no rounding on the way.
-                    p.grad = at.box.shard(gradient)
-                    whole[name].grad = (gradient * (at.replicas.size / at.divisor)).float()
+                pair.set_gradients(step)
                 pair.optimizer.step()
-                plain.step()
-                for name, p in pair.parted.named_parameters():
-                    expected = whole[name].detach().bfloat16()
-                    torch.testing.assert_close(pair.shardings[name].gather(p.detach()), expected, rtol=2**-7, atol=1e-6)
+                pair.plain.step()
+                pair.compare()
 
 
 def test_bf16_parameters_follow_their_fp32_masters():
@@ -111,11 +95,7 @@ def loading():
             pair = Pair((2, 2, 2), lambda m: torch.optim.SGD(m.parameters(), lr=0.5), dtype)
             pair.set_gradients(0)
             pair.optimizer.step()
-            loaded = {}
-            for name, at in pair.shardings.items():
-                loaded[name] = at.box.shard(made(name, 0, 7, at.box.full)).to(dtype)
-            state = {**pair.parted.state_dict(), **loaded}
-            pair.parted.load_state_dict(state)
+            loaded = pair.load(7)
             pair.optimizer.zero_grad()
             pair.optimizer.step()  # gradient zero
             for name, p in pair.parted.named_parameters():

@@ -23,10 +23,10 @@ from lightning_tex.parallel.layout import Layout
 from lightning_tex.parallel.sharding import parameter_shardings, shard_module
 from lightning_tex.planner.describe import describe_decoder
 from lightning_tex.planner.layouts import Candidate, Job, candidates
+from lightning_tex.planner.optimizer_traffic import matrices_and_back
 from lightning_tex.planner.optimizer_trial import describe_optimizer
 from lightning_tex.planner.optimizers import OptimizerDescription
 from lightning_tex.planner.states import FlatBuffers, state_bytes, tile_bytes
-from lightning_tex.planner.traffic import matrices_and_back
 from lightning_tex.planner_trace.states import state_bytes as bytes_kept
 from lightning_tex.strategy.precision import TexHalfPrecision, TexMixedPrecision, TexPrecision
 from lightning_tex.testing.ranks import run_ranks

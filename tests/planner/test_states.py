@@ -28,10 +28,10 @@ from lightning_tex.parallel.topology import Axis, Topology
 from lightning_tex.planner.describe import describe, describe_decoder
 from lightning_tex.planner.layouts import Candidate, Job, layouts
 from lightning_tex.planner.memory import memory
+from lightning_tex.planner.optimizer_traffic import combination
 from lightning_tex.planner.optimizer_trial import read_optimizer
 from lightning_tex.planner.optimizers import ADAMW, assumed_adamw
 from lightning_tex.planner.states import FlatBuffers, StateBytes, kept_format, state_bytes, tile_bytes, tile_elements
-from lightning_tex.planner.traffic import combination
 from lightning_tex.strategy.precision import TexHalfPrecision, TexMixedPrecision, TexPrecision
 from lightning_tex.testing.ranks import run_ranks
 

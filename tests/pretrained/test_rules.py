@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lightning_tex.parallel.box import Box
 from lightning_tex.parallel.extent import Extent
-from lightning_tex.parallel.sharding import Box
 from lightning_tex.parallel.topology import Axis
 from lightning_tex.pretrained.folder import PretrainedFolder
 from lightning_tex.pretrained.reading import PretrainedWeights

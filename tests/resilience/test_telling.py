@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 import pytest
 
-from lightning_tex.resilience.telling import mark_told, tell
+from lightning_tex.resilience.telling import described, mark_told, tell
 
 
 @pytest.fixture(autouse=True)
@@ -45,3 +46,25 @@ def test_an_error_that_follows_none_is_reported_as_ever(capsys: pytest.CaptureFi
     mark_told(ValueError("another"))
     uncaught(ValueError("first"))
     assert "in a hook" in capsys.readouterr().err
+
+
+class Speechless(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no message")
+
+
+def test_a_message_of_any_kind_is_told_in_a_line() -> None:
+    assert described(ValueError("first\nsecond")) == "ValueError: first"
+    assert described(ValueError()) == "ValueError"
+    assert described(Speechless()) == "Speechless: (its message cannot be made)"
+    long = described(ValueError(f"begins {'x' * 10_000_000} ends"))
+    assert len(long) < 1100 and long.startswith("ValueError: begins x") and long.endswith("x ends")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_what_a_terminal_has_no_characters_for_is_told(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
+    written = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, "stderr", written)
+    tell(ValueError("a file \udcff, größer"), 1, "node", 5)
+    text = written.buffer.getvalue().decode()  # type: ignore[attr-defined]
+    assert r"ValueError: a file \udcff, gr\xf6\xdfer" in text and text.startswith("[rank 1] failed")

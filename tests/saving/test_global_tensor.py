@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_tex.parallel.box import Box
 from lightning_tex.parallel.extent import Extent
-from lightning_tex.parallel.sharding import Box
 from lightning_tex.parallel.topology import Axis
 
 

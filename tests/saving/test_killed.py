@@ -101,7 +101,7 @@ def points(undisturbed: list[dict[str, Any]], count: int, seed: int) -> list[dic
     for rank, events in enumerate(own["events"] for own in undisturbed):
         for number, event in enumerate(events, start=1):
             # Names of hidden versions are random.
-            kinds.setdefault(re.sub(r"\.[0-9a-f]{8}|__\d|=\d+", "", event), []).append((rank, number))
+            kinds.setdefault(re.sub(rf"\.{paths.TOKEN}|__\d|=\d+", "", event), []).append((rank, number))
     order = draw.sample(sorted(kinds), len(kinds))
     chosen = []
     for index in range(count):

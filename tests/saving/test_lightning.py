@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning as L
 import pytest
@@ -18,6 +20,7 @@ from lightning.pytorch.plugins import AsyncCheckpointIO, TorchCheckpointIO
 from torch import nn
 
 import lightning_tex as tex
+from lightning_tex.saving.local_store import LocalStore
 from lightning_tex.testing.ranks import run_ranks
 
 RANKS = 2
@@ -232,6 +235,39 @@ def test_what_cannot_be_done_is_said_on_every_rank(ranks: list[dict[str, Any]], 
 
 
 @dataclass
+class SavesTwice(L.Callback):
+    """Asks for a name while what has it is still being written."""
+
+    def __init__(self, folder: str) -> None:
+        self.path, self.names = f"{folder}/same.ckpt", ModelCheckpoint(folder, filename="same")
+        self.found: list[bool] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, index: int) -> None:
+        if index == 0:
+            may_end = threading.Event()
+            install = LocalStore.install
+
+            def late(*arguments: Any) -> None:
+                may_end.wait()
+                install(*arguments)
+
+            with mock.patch.object(LocalStore, "install", late):
+                trainer.save_checkpoint(self.path)
+                self.found = [Path(self.path).exists(), self.names.file_exists(self.path, trainer)]
+                may_end.set()
+                trainer.strategy.finish_saves()
+
+
+def _saves_twice(folder: str) -> list[bool]:
+    asks = SavesTwice(folder)
+    trainer(tex.TexMoEStrategy(), 1, callbacks=[asks, asks.names]).fit(Model(), Data())
+    return asks.found
+
+
+def test_a_name_is_taken_from_when_its_save_begins(tmp_path: Path) -> None:
+    assert run_ranks(1, _saves_twice, str(tmp_path)) == [[False, True]]
+
+
 class Options:
     """A type that torch does not load safely."""
 
@@ -243,7 +279,7 @@ def test_an_object_that_cannot_be_loaded_safely_is_announced_when_saving(tmp_pat
     assert "Options" in found["warned"]
     assert "add_safe_globals" in found["warned"]
     assert "ValueError" in found["refused"]
-    assert found["loaded"] == "nothing was raised"
+    assert found["loaded"] == "nothing was raised" and found["trusted"] == "Model"
 
 
 def _unsafe(folder: str) -> dict[str, str]:
@@ -254,6 +290,7 @@ def _unsafe(folder: str) -> dict[str, str]:
     with pytest.warns(UserWarning, match="Options") as warned:
         run.save_checkpoint(f"{folder}/unsafe.ckpt")
     refusal = message(lambda: run.test(Model(), Data(), ckpt_path=f"{folder}/unsafe.ckpt", verbose=False))
+    trusted = Model.load_from_checkpoint(f"{folder}/unsafe.ckpt", weights_only=False, strict=False)
     torch.serialization.add_safe_globals([Options])
     loaded = message(lambda: run.test(Model(), Data(), ckpt_path=f"{folder}/unsafe.ckpt", verbose=False))
-    return {"warned": str(warned[0].message), "refused": refusal, "loaded": loaded}
+    return {"warned": str(warned[0].message), "refused": refusal, "loaded": loaded, "trusted": type(trusted).__name__}

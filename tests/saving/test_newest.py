@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from helpers.checkpoint_runs import BATCH, Data, Model, trainer
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 
 import lightning_tex as tex
 from lightning_tex.cli import main
-from lightning_tex.saving import CorruptCheckpointError, Place, SavedState, Search, latest
+from lightning_tex.saving import CorruptCheckpointError, Place, SavedState, Search, latest, paths
 from lightning_tex.saving.contents import contents, holds_whole_state
 from lightning_tex.saving.manifest import MANIFEST, Manifest
 from lightning_tex.testing.ranks import run_ranks
@@ -41,6 +42,18 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kinds")
     run_ranks(1, _save_every_kind, str(folder))
     return folder
+
+
+def test_lightning_numbers_slurms_checkpoints_past_hidden_names(tmp_path: Path) -> None:
+    for name in [f"hpc_ckpt_{number}.ckpt" for number in (2, 10)]:
+        (tmp_path / name).mkdir()
+        for hidden in (paths.hidden(tmp_path / name), paths.partial_name(tmp_path / name)):
+            hidden.mkdir()
+            assert paths.is_version(hidden, tmp_path / name)
+    (tmp_path / ".hpc_ckpt_10.ckpt.00a1b2c3").mkdir()  # as they were called once
+    assert paths.stands_for(tmp_path / ".hpc_ckpt_10.ckpt.00a1b2c3") == tmp_path / "hpc_ckpt_10.ckpt"
+    (tmp_path / ".hpc_ckpt_10.ckpt.00a1b2c3").rmdir()
+    assert _CheckpointConnector.hpc_save_path(str(tmp_path)) == f"{tmp_path}/hpc_ckpt_11.ckpt"
 
 
 def at_step(kinds: Path, path: Path, step: int, written: float = 0.0) -> Path:

@@ -201,7 +201,7 @@ def copies(world: int) -> dict[str, Any]:
         "same": same,
         "mesh": again._device_mesh,
         "links": callback._link_checkpoint is ModelCheckpoint._link_checkpoint,
-        "strategy": strategy._requested.tensor_parallel_size,
+        "strategy": strategy.options.tensor_parallel_size,
         "trainer": type(pickle.loads(pickle.dumps(trainer(1))).strategy).__name__ if world == 1 else "TexMoEStrategy",
         "threads": threads,
     }

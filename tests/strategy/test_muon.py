@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.cases import in_full
-from helpers.checkpoint_runs import largest_difference
+from helpers.checkpoint_runs import LAYOUTS, TOLERANCE, largest_difference
 from helpers.layout_grid import layouts
 from helpers.muon_runs import fit
 from helpers.ranks import together
@@ -17,14 +17,6 @@ from torch import Tensor
 
 from lightning_tex.saving.consolidate import consolidated
 
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "one": (1, {}),
-    "tensor": (2, {"tensor_parallel_size": 2}),
-    "expert, ZeRO 2": (2, {"expert_parallel_size": 2, "zero_stage": 2}),
-    "plain, ZeRO 0": (2, {"expert_parallel_size": 1, "zero_stage": 0, "save_distributed_checkpoint": False}),
-    "TED": (4, {"tensor_parallel_size": 2, "expert_parallel_size": 2}),
-}
-TOLERANCE = {"32-true": 1e-5, "64-true": 1e-10}
 CASES = [("one", "64-true"), ("two", "64-true"), ("two in full precision", "32-true")]
 
 

@@ -181,22 +181,26 @@ def in_one_process(folder: str) -> dict[str, Any]:
     file.strategy.connect(module)
     file.fit(module, rows())
     file.save_checkpoint(f"{folder}/file.ckpt")
-    asked = LoadsItself()
-    trainer(1, max_epochs=2, directories=False).fit(asked, rows(), ckpt_path=f"{folder}/file.ckpt")
+    asked = [LoadsItself(), LoadsItself()]
+    for module, saved in zip(asked, ("file", "last"), strict=True):
+        before = trainer(1).strategy.load_checkpoint(f"{folder}/{saved}.ckpt")  # there is no model
+        trainer(1, max_epochs=2).fit(module, rows(), ckpt_path=f"{folder}/{saved}.ckpt")
+        assert before["state_dict"].keys() == module.state_dict().keys()
     return {
         "steps": {int(state["step"]) for state in plain.state.values()},
         "same": same,
         "copied": len(copies.copies),
         "own": fit.fit_loop.epoch_loop.val_loop.run is own,
         "loaded": all(torch.isfinite(p).all() for p in loaded.parameters()),
-        "asked": asked.called,
+        "asked": [module.called for module in asked],
     }
 
 
 def test_what_one_process_has_besides(tmp_path: Path) -> None:
     (found,) = on_ranks(1, in_one_process, str(tmp_path))
     assert found["steps"] == {2} and found["same"] and found["copied"] >= 2 and found["own"] and found["loaded"]
-    assert found["asked"][:2] == ["on_load_checkpoint", "load_state_dict"]
+    of_file, of_directory = found["asked"]
+    assert of_file[:2] == ["on_load_checkpoint", "load_state_dict"] and "load_state_dict" in of_directory
 
 
 def summarised(world: int) -> Any:

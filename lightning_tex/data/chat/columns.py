@@ -56,7 +56,7 @@ class Columns:
             ValueError: it has none of the known ones.
         """
         if names:
-            return cls(_kind_of(names), names)
+            return cls(kind_of(names), names)
         for kind in KINDS:
             if all(row.get(column) is not None for column in kind):
                 return cls(kind, {})
@@ -94,7 +94,12 @@ class Columns:
         return Example([*before, *after], answers, variables=_variables(row))
 
 
-def _kind_of(names: Mapping[str, str]) -> Sequence[str]:
+def kind_of(names: Mapping[str, str]) -> Sequence[str]:
+    """Which of ``KINDS`` some names are for.
+
+    Raises:
+        ValueError: none.
+    """
     for kind in KINDS:
         if set(names) == set(kind):
             return kind

@@ -8,12 +8,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_tex.data.chat.columns import Columns
+from lightning_tex.data.chat.columns import Columns, kind_of
 from lightning_tex.data.chat.encoder import ConversationEncoder, Loss, TooLong
 from lightning_tex.data.chat.fitting import best_fit
 from lightning_tex.data.chat.rows import AnyRows, ConversationSource
@@ -24,7 +24,14 @@ from lightning_tex.data.chat.samples import (
     mapped_numbers,
     write_numbers,
 )
-from lightning_tex.data.chat.template import ChatTemplate, chat_template, end_of_text, only_cache, tokenizer_config
+from lightning_tex.data.chat.template import (
+    ChatTemplate,
+    chat_template,
+    end_of_text,
+    given_template,
+    only_cache,
+    tokenizer_config,
+)
 from lightning_tex.data.corpus import fingerprint
 from lightning_tex.data.packing import Samples
 from lightning_tex.data.prepared import Notes, Prepared, Preparing, build_once, mark_as_cache
@@ -32,7 +39,7 @@ from lightning_tex.data.tokenizer import TextTokenizer, quiet_forks, tokenizer_f
 from lightning_tex.data.tokens import Tokens
 from lightning_tex.data.tokens.store import open_shards
 from lightning_tex.data.tokens.writing import write_tokens
-from lightning_tex.parallel.errors import UserValueError
+from lightning_tex.parallel.errors import UserValueError, require_choice
 
 _FORMAT = "1"  # raise it when the same settings no longer give the same files
 _TURNS = ("<|im_start|>", "<|im_end|>")  # special tokens of a tokenizer that is trained
@@ -54,6 +61,9 @@ class ConversationPreparation(Preparing):
     sequence_length: int
     packing: bool
     buckets: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        require_options(self.loss, self.too_long, self.columns, self.chat_template)
 
     def run(self, cache_dir: Path, hub_cache_dir: Path | None, processes: int | None = None) -> PreparedConversations:
         mark_as_cache(cache_dir)
@@ -129,6 +139,23 @@ class ConversationPreparation(Preparing):
             (folder / "summary.json").write_text(json.dumps(facts_of_part))
             if part == "train" and not len(ends):
                 raise UserValueError(f"path={self.source.path!r} leaves nothing to train on: {said_of(facts_of_part)}")
+
+
+def require_options(
+    loss: Loss, too_long: TooLong, columns: Mapping[str, str] | None, chat_template: str | None
+) -> None:
+    """Refuse options of conversations that no data could have.
+
+    Raises:
+        ValueError: naming what is legal.
+        FileNotFoundError: no such template.
+    """
+    require_choice("loss", loss, get_args(Loss))
+    require_choice("too_long", too_long, get_args(TooLong))
+    if columns:
+        kind_of(columns)
+    if chat_template is not None:
+        given_template(chat_template)
 
 
 class PreparedConversations(Prepared):

@@ -152,7 +152,7 @@ def chat_template(tokenizer: str | None, given: str | None, options: Mapping[str
     config = tokenizer_config(tokenizer)
     tokens = {name: text for name in _TOKENS if (text := _content(config.get(name))) is not None}
     if given is not None:
-        source: str | None = _given(given)
+        source: str | None = given_template(given)
     else:
         file = _beside(tokenizer, "chat_template.jinja")
         source = _of_config(config) if file is None else file.read_text("utf-8")
@@ -181,7 +181,12 @@ def _content(token: Any) -> str | None:
     return content if isinstance(content, str) else None
 
 
-def _given(given: str) -> str:
+def given_template(given: str) -> str:
+    """The text of one that is built in, or of a file.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
     if given in _BUILT_IN:
         return _BUILT_IN[given]
     file = Path(given).expanduser()
@@ -217,7 +222,7 @@ def only_cache(tokenizer: str | None) -> bool:
 
 
 def _of_hub(repository: str, name: str) -> Path | None:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
@@ -226,6 +231,8 @@ def _of_hub(repository: str, name: str) -> Path | None:
         unanswered = isinstance(error, LocalEntryNotFoundError)  # which is the other one, too
         if isinstance(error, EntryNotFoundError) and (only_cache(repository) or not unanswered):
             return None
+        if unanswered and not isinstance(try_to_load_from_cache(repository, name), str | None):
+            return None  # the client has been told before that there is none
         reason = str(error).strip().partition("\n")[0]
         raise UserFileError(
             f"whether tokenizer={repository!r} has a {name} cannot be found out: the Hugging Face hub does not give it "

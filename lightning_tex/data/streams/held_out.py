@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
-from lightning_tex.data.streams.shards import Place, Row, Shards
+from lightning_tex.data.streams.shards import Place, Row, Shards, required_text
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class SomeShards(Shards):
 
 
 class HeldOutDocuments:
-    """Documents that are held out, in their order, as ``datasets`` gives those of a stream.
+    """Documents that are held out, in their order: of each what gives its text, which takes reading only then.
 
     Args:
         shards: of which.
@@ -57,21 +57,11 @@ class HeldOutDocuments:
     def __init__(self, shards: Shards, rows: HeldOut | None) -> None:
         self.shards, self.rows = shards, rows
 
-    def set_epoch(self, epoch: int) -> None:
-        """Does nothing: every epoch is alike."""
-
-    def iter(self, batch_size: int) -> Iterator[dict[str, list[Any]]]:
-        """Up to so many at a time."""
-        texts: list[Any] = []
+    def __iter__(self) -> Iterator[Callable[[], str]]:
         for shard in range(self.shards.count):
             for number, (row, _) in enumerate(self.shards.read(shard)):
                 if self.rows is None or self.rows.has(number):
-                    texts.append(row())
-                if len(texts) == batch_size:
-                    yield {"text": texts}
-                    texts = []
-        if texts:
-            yield {"text": texts}
+                    yield partial(required_text, row, number, self.shards.name_of(shard))
 
 
 def divided(shards: Shards, stride: int) -> tuple[Shards, HeldOut, HeldOutDocuments]:

@@ -60,8 +60,7 @@ class PartRows(IterableDataset):
     @property
     def parts(self) -> range:
         """Those that this rank's rows are of."""
-        rows, each = self.share.slice, self.rows_of_a_part
-        return range(rows.start // each, -(-rows.stop // each))
+        return self.share.parts(self.order.parts)
 
     def seek(self, step: int, states: States) -> None:
         """Let the next iteration begin with this micro-step, before which the parts stand so."""

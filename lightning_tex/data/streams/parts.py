@@ -11,12 +11,11 @@ import hashlib
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from lightning_tex.data.streams.order import StreamOrder
-from lightning_tex.data.streams.shards import Place, Shards
+from lightning_tex.data.streams.shards import Place, Shards, required_text
 from lightning_tex.data.tokenizer import TextTokenizer
 from lightning_tex.parallel.errors import UserValueError
 
@@ -84,21 +83,14 @@ class PartDocuments:
             for text_of, behind in self.shards.read(shard, place):
                 if self.order.is_in(remainder, row):
                     empty = 0
-                    yield self._required(text_of(), shard, row), PartState(position, row + 1, behind)
+                    text = required_text(text_of, row, self.shards.name_of(shard))
+                    yield text, PartState(position, row + 1, behind)
                 row += 1
             position, row, place = position + self.order.parts, 0, None
         raise UserValueError(
             f"part {position % self.order.parts} of stream_parts={self.order.parts} has no documents in "
             f"{self.order.shards} shards; legal: fewer parts, or more data"
         )
-
-    def _required(self, text: Any, shard: int, row: int) -> str:
-        if not isinstance(text, str):
-            raise UserValueError(
-                f"row {row} of {self.shards.name_of(shard)} is {text!r} and no text; legal: strings in every row "
-                "(leave such rows out, or name another text_column)"
-            )
-        return text
 
 
 class PartBlocks:

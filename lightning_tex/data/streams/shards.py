@@ -39,6 +39,26 @@ class Shards(ABC):
         """A shard in the user's words."""
 
 
+def required_text(row: Row, number: int, shard: str) -> str:
+    """The text of a row.
+
+    Args:
+        row: gives it.
+        number: of the row in its shard.
+        shard: in the user's words.
+
+    Raises:
+        ValueError: it is no text.
+    """
+    text = row()
+    if not isinstance(text, str):
+        raise UserValueError(
+            f"row {number} of {shard} is {text!r} and no text; legal: strings in every row (leave such rows out, or "
+            "name another text_column)"
+        )
+    return text
+
+
 class DatasetShards(Shards):
     """Those of a streamed data set, as ``datasets`` divides it; a place is its ``state_dict``.
 

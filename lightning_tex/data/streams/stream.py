@@ -14,11 +14,12 @@ from lightning_tex.data.damage import named_files
 from lightning_tex.data.order import Share
 from lightning_tex.data.packing import Batch
 from lightning_tex.data.resume import Positions
-from lightning_tex.data.streams.held_out import NOTHING, divided
+from lightning_tex.data.streams.evaluation import HeldOutRows
+from lightning_tex.data.streams.held_out import NOTHING, HeldOutDocuments, divided
 from lightning_tex.data.streams.loader import PartRows, States, StreamLoader
 from lightning_tex.data.streams.order import StreamOrder
 from lightning_tex.data.streams.parts import PartBlocks, PartDocuments, PartState
-from lightning_tex.data.streams.shards import shards_of
+from lightning_tex.data.streams.shards import DatasetShards, shards_of
 from lightning_tex.data.tokenizer import TextTokenizer
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.flight_record import TRAINING
@@ -36,7 +37,7 @@ class StreamInParts:
 
     Attributes:
         order: of the training documents.
-        validation: documents, held out or of a split of their own.
+        held_out: documents to validate on, and (or None) to test on, by these names.
     """
 
     def __init__(
@@ -45,11 +46,15 @@ class StreamInParts:
         self.source = source
         files = named_files(builder_of(source)[1])
         self._files = fingerprint([f"{file.name}:{file.stat().st_size}" for file in files])
-        documents, self.validation = source.undivided(cache_dir, hub_cache_dir)
-        self.shards, held_out = shards_of(source, documents), NOTHING
-        if self.validation is None:
-            self.shards, held_out, self.validation = divided(self.shards, source.held_out_stride())
-        self.order = StreamOrder(parts, self.shards.count, seed, buffer, held_out)
+        documents, validation, test = source.undivided(cache_dir, hub_cache_dir)
+        self.shards, left_out = shards_of(source, documents), NOTHING
+        self.held_out = {
+            "validation": _all_of(validation, source, source.validation_split or "validation"),
+            "test": _all_of(test, source, source.test_split),
+        }
+        if validation is None:
+            self.shards, left_out, self.held_out["validation"] = divided(self.shards, source.held_out_stride())
+        self.order = StreamOrder(parts, self.shards.count, seed, buffer, left_out)
         self.positions: Positions | None = None
         self._loaded: States | None = None
 
@@ -66,6 +71,12 @@ class StreamInParts:
         blocks = PartBlocks(PartDocuments(self.shards, self.order), tokenizer, sequence_length)
         rows = PartRows(blocks, self.order, share, collate, self.source.reading)
         return StreamLoader(rows, self.positions, num_workers, pin_memory)
+
+    def evaluation(self, name: str, tokenizer: TextTokenizer, sequence_length: int, share: Share) -> HeldOutRows:
+        """A data rank's rows of documents that are held out."""
+        documents = self.held_out[name]
+        assert documents is not None
+        return HeldOutRows(documents, self.order.parts, tokenizer, sequence_length, share, self.source.reading)
 
     def begin(self, step: int) -> Positions:
         """Let the parts stand where the loaded state has them, before this micro-step; without, at their beginnings."""
@@ -110,6 +121,12 @@ class StreamInParts:
         order = self.order
         parts = {"stream_parts": order.parts, "shuffle_buffer": order.buffer, "shards": order.shards}
         return {"files": self._files, **parts}
+
+
+def _all_of(documents: Any, source: Source, split: str | None) -> HeldOutDocuments | None:
+    if documents is None:
+        return None
+    return HeldOutDocuments(DatasetShards(documents, f"path={source.path!r}, split={split!r}"), None)
 
 
 def _of_all_ranks(states: States, trainer: Any) -> Sequence[States]:

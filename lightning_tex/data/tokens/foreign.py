@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from abc import abstractmethod
 from pathlib import Path
 
 import numpy as np
@@ -60,12 +61,48 @@ def sampled_fingerprint(stream: Tokens, sequence_length: int) -> str:
     return digest.hexdigest()
 
 
-class _MegatronFile(TokenFile):
+class _IndexedFile(TokenFile):
+    """Tokens with an index of another's beside them, which may say what cannot be."""
+
+    @property
+    @abstractmethod
+    def index(self) -> Path:
+        """Where documents end is told there."""
+
+    @abstractmethod
+    def _ends(self, start: int, stop: int) -> np.ndarray:
+        """Where documents ``[start, stop)`` end, as the index has it."""
+
+    @property
+    def ends(self) -> np.ndarray:
+        return self._rising(self._ends(0, self.documents))
+
+    def document_end(self, number: int) -> int:
+        first = max(0, number - 1)
+        return int(self._rising(self._ends(first, min(number + 2, self.documents)))[number - first])
+
+    def _rising(self, ends: np.ndarray) -> np.ndarray:
+        if len(ends) and (ends[0] < 0 or ends[-1] > self.tokens or (ends[1:] < ends[:-1]).any()):
+            raise self._damaged()
+        return ends
+
+    def _damaged(self) -> UserValueError:
+        return UserValueError(
+            f"{self.index} is damaged: documents of {self.path.name}, of {self.tokens} tokens, end before they begin, "
+            f"or beyond it; {self.remedy}"
+        )
+
+
+class _MegatronFile(_IndexedFile):
     """A ``.bin`` with its ``.idx`` beside it."""
 
     def __init__(self, path: Path, dtype: np.dtype, tokens: int, sequences: int, indices: int) -> None:
         super().__init__(path, dtype, tokens, max(0, indices - 1), remedy="prepare it again")
         self.sequences = sequences
+
+    @property
+    def index(self) -> Path:
+        return self.path.with_suffix(".idx")
 
     @classmethod
     def of(cls, path: Path) -> _MegatronFile:
@@ -104,31 +141,36 @@ class _MegatronFile(TokenFile):
         return self._part("<i8", self.documents + 1, 12 * self.sequences)
 
     def _part(self, dtype: str, count: int, offset: int) -> np.ndarray:
-        return np.memmap(self.path.with_suffix(".idx"), dtype, "r", _HEADER.size + offset, (count,))
+        return np.memmap(self.index, dtype, "r", _HEADER.size + offset, (count,))
 
-    @property
-    def ends(self) -> np.ndarray:
-        starts = self._offsets // self.dtype.itemsize
-        return np.append(starts, self.tokens)[self._firsts[1:]]
+    def _ends(self, start: int, stop: int) -> np.ndarray:
+        following = self._firsts[start + 1 : stop + 1]
+        if ((following < 0) | (following > self.sequences)).any():
+            raise self._damaged()
+        ends, inside = np.full(len(following), self.tokens), following < self.sequences
+        ends[inside] = self._offsets[following[inside]] // self.dtype.itemsize
+        return ends
 
-    def document_end(self, number: int) -> int:
-        sequence = int(self._firsts[number + 1])
-        return self.tokens if sequence == self.sequences else int(self._offsets[sequence]) // self.dtype.itemsize
 
-
-class _DatatroveFile(TokenFile):
+class _DatatroveFile(_IndexedFile):
     """A ``.ds`` with its ``.ds.index`` beside it."""
 
     @property
-    def ends(self) -> np.ndarray:
-        return self._mapped(_with(self.path, ".index"), np.dtype("<u8"), self.documents).view("<i8")
+    def index(self) -> Path:
+        return _with(self.path, ".index")
+
+    def _ends(self, start: int, stop: int) -> np.ndarray:
+        return self._mapped(self.index, np.dtype("<u8"), self.documents).view("<i8")[start:stop]
 
 
 def _datatrove_file(path: Path) -> _DatatroveFile:
     index, loss, metadata = (_with(path, suffix) for suffix in (".index", ".loss", ".metadata"))
     if not index.is_file():
         raise UserFileError(f"{index} is not there, and tells where documents of {path} end; legal: both")
-    documents, size = index.stat().st_size // 8, path.stat().st_size
+    documents, rest = divmod(index.stat().st_size, 8)
+    size = path.stat().st_size
+    if rest:
+        raise UserValueError(f"{index} has {8 * documents + rest} bytes, 8 for each document: it is cut short")
     tokens = int(np.memmap(index, "<u8", "r")[-1]) if documents else 0
     width = _width(metadata) or (size // tokens if tokens else 2)
     if width not in (2, 4) or size != tokens * width:
@@ -146,5 +188,5 @@ def _width(metadata: Path) -> int | None:
     """Bytes of a token, where the metadata says it."""
     if not metadata.is_file():
         return None
-    _, bar, width = metadata.read_text("utf-8").partition("\n")[0].rpartition("|")
+    _, bar, width = metadata.read_text("utf-8", "replace").partition("\n")[0].rpartition("|")
     return int(width) if bar and width.isdigit() else None

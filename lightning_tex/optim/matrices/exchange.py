@@ -23,7 +23,7 @@ from lightning_tex.parallel.topology import Axis
 # D replicas that own parts of the buffer, n elements of each part
 
 
-class Exchange:
+class MatrixExchange:
     """Moves the matrices of one buffer. Every call is collective over the axes.
 
     Args:

@@ -19,7 +19,7 @@ from lightning_tex.optim.flat import Entry, FlatBuffer
 from lightning_tex.optim.formats import LOW_PRECISION, Window
 from lightning_tex.optim.gradients import Gradients
 from lightning_tex.optim.matrices.costs import MatrixCosts
-from lightning_tex.optim.matrices.exchange import Exchange
+from lightning_tex.optim.matrices.exchange import MatrixExchange
 from lightning_tex.optim.matrices.ownership import Loads, at_once, rounds
 from lightning_tex.optim.matrices.states import MatrixStates
 from lightning_tex.optim.matrices.units import Unit, units
@@ -92,7 +92,7 @@ class MatrixShard(Shard):
         (cut_axes,) = {tuple(axis for axis, _ in unit.cuts) for unit in every}  # as all are of one kind
         lengths = [unit.numel for unit in every]
         owners = loads.assign(lengths, [buffer.owners, *cut_axes])
-        self.exchange = Exchange(buffer, [buffer.owners, *cut_axes], dict(zip(every, owners, strict=True)))
+        self.exchange = MatrixExchange(buffer, [buffer.owners, *cut_axes], dict(zip(every, owners, strict=True)))
         together = rounds(lengths, owners, at_once(device_type(buffer.parameters)))
         self.rounds = [[every[place] for place in places] for places in together]
         self.mine = [unit for some in self.rounds for unit in self.exchange.are_mine(some)]

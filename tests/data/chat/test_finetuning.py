@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from helpers.cases import case
@@ -329,6 +330,23 @@ def test_a_template_that_cannot_be_fetched_is_told_from_none(
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fetched)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
     assert re.search(words, refused(lambda: make(tokenizer="owner/name")))
+
+
+def test_a_template_that_the_client_knows_not_to_be_there_needs_no_way_to_the_hub(
+    make: Any, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose tokenizer's configuration has it."""
+
+    def fetched(repository: str, name: str) -> str:
+        if name == "chat_template.jinja":
+            raise LocalEntryNotFoundError("no connection")
+        return str(tokenizer / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetched)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    assert "chat_template.jinja cannot be found out" in refused(lambda: make(tokenizer="owner/name"))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: huggingface_hub._CACHED_NO_EXIST)
+    assert torch.equal(whole(make(tokenizer="owner/name"))["labels"], whole(make())["labels"])
 
 
 def test_ids_beyond_the_vocabulary(make: Any) -> None:

@@ -93,7 +93,7 @@ def test_what_is_held_out_is_not_trained_on(sizes: list[int]) -> None:
         for part in range(3)
         for epoch, text in itertools.takewhile(lambda found: found[0] < 1, of_positions(train, order, part))
     }
-    validated = [text for batch in held_out.iter(7) for text in batch["text"]]
+    validated = [text() for text in held_out]
     everything = {row() for shard in range(len(sizes)) for row, _ in shards.read(shard)}
     assert trained | set(validated) == everything
     assert not trained & set(validated)
@@ -102,8 +102,8 @@ def test_what_is_held_out_is_not_trained_on(sizes: list[int]) -> None:
 
 
 def test_held_out_documents_of_a_split_are_all_of_it() -> None:
-    texts = [text for batch in HeldOutDocuments(Listed([3, 2]), None).iter(2) for text in batch["text"]]
-    assert [text.split()[0] for text in texts] == ["0-0", "0-1", "0-2", "1-0", "1-1"]
+    texts = HeldOutDocuments(Listed([3, 2]), None)
+    assert [text().split()[0] for text in texts] == ["0-0", "0-1", "0-2", "1-0", "1-1"]
 
 
 @pytest.fixture(scope="module")
