@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import resource
+import subprocess
+import sys
 
 import pytest
-import torch
 
 from lightning_tex.parallel import allocator
 from lightning_tex.parallel.allocator import keep_freed_memory, use_growing_segments
-from lightning_tex.testing.ranks import run_ranks
 
 
 def test_segments_grow_unless_the_user_has_set_something() -> None:
@@ -30,25 +29,26 @@ def test_torch_still_takes_the_setting() -> None:
         allocator._SET("no such setting")
 
 
-def faults_of_later_steps(keep: bool) -> int:
-    """Pages that five steps take from the system although nine like them have been there before."""
-    if keep:
-        assert keep_freed_memory({})
-
-    def step() -> None:
-        tensors = [torch.ones(mebibytes << 18) for mebibytes in (40, 10, 36, 5)]  # glibc keeps none of more than 32
-        del tensors
-
-    for _ in range(9):
-        step()
+FAULTS_OF_LATER_STEPS = """
+import resource, torch
+from lightning_tex.parallel.allocator import keep_freed_memory
+def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(5):
-        step()
+        tensors = [torch.ones(mebibytes << 18) for mebibytes in (40, 10, 36, 5)]  # glibc keeps none of more than 32
+        del tensors
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+without = faults()
+assert keep_freed_memory({})
+faults()
+print(without, faults())
+"""
 
 
 def test_the_host_keeps_what_a_step_has_freed_for_the_next() -> None:
-    (without,), (kept,) = (run_ranks(1, faults_of_later_steps, keep) for keep in (False, True))
+    done = subprocess.run([sys.executable, "-c", FAULTS_OF_LATER_STEPS], capture_output=True, text=True, check=True)
+    without, kept = map(int, done.stdout.split())
     assert kept < without / 10, (kept, without)
 
 
