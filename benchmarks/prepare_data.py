@@ -98,6 +98,7 @@ def measure(place: Path, megabytes: int, processes: list[int], turns: int) -> di
         before = processor_seconds()
         times[name].append(of_bytes / 1e6 / seconds(action))
         cost[name].append((processor_seconds() - before) / of_bytes * 1e6)
+        print(f"{name}: {times[name][-1]:.2f} MB/s, {cost[name][-1]:.2f} s of processors a MB", flush=True)
 
     take("alone", lambda: alone(tokenizer, share), size)
     prepared: Any = None

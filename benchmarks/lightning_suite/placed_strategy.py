@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities import cloud_io
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 
@@ -52,18 +53,22 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _take_directories_for_files() -> None:
-    """Let ``torch.load`` and ``os.path.isfile`` of tests do with directories what tests of these would call instead."""
-    load, is_file = torch.load, os.path.isfile
+    """Let loads and ``os.path.isfile`` of tests do with directories what tests of these would call instead."""
+    is_file = os.path.isfile
 
-    def consolidated_or_loaded(path: Any, *arguments: Any, **options: Any) -> Any:
-        if isinstance(path, (str, os.PathLike)) and os.path.isdir(path):
-            return consolidated(path, trusted=options.get("weights_only") is False)
-        return load(path, *arguments, **options)
+    def or_consolidated(load: Callable[..., Any]) -> Callable[..., Any]:
+        def load_either(path: Any, *arguments: Any, **options: Any) -> Any:
+            if isinstance(path, (str, os.PathLike)) and os.path.isdir(path):
+                return consolidated(path, trusted=options.get("weights_only") is False)
+            return load(path, *arguments, **options)
+
+        return load_either
 
     def is_file_or_checkpoint(path: Any) -> bool:
         return is_file(path) or is_file(os.path.join(path, MANIFEST))
 
-    torch.load = consolidated_or_loaded
+    torch.load = or_consolidated(torch.load)
+    cloud_io._load = or_consolidated(cloud_io._load)
     os.path.isfile = is_file_or_checkpoint  # type: ignore[assignment]
 
 

@@ -42,8 +42,7 @@ def load_figure(history: ExpertHistory) -> Figure:
     grid = right.subplots(rows, columns, squeeze=False)
     for ax, layer in zip(grid.flat, shown, strict=False):
         loads = history.loads(layer)
-        steps = history.steps[0], max(history.steps[-1], history.steps[0] + 1)
-        heat_map(ax, loads.T, extent=(*steps, loads.shape[1] - 0.5, -0.5))
+        heat_map(ax, loads.T, extent=(*_span(history.steps), loads.shape[1] - 0.5, -0.5))
         ax.yaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_title(f"layer {layer}", fontsize="small")
         ax.tick_params(labelsize="x-small")
@@ -52,3 +51,9 @@ def load_figure(history: ExpertHistory) -> Figure:
     right.supxlabel("step", fontsize="medium")
     right.supylabel("expert", fontsize="medium")
     return figure
+
+
+def _span(ends: list[int]) -> tuple[int, int]:
+    """Steps from the begin of the first column to the end of the last one."""
+    first = ends[0] if len(ends) == 1 else ends[1] - ends[0]
+    return max(0, ends[0] - first), ends[-1]

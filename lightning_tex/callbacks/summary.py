@@ -54,6 +54,8 @@ class RunSummary(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
+        if trainer.progress_bar_callback is not None:  # rich's is drawn until then, and once more at the end
+            trainer.progress_bar_callback.teardown(trainer, pl_module, "fit")
         rows = [
             *self._rows,
             *_skipped(trainer),

@@ -21,7 +21,7 @@ from lightning_tex import __version__
 from lightning_tex.cli.options import HELP
 from lightning_tex.cli.restarts import asks_for_restarts, fit_with_restarts
 from lightning_tex.parallel.errors import UserError, UserValueError, left_by_another_rank
-from lightning_tex.recipe import DEFAULTS, TexCLI
+from lightning_tex.recipe import DEFAULTS, TexCLI, cli_of
 from lightning_tex.resilience.telling import is_told, told_in_one_line
 
 # Those that are not the Trainer's: the module whose ``main`` takes the words after the command. Imported when it is
@@ -90,7 +90,9 @@ def _run(args: ArgsType) -> None:
         print(f"lightning-tex {__version__}")
     elif first == "fit" and asks_for_restarts(words):
         raise SystemExit(fit_with_restarts(words))
-    elif first not in TexCLI.subcommands() and not (first.startswith("-") and TexCLI.subcommands().keys() & set(words)):
+    elif first in TexCLI.subcommands():
+        cli_of(first)(**DEFAULTS, args=args)
+    elif not (first.startswith("-") and TexCLI.subcommands().keys() & set(words)):
         raise UserValueError(_unknown(words))
     else:
         TexCLI(**DEFAULTS, args=args)

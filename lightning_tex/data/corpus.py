@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import sysconfig
 import tokenize
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_tex.data import damage
-from lightning_tex.parallel.errors import UserFileError, UserValueError
+from lightning_tex.data.local_files import BUILDERS, builder_of, file_stamps
+from lightning_tex.parallel.errors import UserValueError
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -23,15 +23,6 @@ if TYPE_CHECKING:
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _LEFT_OUT |= {"encodings", "pydoc_data", "_bundled"}
 _LARGEST_SHARE = 20  # no file may be more than 1/20 of the corpus
-_BUILDERS = {
-    "text": {".txt", ".md", ".rst", ".text"},
-    "json": {".jsonl", ".json"},
-    "csv": {".csv"},
-    "parquet": {".parquet"},
-}
-# Marks a folder as a cache, for us as for programs that back up (bford.info/cachedir).
-CACHE_TAG = "CACHEDIR.TAG"
-_KNOWN_SUFFIXES = ", ".join(sorted(suffix for suffixes in _BUILDERS.values() for suffix in suffixes))
 
 
 @dataclass(frozen=True)
@@ -92,9 +83,10 @@ class Source:
         """Around what reads the documents: its errors name the file that is to blame."""
         if self.path is None:
             return nullcontext()
-        builder, data_files, _ = builder_of(self)
+        builder, data_files, _ = builder_of(str(self.path), self.data_files)
         name = f", name={self.name!r}" if self.name else ""
-        return damage.reading(f"path={self.path!r}{name}, split={self.split!r}", builder, data_files)
+        what = f"path={self.path!r}{name}, split={self.split!r}"
+        return damage.reading(what, builder, data_files, self.text_column)
 
 
 @dataclass(frozen=True)
@@ -198,8 +190,8 @@ def _load_dataset(source: Source, cache_dir: Path, hub_cache_dir: Path | None) -
 
 def _parts(source: Source, cache_dir: Path, hub_cache_dir: Path | None) -> tuple[Any, Any, Any, str]:
     """Training, validation and test documents, None where there are none of their own, and the key."""
-    path, data_files, options = builder_of(source)
-    local = path in _BUILDERS
+    path, data_files, options = builder_of(str(source.path), source.data_files)
+    local = path in BUILDERS
     options |= {"streaming": source.streaming, "cache_dir": str(cache_dir if local else hub_cache_dir or "") or None}
     splits = _call(path, source.name, data_files, None, options)
 
@@ -218,50 +210,6 @@ def _call(path: str, name: str | None, data_files: Any, split: str | None, optio
     from datasets import load_dataset
 
     return load_dataset(path, name, data_files=data_files, split=split, **options)
-
-
-def builder_of(source: Source) -> tuple[str, Any, dict[str, Any]]:
-    """The path, data files and options for ``load_dataset``; what a local path holds is told by the names of files."""
-    path, data_files = str(source.path), source.data_files
-    local = Path(path).expanduser()
-    if data_files is None and local.exists():
-        path, data_files = _local_files(local)
-    return path, data_files, {"sample_by": "document"} if path == "text" else {}
-
-
-def _local_files(path: Path) -> tuple[str, list[str] | None]:
-    files = sorted(_files_below(path)) if path.is_dir() else [path]
-    if not files:
-        raise UserFileError(f"the folder path={str(path)!r} is empty; legal: a folder with {_KNOWN_SUFFIXES} files")
-    found = {kind: [str(f) for f in files if f.suffix.lower() in suffixes] for kind, suffixes in _BUILDERS.items()}
-    found = {kind: names for kind, names in found.items() if names}
-    if not found:
-        return str(path), None  # a data set in a form of its own, which load_dataset may know
-    if len(found) > 1:
-        counts = ", ".join(f"{len(names)} {kind}" for kind, names in found.items())
-        raise UserValueError(
-            f"{path} holds {counts} files; name one kind, e.g. path='text', data_files='{path}/**/*.txt'"
-        )
-    return next(iter(found.items()))
-
-
-def _files_below(folder: Path) -> Iterator[Path]:
-    """All but hidden ones and what caches hold, which is nobody's data."""
-    for place, folders, names in os.walk(folder):
-        if CACHE_TAG in names and Path(place) != folder:
-            folders.clear()
-            continue
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(place, name) for name in names if not name.startswith("."))
-
-
-def file_stamps(data_files: Any) -> list[str]:
-    """Name, size and time of every local file that ``data_files`` names outright, to notice that one was rewritten."""
-    if isinstance(data_files, dict):
-        return [stamp for files in data_files.values() for stamp in file_stamps(files)]
-    names: Iterable[str] = [data_files] if isinstance(data_files, str) else data_files or []
-    paths: Sequence[Path] = [path for path in map(Path, names) if path.is_file()]
-    return [f"{path}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in paths]
 
 
 def _text_only(documents: Any, column: str) -> Any:

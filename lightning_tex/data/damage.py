@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-import csv
-import glob
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lightning_tex.data.forms import FORMS, innermost
+from lightning_tex.data.local_files import named_files
 from lightning_tex.parallel.errors import UserError, UserFileError, UserValueError
+
+_TEXTS = "legal: strings in every row (leave such rows out, or name another text_column)"
+
+
+class NoTextError(UserValueError):
+    """A document that is no text; :func:`reading` looks for its file."""
 
 
 @contextmanager
-def reading(what: str, builder: str, data_files: Any) -> Iterator[None]:
+def reading(what: str, builder: str, data_files: Any, column: str) -> Iterator[None]:
     """Reading documents, whose errors name the file that is to blame where it is a local one.
 
     Args:
         what: is read, in the user's words.
         builder: its form, as in ``datasets.load_dataset``.
         data_files: its files, as there.
+        column: that holds the texts.
 
     Raises:
         ValueError: they cannot be read.
@@ -30,33 +37,27 @@ def reading(what: str, builder: str, data_files: Any) -> Iterator[None]:
 
     try:
         yield
+    except NoTextError as error:
+        place = no_text(builder, named_files(data_files), column)
+        raise error if place is None else UserValueError(f"cannot read {what}: {place}; {_TEXTS}") from None
     except UserError:
         raise
     except FileNotFoundError as error:
         raise UserFileError(f"cannot read {what}: {error}") from error
-    except (DatasetsError, ValueError, StopIteration, OSError, TypeError) as error:
+    except (DatasetsError, ValueError, StopIteration, OSError, TypeError, KeyError) as error:
         files = named_files(data_files)
         reason = damage(builder, files) or mixed_columns(builder, files)
-        if reason is None and isinstance(error, (OSError, TypeError)):  # of something else than the files
+        if reason is None and isinstance(error, (OSError, TypeError, KeyError)):  # of something else than the files
             raise
-        raise UserValueError(f"cannot read {what}: {reason or _innermost(error)}") from error
-
-
-def named_files(data_files: Any) -> list[Path]:
-    """The local files that ``data_files`` names, outright or by patterns."""
-    if isinstance(data_files, dict):
-        return [file for files in data_files.values() for file in named_files(files)]
-    names: Iterable[str] = [data_files] if isinstance(data_files, str) else data_files or []
-    return [path for name in names for path in map(Path, sorted(glob.glob(name, recursive=True))) if path.is_file()]
+        raise UserValueError(f"cannot read {what}: {reason or innermost(error)}") from error
 
 
 def damage(builder: str, files: Iterable[Path]) -> str | None:
     """What is wrong with the first file that is not whole, and the remedy; None if all are."""
-    check = _CHECKS.get(builder)
-    if check is None:
+    if builder not in FORMS:
         return None
     for file in files:
-        reason = check(file)
+        reason = FORMS[builder].damage(file)
         if reason is not None:
             return f"{file} {reason}"
     return None
@@ -64,18 +65,29 @@ def damage(builder: str, files: Iterable[Path]) -> str | None:
 
 def mixed_columns(builder: str, files: Sequence[Path]) -> str | None:
     """Which file has other columns than the first, or of other types, where files are whole; None if none has."""
-    columns_of = _COLUMNS.get(builder)
     first: dict[str, str] = {}
-    if columns_of is None:
+    if builder not in FORMS:
         return None
     for file in files:
-        columns = columns_of(file)
+        columns = FORMS[builder].columns(file)
         first = first or columns
         if columns and columns != first:
             return (
                 f"{file} has the columns {_named(columns)}, and {files[0]} has {_named(first)}; legal: the same "
                 "ones in all files, or data_files that name those of one kind"
             )
+    return None
+
+
+def no_text(builder: str, files: Iterable[Path], column: str) -> str | None:
+    """Which file has something else than a text first, in which of its rows, and what; None if none has."""
+    if builder not in FORMS:
+        return None
+    form = FORMS[builder]
+    for file in files:
+        for number, value in form.values(file, column):
+            if not isinstance(value, str):
+                return f"{file}, {form.counts} {number}: {column!r} is {value!r} and no text"
     return None
 
 
@@ -87,13 +99,12 @@ def require_texts(texts: Iterable[Any], first_row: int = 0) -> None:
     """Refuse documents that are no text.
 
     Raises:
-        ValueError: naming the row.
+        NoTextError: naming the row.
     """
     for row, text in enumerate(texts, start=first_row):
         if not isinstance(text, str):
-            raise UserValueError(
-                f"document {row}, counted without those that are held out, is {text!r} and no text; legal: strings in "
-                "every row (leave such rows out, or name another text_column)"
+            raise NoTextError(
+                f"document {row}, counted without those that are held out, is {text!r} and no text; {_TEXTS}"
             )
 
 
@@ -120,103 +131,3 @@ def json_object(line: bytes, place: str, offset: int) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise UserValueError(f"{place} is {type(row).__name__}; legal: an object")
     return row
-
-
-def _innermost(error: BaseException) -> str:
-    if isinstance(error, StopIteration):
-        return "it holds no documents; legal: at least one"
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return str(error).strip().partition("\n")[0]
-
-
-def _bad_encoding(file: Path) -> str | None:
-    with file.open("rb") as lines:
-        start = 0
-        for number, line in enumerate(lines, start=1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                return (
-                    f"is not UTF-8: byte 0x{line[error.start]:02x} at offset {start + error.start}, line {number}; "
-                    "convert it (iconv -f latin1 -t utf-8), or leave it out"
-                )
-            start += len(line)
-    return None
-
-
-def _bad_json(file: Path) -> str | None:
-    if (encoding := _bad_encoding(file)) is not None:
-        return encoding
-    if file.stat().st_size == 0:
-        return "is empty; leave it out"
-    whole = _parse_error(file.read_text("utf-8")) if file.suffix == ".json" else None
-    if file.suffix == ".json" and whole is None:
-        return None
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip() and (error := _parse_error(line)) is not None:
-                return f"is no JSON in line {number}: {error}; legal: one object a line (was it cut short?)"
-    return None
-
-
-def _parse_error(text: str) -> str | None:
-    try:
-        json.loads(text)
-    except json.JSONDecodeError as error:
-        return str(error)
-    return None
-
-
-def _bad_parquet(file: Path) -> str | None:
-    import pyarrow
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        for _ in ParquetFile(file).iter_batches():
-            pass
-    except (pyarrow.ArrowException, OSError) as error:
-        return f"is no whole parquet file: {_innermost(error)} (was it cut short? fetch it again, or leave it out)"
-    return None
-
-
-def _bad_csv(file: Path) -> str | None:
-    if (encoding := _bad_encoding(file)) is not None:
-        return encoding
-    with file.open(encoding="utf-8", newline="") as lines:
-        rows = csv.reader(lines)
-        width = len(next(rows, []))
-        for row in rows:
-            if len(row) > width:
-                return f"has {len(row)} columns in line {rows.line_num}, and {width} in its first; quote the text"
-    return "is empty; leave it out" if width == 0 else None
-
-
-def _json_columns(file: Path) -> dict[str, str]:
-    with file.open(encoding="utf-8") as lines:
-        row = next((json.loads(line) for line in lines if line.strip()), None) if file.suffix == ".jsonl" else None
-    return {name: type(value).__name__ for name, value in row.items()} if isinstance(row, dict) else {}
-
-
-def _parquet_columns(file: Path) -> dict[str, str]:
-    from pyarrow.parquet import read_schema
-
-    return {field.name: str(field.type) for field in read_schema(file)}
-
-
-def _csv_columns(file: Path) -> dict[str, str]:
-    with file.open(encoding="utf-8", newline="") as lines:
-        return dict.fromkeys(next(csv.reader(lines), []), "of text")
-
-
-_COLUMNS: dict[str, Callable[[Path], dict[str, str]]] = {
-    "json": _json_columns,
-    "csv": _csv_columns,
-    "parquet": _parquet_columns,
-}
-_CHECKS: dict[str, Callable[[Path], str | None]] = {
-    "text": _bad_encoding,
-    "json": _bad_json,
-    "csv": _bad_csv,
-    "parquet": _bad_parquet,
-}

@@ -5,8 +5,7 @@ G samples in a micro-step over the whole data axis.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import count, islice
+from collections.abc import Iterator
 from typing import Any
 
 import torch.distributed as dist
@@ -14,7 +13,8 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, default_collate
 
 from lightning_tex.data.loader import ResumableLoader, loader_cursor
-from lightning_tex.data.order import PADDING, FixedBatchSampler, GlobalBatchSampler, Share
+from lightning_tex.data.order import GlobalBatchSampler, Share
+from lightning_tex.data.own_samples import EverySample, Items, Picked
 from lightning_tex.data.resume import Positions, trainer_cursor
 from lightning_tex.data.workers import end_workers
 from lightning_tex.parallel.errors import UserValueError
@@ -76,6 +76,14 @@ def on_data_axis(
     return DataAxisLoader(source, Share(global_batch_size), shuffle, seed, evaluation, options, trainer)
 
 
+def _too_few(share: Share, samples: int | None = None) -> UserValueError:
+    there = "an iterable data set has" if samples is None else f"the {samples}"
+    return UserValueError(
+        f"global_batch_size={share.global_batch_size} is more than {there} samples: there is no micro-step to train "
+        "on; legal: a smaller one, or more data"
+    )
+
+
 def _batch_size(loader: DataLoader) -> int:
     if loader.batch_size is None:
         raise UserValueError("a DataLoader with a batch_sampler, or without batch_size; legal: batch_size=G")
@@ -123,6 +131,8 @@ class DataAxisLoader(ResumableLoader):
         else:
             picked, kind = Picked(dataset, collate), EverySample if evaluation else GlobalBatchSampler
             sampler = kind(picked, share, seed, shuffle=shuffle, pad=evaluation)
+            if not evaluation and len(picked) < share.global_batch_size:
+                raise _too_few(share, len(picked))
             self._facts |= {"seed": seed, "shuffle": shuffle, "samples": len(picked)}
             super().__init__(picked, sampler, collate_fn=_as_it_is, **options)  # type: ignore[arg-type]
         self._positions = Positions(0, None)
@@ -163,6 +173,8 @@ class DataAxisLoader(ResumableLoader):
             if isinstance(self.order, Items):
                 self._positions.add(step, state, self.cursor.position()[1])
             yield batch
+        if not step:
+            raise _too_few(self.order.share)
         self.cursor.run_out(step)
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
@@ -203,97 +215,6 @@ class DataAxisLoader(ResumableLoader):
     def _find_place(self) -> None:
         if not self._placed and dist.is_available() and dist.is_initialized():
             self.order.share = Share(self._facts["global_batch_size"], dist.get_world_size(), dist.get_rank())
-
-
-class Picked(Dataset):
-    """A user's data set, by lists of indices.
-
-    Args:
-        dataset: with ``len``.
-        collate: makes a batch of samples.
-    """
-
-    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any]) -> None:
-        self.dataset, self.collate = dataset, collate
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, samples: list[int]) -> tuple[Any, None]:
-        together = getattr(self.dataset, "__getitems__", None)
-        items = together(samples) if together is not None else [self.dataset[sample] for sample in samples]
-        return self.collate(items), None
-
-
-class EverySample(FixedBatchSampler):
-    """All samples in their order; a rank of whose last slice nothing is left ends before it."""
-
-    def __len__(self) -> int:
-        whole, rest = divmod(len(self.dataset), self.share.global_batch_size)  # type: ignore[arg-type]
-        return whole + (rest > self.share.slice.start)
-
-    def _epoch(self, epoch: int, first: int, end: int) -> Iterator[list[int]]:
-        for samples in super()._epoch(epoch, first, end):
-            yield [sample for sample in samples if sample != PADDING]
-
-
-class Items(IterableDataset):
-    """A data rank's samples of an iterable data set of the user's, which is read as a whole.
-
-    Args:
-        dataset: the user's.
-        share: G and the place on the data axis.
-        collate: makes a batch of samples.
-        keep_tail: give the last micro-step, too, if it has fewer than G samples, and this rank some of them.
-    """
-
-    def __init__(self, dataset: Any, share: Share, collate: Callable[[list[Any]], Any], keep_tail: bool) -> None:
-        self.dataset, self.share, self.collate, self.keep_tail = dataset, share, collate, keep_tail
-        self.epoch = self.start = 0
-        self.state: Any = None  # of the user's data set, at the start
-
-    def seek(self, epoch: int, batch: int, period: int | None = None) -> None:
-        """Let the next iteration yield epoch ``epoch`` from its micro-step ``batch`` on; it ends with the epoch."""
-        self.epoch, self.start = epoch, batch
-
-    def set_epoch(self, epoch: int) -> None:
-        """Select the epoch to yield; another one than the present starts at its first micro-step."""
-        if epoch != self.epoch:
-            self.seek(epoch, 0)
-
-    def __iter__(self) -> Iterator[tuple[Any, Any]]:
-        size, mine = self.share.global_batch_size, self.share.slice
-        first, self.start, state, self.state = self.start, 0, self.state, None
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(self.epoch)
-        if state is not None:
-            self.dataset.load_state_dict(state)
-        items = iter(self.dataset)
-        if state is None:
-            for _ in islice(items, first * size):
-                pass
-        for _ in count():
-            found, kept = 0, []
-            for item in islice(items, size):
-                if mine.start <= found < mine.stop:
-                    kept.append(item)
-                found += 1
-            if found < size and not (self.keep_tail and kept):
-                return
-            yield self.collate(kept), self._state()
-            if found < size:
-                return
-
-    def _state(self) -> Any:
-        """Of the user's data set, if it is one that goes on exactly."""
-        exact = hasattr(self.dataset, "load_state_dict") and not _refills(getattr(self.dataset, "_ex_iterable", None))
-        return self.dataset.state_dict() if exact else None
-
-
-def _refills(examples: Any) -> bool:
-    """Whether a stream of ``datasets`` has a shuffle buffer, which is not resumed but filled anew."""
-    inner = [getattr(examples, "ex_iterable", None), *getattr(examples, "ex_iterables", [])]
-    return "BufferShuffled" in type(examples).__name__ or any(_refills(one) for one in inner if one is not None)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -13,9 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_tex.data.corpus import CACHE_TAG, Documents, Source, fingerprint
+from lightning_tex.data.corpus import Documents, Source, fingerprint
 from lightning_tex.data.documents import TextEncoder, TextRows
 from lightning_tex.data.fitted import fit, fit_key, open_fitted
+from lightning_tex.data.local_files import CACHE_TAG
 from lightning_tex.data.packing import Blocks, Samples, stream_fingerprint
 from lightning_tex.data.tokenizer import TextTokenizer, quiet_forks, texts_of, tokenizer_file, train_bpe
 from lightning_tex.data.tokens import Tokens
@@ -172,7 +173,8 @@ class Preparation(Preparing):
             tokenizer_dir = self._tokenizer_dir(documents, cache_dir)
         note = {"tokenizer": str(tokenizer_dir)}
         if not self.source.streaming:
-            folder = self._write(documents, tokenizer_dir, cache_dir, processes)
+            with self.source.reading():
+                folder = self._write(documents, tokenizer_dir, cache_dir, processes)
             note |= {"tokens": str(folder), "fingerprint": self._fingerprint(folder)}
         quiet_forks()
         self._notes(cache_dir).write(note)

@@ -54,9 +54,10 @@ class TextDataModule(TokenDataModule):
 
     Args:
         path: what to read, as in ``datasets.load_dataset``: a data set's name, a builder ("text", "json", ...) with
-            ``data_files``; or a folder or file of text (.txt, .md, .rst: a document each), .jsonl, .csv or .parquet; or
-            tokens that others have prepared, Megatron's .bin with .idx or datatrove's .ds, which are read as they lie.
-            None: the sources of the running Python's standard library, so that there is real text on every machine.
+            ``data_files``; a folder or file of text (.txt, .md, .rst: a document each), .jsonl, .csv, .parquet or
+            .arrow; what ``datasets`` has saved; or tokens that others have prepared, Megatron's .bin with .idx or
+            datatrove's .ds, which are read as they lie. None: the sources of the running Python's standard library, so
+            that there is real text on every machine.
         name: configuration of the data set.
         data_files: files of a builder, also by split.
         split: what to train on; slices such as "train[:10%]" are legal unless streaming.

@@ -31,7 +31,12 @@ PRECISIONS: dict[str, StoredDtypes] = {
     "bf16-mixed": StoredDtypes(torch.bfloat16, torch.float32),
     "16-mixed": StoredDtypes(torch.float16, torch.float32),
     "bf16-true": StoredDtypes(torch.bfloat16, torch.bfloat16),
+    "16-true": StoredDtypes(torch.float16, torch.float16),
 }
+
+
+# Of these the ones whose 16 bits are all there is of a parameter.
+WITHOUT_MASTERS = tuple(name for name, dtypes in PRECISIONS.items() if dtypes.full.itemsize == 2)
 
 
 def keeps_full_precision(module: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from lightning_tex.optim.flat_sizes import ALIGNMENT, batched, bucketed, most_el
 from lightning_tex.optim.matrices.costs import MatrixCosts
 from lightning_tex.optim.matrices.ownership import Loads
 from lightning_tex.parallel.layout import Layout
-from lightning_tex.parallel.precision import PRECISIONS
+from lightning_tex.parallel.precision import PRECISIONS, WITHOUT_MASTERS
 from lightning_tex.parallel.sharding import ParameterSharding
 from lightning_tex.parallel.topology import Axis
 from lightning_tex.planner.layouts import Candidate, Job
@@ -261,7 +261,7 @@ def state_bytes(
 
 def kept_format(precision: str, optimizer_state_format: str, element_bytes: int) -> str:
     """How states of parameters of that size are kept: by the format, or plainly where they need no master."""
-    if element_bytes > 2 or (precision == "bf16-true" and optimizer_state_format == "fp32"):
+    if element_bytes > 2 or (precision in WITHOUT_MASTERS and optimizer_state_format == "fp32"):
         return "plain"
     return optimizer_state_format
 

@@ -27,6 +27,14 @@ class OptionParser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
+    def dump(self, *args: Any, **kwargs: Any) -> str:
+        """As text; what has been parsed has been checked."""
+        return super().dump(*args, **{"skip_validation": True, **kwargs})
+
+    def save(self, *args: Any, **kwargs: Any) -> None:
+        """As :meth:`dump`, to a file."""
+        super().save(*args, **{"skip_validation": True, **kwargs})
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         key = re.search(r'Parser key "([\w.]+)"', message)
         prefix = f"{key[1]}." if key else ""

@@ -126,19 +126,15 @@ class ShardedGradScaler(torch.amp.GradScaler):
 
 
 class TexHalfPrecision(TrainStep, HalfPrecision):
-    """``bf16-true``: parameters, optimizer states and everything computed in bf16, but scores of routers.
+    """``bf16-true`` and ``16-true``: parameters, optimizer states and everything computed in 16 bits, but scores of
+    routers.
 
-    Raises:
-        MisconfigurationException: ``16-true``, in which small gradients are 0 and nothing scales the loss.
+    In ``16-true`` gradients below 6e-8 are 0 and nothing scales the loss, and Adam's ``eps`` of 1e-8 is 0, too.
     """
 
-    def __init__(self, precision: Literal["bf16-true", "16-true"]) -> None:
-        if precision != "bf16-true":
-            raise MisconfigurationException(_unsupported(precision, type(self).__name__))
-        super().__init__(precision)
-
     def state_config(self, wanted: OptimizerStateConfig) -> OptimizerStateConfig:
-        """Without masters, unless a format is asked for."""
+        """Without masters, unless a format is asked for, which there is for bf16."""
+        wanted = wanted if self.precision == "bf16-true" else super().state_config(wanted)
         return replace(wanted, masters=False)
 
 

@@ -40,7 +40,7 @@ def report(printed: str) -> dict[str, Any]:
 
 
 EVERY = [name.strip() for name in COMBINATIONS]
-FEW = ["baseline", "+DTD", "+DTD +CAC", "and folding"]
+FEW = ["baseline", "+DTD", "and folding"]
 
 
 @pytest.mark.parametrize("names", [FEW, pytest.param(EVERY, marks=pytest.mark.full)], ids=["few", "every"])
@@ -71,11 +71,11 @@ def test_combinations_give_the_same_loss_and_their_own_bytes(recipe: Path, tmp_p
 
 
 def test_a_combination_that_the_recipe_does_not_allow_is_skipped_with_the_reason(recipe: Path, tmp_path: Path) -> None:
-    quick = ("--steps", "1", "--warmup", "1", "--turns", "1", "--json", "--only", "and folding", "+DTD")
+    quick = ("--steps", "1", "--warmup", "1", "--turns", "1", "--json", "--only", "and folding")
     odd = ("--model.init_args.config.num_experts", "2", "--model.init_args.config.capacity_factor", "1.0")
     (printed, _, _), *_ = run_ranks(4, bench, tmp_path, recipe, *quick, *odd)
     found = report(printed)
-    assert list(found["combinations"]) == ["baseline", "+DTD"]
+    assert list(found["combinations"]) == ["baseline"]
     assert "num_experts=2" in found["skipped"]["and folding"]
 
 

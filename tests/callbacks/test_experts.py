@@ -23,6 +23,7 @@ from torch import Tensor
 from lightning_tex import LanguageModel
 from lightning_tex.callbacks import ExpertMonitor
 from lightning_tex.callbacks.expert_history import ExpertHistory
+from lightning_tex.callbacks.expert_pictures import load_figure
 from lightning_tex.models import DecoderConfig
 from lightning_tex.moe.routers import SoftmaxRouter
 from lightning_tex.parallel.expert_load import ExpertLoad, LoadTotals
@@ -202,6 +203,16 @@ def test_a_history_has_a_bounded_number_of_columns_and_loses_no_choice() -> None
     for each in (history, again):
         each.add(12, {"0": torch.tensor([12.0, 1.0])})
     assert again.steps == history.steps and torch.equal(again.choices("0"), history.choices("0"))
+
+
+@pytest.mark.parametrize(("steps", "span"), [([7], (0, 7)), ([10, 20, 30], (0, 30)), ([110, 120, 125], (100, 125))])
+def test_a_picture_shows_the_steps_that_its_columns_are_of(steps: list[int], span: tuple[int, int]) -> None:
+    pytest.importorskip("matplotlib")
+    history = ExpertHistory()
+    for step in steps:
+        history.add(step, {"0": torch.tensor([3.0, 1.0])})
+    shown = [axes.get_xlim() for axes in load_figure(history).get_axes() if axes.get_title() == "layer 0"]
+    assert shown == [span]
 
 
 @pytest.mark.filterwarnings("ignore")  # of a folder that is not empty, and of going on within an epoch

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from helpers import tiny_recipe
+from helpers.ranks import together
 
 import lightning_tex
 from lightning_tex import cli
@@ -19,7 +20,6 @@ from lightning_tex.recipe import Recipe, TexCLI
 from lightning_tex.testing.ranks import run_ranks
 
 PROBE = "--trainer.callbacks+=tiny_recipe.Probe"
-ON_TWO = ("--trainer.devices", "2", "--trainer.strategy.init_args.expert_parallel_size", "1")
 
 
 def _printed(capsys, *options: str) -> str:
@@ -48,7 +48,18 @@ def test_printed_configuration_is_a_recipe(recipe, tmp_path, capsys):
 
 
 def test_optimizer_of_the_command_line_and_vocabulary_of_the_data(recipe, tmp_path):
-    run_ranks(4, tiny_recipe.fit, tmp_path, recipe, PROBE, "--optimizer", "AdamW", "--optimizer.lr", "1e-3")
+    run_ranks(
+        1,
+        tiny_recipe.fit,
+        tmp_path,
+        recipe,
+        PROBE,
+        *tiny_recipe.ON_ONE,
+        "--optimizer",
+        "AdamW",
+        "--optimizer.lr",
+        "1e-3",
+    )
     found = tiny_recipe.probed(tmp_path)
     assert found["strategy"] == "TexMoEStrategy"
     assert (found["optimizer"], found["lr"]) == ("AdamW", 1e-3)
@@ -58,12 +69,15 @@ def test_optimizer_of_the_command_line_and_vocabulary_of_the_data(recipe, tmp_pa
 
 def test_runs_again_in_the_same_directory_and_goes_on_from_the_last_checkpoint(recipe, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run_ranks(2, tiny_recipe.fit, whole, recipe, PROBE, *ON_TWO)
     # No version_0, version_1: the configuration is saved over.
-    same_place = (PROBE, *ON_TWO, "--trainer.logger", "false")
-    run_ranks(2, tiny_recipe.fit, parts, recipe, *same_place, "--trainer.max_steps", "2")
+    same_place = (PROBE, *tiny_recipe.ON_TWO, "--trainer.logger", "false")
+    runs = {
+        "whole": (tiny_recipe.fit, whole, recipe, PROBE, *tiny_recipe.ON_TWO),
+        "begun": (tiny_recipe.fit, parts, recipe, *same_place, "--trainer.max_steps", "2"),
+        "goes on": (tiny_recipe.fit, parts, recipe, *same_place, "--ckpt_path", "last"),
+    }
+    together(2, runs)
     assert (parts / "config.yaml").exists()
-    run_ranks(2, tiny_recipe.fit, parts, recipe, *same_place, "--ckpt_path", "last")
     found = tiny_recipe.probed(parts)
     assert (found["first_step"], found["last_step"]) == (2, 4)
     assert found["last_loss"] == tiny_recipe.probed(whole)["last_loss"]
@@ -147,8 +161,9 @@ def test_a_missing_recipe_is_named(capsys):
     assert any("File does not exist" in line for line in _refused(capsys, "--config", "missing.yaml"))
 
 
-@pytest.mark.parametrize("devices", ["two", "0", "-1", "0,1", "1.5"])
-@pytest.mark.parametrize("command", ["fit", "verify"])
+@pytest.mark.parametrize(
+    ("command", "devices"), [*(("fit", devices) for devices in ("two", "0", "-1", "0,1", "1.5")), ("verify", "two")]
+)
 def test_what_is_no_number_of_processes_is_refused(recipe, capsys, command, devices):
     with pytest.raises(SystemExit) as end:
         cli.main([command, "--config", str(recipe), "--trainer.devices", devices])

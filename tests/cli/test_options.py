@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ from lightning_tex.cli import main
 from lightning_tex.cli.main import COMMANDS
 from lightning_tex.cli.options import Command, Count
 from lightning_tex.errors import UserValueError
+from lightning_tex.testing.ranks import run_ranks
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 SIZES = "--dim 256 --num_layers 4 --num_heads 4 --vocab_size 1000 --num_experts 8"
@@ -173,9 +174,18 @@ def test_help_lists_options_by_their_one_spelling(words: str, capsys) -> None:
 
 def test_the_command_line_imports_no_more_than_it_runs() -> None:
     # What torchmetrics imports, where it is installed, is not ours.
-    script = "import sys, lightning.pytorch; before = set(sys.modules); import lightning_tex.cli, lightning_tex.data; "
-    script += "print([m for m in sys.argv[1:] if m in set(sys.modules) - before])"
-    others = ["matplotlib.backends.backend_agg", "deepspeed", "datasets", "tokenizers", "transformers"]
-    heavy = [*others, "lightning_tex.planner_trace", *COMMANDS.values()]
-    shown = subprocess.run([sys.executable, "-c", script, *heavy], capture_output=True, text=True, check=True)
-    assert shown.stdout.strip() == "[]"
+    others = ["matplotlib", "deepspeed", "datasets", "tokenizers", "transformers"]
+    (imported,) = run_ranks(1, imported_anew, ["lightning_tex.cli", "lightning_tex.data"], others)
+    heavy = {*others, "lightning_tex.planner_trace", *COMMANDS.values()}
+    assert imported & {"lightning_tex.cli.main"} and not imported & heavy
+
+
+def imported_anew(modules: list[str], others: list[str]) -> set[str]:
+    """What is imported with some modules, were neither this package nor ``others`` imported yet."""
+    for name in list(sys.modules):
+        if name.partition(".")[0] in ("lightning_tex", *others):
+            del sys.modules[name]
+    before = set(sys.modules)
+    for name in modules:
+        importlib.import_module(name)
+    return set(sys.modules) - before

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from helpers import tiny_recipe
+from helpers.ranks import together
 
 from lightning_tex import cli
 from lightning_tex.recipe import Recipe
-from lightning_tex.testing.ranks import run_ranks
 
 PROBE = "--trainer.callbacks+=tiny_recipe.Probe"
 
@@ -24,20 +25,24 @@ def restarting(recipe: Path) -> Path:
 
 
 def test_one_command_begins_and_goes_on(restarting: Path, tmp_path: Path) -> None:
-    words = [PROBE, "--trainer.devices", "1", "--trainer.strategy.init_args.tensor_parallel_size", "1"]
-    words += ["--trainer.strategy.init_args.expert_parallel_size", "1"]
-    run = tmp_path / "run"
-    for limit, first in (("2", 0), ("4", 2)):
-        run_ranks(1, tiny_recipe.fit, run, restarting, *words, "--trainer.max_steps", limit)
-        found = tiny_recipe.probed(run)
-        assert (found["first_step"], found["last_step"]) == (first, int(limit))
-    weights = str(run / "checkpoints" / "last.ckpt")
-    begin = ["--trainer.strategy.init_args.init_from", weights, "--trainer.max_steps", "1"]
-    run_ranks(1, tiny_recipe.fit, tmp_path / "new", restarting, *words, *begin)
-    found = tiny_recipe.probed(tmp_path / "new")
-    assert (found["first_step"], found["last_step"]) == (0, 1)
-    run_ranks(1, tiny_recipe.fit, tmp_path / "untrained", restarting, *words, "--trainer.max_steps", "1")
-    assert found["last_loss"] < tiny_recipe.probed(tmp_path / "untrained")["last_loss"]  # on the same batch
+    words = [PROBE, *tiny_recipe.ON_ONE]
+    begin = ("--trainer.strategy.init_args.init_from", str(tmp_path / "run" / "checkpoints" / "last.ckpt"))
+    fits = {
+        "begins": ("run", *words, "--trainer.max_steps", "2"),
+        "goes on": ("run", *words, "--trainer.max_steps", "4"),
+        "of its weights": ("new", *words, *begin, "--trainer.max_steps", "1"),
+        "untrained": ("untrained", *words, "--trainer.max_steps", "1"),
+    }
+    runs = {name: (fit, restarting, tmp_path, *options) for name, options in fits.items()}
+    found = {name: probed for name, (probed,) in together(1, runs).items()}
+    steps = {name: (probed["first_step"], probed["last_step"]) for name, probed in found.items()}
+    assert steps == {"begins": (0, 2), "goes on": (2, 4), "of its weights": (0, 1), "untrained": (0, 1)}
+    assert found["of its weights"]["last_loss"] < found["untrained"]["last_loss"]  # on the same batch
+
+
+def fit(recipe: Path, folder: Path, name: str, *words: str) -> dict[str, Any]:
+    tiny_recipe.fit(folder / name, recipe, *words)
+    return tiny_recipe.probed(folder / name)
 
 
 def test_what_only_a_fit_needs_is_no_hindrance_to_plans(restarting: Path) -> None:

@@ -7,27 +7,23 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow
 import pytest
 import torch
+from helpers.bad_data import TEXT, data_of, overwrite, read, refused
 from helpers.behaviour_modules import PublicNames, new_trainer
 from helpers.ranks import on_ranks
-from pyarrow import parquet
 from tokenizers import Tokenizer, models
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_tex.data import TextDataModule
 from lightning_tex.data.packing import Blocks
 from lightning_tex.data.prepared import Prepared
 from lightning_tex.errors import UserError
 from lightning_tex.testing.ranks import RanksFailed
 
-TEXT = "the token of a data rank "
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
 
 
@@ -36,24 +32,6 @@ def corpus(tmp_path: Path) -> Path:
     place = tmp_path / "corpus"
     place.mkdir()
     return place
-
-
-def data_of(corpus: Path, **options: Any) -> TextDataModule:
-    settings = {"vocab_size": 300, "sequence_length": 16, "global_batch_size": 2}
-    return TextDataModule(str(corpus), cache_dir=str(corpus.parent / "cache"), **{**settings, **options})
-
-
-def read(data: TextDataModule) -> None:
-    data.prepare_data()
-    for batches in (data.train_dataloader(), data.val_dataloader()):
-        for _ in batches:
-            pass
-
-
-def refused(data: Callable[[], TextDataModule]) -> str:
-    with pytest.raises(UserError) as caught:
-        read(data())
-    return str(caught.value)
 
 
 def texts(corpus: Path, *contents: str | bytes) -> None:
@@ -98,7 +76,7 @@ def test_not_utf_8(corpus: Path, streaming: bool) -> None:
     ("line", "words"),
     [
         ('{"text": "cut', r"a\.jsonl is no JSON in line 7: .* one object a line"),
-        ('{"text": null}', "document [56], counted without those that are held out, is None and no text"),
+        ('{"text": null}', r"a\.jsonl, line 7: 'text' is None and no text; legal: strings in every row"),
     ],
     ids=["cut short", "null"],
 )
@@ -107,45 +85,11 @@ def test_json_lines(corpus: Path, line: str, words: str, streaming: bool) -> Non
     assert re.search(words, refused(lambda: data_of(corpus, streaming=streaming)))
 
 
-def test_csv_with_too_many_columns(corpus: Path) -> None:
-    (corpus / "a.csv").write_text("text\nfirst\nsecond, with a comma\n")
-    assert "a.csv has 2 columns in line 3, and 1 in its first; quote the text" in refused(lambda: data_of(corpus))
-
-
-def test_parquet_cut_short(corpus: Path) -> None:
-    file = corpus / "a.parquet"
-    parquet.write_table(pyarrow.table({"text": [TEXT * 9] * 20}), file)
-    file.write_bytes(file.read_bytes()[:-20])
-    assert f"{file} is no whole parquet file" in refused(lambda: data_of(corpus))
-
-
-def parquet_of(corpus: Path, name: str, **columns: Any) -> Path:
-    parquet.write_table(pyarrow.table(columns), corpus / name, row_group_size=5)
-    return corpus / name
-
-
-@pytest.mark.parametrize("streams", [{}, {"streaming": True}, {"streaming": True, "stream_parts": 2}], ids=str)
-def test_files_of_several_schemas(corpus: Path, streams: dict[str, Any]) -> None:
-    parquet_of(corpus, "a.parquet", text=[TEXT] * 20)
-    parquet_of(corpus, "b.parquet", text=[[1]] * 20)
-    text = refused(lambda: data_of(corpus, **streams))
-    assert f"{corpus}/b.parquet has the columns text (list<element: int64>), and {corpus}/a.parquet has text (" in text
-    assert "legal: the same ones in all files" in text
-
-
 def test_lines_of_several_schemas(corpus: Path) -> None:
     json_lines(corpus)
     (corpus / "b.jsonl").write_text('{"body": "other"}\n')
     words = f"{corpus}/b.jsonl has the columns body (str), and {corpus}/a.jsonl has text (str); legal"
     assert words in refused(lambda: data_of(corpus))
-
-
-@pytest.mark.parametrize("streams", [{}, {"streaming": True}, {"streaming": True, "stream_parts": 2}], ids=str)
-def test_parquet_damaged_in_the_middle(corpus: Path, streams: dict[str, Any]) -> None:
-    parquet_of(corpus, "a.parquet", text=[TEXT + str(i) for i in range(200)])
-    file = parquet_of(corpus, "b.parquet", text=[TEXT + str(i) for i in range(200)])
-    overwrite(file, file.stat().st_size // 3, b"\0" * 200)
-    assert f"{file} is no whole parquet file" in refused(lambda: data_of(corpus, **streams))
 
 
 def test_files_that_are_not_there(corpus: Path) -> None:
@@ -186,13 +130,6 @@ def test_a_tokenizer_that_does_not_know_the_text(corpus: Path, model: Any, words
 def prepared(corpus: Path) -> Prepared:
     texts(corpus, TEXT * 20, TEXT * 20, TEXT * 20)
     return data_of(corpus).prepared
-
-
-def overwrite(file: Path, at: int, content: bytes) -> None:
-    """Through the file's name: what others have mapped changes too."""
-    with file.open("r+b") as opened:
-        opened.seek(at)
-        opened.write(content)
 
 
 def file_of(samples: Any) -> Path:

@@ -22,6 +22,7 @@ from lightning_tex import TexMoEStrategy
 from lightning_tex.data import on_data_axis
 from lightning_tex.data.order import Share
 from lightning_tex.errors import UserValueError
+from lightning_tex.testing.ranks import RanksFailed
 
 N, G = 43, 8  # samples; of a micro-step
 pytestmark = [
@@ -210,6 +211,37 @@ def test_a_loader_of_the_users_is_taken_over() -> None:
 def test_what_is_not_legal(make: Any, words: str) -> None:
     with pytest.raises(UserValueError, match=words):
         make()
+
+
+def test_too_few_samples_for_a_micro_step() -> None:
+    with pytest.raises(UserValueError, match="global_batch_size=44 is more than the 43 samples: there is no"):
+        on_data_axis(Map(), 44)
+    assert len(steps(on_data_axis(Map(), 44, evaluation=True))) == 1
+    with pytest.raises(UserValueError, match="global_batch_size=44 is more than an iterable data set has samples"):
+        steps(on_data_axis(Stream(), 44))
+
+
+def evaluated(kind: str, samples: int) -> Any:
+    """On a rank of four."""
+
+    class Few(Own):
+        def val_dataloader(self) -> Any:
+            data = KINDS[kind]()
+            return on_data_axis(torch.utils.data.Subset(data, range(samples)), G, evaluation=True)
+
+    trainer = quiet(devices=4, strategy=TexMoEStrategy(), num_sanity_val_steps=0)
+    module = Few(kind, 0)
+    trainer.validate(module, verbose=False)
+    return list(chain(*module.validated))
+
+
+def test_ranks_without_a_sample_to_evaluate_are_named() -> None:
+    assert sorted(chain(*on_ranks(4, evaluated, "map", 15))) == [float(i) for i in range(15)]
+    with pytest.raises(
+        RanksFailed, match=r"the 6 samples to evaluate leave some of 4 data ranks .* 7 samples"
+    ) as failed:
+        on_ranks(4, evaluated, "map", 6)
+    assert not failed.value.hung
 
 
 def test_other_data_is_refused() -> None:

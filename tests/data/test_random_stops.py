@@ -5,15 +5,18 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers.cases import case
 from helpers.chats import sums, write_lines, write_tokenizer
 from helpers.ranks import on_ranks
@@ -28,7 +31,10 @@ from lightning_tex.data.order import Share
 from lightning_tex.testing.ranks import RanksFailed
 
 G, STOPS, STEPS = 8, 20, 60
-pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork.. may lead to deadlocks:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*use of fork.. may lead to deadlocks:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:This DataLoader will create"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +116,40 @@ def test_twenty_stops_on_changing_axes(place: Path, kind: str, workers: int) -> 
             seen += batches
             assert seen == undisturbed[: len(seen)]
     assert len(seen) > 20
+
+
+def global_batches(place: Path, kind: str, workers: int, ranks: int, most: int) -> list[dict[str, Tensor]]:
+    modules = [made(place, kind, workers) for _ in range(ranks)]
+    for rank, module in enumerate(modules):
+        module._share = functools.partial(Share, G, ranks, rank)  # type: ignore[method-assign]
+    with ExitStack() as stack:
+        iterators = [stack.enter_context(closing(iter(module.train_dataloader()))) for module in modules]  # type: ignore[type-var]
+        steps = [[next(iterator) for iterator in iterators] for _ in range(most)]
+    return [{name: torch.cat([part[name] for part in parts]) for name in parts[0]} for parts in steps]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("workers", [0, 2, 4])
+@pytest.mark.parametrize("kind", ["text", "packed", "mixture", "stream"])
+def test_batches_on_every_data_axis_with_any_workers(place: Path, kind: str, workers: int) -> None:
+    """To the bit, of those that one process reads itself."""
+    alone = global_batches(place, kind, 0, 1, 12)
+    for ranks in (1, 2, 4, 8):
+        with case(ranks=ranks):
+            for step, (batch, expected) in enumerate(
+                zip(global_batches(place, kind, workers, ranks, 12), alone, strict=True)
+            ):
+                assert batch.keys() == expected.keys()
+                assert all(torch.equal(batch[name], expected[name]) for name in expected), step
+
+
+@pytest.mark.parametrize("kind", ["text", "mixture", "stream"])
+def test_an_iteration_that_ends_early_leaves_no_worker(place: Path, kind: str) -> None:
+    iterator = iter(made(place, kind, 2).train_dataloader())
+    next(iterator)
+    assert len(multiprocessing.active_children()) == 2
+    iterator.close()  # type: ignore[attr-defined]
+    assert not multiprocessing.active_children()
 
 
 # --- processes that are killed

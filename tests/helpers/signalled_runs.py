@@ -180,8 +180,9 @@ def stopped_evaluation(stage: str) -> tuple[Any, int]:
 
 
 def slurm_fit(folder: str, rank_signalled: int, **options: Any) -> Any:
-    """A fit as two nodes of two tasks in a SLURM job, one of whose ranks may get SLURM's signal in the fourth step."""
-    rank = int(os.environ["RANK"])
+    """A fit as two nodes in a SLURM job, one of whose ranks may get SLURM's signal in the fourth step."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    tasks = world // 2
     for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE"):
         os.environ.pop(name)
     os.environ.update(
@@ -189,11 +190,11 @@ def slurm_fit(folder: str, rank_signalled: int, **options: Any) -> Any:
         SLURM_JOB_NAME="train",
         SLURM_NODELIST="localhost,elsewhere",
         SLURM_NNODES="2",
-        SLURM_NTASKS="4",
-        SLURM_NTASKS_PER_NODE="2",
+        SLURM_NTASKS=str(world),
+        SLURM_NTASKS_PER_NODE=str(tasks),
         SLURM_PROCID=str(rank),
-        SLURM_NODEID=str(rank // 2),
-        SLURM_LOCALID=str(rank % 2),
+        SLURM_NODEID=str(rank // tasks),
+        SLURM_LOCALID=str(rank % tasks),
         PATH=f"{folder}:{os.environ['PATH']}",
     )
     kept = Losses()
@@ -202,7 +203,7 @@ def slurm_fit(folder: str, rank_signalled: int, **options: Any) -> Any:
     result, code = {}, 0
     try:
         more = {"default_root_dir": folder, "num_nodes": 2, **VALIDATES, **options}
-        result = fit(LAYOUTS[4], 2, EPOCHS, model=RANDOM, callbacks=callbacks, **more)
+        result = fit(LAYOUTS[world], tasks, EPOCHS, model=RANDOM, callbacks=callbacks, **more)
     except StoppedTogether as stop:
         code = stop.code
     return {"code": code, "losses": mean_over_data(kept.module.losses), "own": result.get("own")}

@@ -18,6 +18,12 @@ from lightning_tex.cli import main
 
 WORDS = ["tensor", "expert", "data", "token", "route", "gate", "the", "of", "to", "a"]
 VOCABULARY = 300
+# Words of a command that runs it on fewer processes.
+ON_ONE = tuple(
+    f"--trainer.{option}=1"
+    for option in ("devices", "strategy.init_args.tensor_parallel_size", "strategy.init_args.expert_parallel_size")
+)
+ON_TWO = ("--trainer.devices", "2", "--trainer.strategy.init_args.expert_parallel_size", "1")
 
 
 class Probe(Callback):

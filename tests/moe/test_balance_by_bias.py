@@ -113,28 +113,37 @@ def fit(layout: dict[str, Any], steps: int, folder: Path, begins: Path | None = 
     return biases(module)
 
 
-LAYOUTS: Mapping[str, dict[str, Any]] = {
-    "sequence parallel, recomputed": {**TED, "sequence_parallel": True, "activation_checkpointing": "full"},
-    "folded, replayed": {**FOLDED, "activation_checkpointing": "communication_aware"},
-    "ted": TED,
-    "data": {},
+SEQUENCE = {"sequence_parallel": True, "activation_checkpointing": "full"}
+# By ranks; on the first of them a training goes on that has begun in one process.
+LAYOUTS: Mapping[int, Mapping[str, dict[str, Any]]] = {
+    2: {
+        "expert": {"expert_parallel_size": 2},
+        "folded": {"tensor_parallel_size": 2, "expert_parallel_size": 2, "expert_tensor_parallel_size": 1},
+    },
+    4: {
+        "sequence parallel, recomputed": {**TED, **SEQUENCE},
+        "folded, replayed": {**FOLDED, "activation_checkpointing": "communication_aware"},
+        "ted": TED,
+        "data": {},
+    },
+    8: {"folded, sequence parallel": {**FOLDED, **SEQUENCE}, "ted": TED, "data": {"expert_parallel_size": 1}},
 }
 
 
 @pytest.mark.parametrize(
-    ("steps", "names"),
-    [(4, ["sequence parallel, recomputed"]), pytest.param(20, list(LAYOUTS), marks=pytest.mark.full)],
-    ids=["one layout", "all layouts"],
+    ("world", "steps", "count"),
+    [(4, 4, 1), *(pytest.param(world, 20, len(LAYOUTS[world]), marks=pytest.mark.full) for world in LAYOUTS)],
 )
 def test_every_layout_has_the_same_biases_through_a_resume_on_another(
-    steps: int, names: list[str], tmp_path: Path
+    world: int, steps: int, count: int, tmp_path: Path
 ) -> None:
     reference = together(1, {0: (fit, {}, steps, tmp_path / "one")})[0][0]
     first = next((tmp_path / "one").glob(f"half-step={steps // 2}*"))
     assert len(reference) == 2 and any(bias.any() for bias in reference.values())
-    runs = {name: (fit, LAYOUTS[name], steps, tmp_path / name) for name in names}
-    runs["resumed"] = (fit, LAYOUTS[names[0]], steps, tmp_path / "resumed", first)
-    for name, ranks in together(4, runs).items():
+    layouts = dict(list(LAYOUTS[world].items())[:count])
+    runs = {name: (fit, layout, steps, tmp_path / name) for name, layout in layouts.items()}
+    runs["resumed"] = (fit, next(iter(layouts.values())), steps, tmp_path / "resumed", first)
+    for name, ranks in together(world, runs).items():
         for rank, found in enumerate(ranks):
             for key, bias in reference.items():
                 assert torch.equal(found[key], bias), f"{key} on rank {rank} of {name}"

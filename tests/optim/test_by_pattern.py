@@ -159,8 +159,8 @@ def fit(
 ) -> None:
     torch.manual_seed(0)  # of the adapters that are drawn
     model = LanguageModel.from_pretrained(folder, load_balance_coefficient=0.0, **options)
-    trainer = quiet(devices=4, strategy=TexMoEStrategy(**layout), max_epochs=epochs)
-    rows = DataLoader(Rows(token_ids(8)), batch_size=layout.get("tensor_parallel_size", 1))
+    trainer = quiet(devices=2, strategy=TexMoEStrategy(**layout), max_epochs=epochs)
+    rows = DataLoader(Rows(token_ids(8)), batch_size=2 * layout.get("tensor_parallel_size", 1))
     trainer.fit(model, rows, ckpt_path=None if begun is None else out / f"{begun}.ckpt")
     trainer.save_checkpoint(out / f"{name}.ckpt")
     model.save_pretrained(out / name)
@@ -174,19 +174,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def runs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs")
-    ted = {"tensor_parallel_size": 2}
+    tensor = {"tensor_parallel_size": 2}
     spread = {"zero_stage": 2, "save_distributed_checkpoint": False}
 
     def run(name: str, epochs: int, begun: str | None, layout: dict[str, Any], options: dict[str, Any]) -> Any:
         return _fit, folder, out, name, epochs, begun, layout, options
 
-    together(4, {
-        "one": run("one", 1, None, ted, PARTS),
-        "two": run("two", 2, None, ted, PARTS),
-        "beside": run("beside", 1, None, ted, BESIDE),
-        "beside two": run("beside two", 2, None, ted, BESIDE),
+    together(2, {
+        "one": run("one", 1, None, tensor, PARTS),
+        "two": run("two", 2, None, tensor, PARTS),
+        "beside": run("beside", 1, None, tensor, BESIDE),
+        "beside two": run("beside two", 2, None, tensor, BESIDE),
     }, timeout=60)  # fmt: skip
-    together(4, {
+    together(2, {
         "resumed": run("resumed", 2, "one", spread, PARTS),
         "beside resumed": run("beside resumed", 2, "beside", spread, BESIDE),
     }, timeout=60)  # fmt: skip

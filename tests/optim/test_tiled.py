@@ -45,7 +45,8 @@ LOOPS = {"fused": None, "loop": {"fused": False, "foreach": False}, "foreach": {
 @pytest.mark.parametrize("way", LOOPS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_tiles_change_no_bit(kind, way):
-    sizes = (64, 128, 192, 1 << 20, None) if way == "fused" else (1, 7, 1000, 1 << 20, None)
+    smallest = 1 if kind == "AdamW" else 5
+    sizes = (64, 128, 192, 1 << 20, None) if way == "fused" else (smallest, 7, 1000, 1 << 20, None)
     results = []
     for tile_size in sizes:
         model = network(torch.float32)

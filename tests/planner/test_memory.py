@@ -109,7 +109,7 @@ FACTORS = (False, True), CONFIGS, ("32-true", "bf16-mixed"), (None, "full", "com
 # What one process varies is not varied again on two, but in full.
 DEFAULT = {
     1: (*FACTORS[:2], ("bf16-mixed",), *FACTORS[3:]),
-    2: ((False, True), CONFIGS[1:], ("bf16-mixed",), ("full", "communication_aware"), (2,)),
+    2: ((False, True), CONFIGS[1:2], ("bf16-mixed",), ("communication_aware",), (2,)),
 }
 LAYOUTS = {1: ((1, 1, 1),), 2: ((2, 1, 2), (1, 2, 1), (2, 2, 1)), 4: ((2, 2, 2), (2, 4, 1), (4, 1, 4))}
 

@@ -117,6 +117,7 @@ PLUGINS = {
     "32-true": TexPrecision(),
     "bf16-mixed": TexMixedPrecision("bf16-mixed", "cpu"),
     "bf16-true": TexHalfPrecision("bf16-true"),
+    "16-true": TexHalfPrecision("16-true"),
 }
 
 
@@ -194,7 +195,7 @@ def allocated(
 KINDS = [
     ("32-true", 0, "fp32", None), ("32-true", 2, "fp32", 512), ("bf16-mixed", 0, "fp32", 1000),
     ("bf16-mixed", 1, "fp32", None), ("bf16-mixed", 1, "split", 600), ("bf16-mixed", 2, "int8", None),
-    ("bf16-mixed", 2, "stochastic", None), ("bf16-true", 1, "fp32", None), ("bf16-true", 0, "int8", 512),
+    ("bf16-mixed", 2, "stochastic", None), ("16-true", 1, "fp32", None), ("bf16-true", 0, "int8", 512),
 ]  # fmt: skip
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 import yaml
 from helpers import tiny_recipe
-from helpers.cases import case, in_full, selected
+from helpers.cases import in_full, selected
+from helpers.ranks import on_ranks, together
 
 import lightning_tex as tex
 from lightning_tex.saving import consolidated, reading_format
@@ -29,10 +30,11 @@ WRITTEN = Path(__file__).parent / "from_0_1"
 CONFIG = WRITTEN / "config.yaml"
 LOSSES: list[float] = json.loads((WRITTEN / "losses.json").read_text())
 FORMS = ["directory", "plain"]
-STEPS = ["--trainer.max_steps", "8"]
-OTHER_LAYOUTS = {
-    "data": ["--trainer.strategy.init_args.tensor_parallel_size=1", "--trainer.strategy.init_args.zero_stage=2"],
-    "folding": ["--trainer.strategy.init_args.expert_tensor_parallel_size=1"],
+STEPS = ("--trainer.max_steps", "8")
+STRATEGY = "--trainer.strategy.init_args"
+OTHER_LAYOUTS: dict[str, Any] = {
+    "data": (2, "--trainer.devices=2", f"{STRATEGY}.tensor_parallel_size=1", f"{STRATEGY}.zero_stage=2"),
+    "folding": (4, f"{STRATEGY}.expert_tensor_parallel_size=1"),
 }
 
 
@@ -51,20 +53,15 @@ def fit(folder: Path, name: str, *options: str) -> list[float]:
     return tiny_recipe.losses(folder / name)
 
 
-def resume_all(folder: Path, layouts: list[str]) -> dict[str, list[float]]:
-    losses = {
-        form: fit(folder, f"{form} resumed", *STEPS, "--ckpt_path", str(folder / f"{form}.ckpt")) for form in FORMS
-    }
-    checkpoint = ["--ckpt_path", str(folder / "directory.ckpt")]
-    for name in layouts:
-        with case(name):
-            losses[name] = fit(folder, f"on {name}", *STEPS, *checkpoint, *OTHER_LAYOUTS[name])
-    return losses
-
-
 @pytest.fixture(scope="module")
 def resumed(request: pytest.FixtureRequest, folder: Path) -> dict[str, list[float]]:
-    return run_ranks(4, resume_all, folder, sorted(selected(request, "layout")), timeout=300)[0]
+    runs = {form: (fit, folder, form, *STEPS, "--ckpt_path", str(folder / f"{form}.ckpt")) for form in FORMS}
+    losses = {form: losses[0] for form, losses in together(4, runs, timeout=300).items()}
+    checkpoint = (*STEPS, "--ckpt_path", str(folder / "directory.ckpt"))
+    for name in sorted(selected(request, "layout")):
+        world, *options = OTHER_LAYOUTS[name]
+        losses[name] = on_ranks(world, fit, folder, f"on {name}", *checkpoint, *options)[0]
+    return losses
 
 
 def test_both_forms_go_on_bit_equal(resumed: dict[str, list[float]]) -> None:
@@ -103,10 +100,9 @@ def test_the_forms_are_told_by_the_rule_and_consolidate_gives_a_version(folder: 
 
 
 def trains_and_saves(folder: Path, config: Path) -> list[str]:
-    one = [f"--trainer.strategy.init_args.{axis}_parallel_size=1" for axis in ("tensor", "expert")]
     data = ["--data.init_args.path", str(folder / "text"), "--data.init_args.cache_dir", str(folder / "cache")]
     run = folder / "old paths"
-    tiny_recipe.fit(run, config, *data, *one, "--trainer.devices=1", "--trainer.max_steps=1")
+    tiny_recipe.fit(run, config, *data, *tiny_recipe.ON_ONE, "--trainer.max_steps=1")
     (saved,) = run.rglob("config.yaml")
     names = yaml.safe_load(saved.read_text())
     assert len(tiny_recipe.losses(run)) == 1

@@ -72,7 +72,7 @@ def resumes(folder: str, pairs: list[tuple[str, str]]) -> list[dict[str, Any]]:
 
 
 def hold(folder: Path, pairs: list[tuple[str, str]]) -> None:
-    sources = {name for pair in pairs for name in pair}
+    sources = {source for source, _ in pairs}
     worlds = sorted({LAYOUTS[name][0] for name in sources})
     for world in worlds:
         run_ranks(world, saves, str(folder), [n for n in sources if LAYOUTS[n][0] == world], detail=False)

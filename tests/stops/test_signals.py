@@ -37,8 +37,8 @@ def stops_and_goes_on(
         assert after["seen"] == STEPS
 
 
-def test_stops_and_goes_on(tmp_path: Path, undisturbed: list[dict[str, Any]]) -> None:
-    stops_and_goes_on(tmp_path, undisturbed, [2], "forward", [TERM])
+def test_stops_and_goes_on(tmp_path: Path, undisturbed_on_two: list[dict[str, Any]]) -> None:
+    stops_and_goes_on(tmp_path, undisturbed_on_two, [1], "forward", [TERM])
 
 
 def test_all_ranks_are_signalled_twice_while_they_save(

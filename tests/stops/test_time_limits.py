@@ -51,12 +51,15 @@ def fake_scontrol(folder: Path, code: int = 0) -> Path:
     return called
 
 
-def test_slurm_signals_one_node_and_requeues(tmp_path: Path, undisturbed: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("run", ["undisturbed_on_two", pytest.param("undisturbed", marks=pytest.mark.faults)])
+def test_slurm_signals_one_node_and_requeues(tmp_path: Path, request: pytest.FixtureRequest, run: str) -> None:
+    undisturbed: list[dict[str, Any]] = request.getfixturevalue(run)
+    world = len(undisturbed)
     called = fake_scontrol(tmp_path)
-    first = run_ranks(4, slurm_fit, str(tmp_path), 3)
-    assert [own["code"] for own in first] == [138] * 4
+    first = run_ranks(world, slurm_fit, str(tmp_path), world - 1)
+    assert [own["code"] for own in first] == [138] * world
     assert called.read_text() == "requeue 4711\n", "once, by one rank"
-    second = run_ranks(4, slurm_fit, str(tmp_path), -1)
+    second = run_ranks(world, slurm_fit, str(tmp_path), -1)
     for before, after, whole in zip(first, second, undisturbed, strict=True):
         assert after["code"] == 0
         assert before["losses"] + after["losses"] == whole["losses"]

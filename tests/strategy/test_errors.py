@@ -12,7 +12,7 @@ import torch.distributed as dist
 from helpers.layout_runs import SlicedData
 from helpers.ranks import on_ranks
 from helpers.trainers import quiet
-from lightning.pytorch.plugins import HalfPrecision, MixedPrecision, Precision
+from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
@@ -100,12 +100,15 @@ def test_option_that_does_not_exist(arguments: dict[str, Any], words: tuple[str,
         assert word in str(caught.value)
 
 
+class OwnPrecision(Precision):
+    precision = "8-true"
+
+
 @pytest.mark.parametrize(
     ("precision", "plugins", "words"),
     [
-        ("16-true", None, ("16-true",)),
         ("transformer-engine", None, ()),
-        (None, HalfPrecision("16-true"), ("16-true",)),
+        (None, OwnPrecision(), ("8-true", "OwnPrecision")),
     ],
 )
 def test_precision_that_is_not_supported(precision: Any, plugins: Any, words: tuple[str, ...]) -> None:
@@ -119,7 +122,7 @@ def test_precision_that_is_not_supported(precision: Any, plugins: Any, words: tu
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize("precision", ["32-true", "64-true", "16-mixed"])
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "16-mixed", "16-true"])
 @pytest.mark.parametrize("optimizer_state_format", ["split", "int8", "stochastic"])
 def test_format_that_is_made_for_bf16(precision: str, optimizer_state_format: str) -> None:
     for outcome in on_ranks(1, fit_in_format, precision, optimizer_state_format):

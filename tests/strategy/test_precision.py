@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from helpers.cases import in_full, selected
 from helpers.layout_errors import distance
 from helpers.learning import LAYOUTS, Learns, fitted
 from helpers.ranks import on_ranks, together
+from helpers.surface import Small, Use
 from helpers.trainers import gathered
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
@@ -171,6 +173,26 @@ def bf16_true_run() -> Any:
 def test_bf16_true_has_bf16_states_and_no_master() -> None:
     for dtypes, masters, states in on_ranks(4, bf16_true_run):
         assert dtypes == states == {torch.bfloat16} and masters == {False}
+
+
+class OfTorch(Small):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=1e-2, eps=1e-3, fused=True)
+
+
+def in_16_true(world: int, ours: bool, folder: Path) -> dict[str, Any]:
+    return Use(world, ours, folder).fit(OfTorch(), precision="16-true", max_epochs=3)
+
+
+def test_16_true_is_torchs(tmp_path: Path) -> None:
+    alone = together(1, {ours: (in_16_true, 1, ours, tmp_path) for ours in (False, True)})
+    (expected,), (found,) = alone[False], alone[True]
+    parameters = {name: value for name, value in expected.items() if isinstance(value, Tensor) and value.dim()}
+    assert {value.dtype for value in parameters.values()} == {torch.float16}
+    assert all(torch.equal(found[name], value) for name, value in parameters.items())
+    for of_rank in on_ranks(2, in_16_true, 2, True, tmp_path):
+        for name, value in parameters.items():
+            assert distance(of_rank[name].float(), value.float()) < 0.02
 
 
 class Copies(SmallDecoder):

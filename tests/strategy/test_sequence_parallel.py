@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.behaviour_modules import DictLogger, batches, loader, new_trainer, on_data_axis
-from helpers.ranks import on_ranks
+from helpers.ranks import on_ranks, together
 from helpers.trainers import gathered
 from torch import Tensor, nn
 
@@ -95,7 +95,13 @@ def one_process(clipped: bool) -> Any:
     return on_ranks(1, fit, None, CLIPPED if clipped else {})[0]
 
 
-@pytest.mark.parametrize(("name", "clipped"), [*((name, False) for name in LAYOUTS), ("ted", True)])
+@pytest.mark.parametrize(
+    ("name", "clipped"),
+    [
+        *(pytest.param(name, False, marks=pytest.mark.full if name == "data" else ()) for name in LAYOUTS),
+        ("ted", True),
+    ],
+)
 def test_equals_one_process(name: str, clipped: bool) -> None:
     world, layout = LAYOUTS[name]
     reference, flags = one_process(clipped), CLIPPED if clipped else {}
@@ -111,8 +117,8 @@ def test_equals_one_process(name: str, clipped: bool) -> None:
 @pytest.mark.parametrize("name", ["ted", "folded"])
 def test_the_same_choices_overflow_as_without_it(name: str) -> None:
     world, layout = LAYOUTS[name]
-    plain = on_ranks(world, fit, layout, {}, Everything, 0.6)
-    split = on_ranks(world, fit, {**layout, "sequence_parallel": True}, {}, Everything, 0.6)
+    layouts = {"plain": layout, "split": {**layout, "sequence_parallel": True}}
+    plain, split = together(world, {key: (fit, one, {}, Everything, 0.6) for key, one in layouts.items()}).values()
     assert plain[0][2]["expert_overflow/moe"] == split[0][2]["expert_overflow/moe"] > 0
     for (losses, parameters, _), (expected, values, _) in zip(split, plain, strict=True):
         assert close(losses, expected)
@@ -138,15 +144,19 @@ class Stacked(Everything):
 
 
 @pytest.mark.parametrize(
-    "capacity_factor", [pytest.param(None, marks=pytest.mark.full), 0.6], ids=["dropless", "capacity"]
+    ("capacity_factor", "modes"),
+    [
+        pytest.param(None, ["full", "communication_aware"], id="dropless", marks=pytest.mark.full),
+        pytest.param(0.6, ["full"], id="capacity, all of it", marks=pytest.mark.full),
+        pytest.param(0.6, ["communication_aware"], id="capacity"),
+    ],
 )
-def test_replayed_communication_is_bit_equal(capacity_factor: float | None) -> None:
+def test_replayed_communication_is_bit_equal(capacity_factor: float | None, modes: list[str]) -> None:
     layout = {**LAYOUTS["ted"][1], "sequence_parallel": True}
-    plain = on_ranks(4, blocks, layout, capacity_factor)
-    for mode in ("full", "communication_aware"):
-        for again, expected in zip(
-            on_ranks(4, blocks, {**layout, "activation_checkpointing": mode}, capacity_factor), plain, strict=True
-        ):
+    runs = {mode: (blocks, {**layout, "activation_checkpointing": mode}, capacity_factor) for mode in (None, *modes)}
+    found = together(4, runs)
+    for mode in modes:
+        for again, expected in zip(found[mode], found[None], strict=True):
             assert torch.equal(again[0], expected[0])
             assert all(torch.equal(again[1][key], value) for key, value in expected[1].items())
 
@@ -217,7 +227,7 @@ def generated(layout: dict[str, Any] | None) -> Tensor:
 
 def test_generation_takes_prompts_of_any_length() -> None:
     layout = {"tensor_parallel_size": 2}
-    plain = on_ranks(2, generated, layout)[0]
-    split = on_ranks(2, generated, {**layout, "sequence_parallel": True})[0]
+    runs = {"plain": (generated, layout), "split": (generated, {**layout, "sequence_parallel": True})}
+    plain, split = (written for written, _ in together(2, runs).values())
     assert plain.shape == split.shape == (1, 15)
     assert torch.equal(plain, split)

@@ -60,10 +60,9 @@ def test_validation_in_the_middle_of_training() -> None:
     assert_equal_to_one_process(fit_with_validation)
 
 
-def evaluate_unequal(layout: Any, iterable: bool) -> dict[str, Any]:
+def evaluate_unequal(layout: Any, iterable: bool, limit: int | None) -> dict[str, Any]:
     module = Evaluates()
-    # More than some of the ranks have, which Lightning takes for the length of what has none.
-    limits = {f"limit_{stage}_batches": 5 for stage in ("val", "test", "predict")} if iterable else {}
+    limits = {} if limit is None else {f"limit_{stage}_batches": limit for stage in ("val", "test", "predict")}
     trainer = new_trainer(layout, **limits)
     everything = batches(5, samples=2)
     # Data rank 0 has batches 0 to 3, data rank 1 only batch 4.
@@ -79,12 +78,23 @@ def evaluate_unequal(layout: Any, iterable: bool) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("iterable", [False, True], ids=["sampler", "iterable"])
-@pytest.mark.parametrize("layout", [TED, FOLDED], ids=["ted", "folded"])
-def test_evaluation_with_unequal_numbers_of_batches(layout: dict[str, int], iterable: bool) -> None:
-    reference = in_one_process(evaluate_unequal, iterable)
+# A limit above what some of the ranks have, which Lightning takes for the length of what has none.
+@pytest.mark.parametrize(
+    ("layout", "iterable", "limit"),
+    [
+        pytest.param(layout, iterable, limit, id=f"{name}-{data}", marks=[] if name in default else pytest.mark.full)
+        for name, layout in (("ted", TED), ("folded", FOLDED))
+        for data, iterable, limit, default in (
+            ("sampler", False, None, ("ted", "folded")),
+            ("iterable", True, None, ("folded",)),
+            ("limited iterable", True, 5, ("ted",)),
+        )
+    ],
+)
+def test_evaluation_with_unequal_numbers_of_batches(layout: dict[str, int], iterable: bool, limit: int | None) -> None:
+    reference = in_one_process(evaluate_unequal, iterable, limit)
     parts = {0: reference["predictions"][:8], 1: reference["predictions"][8:]}
-    for rank, found in enumerate(on_ranks(4, evaluate_unequal, layout, iterable)):
+    for rank, found in enumerate(on_ranks(4, evaluate_unequal, layout, iterable, limit)):
         assert found["count"] == (4, 1)[rank // 2]
         torch.testing.assert_close(found["predictions"], parts[rank // 2], rtol=1e-10, atol=1e-10)
         for stage in ("validate", "test"):

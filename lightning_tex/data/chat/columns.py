@@ -88,6 +88,9 @@ class Columns:
         prompt, completion = values["prompt"], values["completion"]
         if isinstance(prompt, str) and isinstance(completion, str):
             return Example(prompt=prompt, completion=completion)
+        if isinstance(prompt, str) or isinstance(completion, str):
+            kinds = ", ".join(f"{name} is {type(row[name]).__name__}" for name in self.names.values())
+            raise UserValueError(f"{place}: {kinds}; legal: two texts, or two lists of messages")
         before = _messages(prompt, self.names["prompt"], place)
         after = _messages(completion, self.names["completion"], place)
         answers = [len(before) + index for index in _assistants(after)]

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_tex.data.corpus import Source, builder_of, file_stamps, fingerprint, held_out
-from lightning_tex.data.damage import json_object, named_files
+from lightning_tex.data.corpus import Source, fingerprint, held_out
+from lightning_tex.data.damage import json_object
+from lightning_tex.data.local_files import builder_of, file_stamps, named_files
 from lightning_tex.parallel.errors import UserValueError
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ class ConversationSource(Source):
     def _json_lines(self) -> dict[str, list[Path]] | None:
         """Files by split, where all are local ones of JSON lines."""
         with self.reading():
-            builder, data_files, _ = builder_of(self)
+            builder, data_files, _ = builder_of(str(self.path), self.data_files)
         if builder != "json" or data_files is None:
             return None
         by_split = data_files if isinstance(data_files, dict) else {"train": data_files}

@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_tex.data.corpus import Source, builder_of
-from lightning_tex.data.damage import json_object, named_files
+from lightning_tex.data.corpus import Source
+from lightning_tex.data.damage import json_object
+from lightning_tex.data.local_files import builder_of, named_files
 from lightning_tex.parallel.errors import UserValueError
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def shards_of(source: Source, documents: datasets.IterableDataset) -> Shards:
         source: what they are of.
         documents: with a column ``text``.
     """
-    builder, data_files, _ = builder_of(source)
+    builder, data_files, _ = builder_of(str(source.path), source.data_files)
     if isinstance(data_files, dict):
         data_files = data_files.get(source.split)
     files = named_files(data_files)

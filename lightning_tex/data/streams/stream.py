@@ -9,8 +9,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lightning_tex.data.corpus import Source, builder_of, fingerprint
-from lightning_tex.data.damage import named_files
+from lightning_tex.data.corpus import Source, fingerprint
+from lightning_tex.data.local_files import builder_of, named_files
 from lightning_tex.data.order import Share
 from lightning_tex.data.packing import Batch
 from lightning_tex.data.resume import Positions
@@ -44,7 +44,7 @@ class StreamInParts:
         self, source: Source, parts: int, seed: int, buffer: int, cache_dir: Path, hub_cache_dir: Path | None
     ) -> None:
         self.source = source
-        files = named_files(builder_of(source)[1])
+        files = named_files(builder_of(str(source.path), source.data_files)[1])
         self._files = fingerprint([f"{file.name}:{file.stat().st_size}" for file in files])
         documents, validation, test = source.undivided(cache_dir, hub_cache_dir)
         self.shards, left_out = shards_of(source, documents), NOTHING

@@ -248,6 +248,10 @@ BAD: dict[str, tuple[Any, str]] = {
     "no role": ([GOOD, {"messages": [{"content": "x"}]}], r"line 2: messages\[0\] has no role, but content"),
     "no content": ([GOOD, {"messages": [{"role": "user"}]}], r"line 2: messages\[0\]: content is NoneType; legal"),
     "no text": ([{"text": "a"}, {"text": 7}], r"line 2: text is int; legal: a text"),
+    "no completion": (
+        [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": 3}],
+        r"line 2: prompt is str, completion is int; legal: two texts, or two lists of messages",
+    ),
     "no answers": ([{"messages": chat("one?")}] * 3, r"leaves nothing to train on: 0 of 3 conversations \(3 nothing"),
     "a list": ([GOOD, [1]], r"line 2 is list; legal: an object"),
 }
