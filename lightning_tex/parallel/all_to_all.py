@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch.distributed as dist
 from torch import Tensor
 
+from lightning_tex.parallel import transport
 from lightning_tex.parallel.flight_record import TRAINING
 from lightning_tex.parallel.replay import count_sent, replayable
 from lightning_tex.parallel.started import Ready, UnderWay
 from lightning_tex.parallel.topology import Axis
+from lightning_tex.parallel.transport import Started
 
 
 def all_to_all(
@@ -51,7 +52,7 @@ class _Exchanged(NamedTuple):
     """An all-to-all that has begun."""
 
     out: Tensor
-    work: dist.Work | None
+    work: Started | None
     entry: tuple[Any, ...]
 
     def wait(self) -> Tensor:
@@ -67,11 +68,10 @@ def _exchanged(
 ) -> _Exchanged:
     rows = x.shape[0] if received is None else sum(received)
     out = x.new_empty((rows, *x.shape[1:]))
-    to_here, from_here = (None if counts is None else list(counts) for counts in (received, sent))
     entry = TRAINING.begin("all_to_all", axis, x)
     if not async_op:
         TRAINING.wait(entry)
-    work = dist.all_to_all_single(out, x.contiguous(), to_here, from_here, group=axis.group, async_op=async_op)
+    work = transport.all_to_all_single(out, x, received, sent, axis.group, async_op)
     own = x.shape[0] // axis.size if sent is None else sent[axis.rank]
     row_bytes = x[:1].numel() * x.element_size() if x.shape[0] else 0
     count_sent(operation, axis, axis.size * (x.shape[0] - own) * row_bytes)

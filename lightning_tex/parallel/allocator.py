@@ -1,7 +1,8 @@
-"""How CUDA's memory is handed out: in segments that grow, so that sizes which differ in every step leave no holes."""
+"""How memory is handed out: CUDA's in segments that grow, and the host's from what earlier steps have freed."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import MutableMapping
 
@@ -12,6 +13,37 @@ _SETTING = "expandable_segments:True"
 _NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 # torch 2.13 deprecates the second.
 _SET = getattr(torch._C, "_accelerator_setAllocatorSettings", None) or torch.cuda.memory._set_allocator_settings
+# glibc's mallopt: memory at the heap's end that goes back to the system, and the size from which on memory is mapped by
+# itself, which goes back whenever it is freed.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _KEPT_BYTES = -1, -3, 1 << 30
+_OLDER_LIMIT = 32 << 20  # what glibc took at most before 2.35
+_HOST_NAMES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES", "LD_PRELOAD")
+
+
+def prepare_allocator(device: torch.device, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Let the allocator of a device suit a training, as far as the user has not set it."""
+    if device.type == "cuda":
+        use_growing_segments(environment)
+    elif device.type == "cpu":
+        keep_freed_memory(environment)
+
+
+def keep_freed_memory(environment: MutableMapping[str, str] = os.environ) -> bool:
+    """Let this process keep up to 1 GiB of the host's memory that it has freed; what the user has set stays.
+
+    What a step frees the next one takes again. If it goes back to the system in between, each page of it is mapped and
+    cleared anew: for that a small model takes some percent of its processor time.
+
+    Returns:
+        whether it is kept: not without glibc, nor with another allocator.
+    """
+    if any(name in environment for name in _HOST_NAMES):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    taken = mallopt(_MMAP_THRESHOLD, _KEPT_BYTES) or mallopt(_MMAP_THRESHOLD, _OLDER_LIMIT)
+    return bool(taken and mallopt(_TRIM_THRESHOLD, _KEPT_BYTES))
 
 
 def use_growing_segments(environment: MutableMapping[str, str] = os.environ) -> bool:

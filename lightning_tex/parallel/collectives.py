@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_tex.parallel import in_place_collectives
+from lightning_tex.parallel import transport
 from lightning_tex.parallel.flight_record import TRAINING
 from lightning_tex.parallel.replay import count_sent, replayable
 from lightning_tex.parallel.topology import Axis
@@ -53,7 +53,7 @@ def all_reduce_(x: Tensor, axis: Axis) -> Tensor:
 
 def _sum(x: Tensor, axis: Axis, op: str, operation: str) -> None:
     TRAINING.enter("all_reduce", axis, x)
-    dist.all_reduce(x, op=getattr(dist.ReduceOp, op.upper()), group=axis.group)
+    transport.all_reduce(x, axis.group, op)
     TRAINING.leave()
     count_sent(operation, axis, 2 * (axis.size - 1) * x.nbytes)
 
@@ -90,7 +90,7 @@ def all_gather(
         padded = (x if sizes is None else _padded(x, along, max(sizes))).contiguous()
         parts = padded.new_empty((axis.size, *padded.shape))
         TRAINING.enter("all_gather", axis, padded)
-        in_place_collectives.all_gather_single(parts.flatten(0, 1), padded, group=axis.group)
+        transport.all_gather_single(parts.flatten(0, 1), padded, axis.group)
         TRAINING.leave()
         count_sent(operation, axis, (axis.size - 1) * parts.nbytes)
         if sizes is not None and min(sizes) < max(sizes):
@@ -117,7 +117,7 @@ def reduce_scatter(x: Tensor, dim: int, axis: Axis, sizes: Sequence[int] | None 
             parts = x.unflatten(along, (axis.size, x.shape[along] // axis.size)).movedim(along, 0).contiguous()
         out = parts.new_empty(parts.shape[1:])
         TRAINING.enter("reduce_scatter", axis, parts)
-        in_place_collectives.reduce_scatter_single(out, parts.flatten(0, 1), group=axis.group)
+        transport.reduce_scatter_single(out, parts.flatten(0, 1), axis.group)
         TRAINING.leave()
         count_sent("reduce_scatter", axis, (axis.size - 1) * parts.nbytes)
         return out if sizes is None else out.narrow(along, 0, sizes[axis.rank])

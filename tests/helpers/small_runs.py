@@ -21,7 +21,7 @@ from lightning_tex.bench.memory import live_bytes, settled_bytes
 from lightning_tex.layers import ParallelAttention, VocabParallelCrossEntropy, VocabParallelEmbedding, VocabParallelHead
 from lightning_tex.models import DecoderConfig
 from lightning_tex.moe import MoE, SoftmaxRouter
-from lightning_tex.parallel import in_place_collectives
+from lightning_tex.parallel import transport
 from lightning_tex.parallel.byte_meter import Sent
 from lightning_tex.planner_trace import Trace, trace
 from lightning_tex.planner_trace.batches import MadeUpBlocks
@@ -165,7 +165,7 @@ def settle_collectives() -> None:
     """Replace torch.distributed's functions in this process."""
     for name in ("all_reduce", "broadcast", "all_to_all_single"):
         setattr(dist, name, Settled(getattr(dist, name)))
-    in_place_collectives.all_gather_single = Settled(in_place_collectives.all_gather_single)
+    transport._all_gather = Settled(transport._all_gather)
 
 
 def walk(events: list[Any]) -> Iterator[Any]:

@@ -1,11 +1,14 @@
-"""The default of CUDA's allocator, and what the user has set."""
+"""What allocators are told, and what the user has set."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
 
 import pytest
 
 from lightning_tex.parallel import allocator
-from lightning_tex.parallel.allocator import use_growing_segments
+from lightning_tex.parallel.allocator import keep_freed_memory, use_growing_segments
 
 
 def test_segments_grow_unless_the_user_has_set_something() -> None:
@@ -24,3 +27,31 @@ def test_torch_still_takes_the_setting() -> None:
     allocator._SET("expandable_segments:True")
     with pytest.raises(RuntimeError):
         allocator._SET("no such setting")
+
+
+FAULTS_OF_LATER_STEPS = """
+import resource, torch
+from lightning_tex.parallel.allocator import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        tensors = [torch.ones(mebibytes << 18) for mebibytes in (40, 10, 36, 5)]  # glibc keeps none of more than 32
+        del tensors
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+without = faults()
+assert keep_freed_memory({})
+faults()
+print(without, faults())
+"""
+
+
+def test_the_host_keeps_what_a_step_has_freed_for_the_next() -> None:
+    done = subprocess.run([sys.executable, "-c", FAULTS_OF_LATER_STEPS], capture_output=True, text=True, check=True)
+    without, kept = map(int, done.stdout.split())
+    assert kept < without / 10, (kept, without)
+
+
+@pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD"])
+def test_what_the_user_has_set_of_the_hosts_stays(name: str) -> None:
+    assert not keep_freed_memory({name: "1"})

@@ -21,7 +21,7 @@ from lightning_tex.models import Decoder, DecoderConfig
 from lightning_tex.moe import MoE, auxiliary_loss, step_is_over
 from lightning_tex.optim import OptimizerStateConfig, TiledOptimizer, flat_sizes
 from lightning_tex.optim.overlap import optimizer_pass
-from lightning_tex.parallel import collectives, in_place_collectives
+from lightning_tex.parallel import collectives, in_place_collectives, transport
 from lightning_tex.parallel.activation_checkpointing import recompute_blocks
 from lightning_tex.parallel.byte_meter import ByteMeter, Sent
 from lightning_tex.parallel.layout import AXES
@@ -69,7 +69,7 @@ class Overheard:
         self.bytes: dict[tuple[int, ...], Fraction] = {}
         axes = {id(axis.group): axis for axis in map(topology.axis, AXES)}
         real = dist.all_reduce, dist.broadcast, dist.all_to_all_single
-        gather = in_place_collectives.all_gather_single
+        gather = transport._all_gather
 
         def hear(group, scaled: int) -> None:
             axis = axes[id(group)]
@@ -78,9 +78,9 @@ class Overheard:
         def size(x: torch.Tensor) -> int:
             return x.numel() * x.element_size()
 
-        def all_reduce(x, op, group):
+        def all_reduce(x, op, group, async_op=False):
             hear(group, 2 * (dist.get_world_size(group) - 1) * size(x))
-            return real[0](x, op=op, group=group)
+            return real[0](x, op=op, group=group, async_op=async_op)
 
         def broadcast(x, src, group):
             hear(group, (dist.get_world_size(group) - 1) * size(x))
@@ -93,14 +93,15 @@ class Overheard:
             hear(group, n * others)
             return real[2](out, x, to, leave, group=group, async_op=async_op)
 
-        def all_gather(out, x, group):
+        def all_gather(out, x, group, async_op=False):
             hear(group, (dist.get_world_size(group) - 1) * size(out))
-            return gather(out, x, group=group)
+            return gather(out, x, group=group, async_op=async_op)
 
         monkeypatch.setattr(dist, "all_reduce", all_reduce)
         monkeypatch.setattr(dist, "broadcast", broadcast)
         monkeypatch.setattr(dist, "all_to_all_single", all_to_all)
-        monkeypatch.setattr(in_place_collectives, "all_gather_single", all_gather)
+        monkeypatch.setattr(transport, "_all_gather", all_gather)
+        monkeypatch.setattr(transport, "shared_memory", lambda group: None)
 
 
 def one_pass(topology, mode, fused, module=Block, x=None):
