@@ -34,4 +34,6 @@ class SourceLosses(Callback):
         sums = trainer.strategy.reduce(torch.stack(list(self._sums.values())), reduce_op="sum")
         assert isinstance(sums, Tensor)
         for source, (total, tokens) in zip(self._sums, sums.unbind(), strict=True):
-            pl_module.log(f"val_loss/{source}", (total / tokens.clamp(min=1)).float())
+            pl_module.log(
+                f"val_loss/{source}", (total / tokens.clamp(min=1)).float(), sync_dist=True
+            )  # or Lightning warns

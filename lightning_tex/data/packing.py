@@ -229,6 +229,11 @@ class StreamedBlocks(IterableDataset):
                 batch, step = [], step + 1
         if batch and self.pad and step >= first:
             yield self._share_of(batch, step)
+        if not self.pad and not step:
+            raise UserValueError(
+                f"global_batch_size={self.share.global_batch_size} is more than the {len(batch)} training blocks of "
+                f"sequence_length={self.sequence_length} that the stream has; legal: smaller ones, or more text"
+            )
 
     def _blocks(self) -> Iterator[np.ndarray]:
         packer, end = Packer(self.sequence_length), self.tokenizer.end_of_document_id

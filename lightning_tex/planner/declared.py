@@ -72,7 +72,7 @@ class _BlockCosts:
         flows = [_mlp_flow(at, layer) for layer in layers if isinstance(layer, Mlp)]
         experts = [layer for layer in layers if isinstance(layer, Moe)]
         flows += [_moe_flow(at, layer, device) for layer in experts]
-        first = [_matrices(at, layer) + at.home(layer) - at.given_back(layer) for layer in experts]
+        first = [_first_gradients(at, layer, device) for layer in experts]
         first_gradients = again + stream + max(first) if first else 0
         return cls(at.kept(layers), at.stash(layers), again + stream + max(flows), first_gradients)
 
@@ -108,8 +108,7 @@ def _moe_flow(at: Activations, layer: Moe, device: str) -> int:
         return _by_expert(at, layer)
     if step.chunks > 1:
         return _chunked(at, layer, device)
-    own = arrived // step.gather
-    there = own * (1 + (step.layout.expert > 1)) + arrived * ((step.gather > 1) + _regrouped(at, layer))
+    there = _rows_to_experts(at, layer)
     products, made = (2, 6) if layer.gated else (1, 4)
     # A sum of two grouped products is made of both.
     summed = arrived * (1 + (layer.gated and device == "cuda"))
@@ -121,6 +120,19 @@ def _moe_flow(at: Activations, layer: Moe, device: str) -> int:
         max(summed, picked) + products * hidden + matrices,
         there + at.home(layer) - at.given_back(layer),
     )
+
+
+def _rows_to_experts(at: Activations, layer: Moe) -> int:
+    """Rows on their way to the experts: a rank's own ones, what has come of others, and what is made of both there."""
+    step, arrived = at.step, at.arrived(layer)
+    own = arrived // step.gather
+    return own * (1 + (step.layout.expert > 1)) + arrived * ((step.gather > 1) + _regrouped(at, layer))
+
+
+def _first_gradients(at: Activations, layer: Moe, device: str) -> int:
+    """When a MoE layer's matrices are given their gradients: those of the rows are there, too, where rows travel."""
+    rows = _rows_to_experts(at, layer) if at.step.moved(layer) and at.step.chunks == 1 else 0
+    return _matrices(at, layer) + rows + at.home(layer) - at.given_back(layer)
 
 
 def _chunked(at: Activations, layer: Moe, device: str) -> int:

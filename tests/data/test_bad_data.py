@@ -59,6 +59,12 @@ def test_too_little_text(corpus: Path, contents: list[str], words: str) -> None:
     assert re.search(words, refused(lambda: data_of(corpus)))
 
 
+def test_too_little_text_in_a_stream(corpus: Path) -> None:
+    texts(corpus, "", "a", TEXT * 4)
+    words = "global_batch_size=2 is more than the [01] training blocks of sequence_length=16 that the stream has"
+    assert re.search(words, refused(lambda: data_of(corpus, streaming=True, validation_fraction=0.5)))
+
+
 def test_documents_of_one_token_and_of_none_are_legal_among_others(corpus: Path) -> None:
     texts(corpus, TEXT * 20, "a", "", TEXT * 20)
     read(data_of(corpus))

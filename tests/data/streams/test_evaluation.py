@@ -71,7 +71,9 @@ def loss(ranks: Any, layout: Any, fraction: float) -> tuple[float, int]:
     return metrics["val_loss"], len(list(data.val_dataloader()))
 
 
-@pytest.mark.parametrize("fraction", [0.2, 0.02], ids=["uneven", "ranks without documents"])
+@pytest.mark.parametrize(
+    "fraction", [0.2, pytest.param(0.02, marks=pytest.mark.full)], ids=["uneven", "ranks without documents"]
+)
 def test_losses_are_those_of_one_process_where_ranks_end_at_different_times(ranks: Any, fraction: float) -> None:
     ((alone, _),) = on_ranks(1, loss, ranks, None, fraction)
     found = on_ranks(4, loss, ranks, {"tensor_parallel_size": 1, "expert_parallel_size": 2}, fraction)
