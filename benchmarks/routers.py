@@ -92,7 +92,6 @@ def named(name: str, **arguments: Any) -> dict[str, Any]:
 CONTESTANTS: dict[str, Contestant] = {
     "dense": Contestant(1, {"num_experts": 1}),
     "softmax": Contestant(1, {"router": "softmax"}),
-    "softmax, no loss": Contestant(1, {"router": "softmax", **NO_LOSS}),
     "softmax, weight x 8": Contestant(1, {"router": named("softmax", routed_scaling_factor=8.0)}),
     "switch": Contestant(1, {"router": named("switch", jitter_eps=0.01)}),
     "sigmoid, bias": Contestant(1, {"router": named("sigmoid", bias_update_rate=0.01), **NO_LOSS}),
@@ -248,6 +247,11 @@ def told(runs: Runs) -> str:
     )
 
 
+def text_of(runs: Runs) -> str:
+    """What is printed, and written into a page."""
+    return f"{told(runs)}\n\n{table(runs)}"
+
+
 def _rows(runs: Runs) -> Iterator[list[str]]:
     dense = [found["loss"] for found in runs.of("dense")]
     for name, contestant in CONTESTANTS.items():
@@ -294,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> str:
         runs.make(name, rate, seed)
     if not runs.of("dense"):
         return ""
-    text = f"{told(runs)}\n\n{table(runs)}"
+    text = text_of(runs)
     print(text)
     if options.write is not None:
         options.write.write_text(written(options.write.read_text(), text))

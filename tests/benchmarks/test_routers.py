@@ -68,6 +68,13 @@ def test_runs_of_other_sizes_are_not_mixed(tmp_path: Path) -> None:
         routers.Runs(routers.Sizes(steps=7), runs(tmp_path, {}).file)
 
 
+def test_the_pages_table_is_what_the_command_prints() -> None:
+    found = routers.Runs(SIZES, routers.RESULTS)
+    assert all(len(found.of(name)) == len(routers.SEEDS) for name in routers.CONTESTANTS)
+    text, page = routers.text_of(found), PAGE.read_text()
+    assert text in page and routers.written(page, text) == page
+
+
 def test_an_unknown_router_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         routers.main(["roulette"])
