@@ -251,10 +251,9 @@ def _table(held: Mapping[str, Outcomes]) -> Iterator[str]:
             if test in tests:
                 rows[reason(short, tests[test], wants_a_file)][column] += 1
     yield f"| *tests run* | {' | '.join(_run(strategy, held) for strategy in ours)} | |\n"
-    said: set[str] = set()
+    before = ""
     for (name, why), counts in sorted(rows.items(), key=lambda row: row[0][0] == SEVERAL):
-        told = "as above" if why in said else why
-        said.add(why)
+        told, before = "as above" if why == before else why, why
         yield f"| `{name}` | {' | '.join(str(count or '') for count in counts)} | {told} |\n"
     yield f"| together | {' | '.join(str(len(tests)) for tests in failing)} | |\n"
 
