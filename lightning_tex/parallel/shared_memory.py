@@ -28,7 +28,7 @@ from lightning_tex.parallel.errors import UserRuntimeError
 
 # Groups of more ranks have no such memory: each rank has a pipe to each other.
 MOST_RANKS = 16
-# 0 in this variable of the environment: groups have no such memory.
+# Groups have such memory where this variable of the environment is 1.
 SETTING = "LIGHTNING_TEX_SHARED_MEMORY"
 
 _HEADER = struct.Struct("<QQQQ")  # the message's number, messages the sender is done with, first byte, bytes
@@ -192,7 +192,10 @@ _of_group: weakref.WeakKeyDictionary[dist.ProcessGroup, list[SharedMemory | None
 
 
 def shared_memory(group: dist.ProcessGroup | None) -> SharedMemory | None:
-    """That of a group of gloo whose ranks are on one host; ``None``: it has none. Collective on the first call."""
+    """That of a group of gloo whose ranks are on one host, where it is asked for; ``None``: it has none.
+
+    Collective on the first call.
+    """
     if group is None:
         return None
     if group not in _of_group:
@@ -204,7 +207,7 @@ def _may_join(group: dist.ProcessGroup) -> bool:
     """What all ranks answer alike."""
     return (
         1 < group.size() <= MOST_RANKS
-        and os.environ.get(SETTING, "1") != "0"
+        and os.environ.get(SETTING) == "1"
         and sys.platform == "linux"
         and "cpu:gloo" in str(dist.get_backend_config(group))
         # With it torch compares what ranks call: that has to pass through torch.

@@ -26,6 +26,7 @@ from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_tex.parallel import shared_memory
 from lightning_tex.parallel.hashing import stable_hash
 from lightning_tex.parallel.sharding import tex_modules
 from lightning_tex.resilience.agreement import Comparison
@@ -54,6 +55,7 @@ _OF_ONE_RANK = {"self", "dirpath", "filename", "verbose"}
 # They change numbers, or which collectives match. Names of interfaces and paths may differ between nodes.
 _ENVIRONMENT = (
     "CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "NCCL_ALGO", "NCCL_PROTO",
+    shared_memory.SETTING,
 )  # fmt: skip
 
 _REMEDY = "Give every rank the same options, code, data, versions and environment"

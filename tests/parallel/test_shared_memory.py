@@ -18,6 +18,11 @@ from lightning_tex.testing.ranks import RanksFailed, run_ranks
 WIDTH = 3
 
 
+@pytest.fixture(autouse=True)
+def _asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(memory.SETTING, "1")
+
+
 def joined(timeout: float = 60.0) -> dist.ProcessGroup:
     dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
     group = dist.group.WORLD
@@ -167,8 +172,8 @@ def elsewhere():
 
 @pytest.mark.parametrize(
     ("function", "arguments", "detail"),
-    [(without, ({memory.SETTING: "0"},), False), (without, ({},), True), (elsewhere, (), False)],
-    ids=["switched off", "torch compares", "two hosts"],
+    [(without, ({memory.SETTING: ""},), False), (without, ({},), True), (elsewhere, (), False)],
+    ids=["not asked for", "torch compares", "two hosts"],
 )
 def test_else_it_is_torchs(function, arguments, detail):
     before = len(os.listdir("/proc/self/fd"))
