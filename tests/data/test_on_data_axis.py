@@ -70,6 +70,7 @@ class Stateful(Stream):
         for i in range(start, N):
             self.read, self.at = self.read + 1, i + 1
             yield float(i + 100 * self.epoch)
+        self.at = 0  # what has ended begins anew
 
 
 def of_datasets() -> Any:
