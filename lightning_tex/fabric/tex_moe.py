@@ -35,7 +35,7 @@ from lightning_tex.optim import (
 from lightning_tex.optim.forward_overlap import ForwardOverlap
 from lightning_tex.optim.rounding import RoundingSeed
 from lightning_tex.parallel.activation_checkpointing import ActivationCheckpointing
-from lightning_tex.parallel.allocator import prepare_allocator
+from lightning_tex.parallel.allocator import keep_freed_memory, use_growing_segments
 from lightning_tex.parallel.compiled import Compile, compile_leaves
 from lightning_tex.parallel.errors import UserRuntimeError, UserValueError
 from lightning_tex.parallel.expert_chunks import ExpertChunks
@@ -147,7 +147,8 @@ class TexMoEStrategy(DDPStrategy):
     # --- setting up
 
     def setup_environment(self) -> None:
-        prepare_allocator(self.root_device)
+        if self.root_device.type == "cuda":
+            use_growing_segments()
         super().setup_environment()
 
     def module_to_device(self, module: nn.Module) -> None:
@@ -202,6 +203,8 @@ class TexMoEStrategy(DDPStrategy):
         buffers = next(iter(sharded.values())).buffers  # of all
         buffers.attend(self._module)
         atexit.register(_wait, weakref.ref(buffers.gathering))
+        if self.root_device.type == "cpu":
+            keep_freed_memory()
         return sharded
 
     def process_dataloader(self, dataloader: DataLoader) -> DataLoader:

@@ -20,19 +20,12 @@ _OLDER_LIMIT = 32 << 20  # what glibc took at most before 2.35
 _HOST_NAMES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES", "LD_PRELOAD")
 
 
-def prepare_allocator(device: torch.device, environment: MutableMapping[str, str] = os.environ) -> None:
-    """Let the allocator of a device suit a training, as far as the user has not set it."""
-    if device.type == "cuda":
-        use_growing_segments(environment)
-    elif device.type == "cpu":
-        keep_freed_memory(environment)
-
-
 def keep_freed_memory(environment: MutableMapping[str, str] = os.environ) -> bool:
     """Let this process keep up to 1 GiB of the host's memory that it has freed; what the user has set stays.
 
-    What a step frees the next one takes again. If it goes back to the system in between, each page of it is mapped and
-    cleared anew: for that a small model takes some percent of its processor time.
+    What a step on CPU frees the next one takes again. If it goes back to the system in between, each page of it is
+    mapped and cleared anew: for that a small model takes some percent of its processor time. To be called when weights
+    have been loaded, which takes memory once.
 
     Returns:
         whether it is kept: not without glibc, nor with another allocator.

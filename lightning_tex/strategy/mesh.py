@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_tex.parallel.allocator import prepare_allocator
+from lightning_tex.parallel.allocator import use_growing_segments
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.flight_record import EVERY_RANK, TRAINING
 from lightning_tex.parallel.groups import groups_of_world, reaches_cpu
@@ -154,7 +154,8 @@ class MeshStrategy(ParallelStrategy):
     def setup_environment(self) -> None:
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
-        prepare_allocator(self.root_device)
+        if self.root_device.type == "cuda":
+            use_growing_segments()
         super().setup_environment()
         if self.root_device.type not in ("cpu", "cuda"):
             raise MisconfigurationException(

@@ -30,6 +30,7 @@ from lightning_tex.optim import (
 )
 from lightning_tex.optim.rounding import RoundingSeed
 from lightning_tex.parallel.activation_checkpointing import ActivationCheckpointing
+from lightning_tex.parallel.allocator import keep_freed_memory
 from lightning_tex.parallel.compiled import Compile, compile_leaves
 from lightning_tex.parallel.errors import UserValueError
 from lightning_tex.parallel.expert_chunks import ExpertChunks
@@ -274,6 +275,8 @@ class TexMoEStrategy(StepStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
+        if self.root_device.type == "cpu" and trainer.state.fn == TrainerFn.FITTING:
+            keep_freed_memory()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """As :meth:`CheckpointingStrategy.load_checkpoint`; averages that begin with it find the weights there, too."""
