@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_tex import __version__
 from lightning_tex.cli.options import HELP
 from lightning_tex.cli.restarts import asks_for_restarts, fit_with_restarts
-from lightning_tex.parallel.errors import UserError, UserValueError, left_by_another_rank
+from lightning_tex.parallel.errors import UserError, UserValueError, is_consequence, left_by_another_rank
 from lightning_tex.recipe import DEFAULTS, TexCLI, cli_of
 from lightning_tex.resilience.telling import is_told, told_in_one_line
 
@@ -60,19 +60,21 @@ def main(args: ArgsType = None) -> None:
         with told_in_one_line(*_USER_ERRORS):
             _run(args)
     except (*_USER_ERRORS, RuntimeError) as error:
+        # What another rank has caused may go well when it is begun again (``--restarts``).
+        code = 2 if isinstance(error, _USER_ERRORS) and not is_consequence(error) else 1
         if is_told(error):
-            raise SystemExit(2 if isinstance(error, _USER_ERRORS) else 1) from None
+            raise SystemExit(code) from None
         # Every rank tells: the fault may be one rank's own, or rank 0 already ended by its launcher.
         rank = getattr(rank_zero_only, "rank", 0)
         if left_by_another_rank(error):
             print(
                 f"[rank {rank}] ended: another rank has closed its connection; see that rank's error", file=sys.stderr
             )
-            raise SystemExit(1) from None
+            raise SystemExit(code) from None
         if not isinstance(error, _USER_ERRORS):
             raise
         print(f"[rank {rank}] error: {error}" if rank else f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+        raise SystemExit(code) from None
 
 
 def _run(args: ArgsType) -> None:

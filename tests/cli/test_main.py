@@ -16,7 +16,9 @@ from helpers.ranks import together
 
 import lightning_tex
 from lightning_tex import cli
+from lightning_tex.errors import UserRuntimeError
 from lightning_tex.recipe import Recipe, TexCLI
+from lightning_tex.resilience.telling import mark_told
 from lightning_tex.testing.ranks import run_ranks
 
 PROBE = "--trainer.callbacks+=tiny_recipe.Probe"
@@ -250,3 +252,21 @@ def test_a_bug_keeps_its_traceback(recipe, monkeypatch):
     monkeypatch.setattr(TexCLI, "instantiate_trainer", lambda self: int("not a number"))
     with pytest.raises(ValueError, match="invalid literal"):
         cli.main(["fit", "--config", str(recipe)])
+
+
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize(("text", "code"), [("another rank has gone: broken pipe", 1), ("an option", 2)])
+def test_what_another_rank_has_caused_is_begun_again(recipe, monkeypatch, capsys, text, code, told):
+    """``--restarts`` ends at exit code 2."""
+
+    def fail(self):
+        error = UserRuntimeError(text)
+        if told:
+            mark_told(error)
+        raise error
+
+    monkeypatch.setattr(TexCLI, "instantiate_trainer", fail)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["fit", "--config", str(recipe)])
+    assert end.value.code == code
+    assert (text in capsys.readouterr().err) != told
