@@ -7,7 +7,7 @@ any other exception is a bug and keeps its traceback.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch.distributed as dist
@@ -56,15 +56,23 @@ def left_by_another_rank(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and ("losed by peer" in text or "reset by peer" in text)
 
 
+def and_what_led_to_it(error: BaseException) -> Iterator[BaseException]:
+    """An error, the one it came from, and so on; each once, as one may have come from one that it has led to."""
+    told: BaseException | None = error
+    seen: set[int] = set()
+    while told is not None and id(told) not in seen:
+        seen.add(id(told))
+        yield told
+        told = told.__cause__ or told.__context__
+
+
 def is_consequence(error: BaseException) -> bool:
     """Whether an error, or one it came from, only says that other ranks have gone or do not answer."""
-    seen: BaseException | None = error
-    while seen is not None:
-        text = str(seen)
-        network = isinstance(seen, dist.DistNetworkError | dist.DistStoreError | dist.DistBackendError)
-        if network or (isinstance(seen, Exception) and left_by_another_rank(seen)) or "gloo/transport" in text:
+    for told in and_what_led_to_it(error):
+        text = str(told)
+        network = isinstance(told, dist.DistNetworkError | dist.DistStoreError | dist.DistBackendError)
+        if network or (isinstance(told, Exception) and left_by_another_rank(told)) or "gloo/transport" in text:
             return True
-        if isinstance(seen, UserRuntimeError) and "another rank has gone" in text:
+        if isinstance(told, UserRuntimeError) and "another rank has gone" in text:
             return True
-        seen = seen.__cause__ or seen.__context__
     return False

@@ -10,7 +10,7 @@ from jsonargparse import Namespace
 from lightning import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_tex.parallel.errors import UserError
+from lightning_tex.parallel.errors import UserError, and_what_led_to_it
 
 
 @contextmanager
@@ -19,9 +19,7 @@ def own_words() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, UserError):
-            cause = cause.__cause__ or cause.__context__
+        cause = next((told for told in and_what_led_to_it(error) if isinstance(told, UserError)), None)
         if cause is None:
             raise
         raise cause from None

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
+from lightning_tex.parallel.errors import and_what_led_to_it
 from lightning_tex.resilience.processes import say
 
 # On an error: what a line begins with that says what went wrong in handling it; empty: nothing does.
@@ -78,9 +79,7 @@ _before = sys.__excepthook__
 def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     if is_told(error):
         return
-    handled = error.__cause__ or error.__context__
-    while handled is not None and not is_told(handled):
-        handled = handled.__cause__ or handled.__context__
+    handled = next(filter(is_told, and_what_led_to_it(error)), None)
     if handled is None:
         _before(kind, error, trace)
     elif then := getattr(handled, _MARK):

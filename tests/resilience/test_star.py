@@ -82,3 +82,11 @@ def joined_by_some() -> bool:
 
 def test_where_one_rank_does_not_reach_the_first_none_votes_so() -> None:
     assert run_ranks(WORLD, joined_by_some) == [True] * WORLD
+
+
+def test_an_error_that_has_come_from_one_that_it_led_to_has_an_end() -> None:
+    first, then = ValueError("first"), KeyError("then")
+    first.__context__, then.__cause__ = then, first
+    assert not is_consequence(then)
+    first.__cause__ = UserRuntimeError("another rank has gone")
+    assert is_consequence(then)
